@@ -1,0 +1,193 @@
+"""Image sets as tensors in memory: the named ones from disk, folders of images, noise, and a small set that needs no download.
+
+Images are uint8 ``(N, C, S, S)`` and leave as float in [0, 1]. OOD images are brought to the ID data's size (bilinear) and channels
+(grey to colour by repeating, colour to grey by ITU-R 601 luma).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tie_ext.checks import check_number
+
+NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
+"""The paper's six sets."""
+_TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+_FOLDERS = {"tinyimagenet": ("tinyimagenet", "tin", "tiny-imagenet-200")}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+_SHAPES = {"mnist": (1, 28, 28), "fashionmnist": (1, 28, 28), "tinyimagenet": (3, 64, 64)}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels, in memory."""
+
+    x: Tensor
+    """uint8 ``(N, C, S, S)``."""
+    y: Tensor
+    """int64 ``(N,)``; -1 where there are no labels."""
+    classes: tuple[str, ...] = ()
+    """Name of each class, by label."""
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(C, S, S)``."""
+        return tuple(self.x.shape[1:])
+
+    def first(self, count: int | None, seed: int = 0) -> "ImageSet":
+        """A random subset of ``count`` images, the same for the same seed; all of them for None or too large a count."""
+        if count is None or count >= len(self):
+            return self
+        check_number("count", count, 1, len(self), integer=True)
+        keep = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return ImageSet(self.x[keep], self.y[keep], self.classes)
+
+
+class Batches:
+    """Re-iterable batches ``(x, y)`` of an :class:`ImageSet`: float in [0, 1], int64; a DataLoader's work without its overhead.
+
+    Arguments:
+        images: The set.
+        batch_size: Images a batch; the last one may be smaller.
+        shuffle: A new order at each iteration, from torch's global random state.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int = 128, shuffle: bool = False):
+        check_number("batch_size", batch_size, 1, 10**6, integer=True)
+        self.images, self.batch_size, self.shuffle = images, batch_size, shuffle
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
+        for rows in order.split(self.batch_size):
+            yield self.images.x[rows].float() / 255, self.images.y[rows]
+
+
+def load(name: str, split: str, root: str | os.PathLike, shape: Sequence[int] | None = None, download: bool = False) -> ImageSet:
+    """A named set, or ``folder:PATH``, brought to a shape.
+
+    Arguments:
+        name: One of :data:`NAMES`, any folder ``root/NAME/SPLIT/CLASS/*.png``, or ``folder:PATH`` (``PATH/SPLIT/CLASS/*`` or, without
+            splits, ``PATH/CLASS/*``).
+        split: ``train`` or ``test``.
+        root: Where the sets lie: as torchvision keeps them (``root/MNIST/raw``), or as image folders (``root/mnist/train/0/*.png``, also
+            below ``root/images_classic``, as OpenOOD keeps them).
+        shape: ``(C, S, S)`` to bring the images to; None for the set's own, 3 channels and 64 pixels for a folder.
+        download: Let torchvision download what is missing.
+
+    Raises:
+        ValueError: If the name is unknown, or there are no images, saying where they were looked for.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"Expected split to be 'train' or 'test', but got {split!r}")
+    own = _SHAPES.get(name, (3, 32, 32) if name in NAMES else (3, 64, 64))
+    channels, size = (shape or own)[0], (shape or own)[1]
+    if name.startswith("folder:"):
+        path = Path(name.removeprefix("folder:"))
+        return _folder(path / split if (path / split).is_dir() else path, channels, size)
+    folder = next((p for p in _places(Path(root), name) if (p / split).is_dir()), None)
+    if folder is not None:
+        return _folder(folder / split, channels, size)
+    if name in _TORCHVISION:
+        return _torchvision(name, split, Path(root), channels, size, download)
+    looked = ", ".join(str(p / split) for p in _places(Path(root), name))
+    raise ValueError(f"Expected a data set, one of {', '.join(NAMES)} or folder:PATH, but got {name!r} and no folder {looked}")
+
+
+def _places(root: Path, name: str) -> list[Path]:
+    return [base / n for base in (root, root / "images_classic") for n in _FOLDERS.get(name, (name,))]
+
+
+def _torchvision(name: str, split: str, root: Path, channels: int, size: int, download: bool) -> ImageSet:
+    import torchvision  # only here, so that everything else works without it
+
+    cls = getattr(torchvision.datasets, _TORCHVISION[name])
+    which = {"split": split} if name == "svhn" else {"train": split == "train"}
+    try:
+        data = cls(str(root), download=download, **which)
+    except RuntimeError as error:
+        raise ValueError(f"Expected {name} in {root} as torchvision or an image folder keeps it, but got none ({error})") from error
+    x = torch.as_tensor(np.asarray(data.data))
+    if x.ndim == 3:
+        x = x[:, None]
+    elif name != "svhn":
+        x = x.permute(0, 3, 1, 2)
+    y = torch.as_tensor(np.asarray(data.labels if name == "svhn" else data.targets)).long()
+    classes = tuple(getattr(data, "classes", map(str, range(10))))
+    return ImageSet(reshape(x, channels, size), y, classes)
+
+
+def _folder(path: Path, channels: int, size: int) -> ImageSet:
+    """All images below ``path/CLASS/``, one class a folder, in sorted order (numbers by value)."""
+    if not path.is_dir():
+        raise ValueError(f"Expected a folder with one folder of images a class at {path}, but got no folder")
+    classes = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: (p.name.zfill(12) if p.name.isdigit() else p.name))
+    files = [(file, label) for label, folder in enumerate(classes) for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES]
+    if not files:
+        raise ValueError(f"Expected images in folders, one a class, below {path}, but got none ({', '.join(sorted(_SUFFIXES))})")
+    x = torch.empty((len(files), channels, size, size), dtype=torch.uint8)
+    for i, (file, _) in enumerate(files):
+        x[i] = read_image(file, channels, size)
+    return ImageSet(x, torch.tensor([label for _, label in files]), tuple(p.name for p in classes))
+
+
+def read_image(path: str | os.PathLike, channels: int, size: int) -> Tensor:
+    """One image file as uint8 ``(C, S, S)``.
+
+    Raises:
+        ValueError: If it is not an image that Pillow can read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            mode = image.convert("L" if channels == 1 else "RGB")
+            if mode.size != (size, size):
+                mode = mode.resize((size, size), Image.Resampling.BILINEAR)
+            array = np.array(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Expected an image file at {path}, but got: {error}") from error
+    return torch.from_numpy(array).reshape(size, size, channels).permute(2, 0, 1)
+
+
+def reshape(x: Tensor, channels: int, size: int) -> Tensor:
+    """Bring uint8 images ``(N, C, H, W)`` to ``(N, channels, size, size)``: luma or repetition, then bilinear."""
+    if x.shape[1] == 3 and channels == 1:
+        luma = torch.tensor([0.299, 0.587, 0.114])
+        x = torch.cat([(part.float() * luma.view(1, 3, 1, 1)).sum(1, keepdim=True).round().to(torch.uint8) for part in x.split(4096)])
+    elif x.shape[1] == 1 and channels == 3:
+        x = x.expand(-1, 3, -1, -1)
+    if x.shape[-2:] != (size, size):
+        options = {"size": (size, size), "mode": "bilinear", "antialias": True, "align_corners": False}
+        parts = [torch.nn.functional.interpolate(part.float(), **options) for part in x.split(4096)]
+        x = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+    return x.contiguous()
+
+
+def noise(kind: str, count: int, shape: Sequence[int], seed: int = 0) -> ImageSet:
+    """Noise as an OOD set.
+
+    Arguments:
+        kind: ``gaussian`` (N(0, 1) around mid-grey for data in [-1, 1], clipped) or ``uniform``.
+        count: Images.
+        shape: ``(C, S, S)``.
+        seed: Of the noise.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    if kind == "uniform":
+        x = torch.rand((count, *shape), generator=rng)
+    elif kind == "gaussian":
+        x = (torch.randn((count, *shape), generator=rng) / 2 + 0.5).clamp(0, 1)
+    else:
+        raise ValueError(f"Expected kind to be 'gaussian' or 'uniform', but got {kind!r}")
+    return ImageSet((x * 255).round().to(torch.uint8), torch.full((count,), -1))

@@ -1,0 +1,93 @@
+"""Exclusion: which candidates are expelled into the garbage class, and the bounded pool that keeps them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tie_ext.checks import check_number
+
+
+def cutoff(u: Tensor, lam: float) -> float:
+    """The dynamic threshold ``tau = mean + lam * std`` of the ID uncertainties.
+
+    Arguments:
+        u: UE of the ID samples ``(N,)``.
+        lam: The paper's lambda; -inf excludes every candidate, as TIE's predecessor does.
+
+    References:
+        TIE, section 4.4 and algorithm 1, line 15.
+    """
+    if lam == -float("inf"):
+        return lam
+    u = u.double()  # a float32 sum over a large set would lose the digits that matter
+    return float(u.mean() + lam * u.std(correction=0))
+
+
+class GarbagePool:
+    """A bounded sample of all garbage ever offered, kept as uint8.
+
+    Reservoir sampling (Vitter's algorithm R): each image offered so far is in the pool with the same probability, so garbage of early epochs
+    stays represented beside that of late ones while memory does not grow.
+
+    Arguments:
+        capacity: Most images kept, >= 1.
+        image_shape: ``(C, H, W)``.
+        low: Smallest value of the data, a number or one a channel; what uint8 0 stands for.
+        high: Largest value of the data; what 255 stands for.
+
+    Raises:
+        ValueError: If the capacity is out of range.
+    """
+
+    def __init__(
+        self, capacity: int, image_shape: Sequence[int], low: float | Sequence[float] = 0.0, high: float | Sequence[float] = 1.0
+    ):
+        check_number("pool_size", capacity, 1, 10**9, integer=True)
+        self.images = torch.empty((capacity, *image_shape), dtype=torch.uint8)
+        self.low = torch.as_tensor(low, dtype=torch.float32).reshape(-1, 1, 1)
+        self.high = torch.as_tensor(high, dtype=torch.float32).reshape(-1, 1, 1)
+        self.offered = 0
+
+    def __len__(self) -> int:
+        return min(self.offered, len(self.images))
+
+    def add(self, x: Tensor) -> None:
+        """Offer images ``(M, C, H, W)`` in ``[low, high]``; a full pool keeps a fair share of them."""
+        x = ((x.detach().cpu() - self.low) / (self.high - self.low) * 255).round().clamp(0, 255).to(torch.uint8)
+        count = torch.arange(self.offered, self.offered + len(x))
+        slot = torch.where(count < len(self.images), count, (torch.rand(len(x), dtype=torch.float64) * (count + 1)).long())
+        # Of two images for one slot the later wins, as if they had come one by one.
+        winner = {s: i for i, s in enumerate(slot.tolist()) if s < len(self.images)}
+        self.images[list(winner)] = x[list(winner.values())]
+        self.offered += len(x)
+
+    def draw(self, k: int) -> Tensor:
+        """``k`` images ``(k, C, H, W)`` in ``[low, high]``, drawn with replacement.
+
+        Raises:
+            ValueError: If the pool is empty.
+        """
+        if len(self) == 0:
+            raise ValueError("Expected a garbage pool that holds images to draw from, but got an empty one")
+        x = self.images[torch.randint(len(self), (k,))]
+        return self.low + (self.high - self.low) * (x.float() / 255)
+
+    def state_dict(self) -> dict:
+        """What resumes the pool: the images held and how many were offered."""
+        return {"images": self.images[: len(self)], "offered": self.offered}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put the pool back.
+
+        Raises:
+            ValueError: If the images do not fit this pool.
+        """
+        images, offered = state["images"], state["offered"]
+        size = min(offered, len(self.images))
+        if images.dtype != torch.uint8 or images.shape != (size, *self.images.shape[1:]):
+            raise ValueError(
+                f"Expected {size} uint8 garbage images of shape {tuple(self.images.shape[1:])}, but got {images.dtype} {tuple(images.shape)}"
+            )
+        self.images[:size] = images
+        self.offered = offered

@@ -1,0 +1,168 @@
+r"""TIE's inversion: a conditional generator learns which images make the classifier answer what it was asked for.
+
+Symbols: ``z (B, Z) ~ N(0, I)``; ``v (B, n+1) ~ N(0, I)``; the soft code ``c = softmax(v)``; the class asked for ``y = argmax c``;
+``x = G(z, c)``; ``p = softmax(f(x))`` over n+1 outputs; ``h (B, F)`` penultimate features of ``x``.
+
+.. math:: L = \alpha\, \mathrm{KL}(c \,\|\, p) + \beta\, \mathrm{CE}(y, p) + \gamma\, \frac{1}{B(B-1)} \sum_{i \ne j} \cos(h_i, h_j)
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tie_ext.checks import check_number
+from tie_ext.networks import Generator
+from tie_ext.synthesis import Batches, Candidates, Synthesizer, frozen
+
+
+def soft_code(y: Tensor, num_outputs: int) -> Tensor:
+    """Soft codes ``(B, K)`` with ``argmax == y``: a softmax of standard normals, given which of them is the largest.
+
+    The components of v are exchangeable, so swapping the largest into place ``y`` gives exactly the distribution of v given its argmax;
+    every class is asked for equally often, with many degrees of confidence.
+
+    Arguments:
+        y: Classes asked for ``(B,)`` in ``[0, K)``.
+        num_outputs: K = n+1.
+
+    References:
+        TIE, section 3.
+    """
+    v = torch.randn(len(y), num_outputs, device=y.device)
+    rows = torch.arange(len(y), device=y.device)
+    top = v.argmax(1)
+    v[rows, top], v[rows, y] = v[rows, y], v[rows, top]
+    return v.softmax(1)
+
+
+def loss_terms(logits: Tensor, features: Tensor, code: Tensor) -> dict[str, Tensor]:
+    """The three terms of the inversion loss, unweighted.
+
+    Arguments:
+        logits: ``(B, n+1)`` of the generated images.
+        features: ``(B, F)`` of the generated images, B >= 2.
+        code: Soft codes ``(B, n+1)`` they were asked for.
+
+    Returns:
+        ``kl``: KL(code || p), scalar >= 0. ``ce``: cross-entropy with the code's argmax, scalar >= 0.
+        ``cosine``: mean cosine similarity of the features of different images, in [-1, 1]; small = diverse.
+
+    References:
+        TIE, section 3; for the cosine, Network Inversion for Uncertainty-Aware OOD Detection, section 3.
+    """
+    log_p = logits.log_softmax(1)
+    h = F.normalize(features, dim=1)
+    # Sum over i != j of <h_i, h_j> = |sum_i h_i|^2 - sum_i |h_i|^2, without the B x B matrix.
+    pairs = h.sum(0).square().sum() - h.square().sum()
+    return {
+        "kl": F.kl_div(log_p, code, reduction="batchmean"),
+        # Paper: "soft or one-hot" targets. Here: one-hot, because with soft ones KL and CE have the same gradient.
+        "ce": F.nll_loss(log_p, code.argmax(1)),
+        # Paper: TIE prints 1 - cos, which would pull the features together when minimised. Here: cos, as in the predecessor's text,
+        # because both papers describe a term that spreads the features.
+        "cosine": pairs / (len(h) * (len(h) - 1)),
+    }
+
+
+class Inversion(Synthesizer):
+    """Inverts the classifier with a generator that is trained against it, warm from epoch to epoch.
+
+    Arguments:
+        image_shape: ``(C, S, S)`` of the images, S in [28, 224].
+        num_classes: n; the generator is asked for n+1 classes, garbage included.
+        steps: Generator steps an epoch.
+        batch_size: Images a step, >= 2.
+        lr: Adam's learning rate.
+        alpha: Weight of the KL term.
+        beta: Weight of the CE term.
+        gamma: Weight of the cosine term at the start and at the end of the run, linear between.
+        width: Width of the :class:`~tie_ext.networks.Generator`.
+        low: Smallest value of the data, a number or one a channel.
+        high: Largest value of the data.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    References:
+        TIE, sections 3, 4.2 and 6.1.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        steps: int = 100,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        alpha: float = 0.1,
+        beta: float = 1.0,
+        gamma: tuple[float, float] = (1.0, 1.0),
+        width: int = 32,
+        low: float | Sequence[float] = 0.0,
+        high: float | Sequence[float] = 1.0,
+    ):
+        super().__init__()
+        check_number("steps", steps, 1, 10**6, integer=True)
+        check_number("batch_size", batch_size, 2, 10**6, integer=True)
+        check_number("lr", lr, 0, 1, above=True)
+        self.num_outputs, self.steps, self.batch_size = num_classes + 1, steps, batch_size
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.generator = Generator(image_shape, num_classes + 1, width=width, low=low, high=high)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=lr)
+
+    def fit(self, classifier: nn.Module, batches: Batches, progress: float) -> dict[str, float]:
+        """Train the generator against the frozen classifier for ``steps`` steps; see :meth:`Synthesizer.fit`."""
+        weight = {"kl": self.alpha, "ce": self.beta, "cosine": self.gamma[0] + (self.gamma[1] - self.gamma[0]) * progress}
+        sums = dict.fromkeys([*weight, "agreement"], 0.0)
+        self.generator.train()
+        with frozen(classifier):
+            for _ in range(self.steps):
+                y = torch.randint(self.num_outputs, (self.batch_size,), device=self.device)
+                code = soft_code(y, self.num_outputs)
+                logits, h = classifier(self._generate(code), return_feature=True, garbage=True)
+                terms = loss_terms(logits, h, code)
+                loss = torch.stack([weight[name] * term for name, term in terms.items()]).sum()
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                for name, term in terms.items():
+                    sums[name] += term.item()
+                sums["agreement"] += (logits.argmax(1) == y).float().mean().item()
+        return {name: total / self.steps for name, total in sums.items()}
+
+    def sample(self, classifier: nn.Module, x: Tensor, y: Tensor) -> Candidates:
+        """As many inversions as there are images in ``x``, every class (garbage included) asked for equally often."""
+        first = torch.randint(self.num_outputs, (1,), device=self.device)  # so that short batches do not favour the first classes
+        return self.invert((torch.arange(len(x), device=self.device) + first) % self.num_outputs)
+
+    @torch.no_grad()
+    def invert(self, y: Tensor) -> Candidates:
+        """One inversion for each class asked for.
+
+        Arguments:
+            y: Classes ``(M,)`` in ``[0, n]``.
+
+        Returns:
+            The :class:`Candidates`; the generator's mode is left as it was.
+        """
+        y = y.to(self.device)
+        with frozen(self.generator):
+            return Candidates(self._generate(soft_code(y, self.num_outputs)), y)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator lives."""
+        return self.generator.low.device
+
+    def _generate(self, code: Tensor) -> Tensor:
+        return self.generator(torch.randn(len(code), self.generator.latent_size, device=code.device), code)
+
+    def get_extra_state(self) -> dict:
+        """The optimiser, so that a resumed run goes on as if it had not stopped."""
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        """Put the optimiser back."""
+        self.optimizer.load_state_dict(state)

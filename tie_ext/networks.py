@@ -1,0 +1,289 @@
+"""The networks: a wrapper that adds the garbage class to any backbone, the paper's CNNs, and the conditional generator.
+
+Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``n`` ID classes, ``logits (B, n)`` or ``(B, n+1)`` with garbage last,
+``z (B, Z)`` latent vectors, ``code (B, n+1)`` soft class codes.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from tie_ext.checks import check_images, check_number
+from tie_ext.decision import Decision, decide
+
+
+class TIENet(nn.Module):
+    """An n-class network with one more output, the garbage class.
+
+    ``forward(x)`` gives the n ID logits, so that every OOD score made for an n-class network reads it unchanged;
+    ``forward(x, garbage=True)`` gives all n+1. The head is split in two, ``fc`` (n outputs) and ``garbage`` (one), which together are one
+    linear layer of n+1 outputs; so ``fc`` is the ID head wherever a host looks for it.
+
+    Arguments:
+        backbone: A classifier ``(B, C, H, W) -> (B, m)`` that ends in a linear layer: a torchvision model, a network with ``fc``, or one
+            of :data:`BACKBONES`. It is copied. Its last linear layer becomes ``fc`` if it has n outputs already (pre-trained weights are
+            kept), and is replaced by a new one if not.
+        num_classes: n >= 2.
+
+    Raises:
+        ValueError: If the backbone has no linear layer to stand on, or n < 2.
+
+    Example:
+        >>> net = TIENet(Conv3(in_channels=1, num_classes=10), num_classes=10)
+        >>> x = torch.rand(2, 1, 28, 28)
+        >>> net(x).shape, net(x, garbage=True).shape
+        (torch.Size([2, 10]), torch.Size([2, 11]))
+    """
+
+    tau: Tensor
+
+    def __init__(self, backbone: nn.Module, num_classes: int):
+        super().__init__()
+        check_number("num_classes", num_classes, 2, math.inf, integer=True)
+        self.num_classes = num_classes
+        self.backbone = copy.deepcopy(backbone)  # cutting its head off must not change the caller's network
+        head = _cut_head(self.backbone)
+        self.feature_size = head.in_features
+        self.fc = head if head.out_features == num_classes else nn.Linear(head.in_features, num_classes)
+        self.garbage = nn.Linear(head.in_features, 1)
+        # The largest UE of an accepted prediction. 1 leaves level 2 off until training (or a calibration) has set it.
+        self.register_buffer("tau", torch.tensor(1.0))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate features ``(B, F)`` of images ``(B, C, H, W)``."""
+        return self.backbone(x).flatten(1)
+
+    @overload
+    def forward(self, x: Tensor, *, garbage: bool = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, return_feature: bool, *, garbage: bool = False) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x, return_feature=False, *, garbage=False):
+        """Logits, and features where asked.
+
+        Arguments:
+            x: Images ``(B, C, H, W)``.
+            return_feature: Give ``(logits, features)``, as OpenOOD's networks do.
+            garbage: Give n+1 logits, the garbage class last, instead of n.
+
+        Returns:
+            Logits ``(B, n)`` or ``(B, n+1)``; with ``return_feature`` also features ``(B, F)``.
+        """
+        h = self.features(x)
+        logits = self.head(h) if garbage else self.fc(h)
+        return (logits, h) if return_feature else logits
+
+    def head(self, h: Tensor) -> Tensor:
+        """All n+1 logits ``(B, n+1)`` of features ``(B, F)``."""
+        return torch.cat([self.fc(h), self.garbage(h)], dim=1)
+
+    def forward_threshold(self, x: Tensor, threshold: float) -> Tensor:
+        """ID logits ``(B, n)`` of features cut off above ``threshold``, as ReAct asks for."""
+        return self.fc(self.features(x).clip(max=threshold))
+
+    def get_fc(self) -> tuple:
+        """Weight ``(n, F)`` and bias ``(n,)`` of the ID head as numpy arrays, as OpenOOD's networks give them."""
+        return self.fc.weight.detach().cpu().numpy(), self.fc.bias.detach().cpu().numpy()
+
+    def get_fc_layer(self) -> nn.Linear:
+        """The ID head itself."""
+        return self.fc
+
+    @torch.no_grad()
+    def decide(self, x: Tensor) -> Decision:
+        """Label, uncertainty, score and level of images, by one forward pass in evaluation mode.
+
+        Arguments:
+            x: Images ``(B, C, H, W)`` in the value range of training; B = 1 is fine.
+
+        Returns:
+            The :class:`~tie_ext.decision.Decision`; the mode of the network is left as it was.
+
+        Raises:
+            ValueError: If ``x`` is not a finite floating-point batch of images.
+        """
+        check_images(x)
+        mode = self.training
+        try:
+            return decide(self.eval()(x, garbage=True), self.tau)
+        finally:
+            self.train(mode)
+
+
+def _cut_head(backbone: nn.Module) -> nn.Linear:
+    """Replace the last linear layer (``fc`` where there is one) by the identity, and give it back."""
+    linear = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    if not linear:
+        raise ValueError(f"Expected a backbone that ends in a linear layer, but got {type(backbone).__name__} without any")
+    name = "fc" if "fc" in linear else list(linear)[-1]
+    parent, _, leaf = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), leaf, nn.Identity())
+    return linear[name]
+
+
+def _conv(cin: int, cout: int, pool: bool) -> list[nn.Module]:
+    layers: list[nn.Module] = [nn.Conv2d(cin, cout, 3, padding=1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
+    return [*layers, nn.MaxPool2d(2)] if pool else layers
+
+
+class _PlainCNN(nn.Module):
+    """Convolutions (BatchNorm, ReLU, pooling where told), then two fully connected layers (BatchNorm and ReLU after the first)."""
+
+    def __init__(self, in_channels: int, num_classes: int, widths: Sequence[int], pools: Sequence[bool], feature_size: int):
+        super().__init__()
+        self.feature_size = feature_size
+        layers: list[nn.Module] = []
+        for cin, cout, pool in zip((in_channels, *widths), widths, pools, strict=False):
+            layers += _conv(cin, cout, pool)
+        # Pooling to 3x3 whatever the image size; one size of hidden layer for 28 as for 224 pixels.
+        self.conv = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten())
+        self.hidden = nn.Sequential(nn.Linear(9 * widths[-1], feature_size, bias=False), nn.BatchNorm1d(feature_size), nn.ReLU(inplace=True))
+        self.fc = nn.Linear(feature_size, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of images ``(B, C, H, W)``."""
+        return self.fc(self.hidden(self.conv(x)))
+
+
+class Conv3(_PlainCNN):
+    """The paper's CNN for MNIST and FashionMNIST: three convolutional, two fully connected layers, BatchNorm and ReLU (section 6.1).
+
+    The paper gives no widths. Here: 32, 64, 128 channels and 128 features.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10):
+        super().__init__(in_channels, num_classes, (32, 64, 128), (True, True, True), 128)
+
+
+class Conv5(_PlainCNN):
+    """The paper's CNN for SVHN and CIFAR-10: five convolutional, two fully connected layers (section 6.1).
+
+    The paper gives no widths. Here: 64, 64, 128, 128, 256 channels and 256 features.
+    """
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10):
+        super().__init__(in_channels, num_classes, (64, 64, 128, 128, 256), (False, True, False, True, True), 256)
+
+
+class _Residual(nn.Module):
+    def __init__(self, cin: int, cout: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(cout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(cout)
+        same = stride == 1 and cin == cout
+        self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(h)) + self.skip(x)).relu()
+
+
+class ResidualCNN(nn.Module):
+    """The paper's "deeper CNN with residual connections" for CIFAR-100 and TinyImageNet (section 6.1).
+
+    The paper gives no layout. Here: a 3x3 stem, four stages of two residual blocks with 64, 128, 256, 512 channels, average pooling.
+    """
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 100):
+        super().__init__()
+        self.feature_size = 512
+        widths = (64, 64, 128, 256, 512)
+        blocks = [
+            block
+            for i, (cin, cout) in enumerate(zip(widths, widths[1:], strict=False))
+            for block in (_Residual(cin, cout, 1 if i == 0 else 2), _Residual(cout, cout, 1))
+        ]
+        self.stages = nn.Sequential(*_conv(in_channels, 64, pool=False), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(512, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of images ``(B, C, H, W)``."""
+        return self.fc(self.stages(x))
+
+
+BACKBONES: dict[str, type[nn.Module]] = {"conv3": Conv3, "conv5": Conv5, "residual": ResidualCNN}
+"""The paper's own CNNs by the names the command line takes."""
+
+
+class Generator(nn.Module):
+    """The conditional generator: latent vector and soft code to image, by 4 to 6 transposed convolutions.
+
+    Arguments:
+        image_shape: ``(C, H, W)`` of the images, square, 28 to 224 pixels, 1 or 3 channels.
+        code_size: Length of the soft code, n+1.
+        latent_size: Length Z of the latent vector.
+        width: Channels of the stage before the image; earlier stages have up to four times as many.
+        low: Smallest value of the data, a number or one a channel.
+        high: Largest value of the data.
+
+    Raises:
+        ValueError: If the shape is not square, too small or too large, or the channels are neither 1 nor 3.
+
+    References:
+        TIE, section 6.1: 4-6 transposed convolutions, normally distributed weights.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        code_size: int,
+        latent_size: int = 64,
+        width: int = 32,
+        low: float | Sequence[float] = 0.0,
+        high: float | Sequence[float] = 1.0,
+    ):
+        super().__init__()
+        channels, size = check_image_shape(image_shape)
+        self.image_shape, self.code_size, self.latent_size = (channels, size, size), code_size, latent_size
+        self.register_buffer("low", torch.as_tensor(low, dtype=torch.float32).reshape(-1, 1, 1))
+        self.register_buffer("high", torch.as_tensor(high, dtype=torch.float32).reshape(-1, 1, 1))
+
+        sizes = [size]  # from the image down to a seed of at most 7x7
+        while sizes[-1] > 7:
+            sizes.append(math.ceil(sizes[-1] / 2))
+        sizes.reverse()
+        sizes += [size] * max(0, 4 - len(sizes))  # the paper's least is four stages
+        widths = [min(4, 2 ** (len(sizes) - 2 - i)) * width for i in range(len(sizes) - 1)] + [channels]
+
+        layers: list[nn.Module] = [nn.ConvTranspose2d(latent_size + code_size, widths[0], sizes[0], bias=False)]
+        for i in range(1, len(sizes)):
+            layers += [nn.BatchNorm2d(widths[i - 1]), nn.ReLU(inplace=True)]
+            layers.append(_upsample(widths[i - 1], widths[i], sizes[i - 1], sizes[i], bias=i == len(sizes) - 1))
+        self.layers = nn.Sequential(*layers)
+        for module in self.modules():
+            if isinstance(module, nn.ConvTranspose2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, z: Tensor, code: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` in ``[low, high]`` from latent vectors ``(B, Z)`` and soft codes ``(B, n+1)``, rows summing to 1."""
+        # n+1 times the code has mean 1 for every number of classes, as z has variance 1.
+        seed = torch.cat([z, code * self.code_size - 1], dim=1)
+        x = self.layers(seed[:, :, None, None]).sigmoid()
+        return self.low + (self.high - self.low) * x
+
+
+def _upsample(cin: int, cout: int, before: int, after: int, bias: bool) -> nn.ConvTranspose2d:
+    if after == before:
+        return nn.ConvTranspose2d(cin, cout, 3, 1, 1, bias=bias)
+    return nn.ConvTranspose2d(cin, cout, 4 if after == 2 * before else 3, 2, 1, bias=bias)  # to 2s, or to 2s - 1
+
+
+def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int]:
+    """Channels and size of a square image shape.
+
+    Raises:
+        ValueError: If it is not ``(1 or 3, S, S)`` with S in [28, 224].
+    """
+    shape = tuple(image_shape)
+    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2] or not 28 <= shape[1] <= 224:
+        raise ValueError(f"Expected a square image shape (C, S, S) with C 1 or 3 and S in [28, 224], but got {shape}")
+    return shape[0], shape[1]
