@@ -32,7 +32,9 @@ def check_finite(x: Tensor, name: str) -> None:
         raise ValueError(f"Expected finite {name}, but got {int(bad.sum())} NaN or infinite values, the first in row {row}")
 
 
-def check_images(x: Tensor, shape: Sequence[int] | None = None, low: float | Tensor | None = None, high: float | Tensor | None = None) -> None:
+def check_images(
+    x: Tensor, shape: Sequence[int] | None = None, low: float | Tensor | None = None, high: float | Tensor | None = None
+) -> None:
     """Refuse anything but a finite floating-point batch of images ``(B, C, H, W)`` with B >= 1.
 
     Arguments:
@@ -56,8 +58,8 @@ def check_images(x: Tensor, shape: Sequence[int] | None = None, low: float | Ten
         slack = 1e-4  # normalisation in float32 rounds
         if (x < low - slack).any() or (x > high + slack).any():
             raise ValueError(
-                f"Expected images in the value range [{_numbers(low)}, {_numbers(high)}] of the configuration, but got values in "
-                f"[{x.min().item():.4g}, {x.max().item():.4g}]; set `low` and `high` to the range your transforms produce"
+                f"Expected images in the value range [{_numbers(low)}, {_numbers(high)}] of the network, but got values in "
+                f"[{x.min().item():.4g}, {x.max().item():.4g}]; scale them, or give the range as `low` and `high` of the TIENet"
             )
 
 

@@ -131,8 +131,10 @@ def _folder(path: Path, channels: int, size: int) -> ImageSet:
     """All images below ``path/CLASS/``, one class a folder, in sorted order (numbers by value)."""
     if not path.is_dir():
         raise ValueError(f"Expected a folder with one folder of images a class at {path}, but got no folder")
-    classes = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: (p.name.zfill(12) if p.name.isdigit() else p.name))
-    files = [(file, label) for label, folder in enumerate(classes) for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES]
+    classes = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
+    files = [
+        (file, label) for label, folder in enumerate(classes) for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES
+    ]
     if not files:
         raise ValueError(f"Expected images in folders, one a class, below {path}, but got none ({', '.join(sorted(_SUFFIXES))})")
     x = torch.empty((len(files), channels, size, size), dtype=torch.uint8)

@@ -33,20 +33,18 @@ class GarbagePool:
     Arguments:
         capacity: Most images kept, >= 1.
         image_shape: ``(C, H, W)``.
-        low: Smallest value of the data, a number or one a channel; what uint8 0 stands for.
+        low: Smallest value of the data, a number or ``(C, 1, 1)``; what uint8 0 stands for.
         high: Largest value of the data; what 255 stands for.
 
     Raises:
         ValueError: If the capacity is out of range.
     """
 
-    def __init__(
-        self, capacity: int, image_shape: Sequence[int], low: float | Sequence[float] = 0.0, high: float | Sequence[float] = 1.0
-    ):
+    def __init__(self, capacity: int, image_shape: Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
         check_number("pool_size", capacity, 1, 10**9, integer=True)
         self.images = torch.empty((capacity, *image_shape), dtype=torch.uint8)
-        self.low = torch.as_tensor(low, dtype=torch.float32).reshape(-1, 1, 1)
-        self.high = torch.as_tensor(high, dtype=torch.float32).reshape(-1, 1, 1)
+        self.low = torch.as_tensor(low, dtype=torch.float32, device="cpu")
+        self.high = torch.as_tensor(high, dtype=torch.float32, device="cpu")
         self.offered = 0
 
     def __len__(self) -> int:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tie_ext.checks import check_number
-from tie_ext.networks import Generator
+from tie_ext.networks import Generator, TIENet
 from tie_ext.synthesis import Batches, Candidates, Synthesizer, frozen
 
 
@@ -100,8 +100,8 @@ class Inversion(Synthesizer):
         beta: float = 1.0,
         gamma: tuple[float, float] = (1.0, 1.0),
         width: int = 32,
-        low: float | Sequence[float] = 0.0,
-        high: float | Sequence[float] = 1.0,
+        low: float | Sequence[float] | Tensor = 0.0,
+        high: float | Sequence[float] | Tensor = 1.0,
     ):
         super().__init__()
         check_number("steps", steps, 1, 10**6, integer=True)
@@ -112,7 +112,7 @@ class Inversion(Synthesizer):
         self.generator = Generator(image_shape, num_classes + 1, width=width, low=low, high=high)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=lr)
 
-    def fit(self, classifier: nn.Module, batches: Batches, progress: float) -> dict[str, float]:
+    def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
         """Train the generator against the frozen classifier for ``steps`` steps; see :meth:`Synthesizer.fit`."""
         weight = {"kl": self.alpha, "ce": self.beta, "cosine": self.gamma[0] + (self.gamma[1] - self.gamma[0]) * progress}
         sums = dict.fromkeys([*weight, "agreement"], 0.0)
@@ -132,7 +132,7 @@ class Inversion(Synthesizer):
                 sums["agreement"] += (logits.argmax(1) == y).float().mean().item()
         return {name: total / self.steps for name, total in sums.items()}
 
-    def sample(self, classifier: nn.Module, x: Tensor, y: Tensor) -> Candidates:
+    def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """As many inversions as there are images in ``x``, every class (garbage included) asked for equally often."""
         first = torch.randint(self.num_outputs, (1,), device=self.device)  # so that short batches do not favour the first classes
         return self.invert((torch.arange(len(x), device=self.device) + first) % self.num_outputs)

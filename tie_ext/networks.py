@@ -6,6 +6,7 @@ Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``n`` ID 
 
 import copy
 import math
+import os
 from collections.abc import Sequence
 from typing import overload
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tie_ext.checks import check_images, check_number
 from tie_ext.decision import Decision, decide
+from tie_ext.files import load_state, save_state
 
 
 class TIENet(nn.Module):
@@ -28,23 +30,41 @@ class TIENet(nn.Module):
             of :data:`BACKBONES`. It is copied. Its last linear layer becomes ``fc`` if it has n outputs already (pre-trained weights are
             kept), and is replaced by a new one if not.
         num_classes: n >= 2.
+        image_shape: ``(C, S, S)`` of the images it is for; None to take any (such a network cannot be trained by TIE).
+        low: Smallest value of the images, a number or one a channel (what ``Normalize`` makes of 0).
+        high: Largest value of the images (what it makes of 1).
+        classes: Name of each ID class, by label.
 
     Raises:
-        ValueError: If the backbone has no linear layer to stand on, or n < 2.
+        ValueError: If the backbone has no linear layer to stand on, n < 2, or low is not below high.
 
     Example:
-        >>> net = TIENet(Conv3(in_channels=1, num_classes=10), num_classes=10)
+        >>> net = TIENet(Conv3(in_channels=1, num_classes=10), num_classes=10, image_shape=(1, 28, 28))
         >>> x = torch.rand(2, 1, 28, 28)
         >>> net(x).shape, net(x, garbage=True).shape
         (torch.Size([2, 10]), torch.Size([2, 11]))
     """
 
     tau: Tensor
+    low: Tensor
+    high: Tensor
 
-    def __init__(self, backbone: nn.Module, num_classes: int):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        image_shape: Sequence[int] | None = None,
+        low: float | Sequence[float] = 0.0,
+        high: float | Sequence[float] = 1.0,
+        classes: Sequence[str] = (),
+    ):
         super().__init__()
         check_number("num_classes", num_classes, 2, math.inf, integer=True)
-        self.num_classes = num_classes
+        if classes and len(classes) != num_classes:
+            raise ValueError(f"Expected {num_classes} class names, but got {len(classes)}")
+        self.num_classes, self.classes = num_classes, tuple(classes)
+        self.image_shape = None if image_shape is None else tuple(image_shape)
+        register_range(self, low, high)
         self.backbone = copy.deepcopy(backbone)  # cutting its head off must not change the caller's network
         head = _cut_head(self.backbone)
         self.feature_size = head.in_features
@@ -104,14 +124,63 @@ class TIENet(nn.Module):
             The :class:`~tie_ext.decision.Decision`; the mode of the network is left as it was.
 
         Raises:
-            ValueError: If ``x`` is not a finite floating-point batch of images.
+            ValueError: If ``x`` is not a finite floating-point batch of images of the shape and value range of training.
         """
-        check_images(x)
+        check_images(x, self.image_shape, self.low.to(x.device), self.high.to(x.device))
         mode = self.training
         try:
             return decide(self.eval()(x, garbage=True), self.tau)
         finally:
             self.train(mode)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the network with its tau, image shape, value range and class names; atomically, as safetensors + JSON.
+
+        Raises:
+            OSError: If it cannot be written; an earlier file is intact.
+        """
+        about = {"num_classes": self.num_classes, "image_shape": self.image_shape, "classes": self.classes}
+        names = [name for name, backbone in BACKBONES.items() if type(self.backbone) is backbone]
+        save_state(path, "network", {**about, "backbone": names[0] if names else None, "weights": self.state_dict()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, backbone: nn.Module | None = None) -> "TIENet":
+        """Read what :meth:`save` wrote, on the CPU, in evaluation mode.
+
+        Arguments:
+            path: The file.
+            backbone: The architecture, where it is not one of :data:`BACKBONES`; its weights come from the file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is truncated, foreign, of another architecture, or needs a ``backbone``.
+        """
+        state = load_state(path, "network")
+        try:
+            weights, shape, name = state["weights"], state["image_shape"], state["backbone"]
+            n = len(weights["fc.weight"])  # of the weights, not of what the header claims: a network is no larger than its file
+            if backbone is None and name not in BACKBONES:
+                raise ValueError(f"Expected a `backbone` for {path}, whose architecture is not one of {', '.join(BACKBONES)}, but got None")
+            if backbone is None:
+                backbone = BACKBONES[name](shape[0], n)
+            net = cls(backbone, n, shape, weights["low"].flatten().tolist(), weights["high"].flatten().tolist(), state["classes"])
+            net.load_state_dict(weights)
+        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"Expected a network of this architecture in {path}, but got: {error}") from error
+        return net.eval()
+
+
+def register_range(module: nn.Module, low: float | Sequence[float] | Tensor, high: float | Sequence[float] | Tensor) -> None:
+    """Give a module the value range of the data as buffers ``low`` and ``high``, each ``(1 or C, 1, 1)``.
+
+    Raises:
+        ValueError: If low is not below high, or they have different lengths.
+    """
+    bounds = [torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1).clone() for value in (low, high)]
+    if bounds[0].shape != bounds[1].shape or not bool((bounds[0] < bounds[1]).all()):
+        raise ValueError(f"Expected low < high, numbers or one for each channel, but got low={low!r}, high={high!r}")
+    module.register_buffer("low", bounds[0])
+    module.register_buffer("high", bounds[1])
 
 
 def _cut_head(backbone: nn.Module) -> nn.Linear:
@@ -141,7 +210,9 @@ class _PlainCNN(nn.Module):
             layers += _conv(cin, cout, pool)
         # Pooling to 3x3 whatever the image size; one size of hidden layer for 28 as for 224 pixels.
         self.conv = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten())
-        self.hidden = nn.Sequential(nn.Linear(9 * widths[-1], feature_size, bias=False), nn.BatchNorm1d(feature_size), nn.ReLU(inplace=True))
+        self.hidden = nn.Sequential(
+            nn.Linear(9 * widths[-1], feature_size, bias=False), nn.BatchNorm1d(feature_size), nn.ReLU(inplace=True)
+        )
         self.fc = nn.Linear(feature_size, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,14 +309,13 @@ class Generator(nn.Module):
         code_size: int,
         latent_size: int = 64,
         width: int = 32,
-        low: float | Sequence[float] = 0.0,
-        high: float | Sequence[float] = 1.0,
+        low: float | Sequence[float] | Tensor = 0.0,
+        high: float | Sequence[float] | Tensor = 1.0,
     ):
         super().__init__()
         channels, size = check_image_shape(image_shape)
         self.image_shape, self.code_size, self.latent_size = (channels, size, size), code_size, latent_size
-        self.register_buffer("low", torch.as_tensor(low, dtype=torch.float32).reshape(-1, 1, 1))
-        self.register_buffer("high", torch.as_tensor(high, dtype=torch.float32).reshape(-1, 1, 1))
+        register_range(self, low, high)
 
         sizes = [size]  # from the image down to a seed of at most 7x7
         while sizes[-1] > 7:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tie_ext.networks import TIENet, register_range
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Any re-iterable of ``(x, y)``: images ``(B, C, H, W)`` and integer labels ``(B,)``; a ``DataLoader``, a list of batches."""
 
@@ -29,11 +31,11 @@ class Candidates(NamedTuple):
 class Synthesizer(nn.Module, abc.ABC):
     """Proposes outliers. What it learns lives in its ``state_dict``, so that a run resumes where it stood."""
 
-    def fit(self, classifier: nn.Module, batches: Batches, progress: float) -> dict[str, float]:
+    def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
         """Learn from the classifier as it stands after this epoch's training; the default has nothing to learn.
 
         Arguments:
-            classifier: A :class:`~tie_ext.networks.TIENet`. It is left as it was: weights, mode, flags, BatchNorm statistics.
+            classifier: The network. It is left as it was: weights, mode, flags, BatchNorm statistics.
             batches: The ID data.
             progress: How much of the run is done, in ``[0, 1]``.
 
@@ -43,7 +45,7 @@ class Synthesizer(nn.Module, abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def sample(self, classifier: nn.Module, x: Tensor, y: Tensor) -> Candidates:
+    def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """Propose about as many outliers as there are images in the batch.
 
         Arguments:
@@ -57,7 +59,7 @@ class Synthesizer(nn.Module, abc.ABC):
 
 
 @contextmanager
-def frozen(classifier: nn.Module) -> Iterator[nn.Module]:
+def frozen(classifier: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; mode and flags of every part as they were outside.
 
     Gradients still flow *through* the classifier, to its input.
@@ -66,7 +68,7 @@ def frozen(classifier: nn.Module) -> Iterator[nn.Module]:
     flags = [(parameter, parameter.requires_grad) for parameter in classifier.parameters()]
     classifier.eval().requires_grad_(False)
     try:
-        yield classifier
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -90,16 +92,15 @@ class Noise(Synthesizer):
     low: Tensor
     high: Tensor
 
-    def __init__(self, multiscale: bool = True, low: float | Sequence[float] = 0.0, high: float | Sequence[float] = 1.0):
+    def __init__(self, multiscale: bool = True, low: float | Sequence[float] | Tensor = 0.0, high: float | Sequence[float] | Tensor = 1.0):
         super().__init__()
         self.multiscale = multiscale
-        self.register_buffer("low", torch.as_tensor(low, dtype=torch.float32).reshape(-1, 1, 1))
-        self.register_buffer("high", torch.as_tensor(high, dtype=torch.float32).reshape(-1, 1, 1))
+        register_range(self, low, high)
 
-    def sample(self, classifier: nn.Module, x: Tensor, y: Tensor) -> Candidates:
+    def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """Noise images of the shape and on the device of ``x``, all aimed at the garbage class."""
         images = self.draw(tuple(x.shape)).to(x.device)
-        return Candidates(images, torch.full((len(images),), classifier.num_classes, device=x.device))  # type: ignore[arg-type]
+        return Candidates(images, torch.full((len(images),), classifier.num_classes, device=x.device))
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Noise images of shape ``(M, C, H, W)`` in ``[low, high]``, on the device of the range."""

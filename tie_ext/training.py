@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tie_ext.checks import check_finite, check_images, check_labels, check_number
+from tie_ext.checks import check_images, check_labels, check_number
 from tie_ext.decision import uncertainty
 from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import load_state, save_state
@@ -59,10 +59,6 @@ class TIEConfig:
     """Weight of its cosine term at the start of the run (the paper: 10)."""
     gamma_end: float = 1.0
     """Weight of its cosine term at the end of the run (the paper: 100)."""
-    low: float | tuple[float, ...] = 0.0
-    """Smallest value of the data, one number or one a channel."""
-    high: float | tuple[float, ...] = 1.0
-    """Largest value of the data, one number or one a channel."""
     seed: int = 0
     """Seed of all that is random inside an epoch."""
 
@@ -80,9 +76,6 @@ class TIEConfig:
         check_number("lam", self.lam, -math.inf, 1e6)
         if self.prior not in ("multiscale", "white"):
             raise ValueError(f"Expected prior to be 'multiscale' or 'white', but got {self.prior!r}")
-        low, high = torch.as_tensor(self.low), torch.as_tensor(self.high)
-        if low.shape not in ((), high.shape) or not bool((low < high).all()):
-            raise ValueError(f"Expected low < high, numbers or one for each channel, but got low={self.low!r}, high={self.high!r}")
 
 
 @dataclass(frozen=True)
@@ -132,36 +125,37 @@ class TIETrainer:
     same as one that was not.
 
     Arguments:
-        net: The network. Move it to its device first; all else follows it.
-        image_shape: ``(C, S, S)`` of the images, S in [28, 224].
+        net: The network, with its ``image_shape``. Move it to its device first; all else follows it.
         config: The settings.
         synthesizers: Who proposes outliers; None for TIE's :class:`~tie_ext.inversion.Inversion`, an empty list for a garbage class that
             stays as it began (the paper's "No TIE").
         progress: Show progress bars.
 
     Raises:
-        ValueError: If the shape is not one a generator can make.
+        ValueError: If the network has no image shape, or one that no generator can make.
 
     Example:
-        >>> trainer = TIETrainer(TIENet(Conv3(), 10), (1, 28, 28), TIEConfig(epochs=1))
+        >>> trainer = TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), TIEConfig(epochs=1))
         >>> log = trainer.epoch(batches)  # doctest: +SKIP
     """
 
     def __init__(
         self,
         net: TIENet,
-        image_shape: Sequence[int],
         config: TIEConfig | None = None,
         synthesizers: Sequence[Synthesizer] | None = None,
         progress: bool = False,
     ):
         # Channels last: the same numbers, and on a CPU convolutions train in half and evaluate in a third of the time (MNIST, Conv3).
-        self.net, self.image_shape, self.config = net.to(memory_format=torch.channels_last), tuple(image_shape), config or TIEConfig()
+        self.net, self.config = net.to(memory_format=torch.channels_last), config or TIEConfig()
+        if net.image_shape is None:
+            raise ValueError("Expected a TIENet with an image_shape to invert, but got None; give it as TIENet(..., image_shape=(C, S, S))")
+        self.image_shape = net.image_shape
         c = self.config
         self.device = next(net.parameters()).device
         with seeded(c.seed):
-            noise = Noise(c.prior == "multiscale", c.low, c.high)
-            self.pool = GarbagePool(c.pool_size, self.image_shape, c.low, c.high)
+            noise = Noise(c.prior == "multiscale", net.low.cpu(), net.high.cpu())
+            self.pool = GarbagePool(c.pool_size, self.image_shape, net.low, net.high)
             # As much noise as an epoch proposes, and at most half the pool, so that the first inversions find room.
             self.pool.add(noise.draw((min(c.candidates_per_class * (net.num_classes + 1), (c.pool_size + 1) // 2), *self.image_shape)))
             self.synthesizers = [self._inversion()] if synthesizers is None else list(synthesizers)
@@ -183,8 +177,8 @@ class TIETrainer:
             beta=c.beta,
             gamma=(c.gamma_start, c.gamma_end),
             width=c.generator_width,
-            low=c.low,
-            high=c.high,
+            low=self.net.low.cpu(),
+            high=self.net.high.cpu(),
         )
 
     def epoch(self, batches: Batches) -> EpochLog:
@@ -296,14 +290,13 @@ class TIETrainer:
 
     def _survey(self, batches: Batches) -> Tensor:
         """Look at all data once, before any work: shapes, types, ranges, labels, and how many samples each class has ``(n,)``."""
-        n, c = self.net.num_classes, self.config
-        low, high = (torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (c.low, c.high))
+        n, low, high = self.net.num_classes, self.net.low.cpu(), self.net.high.cpu()
         counts = torch.zeros(n, dtype=torch.long)
         for batch in self._bar(batches, "check"):
             if not isinstance(batch, Sequence) or len(batch) != 2:
                 raise ValueError(f"Expected batches of (images, labels), but got {type(batch).__name__}")
             x, y = batch
-            check_images(x, self.image_shape, low.to(getattr(x, "device", "cpu")), high.to(getattr(x, "device", "cpu")))
+            check_images(x.cpu() if isinstance(x, Tensor) else x, self.image_shape, low, high)
             check_labels(y, len(x), n)
             counts += y.cpu().bincount(minlength=n)
         if counts.sum() == 0:
@@ -323,7 +316,6 @@ class TIETrainer:
         """
         state = {
             "config": asdict(self.config),
-            "image_shape": self.image_shape,
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pool": self.pool.state_dict(),
@@ -342,8 +334,8 @@ class TIETrainer:
         """
         state = load_state(path, "training")
         try:
-            mine = {"config": asdict(self.config), "image_shape": self.image_shape, "synthesizers": len(self.synthesizers)}
-            theirs = {"config": state["config"], "image_shape": state["image_shape"], "synthesizers": len(state["synthesizers"])}
+            mine = {"config": asdict(self.config), "synthesizers": len(self.synthesizers)}
+            theirs = {"config": state["config"], "synthesizers": len(state["synthesizers"])}
             if str(_plain(mine)) != str(_plain(theirs)):
                 raise ValueError(f"Expected a run with {_plain(mine)}, but got one with {_plain(theirs)}")
             self.net.load_state_dict(state["net"])

@@ -1,0 +1,271 @@
+"""TIE beside what it has to beat, on the same data, backbone, initial weights and order of batches.
+
+Methods: ``tie``; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class stays the noise it began with (no TIE); ``plain``,
+the n-class network that pytorch-ood's MSP, energy and Mahalanobis read. Metrics are pytorch-ood's own (OOD is the positive class).
+"""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tie_ext.data import Batches, ImageSet
+from tie_ext.decision import decide
+from tie_ext.networks import TIENet
+from tie_ext.synthesis import frozen
+from tie_ext.training import EpochLog, TIEConfig, TIETrainer, seeded
+
+METHODS = ("tie", "multiscale", "white", "plain")
+"""TIE, the two no-TIE baselines, and the n-class network for post-hoc detectors."""
+LABELS = {"tie": "TIE", "multiscale": "no TIE, multi-scale noise", "white": "no TIE, white noise", "plain": "plain n-class network"}
+"""How tables name them."""
+
+
+def make_trainer(method: str, net: TIENet, config: TIEConfig, progress: bool = False) -> TIETrainer:
+    """The trainer of an (n+1)-class method.
+
+    Raises:
+        ValueError: If there is no such method.
+    """
+    if method not in METHODS[:3]:
+        raise ValueError(f"Expected one of {', '.join(METHODS[:3])}, but got {method!r}")
+    if method == "tie":
+        return TIETrainer(net, config, progress=progress)
+    return TIETrainer(net, replace(config, prior=method), synthesizers=[], progress=progress)
+
+
+def train_plain(net: TIENet, batches: Batches, config: TIEConfig, progress: bool = False) -> None:
+    """Train the n ID logits alone, by plain cross-entropy; the same optimiser, learning rate, epochs and seeds as TIE's."""
+    net.to(memory_format=torch.channels_last).train()
+    device = net.fc.weight.device
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
+    for t in range(config.epochs):
+        with seeded(config.seed * 100_003 + t + 1):
+            for x, y in tqdm(batches, desc=f"epoch {t + 1}: plain", leave=False, disable=not progress):
+                loss = F.cross_entropy(net(x.to(device)), y.to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+
+def train(
+    method: str,
+    backbone: Callable[[], nn.Module],
+    images: ImageSet,
+    config: TIEConfig,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+    after_epoch: Callable[[TIETrainer], None] = lambda trainer: None,
+) -> tuple[TIENet, list[EpochLog]]:
+    """Train one method from the initial weights that ``config.seed`` gives.
+
+    Arguments:
+        method: One of :data:`METHODS`.
+        backbone: Makes the backbone.
+        images: The ID training images.
+        config: Settings of the run.
+        batch_size: ID images a batch.
+        device: Where to train.
+        progress: Show progress bars.
+        after_epoch: Called with the trainer after each epoch (not for ``plain``).
+
+    Returns:
+        The network in evaluation mode, and the log (empty for ``plain``).
+    """
+    with seeded(config.seed):
+        net = TIENet(backbone(), len(images.classes), images.shape, classes=images.classes).to(device)
+    batches = Batches(images, batch_size, shuffle=True)
+    log: list[EpochLog] = []
+    if method == "plain":
+        train_plain(net, batches, config, progress)
+    else:
+        trainer = make_trainer(method, net, config, progress)
+        for _ in range(config.epochs):
+            log.append(trainer.epoch(batches))
+            after_epoch(trainer)
+    return net.eval(), log
+
+
+@torch.no_grad()
+def all_logits(net: TIENet, images: ImageSet) -> Tensor:
+    """The n+1 logits ``(N, n+1)`` of all images, on the CPU; the network is left as it was."""
+    device = net.fc.weight.device
+    with frozen(net):
+        return torch.cat([net(x.to(device), garbage=True).cpu() for x, _ in Batches(images, 500)])
+
+
+def tie_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
+    """Score and decisions of an (n+1)-class network.
+
+    Arguments:
+        net: The network.
+        sets: Image sets by name; the one with labels >= 0 is ID.
+
+    Returns:
+        Scores ``{"score": {set: (N,)}}``, larger = more OOD; and, by set, ``garbage_rate`` (rejected at level 1), ``rejected`` (at either
+        level) and, for the ID set, ``accuracy`` over n+1 outputs; all in [0, 1].
+    """
+    scores, facts = {}, {}
+    for name, images in sets.items():
+        logits = all_logits(net, images)
+        decision = decide(logits, net.tau.cpu())
+        scores[name] = decision.score
+        level = decision.level
+        facts[name] = {"garbage_rate": (level == 1).double().mean().item(), "rejected": (level > 0).double().mean().item()}
+        if bool((images.y >= 0).all()):
+            facts[name]["accuracy"] = (logits.argmax(1) == images.y).double().mean().item()
+    return {"score": scores}, facts
+
+
+def posthoc_scores(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
+    """Scores of pytorch-ood's MSP, energy and Mahalanobis on the n ID logits and features of a network.
+
+    Arguments:
+        net: The network, on the CPU or a GPU.
+        sets: Image sets by name.
+        fit_on: ID training images, for the detectors that are fitted.
+
+    Returns:
+        As :func:`tie_scores`: scores by detector and set, larger = more OOD; and the ID accuracy over the n outputs.
+    """
+    from pytorch_ood.detector import EnergyBased, Mahalanobis, MaxSoftmax
+
+    device = net.fc.weight.device
+    detectors = {"MSP": MaxSoftmax(net), "energy": EnergyBased(net), "Mahalanobis": Mahalanobis(net.features)}
+    scores: dict[str, dict[str, Tensor]] = {}
+    with frozen(net), torch.no_grad():
+        for label, detector in detectors.items():
+            if detector.requires_fit:
+                detector.to(device).fit(Batches(fit_on, 500))
+            scores[label] = {
+                name: torch.cat([detector.predict(x.to(device)).cpu() for x, _ in Batches(images, 500)]) for name, images in sets.items()
+            }
+        facts = {
+            name: {"accuracy": (all_logits(net, images)[:, :-1].argmax(1) == images.y).double().mean().item()}
+            for name, images in sets.items()
+            if bool((images.y >= 0).all())
+        }
+    return scores, facts
+
+
+def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
+    """AUROC, AUPR and FPR@95%TPR in [0, 1], computed by pytorch-ood; OOD is the positive class, as in both hosts.
+
+    Arguments:
+        id_scores: ``(N,)``, larger = more OOD.
+        ood_scores: ``(M,)``.
+    """
+    from pytorch_ood.metrics import OODMetrics
+
+    labels = torch.cat([torch.zeros(len(id_scores)), -torch.ones(len(ood_scores))]).long()
+    result = OODMetrics().update(torch.cat([id_scores, ood_scores]), labels).compute()
+    return {"auroc": result["AUROC"], "aupr": result["AUPR-OUT"], "fpr95": result["FPR95TPR"]}
+
+
+def evaluate(method: str, net: TIENet, test: ImageSet, ood: Mapping[str, ImageSet], fit_on: ImageSet) -> tuple[dict, dict]:
+    """All numbers of one trained method.
+
+    Arguments:
+        method: One of :data:`METHODS`.
+        net: Its network.
+        test: ID test images.
+        ood: OOD image sets by name.
+        fit_on: ID training images.
+
+    Returns:
+        ``{"accuracy": ..., "rejected": ..., "scores": {score: {set: {auroc, aupr, fpr95}}}, "garbage_rate": {set: ...}}`` and the scores
+        themselves ``{score: {set: (N,)}}``, where the ID set is called ``id``.
+    """
+    sets = {"id": test, **ood}
+    scores, facts = posthoc_scores(net, sets, fit_on) if method == "plain" else tie_scores(net, sets)
+    numbers = {
+        "accuracy": facts["id"]["accuracy"],
+        "scores": {label: {name: ood_metrics(of["id"], of[name]) for name in ood} for label, of in scores.items()},
+    }
+    if method != "plain":
+        numbers["id_garbage_rate"], numbers["id_rejected"] = facts["id"]["garbage_rate"], facts["id"]["rejected"]
+        numbers["garbage_rate"] = {name: facts[name]["garbage_rate"] for name in ood}
+        numbers["rejected"] = {name: facts[name]["rejected"] for name in ood}
+    return numbers, scores
+
+
+def cell(
+    method: str,
+    backbone: Callable[[], nn.Module],
+    images: ImageSet,
+    test: ImageSet,
+    ood: Mapping[str, ImageSet],
+    config: TIEConfig,
+    about: Mapping[str, object],
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> dict:
+    """Train and evaluate one method, and say all that is needed to do it again.
+
+    Arguments:
+        about: Facts about the data to record (names, counts).
+
+    The other arguments are those of :func:`train` and :func:`evaluate`.
+
+    Returns:
+        A JSON-able record: numbers, log, seconds, peak memory after each epoch (MB), command, commit, versions, settings.
+    """
+    memory: list[float] = []
+    start = time.perf_counter()
+    net, log = train(method, backbone, images, config, batch_size, device, progress, lambda trainer: memory.append(peak_memory()))
+    seconds = time.perf_counter() - start
+    numbers, _ = evaluate(method, net, test, ood, images)
+    return {
+        "method": method,
+        **about,
+        "images": len(images),
+        "test_images": len(test),
+        "ood_images": {name: len(s) for name, s in ood.items()},
+        "batch_size": batch_size,
+        "config": _jsonable(asdict(config)),
+        "numbers": numbers,
+        "seconds": seconds,
+        "peak_memory_mb": memory,
+        "log": [asdict(entry) for entry in log],
+        **provenance(),
+    }
+
+
+def peak_memory() -> float:
+    """Most memory this process has held so far, MB (resident set)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def provenance(packages: Sequence[str] = ("torch", "torchvision", "numpy", "pytorch-ood", "scikit-learn")) -> dict:
+    """Command, commit, versions and machine of this process."""
+    versions = {"python": platform.python_version()}
+    for package in ("tie_ext", *packages):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    where = Path(__file__).resolve().parent
+    git = ["git", "-C", os.fspath(where), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"command": " ".join(sys.argv), "commit": commit, "versions": versions, "threads": torch.get_num_threads()}
+
+
+def _jsonable(config: dict) -> dict:
+    return {k: str(v) if v == -float("inf") else v for k, v in config.items()}
