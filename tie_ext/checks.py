@@ -32,9 +32,7 @@ def check_finite(x: Tensor, name: str) -> None:
         raise ValueError(f"Expected finite {name}, but got {int(bad.sum())} NaN or infinite values, the first in row {row}")
 
 
-def check_images(
-    x: Tensor, shape: Sequence[int] | None = None, low: float | Tensor | None = None, high: float | Tensor | None = None
-) -> None:
+def check_images(x: Tensor, shape: Sequence[int] | None = None, low: float | Tensor | None = None, high: float | Tensor | None = None) -> None:
     """Refuse anything but a finite floating-point batch of images ``(B, C, H, W)`` with B >= 1.
 
     Arguments:

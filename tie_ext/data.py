@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.checks import check_number
@@ -132,9 +133,7 @@ def _folder(path: Path, channels: int, size: int) -> ImageSet:
     if not path.is_dir():
         raise ValueError(f"Expected a folder with one folder of images a class at {path}, but got no folder")
     classes = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
-    files = [
-        (file, label) for label, folder in enumerate(classes) for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES
-    ]
+    files = [(file, label) for label, folder in enumerate(classes) for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES]
     if not files:
         raise ValueError(f"Expected images in folders, one a class, below {path}, but got none ({', '.join(sorted(_SUFFIXES))})")
     x = torch.empty((len(files), channels, size, size), dtype=torch.uint8)
@@ -170,8 +169,7 @@ def reshape(x: Tensor, channels: int, size: int) -> Tensor:
     elif x.shape[1] == 1 and channels == 3:
         x = x.expand(-1, 3, -1, -1)
     if x.shape[-2:] != (size, size):
-        options = {"size": (size, size), "mode": "bilinear", "antialias": True, "align_corners": False}
-        parts = [torch.nn.functional.interpolate(part.float(), **options) for part in x.split(4096)]
+        parts = [F.interpolate(part.float(), (size, size), mode="bilinear", align_corners=False, antialias=True) for part in x.split(4096)]
         x = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
     return x.contiguous()
 

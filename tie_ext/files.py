@@ -82,9 +82,7 @@ def load_state(path: str | os.PathLike, kind: str) -> dict:
     if header.get("format") != FORMAT or header.get("kind") != kind:
         raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got one of {found}")
     if header.get("version") != str(VERSION):
-        raise ValueError(
-            f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got one of {found}; a newer tie_ext reads it"
-        )
+        raise ValueError(f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got one of {found}; a newer tie_ext reads it")
     try:
         state = _unflatten(json.loads(header["state"]), tensors)
     except (KeyError, ValueError, TypeError, RecursionError) as error:

@@ -93,7 +93,7 @@ class Inversion(Synthesizer):
         self,
         image_shape: Sequence[int],
         num_classes: int,
-        steps: int = 100,
+        steps: int = 200,
         batch_size: int = 128,
         lr: float = 1e-3,
         alpha: float = 0.1,

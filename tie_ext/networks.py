@@ -8,6 +8,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import overload
 
 import torch
@@ -210,9 +211,7 @@ class _PlainCNN(nn.Module):
             layers += _conv(cin, cout, pool)
         # Pooling to 3x3 whatever the image size; one size of hidden layer for 28 as for 224 pixels.
         self.conv = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten())
-        self.hidden = nn.Sequential(
-            nn.Linear(9 * widths[-1], feature_size, bias=False), nn.BatchNorm1d(feature_size), nn.ReLU(inplace=True)
-        )
+        self.hidden = nn.Sequential(nn.Linear(9 * widths[-1], feature_size, bias=False), nn.BatchNorm1d(feature_size), nn.ReLU(inplace=True))
         self.fc = nn.Linear(feature_size, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,9 +265,7 @@ class ResidualCNN(nn.Module):
         self.feature_size = 512
         widths = (64, 64, 128, 256, 512)
         blocks = [
-            block
-            for i, (cin, cout) in enumerate(zip(widths, widths[1:], strict=False))
-            for block in (_Residual(cin, cout, 1 if i == 0 else 2), _Residual(cout, cout, 1))
+            block for i, (cin, cout) in enumerate(pairwise(widths)) for block in (_Residual(cin, cout, 1 if i == 0 else 2), _Residual(cout, cout, 1))
         ]
         self.stages = nn.Sequential(*_conv(in_channels, 64, pool=False), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(512, num_classes)

@@ -45,8 +45,8 @@ class TIEConfig:
     """Most garbage images kept, as uint8: 16 MB at 28x28 grey, 60 MB at 32x32 colour, 3 GB at 224x224 colour."""
     prior: str = "multiscale"
     """What the pool starts with: ``multiscale`` noise, or ``white`` as in the paper."""
-    generator_steps: int = 100
-    """Steps of the generator an epoch."""
+    generator_steps: int = 200
+    """Steps of the generator an epoch; 200 against 100: more inversions land where they were asked (``docs/defaults.md``)."""
     generator_lr: float = 1e-3
     """Learning rate of the generator (Adam)."""
     generator_width: int = 32
@@ -160,7 +160,7 @@ class TIETrainer:
             self.pool.add(noise.draw((min(c.candidates_per_class * (net.num_classes + 1), (c.pool_size + 1) // 2), *self.image_shape)))
             self.synthesizers = [self._inversion()] if synthesizers is None else list(synthesizers)
         for synthesizer in self.synthesizers:
-            synthesizer.to(self.device, memory_format=torch.channels_last)
+            synthesizer.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=c.lr)
         self.counts: Tensor | None = None
         self.log: list[EpochLog] = []
@@ -210,7 +210,7 @@ class TIETrainer:
         return self.log[-1]
 
     def class_weights(self) -> Tensor:
-        """Weights ``(n+1,)`` of the cross-entropy, from this epoch's counts: every class weighs the same in sum, the mean over samples is 1.
+        """Weights ``(n+1,)`` of the cross-entropy, from this epoch's counts: every class weighs the same in sum, their mean is 1.
 
         Paper: "proportions". Here: inverse proportions, because only these correct the imbalance that the growing garbage class brings.
         """
