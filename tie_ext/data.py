@@ -74,7 +74,7 @@ class Batches:
             yield self.images.x[rows].float() / 255, self.images.y[rows]
 
 
-def load(name: str, split: str, root: str | os.PathLike, shape: Sequence[int] | None = None, download: bool = False) -> ImageSet:
+def load(name: str, split: str, root: str | os.PathLike = "data", shape: Sequence[int] | None = None, download: bool = False) -> ImageSet:
     """A named set, or ``folder:PATH``, brought to a shape.
 
     Arguments:
@@ -91,8 +91,7 @@ def load(name: str, split: str, root: str | os.PathLike, shape: Sequence[int] | 
     """
     if split not in ("train", "test"):
         raise ValueError(f"Expected split to be 'train' or 'test', but got {split!r}")
-    own = _SHAPES.get(name, (3, 32, 32) if name in NAMES else (3, 64, 64))
-    channels, size = (shape or own)[0], (shape or own)[1]
+    channels, size = (shape or own_shape(name))[:2]
     if name.startswith("folder:"):
         path = Path(name.removeprefix("folder:"))
         return _folder(path / split if (path / split).is_dir() else path, channels, size)
@@ -103,6 +102,11 @@ def load(name: str, split: str, root: str | os.PathLike, shape: Sequence[int] | 
         return _torchvision(name, split, Path(root), channels, size, download)
     looked = ", ".join(str(p / split) for p in _places(Path(root), name))
     raise ValueError(f"Expected a data set, one of {', '.join(NAMES)} or folder:PATH, but got {name!r} and no folder {looked}")
+
+
+def own_shape(name: str) -> tuple[int, int, int]:
+    """``(C, S, S)`` a set is loaded at unless told otherwise; 3 channels and 64 pixels for a folder."""
+    return _SHAPES.get(name, (3, 32, 32) if name in NAMES else (3, 64, 64))
 
 
 def _places(root: Path, name: str) -> list[Path]:
@@ -191,3 +195,62 @@ def noise(kind: str, count: int, shape: Sequence[int], seed: int = 0) -> ImageSe
     else:
         raise ValueError(f"Expected kind to be 'gaussian' or 'uniform', but got {kind!r}")
     return ImageSet((x * 255).round().to(torch.uint8), torch.full((count,), -1))
+
+
+def demo() -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+    """Real images that ship with scikit-learn and matplotlib: nothing to download.
+
+    ID are scikit-learn's handwritten digits, 8x8 pixels. All OOD images go through the same 8x8 pixels, so that blur does not give them away:
+    patches of scikit-learn's two photographs, printed letters (those that look like no digit) in matplotlib's fonts, and Gaussian noise.
+
+    Returns:
+        ID training set, ID test set (one image in four), OOD sets by name; grey, 28x28.
+    """
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    images = _through_8x8(torch.as_tensor(x).reshape(-1, 1, 8, 8) * (255 / 16))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    classes = tuple(map(str, range(10)))
+    labels = torch.as_tensor(y).long()
+    train, test = (ImageSet(images[rows], labels[rows], classes) for rows in (order[len(order) // 4 :], order[: len(order) // 4]))
+    return train, test, {"photographs": _photographs(450), "letters": _letters(), "noise": noise("gaussian", 450, (1, 28, 28))}
+
+
+def _through_8x8(x: Tensor) -> Tensor:
+    small = F.interpolate(x.float(), (8, 8), mode="bilinear", align_corners=False, antialias=True)
+    return reshape(small.round().clamp(0, 255).to(torch.uint8), 1, 28)
+
+
+def _unlabelled(x: Tensor) -> ImageSet:
+    return ImageSet(x, torch.full((len(x),), -1))
+
+
+def _photographs(count: int) -> ImageSet:
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    photographs = [reshape(torch.tensor(p).permute(2, 0, 1)[None], 1, 416)[0] for p in load_sample_images().images]
+    patches = []
+    for i in range(count):
+        top, left = rng.integers(0, 416 - 64, 2)
+        patches.append(photographs[i % 2][:, top : top + 64, left : left + 64])
+    return _unlabelled(_through_8x8(torch.stack(patches)))
+
+
+def _letters() -> ImageSet:
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    drawn = []
+    for face in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral"):
+        font = ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", f"{face}.ttf"), 56)
+        for letter in "ACEFHJKLMNPRTUVWXYadehkmnprtuvwxy":
+            page = Image.new("L", (128, 128))
+            ImageDraw.Draw(page).text((32, 24), letter, fill=255, font=font)
+            box = page.getbbox()  # as the digits: the mark fills the image's height
+            mark = page.crop(box).resize((max(1, round(64 * (box[2] - box[0]) / (box[3] - box[1]))), 64)) if box else page
+            canvas = Image.new("L", (64, 64))
+            canvas.paste(mark.resize((min(64, mark.width), 64)), (max(0, (64 - mark.width) // 2), 0))
+            drawn.append(torch.from_numpy(np.array(canvas))[None])
+    return _unlabelled(_through_8x8(torch.stack(drawn)))

@@ -1,0 +1,162 @@
+"""The command line: ``tie-ext demo | train | score | report``. The only room that prints."""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from tie_ext import __version__
+from tie_ext.decision import Decision
+from tie_ext.networks import BACKBONES, TIENet
+from tie_ext.training import TIEConfig
+
+DEMO = TIEConfig(
+    epochs=20, lr=1e-3, candidates_per_class=100, pool_size=1000, generator_steps=40
+)  # 1348 small images: fewer of everything, and a learning rate that few steps can work with
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; see ``tie-ext --help``.
+
+    Returns:
+        0 when done, 1 where the input is not as expected, 130 when interrupted.
+    """
+    a = _parser().parse_args(arguments)
+    try:
+        a.command(a)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"tie-ext: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"tie-ext: {error}; pip install 'tie_ext[cli]' brings what the command line needs", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = f"; finished epochs are kept, go on with: tie-ext train --resume {a.out or a.resume}" if a.name == "train" else ""
+        print(f"\ntie-ext: stopped{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tie-ext", description="TIE: out-of-distribution detection with a garbage class")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, dest="name", metavar="demo | train | score | report")
+
+    demo = commands.add_parser("demo", help="train and compare on images that need no download, in two minutes")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for table, figures and detector (default: demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(command=_demo)
+
+    train = commands.add_parser("train", help="train TIE on a data set")
+    train.add_argument("--data", help="mnist, fashionmnist, svhn, cifar10, cifar100, tinyimagenet or folder:PATH")
+    train.add_argument("--out", type=Path, help="run folder")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
+    train.add_argument("--root", default="data", help="where the named sets lie (default: data)")
+    train.add_argument("--download", action="store_true", help="let torchvision download what is missing")
+    train.add_argument("--ood", nargs="*", default=[], metavar="SET", help="sets to score at the end, beside noise")
+    train.add_argument("--backbone", choices=list(BACKBONES), help="default: conv3 for grey, conv5 for colour images")
+    train.add_argument("--images", type=int, help="train on a random subset of this many images")
+    train.add_argument("--size", type=int, help="image size in pixels (default: the set's own, 64 for folders)")
+    train.add_argument("--batch-size", type=int, default=128)
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for f in fields(TIEConfig):  # every setting of the method is a flag of its name
+        kind: type = {"int": int, "float": float}.get(str(getattr(f.type, "__name__", f.type)), str)
+        train.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"default: {f.default}")
+    train.set_defaults(command=_train)
+
+    score = commands.add_parser("score", help="label, level, uncertainty and score of images, a row each")
+    score.add_argument("run", type=Path, metavar="RUN")
+    score.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    score.add_argument("--format", choices=("csv", "jsonl"), default="csv")
+    score.set_defaults(command=_score)
+
+    report = commands.add_parser("report", help="figures, table and settings of a run on one HTML page")
+    report.add_argument("run", type=Path, metavar="RUN")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _demo(a: argparse.Namespace) -> None:
+    from tie_ext import comparison, report, run
+    from tie_ext.files import save_state, write_json
+
+    start = time.perf_counter()
+    settings = run.Settings(data="demo", batch_size=32, config=replace(DEMO, seed=a.seed))
+    images, test, ood = run.load_images(settings)
+    print(f"{len(images)} digits to train on, {len(test)} to test; OOD: {', '.join(f'{len(s)} {name}' for name, s in ood.items())}")
+    record = run.train(a.out, settings, progress=_interactive())
+    numbers, scores = {"TIE": record["numbers"]}, run.load_state(a.out / "scores.safetensors", "scores")
+    for method in ("multiscale", "plain"):
+        net, _ = comparison.train(method, BACKBONES["conv3"], images, settings.config, settings.batch_size, progress=_interactive())
+        numbers[comparison.LABELS[method]], values = comparison.evaluate(method, net, test, ood, images)
+        scores |= {comparison.LABELS[method] if label == "score" else label: sets for label, sets in values.items()}
+    save_state(a.out / "scores.safetensors", "scores", scores)
+    write_json(a.out / "run.json", {**record, "comparison": numbers})
+    print(report.table([row for label, n in numbers.items() for row in report.result_rows(label, n)]))
+    print(f"all numbers in percent; seed {a.seed}, {time.perf_counter() - start:.0f} s of training and scoring")
+    print(f"report: {report.write_report(a.out)}\ndetector: {a.out / 'network.safetensors'}")
+
+
+def _train(a: argparse.Namespace) -> None:
+    from tie_ext import data, report, run
+
+    if a.resume is not None:
+        if a.data or a.out:
+            raise ValueError("Expected --resume RUN alone, but got --data or --out too; a run keeps its settings")
+        folder, settings = a.resume, None
+    else:
+        if not a.data or not a.out:
+            raise ValueError("Expected --data and --out (or --resume RUN), but got neither or only one of them")
+        folder, config = a.out, TIEConfig(**{f.name: getattr(a, f.name) for f in fields(TIEConfig)})
+        backbone = a.backbone or ("conv3" if data.own_shape(a.data)[0] == 1 else "conv5")
+        settings = run.Settings(a.data, a.root, backbone, a.images, a.size, a.batch_size, tuple(a.ood), a.download, config)
+    record = run.train(folder, settings, a.device, progress=_interactive())
+    print(report.table(report.result_rows("TIE", record["numbers"])))
+    print(f"run: {folder}; pictures: tie-ext report {folder}")
+
+
+def _score(a: argparse.Namespace) -> None:
+    from tie_ext import data
+
+    net = TIENet.load(a.run / "network.safetensors" if a.run.is_dir() else a.run)
+    assert net.image_shape is not None  # a saved run has one
+    channels, size, _ = net.image_shape
+    out = csv.writer(sys.stdout) if a.format == "csv" else None
+    if out:
+        out.writerow(["image", "label", "level", "uncertainty", "score"])
+    for start in range(0, len(a.images), 256):
+        paths = a.images[start : start + 256]
+        x = torch.stack([data.read_image(path, channels, size) for path in paths]).float() / 255
+        for path, row in zip(paths, _rows(net, net.decide(net.low + (net.high - net.low) * x)), strict=True):
+            if out:
+                out.writerow([path, *row.values()])
+            else:
+                print(json.dumps({"image": str(path), **row}))
+
+
+def _rows(net: TIENet, decision: Decision) -> list[dict]:
+    columns = (field.tolist() for field in decision)
+    return [
+        {"label": net.classes[label] if net.classes else label, "level": level, "uncertainty": round(u, 6), "score": round(score, 4)}
+        for label, u, score, level in zip(*columns, strict=True)
+    ]
+
+
+def _report(a: argparse.Namespace) -> None:
+    from tie_ext import report
+
+    print(report.write_report(a.run))
+
+
+def _interactive() -> bool:
+    return sys.stderr.isatty()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""A run folder: what was asked for, where training stands, the network to score with, and what the report shows.
+
+RUN/run.json               settings, versions, log, results: for people and for the report
+RUN/network.safetensors    the network with its tau: what ``tie-ext score`` and :meth:`TIENet.load` read
+RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead of the others
+RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the pictures
+RUN/scores.safetensors     test scores of the ID set and each OOD set
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tie_ext import data
+from tie_ext.comparison import evaluate, provenance
+from tie_ext.data import Batches, ImageSet
+from tie_ext.files import load_state, save_state, write_json
+from tie_ext.inversion import Inversion
+from tie_ext.networks import BACKBONES, TIENet
+from tie_ext.synthesis import frozen
+from tie_ext.training import TIEConfig, TIETrainer, seeded
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do; together with the images it determines the result."""
+
+    data: str
+    """A named set or ``folder:PATH``; ``demo`` for the built-in digits."""
+    root: str = "data"
+    """Where the named sets lie."""
+    backbone: str = "conv3"
+    """One of the paper's CNNs."""
+    images: int | None = None
+    """Train on a random subset of this many images; None for all."""
+    size: int | None = None
+    """Image size; None for the set's own."""
+    batch_size: int = 128
+    """ID images a batch."""
+    ood: tuple[str, ...] = ()
+    """Sets to score at the end, beside noise."""
+    download: bool = False
+    """Let torchvision download what is missing."""
+    config: TIEConfig = field(default_factory=TIEConfig)
+    """The method's settings."""
+
+
+def load_images(settings: Settings) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+    """ID training set, ID test set and OOD sets of a run.
+
+    Raises:
+        ValueError: If a set is missing or unknown.
+    """
+    if settings.data == "demo":
+        return data.demo()
+    shape = None if settings.size is None else (data.own_shape(settings.data)[0], settings.size, settings.size)
+    train = data.load(settings.data, "train", settings.root, shape, settings.download).first(settings.images, settings.config.seed)
+    test = data.load(settings.data, "test", settings.root, train.shape, settings.download)
+    if test.classes != train.classes:
+        raise ValueError(f"Expected the same classes in training and test images, but got {train.classes} and {test.classes}")
+    ood = {name: data.load(name, "test", settings.root, train.shape, settings.download) for name in settings.ood}
+    return train, test, ood | {"noise": data.noise("gaussian", min(len(test), 10_000), train.shape)}
+
+
+def train(folder: str | os.PathLike, settings: Settings | None = None, device: str = "cpu", progress: bool = False) -> dict:
+    """Start a run, or go on with one, to its last epoch, and score the test images.
+
+    Arguments:
+        folder: The run folder.
+        settings: What to do; None to go on with the run in the folder.
+        device: Where to train.
+        progress: Show progress bars.
+
+    Returns:
+        The content of ``run.json``.
+
+    Raises:
+        ValueError: If a setting, the data or a file is not as expected, or the folder holds a run already.
+        FileNotFoundError: If there is no run to go on with.
+        OSError: If a file cannot be written; earlier results are intact.
+    """
+    folder = Path(folder)
+    resume = settings is None
+    if settings is None:
+        settings = read_settings(folder)
+    elif (folder / "training.safetensors").exists():
+        raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
+    if settings.backbone not in BACKBONES:
+        raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, but got {settings.backbone!r}")
+    images, test, ood = load_images(settings)
+    with seeded(settings.config.seed):
+        backbone = BACKBONES[settings.backbone](images.shape[0], len(images.classes))
+        net = TIENet(backbone, len(images.classes), images.shape, classes=images.classes).to(device)
+    trainer = TIETrainer(net, settings.config, progress=progress)
+    if resume and (folder / "training.safetensors").exists():
+        trainer.load(folder / "training.safetensors")
+    save_settings(folder, settings)
+    batches = Batches(images, settings.batch_size, shuffle=True)
+    while len(trainer.log) < settings.config.epochs:
+        trainer.epoch(batches)
+        save_snapshot(folder, trainer, test)
+        net.save(folder / "network.safetensors")
+        trainer.save(folder / "training.safetensors")
+    numbers, scores = evaluate("tie", net.eval(), test, ood, images)
+    save_state(folder / "scores.safetensors", "scores", {"TIE": scores["score"]})
+    return finish(folder, settings, trainer, numbers)
+
+
+def finish(folder: Path, settings: Settings, trainer: TIETrainer, numbers: Mapping) -> dict:
+    """Write ``run.json`` with log and results."""
+    record = {"settings": _json(asdict(settings)), "numbers": numbers, "log": [asdict(entry) for entry in trainer.log], **provenance()}
+    write_json(folder / "run.json", record)
+    return record
+
+
+def save_settings(folder: Path, settings: Settings) -> None:
+    """Write the settings, so that a run that is killed in its first epoch can be gone on with."""
+    write_json(folder / "run.json", {"settings": _json(asdict(settings)), **provenance()})
+
+
+def read_settings(folder: Path) -> Settings:
+    """Settings of the run in a folder.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If its ``run.json`` is not one.
+    """
+    import json
+
+    path = folder / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a run with a run.json at {folder}, but got none")
+    try:
+        raw = json.loads(path.read_text())["settings"]
+        config = dict(raw["config"], lam=float(raw["config"]["lam"]))
+        known = {f.name: raw[f.name] for f in fields(Settings) if f.name in raw}
+        return Settings(**{**known, "ood": tuple(raw["ood"]), "config": TIEConfig(**config)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected the settings of a run in {path}, but got: {error!r}") from error
+
+
+def _json(settings: dict) -> dict:
+    lam = settings["config"]["lam"]
+    return {**settings, "config": {**settings["config"], "lam": lam if lam != -float("inf") else "-inf"}}
+
+
+@torch.no_grad()
+def save_snapshot(folder: Path, trainer: TIETrainer, test: ImageSet, per_class: int = 8, points: int = 500) -> None:
+    """Keep what the pictures show of this epoch: inversions of every output, and features of test images and garbage."""
+    net, n, epoch = trainer.net, trainer.net.num_classes, len(trainer.log)
+    state: dict[str, Tensor] = {}
+    with seeded(epoch), frozen(net):
+        for synthesizer in trainer.synthesizers:
+            if isinstance(synthesizer, Inversion):
+                x = synthesizer.invert(torch.arange(n + 1).repeat_interleave(per_class)).x
+                x = (x - net.low) / (net.high - net.low)
+                state["inversions"] = (x * 255).round().to(torch.uint8).reshape(n + 1, per_class, *x.shape[1:])
+        some = test.first(points)
+        x = torch.cat([some.x.float() / 255, trainer.pool.draw(points // 5).cpu()])
+        state["features"] = net.features(x.to(trainer.device))
+        state["labels"] = torch.cat([some.y, torch.full((points // 5,), n)])
+    save_state(folder / "epochs" / f"{epoch:04d}.safetensors", "snapshot", dict(state))
+
+
+def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
+    """Snapshots by epoch."""
+    return {int(path.stem): load_state(path, "snapshot") for path in sorted((Path(folder) / "epochs").glob("*.safetensors"))}
