@@ -17,7 +17,7 @@ from tie_ext.networks import BACKBONES, TIENet
 from tie_ext.training import TIEConfig
 
 DEMO = TIEConfig(
-    epochs=20, lr=1e-3, candidates_per_class=100, pool_size=1000, generator_steps=40
+    epochs=10, lr=1e-3, candidates_per_class=100, pool_size=1000, generator_steps=40, generator_width=16
 )  # 1348 small images: fewer of everything, and a learning rate that few steps can work with
 
 

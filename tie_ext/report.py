@@ -120,7 +120,14 @@ def histograms(scores: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
     every = torch.cat(list(scores.values()))
     edges = np.linspace(float(every.quantile(0.001)), float(every.quantile(0.999)) + 1e-6, 60)
     for name, values in scores.items():
-        ax.hist(values.numpy(), edges.tolist(), density=True, histtype="stepfilled" if name == "id" else "step", alpha=0.4 if name == "id" else 1, label=name)
+        ax.hist(
+            values.numpy(),
+            edges.tolist(),
+            density=True,
+            histtype="stepfilled" if name == "id" else "step",
+            alpha=0.4 if name == "id" else 1,
+            label=name,
+        )
     ax.axvline(0, color="k", linewidth=0.8, linestyle=":")
     ax.set(xlabel="score (log-odds of garbage; larger = more OOD)", ylabel="density")
     ax.legend()

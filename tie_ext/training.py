@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from tie_ext.checks import check_images, check_labels, check_number
@@ -223,12 +224,8 @@ class TIETrainer:
         """Stage 1: weighted cross-entropy on the ID data and a draw from the garbage pool."""
         self.net.train()
         total, steps = torch.zeros((), device=self.device), 0
-        for x, y in self._bar(batches, "train"):
-            check_images(x, self.image_shape)
-            garbage = self.pool.draw(max(1, round(len(x) * self._garbage_ratio())))
-            target = torch.cat([y.to(self.device), torch.full((len(garbage),), self.net.num_classes, device=self.device)])
-            logits = self.net(torch.cat([x.to(self.device), garbage.to(self.device)]), garbage=True)
-            loss = F.cross_entropy(logits, target, weights)
+        for x, y in self._with_garbage(batches, "train"):
+            loss = F.cross_entropy(self.net(x, garbage=True), y, weights)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -236,7 +233,18 @@ class TIETrainer:
         mean = total.item() / max(1, steps)
         if not math.isfinite(mean):
             raise FloatingPointError(f"Expected a finite training loss, but got {mean} in epoch {len(self.log) + 1}; lower `lr`")
+        # BatchNorm's running statistics lag behind the weights, and behind garbage that is new in every epoch: measured on the demo, ID accuracy
+        # fell from 100 to 77 % between two epochs and came back in the next. One forward pass over the same mixture settles them.
+        update_bn((x for x, _ in self._with_garbage(batches, "statistics")), self.net)
         return {"classifier": mean}
+
+    def _with_garbage(self, batches: Batches, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """ID batches, each with its share of the garbage pool, on the device of the network."""
+        for x, y in self._bar(batches, name):
+            check_images(x, self.image_shape)
+            garbage = self.pool.draw(max(1, round(len(x) * self._garbage_ratio())))
+            target = torch.cat([y, torch.full((len(garbage),), self.net.num_classes, device=y.device)])
+            yield torch.cat([x.to(self.device), garbage.to(self.device)]), target.to(self.device)
 
     def invert(self, batches: Batches, progress: float) -> dict[str, float]:
         """Stage 2: every synthesizer learns from the frozen classifier."""

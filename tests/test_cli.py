@@ -1,0 +1,137 @@
+"""The command line as a user types it, on small images written for the test."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tie_ext.cli import main
+
+Image = pytest.importorskip("PIL.Image")
+FAST = ["--epochs", "3", "--candidates-per-class", "5", "--pool-size", "40", "--generator-steps", "2", "--generator-width", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, dark and bright, in train and test."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 6)):
+        for label, low in (("dark", 0), ("bright", 128)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(low, low + 128, (40, 36, 3), dtype=np.uint8)).save(root / split / label / f"{i}.png")
+    return root
+
+
+def train(folder, out, *more):
+    return ["train", "--data", f"folder:{folder}", "--size", "28", "--out", str(out), "--backbone", "conv3", *FAST, *more]
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(train(folder, out)) == 0
+    return out
+
+
+def test_train_leaves_a_run_that_says_what_it_did(run):
+    record = json.loads((run / "run.json").read_text())
+    assert record["settings"]["config"]["epochs"] == 3
+    assert len(record["log"]) == 3
+    assert {"accuracy", "scores", "garbage_rate"} <= set(record["numbers"])
+    assert {"command", "commit", "versions"} <= set(record)
+
+
+@pytest.mark.parametrize("how", ["csv", "jsonl"])
+def test_score_gives_one_row_an_image(run, folder, capsys, how):
+    images = [str(folder / "test" / "dark" / f"{i}.png") for i in range(3)]
+    assert main(["score", str(run), *images, "--format", how]) == 0
+    out = capsys.readouterr().out
+    rows = list(csv.DictReader(out.splitlines())) if how == "csv" else [json.loads(line) for line in out.splitlines()]
+    assert [row["image"] for row in rows] == images
+    assert {row["label"] for row in rows} <= {"bright", "dark"}
+    assert all(int(row["level"]) in (0, 1, 2) and 0 <= float(row["uncertainty"]) <= 1 and float(row["score"]) for row in rows)
+
+
+def test_report_is_one_page_that_needs_nothing_else(run, capsys):
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 6
+    assert "http" not in page.replace("http-equiv", "")
+    assert "AUROC" in page
+    assert {"inversions.png", "metrics.png", "features.png", "curves_TIE.png"} <= {p.name for p in (run / "figures").iterdir()}
+
+
+def test_a_killed_run_resumes_and_ends_bit_identical(run, folder, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "tie_ext.cli", *train(folder, out)])
+    while not (out / "training.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert main(["train", "--resume", str(out)]) == 0
+    assert (out / "network.safetensors").read_bytes() == (run / "network.safetensors").read_bytes()
+    assert (out / "scores.safetensors").read_bytes() == (run / "scores.safetensors").read_bytes()
+
+
+def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "tie_ext.cli", *train(folder, out, "--epochs", "500")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    while not (out / "training.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"tie-ext train --resume {out}" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "RUN", "missing.png"], "Expected an image file at missing.png"),
+        (["score", "nowhere", "x.png"], "Expected a tie_ext network file at"),
+        (["report", "nowhere"], "Expected a run with a run.json"),
+        (["train", "--resume", "nowhere"], "Expected a run with a run.json"),
+        (["train", "--data", "mnist"], "Expected --data and --out"),
+        (["train", "--data", "nothing", "--out", "new"], "Expected a data set, one of mnist"),
+        (["train", "--data", "folder:nowhere", "--out", "new"], "Expected a folder with one folder of images a class"),
+        (["train", "--data", "mnist", "--root", "nowhere", "--out", "new"], "Expected mnist in nowhere"),
+        (["train", "--data", "mnist", "--out", "new", "--lr", "0"], "Expected lr to be a number in (0, 1]"),
+        (["train", "--data", "mnist", "--out", "RUN"], "holds a run; go on with"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(run, capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run) if a == "RUN" else a for a in arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_demo_set_is_real_and_split(recwarn):
+    from tie_ext import data
+
+    train, test, ood = data.demo()
+    assert train.shape == test.shape == (1, 28, 28)
+    assert len(train) + len(test) == 1797
+    assert set(ood) == {"photographs", "letters", "noise"}
+    assert all(s.x.float().std() > 10 and s.x.dtype == torch.uint8 for s in (train, test, *ood.values()))
+
+
+def test_mnist_loads_from_where_it_lies(data_root):
+    from tie_ext import data
+
+    train = data.load("mnist", "train", data_root)
+    assert (len(train), train.shape, len(train.classes)) == (60_000, (1, 28, 28), 10)
+    colour = data.load("mnist", "test", data_root, (3, 32, 32))
+    assert colour.shape == (3, 32, 32)
+    assert torch.equal(colour.x[:, 0], colour.x[:, 1])

@@ -1,0 +1,64 @@
+"""The rules of the house: who imports whom, no code that runs from files, every public name documented."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tie_ext
+
+HOUSE = Path(tie_ext.__file__).parent
+ORDER = ["checks", "decision", "files", "networks", "synthesis", "inversion", "exclusion", "metrics", "training", "__init__", "data", "comparison", "run", "report", "cli"]
+LIGHT = ORDER[: ORDER.index("__init__") + 1]
+ROOMS = sorted(HOUSE.rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from ([f"tie_ext.{a.name}" for a in node.names] if node.module == "tie_ext" else [node.module])
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
+def test_a_room_imports_only_rooms_above_it(path):
+    assert path.stem in ORDER, "a new room needs a place in the order"
+    inside = {name.split(".")[1] for name in imports(path) if name.startswith("tie_ext.")}
+    below = {room for room in inside if room in ORDER and ORDER.index(room) >= ORDER.index(path.stem)}
+    assert not below
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
+def test_the_core_needs_torch_and_numpy_only(path):
+    outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"tie_ext"}
+    if path.stem in LIGHT:
+        assert outside <= {"torch", "numpy", "safetensors", "tqdm"}
+
+
+def test_import_tie_ext_loads_no_host_and_no_plotting():
+    code = "import sys, tie_ext; print({'pytorch_ood', 'openood', 'matplotlib', 'sklearn', 'torchvision', 'PIL'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
+def test_no_room_pins_a_device_evaluates_text_or_prints(path):
+    text = path.read_text()
+    assert not re.search(r"\.cuda\(|\bpickle\b|torch\.load\(|(?<![\w.])eval\(|(?<![\w.])exec\(", text)
+    assert path.stem == "cli" or not re.search(r"(?<![\w.])print\(", text)
+
+
+@pytest.mark.parametrize("name", tie_ext.__all__)
+def test_public_names_are_documented_and_annotated(name):
+    thing = getattr(tie_ext, name)
+    assert inspect.getdoc(thing)
+    members = [thing] if inspect.isfunction(thing) else [m for k, m in vars(thing).items() if inspect.isfunction(m) and not k.startswith("_")]
+    for member in members:
+        assert inspect.getdoc(member), member
+        hints = inspect.get_annotations(member)
+        missing = [p for p in inspect.signature(member).parameters if p not in hints and p != "self"]
+        assert not missing or member.__qualname__ == "TIENet.forward", (member, missing)  # which its overloads annotate

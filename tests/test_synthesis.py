@@ -1,0 +1,138 @@
+"""The law book over all synthesizers, and what is particular to noise and inversion."""
+
+import pytest
+import torch
+from conftest import SHAPE, make_net
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tie_ext import Inversion, Noise
+from tie_ext.inversion import loss_terms, soft_code
+from tie_ext.synthesis import frozen
+
+MAKERS = {
+    "white noise": lambda: Noise(multiscale=False),
+    "multi-scale noise": lambda: Noise(),
+    "inversion": lambda: Inversion(SHAPE, 3, steps=2, batch_size=4, width=4),
+}
+
+
+@pytest.fixture(params=list(MAKERS))
+def make(request):
+    return MAKERS[request.param]
+
+
+def batch():
+    return torch.rand(6, *SHAPE), torch.arange(6) % 3
+
+
+def test_candidates_are_finite_images_in_range_aimed_at_an_output(make, net):
+    x, y = batch()
+    candidates = make().sample(net, x, y)
+    assert candidates.x.shape == x.shape
+    assert torch.isfinite(candidates.x).all()
+    assert 0 <= candidates.x.min() <= candidates.x.max() <= 1
+    assert candidates.y.shape == (6,)
+    assert ((candidates.y >= 0) & (candidates.y <= 3)).all()
+
+
+def test_same_seed_same_sample(make, net):
+    x, y = batch()
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        synthesizer = make()
+        synthesizer.fit(net, [(x, y)], 0.0)
+        samples.append(synthesizer.sample(net, x, y))
+    assert torch.equal(samples[0].x, samples[1].x)
+
+
+def test_classifier_and_batch_are_left_as_they_were(make):
+    net = make_net().train()
+    net.fc.eval()
+    net.garbage.weight.requires_grad_(False)
+    x, y = batch()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modes, flags = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    xs, ys = x.clone(), y.clone()
+    synthesizer = make()
+    synthesizer.fit(net, [(x, y)], 0.5)
+    synthesizer.sample(net, x, y)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [m.training for m in net.modules()] == modes
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.equal(x, xs)
+    assert torch.equal(y, ys)
+
+
+def test_state_dict_round_trip(make, net):
+    x, y = batch()
+    first, second = make(), make()
+    first.fit(net, [(x, y)], 0.0)
+    second.load_state_dict(first.state_dict())
+    samples = []
+    for synthesizer in (first, second):
+        torch.manual_seed(5)
+        synthesizer.fit(net, [(x, y)], 1.0)
+        samples.append(synthesizer.sample(net, x, y).x)
+    assert torch.equal(*samples)
+
+
+def test_frozen_restores_after_an_error(net):
+    net.train()
+    with pytest.raises(KeyError), frozen(net):
+        raise KeyError
+    assert net.training
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_multiscale_noise_has_more_power_at_low_frequencies_than_white():
+    def smoothness(x):
+        x = x - x.mean((2, 3), keepdim=True)
+        return (x[..., 1:] * x[..., :-1]).mean() / x.square().mean()
+
+    shape = (200, 1, 28, 28)
+    assert smoothness(Noise(multiscale=False).draw(shape)).abs() < 0.05
+    assert smoothness(Noise().draw(shape)) > 0.5
+
+
+@given(st.integers(2, 12), st.integers(1, 20))
+def test_soft_codes_are_distributions_with_the_argmax_asked_for(K, B):
+    y = torch.randint(K, (B,))
+    code = soft_code(y, K)
+    assert torch.equal(code.argmax(1), y)
+    torch.testing.assert_close(code.sum(1), torch.ones(B))
+
+
+def test_soft_codes_have_the_distribution_of_a_softmax_of_normals():
+    asked = soft_code(torch.zeros(20_000, dtype=torch.long), 5)
+    free = torch.randn(100_000, 5).softmax(1)
+    free = free[free.argmax(1) == 0]
+    torch.testing.assert_close(asked.mean(0), free.mean(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(asked.std(0), free.std(0), atol=0.01, rtol=0)
+
+
+def test_loss_terms_are_the_papers():
+    logits, h, code = torch.randn(6, 4), torch.rand(6, 5), torch.randn(6, 4).softmax(1)
+    p = logits.softmax(1)
+    terms = loss_terms(logits, h, code)
+    kl = (code * (code / p).log()).sum(1).mean()
+    ce = -p[range(6), code.argmax(1)].log().mean()
+    pairs = [torch.cosine_similarity(h[i], h[j], dim=0) for i in range(6) for j in range(6) if i != j]
+    torch.testing.assert_close(terms["kl"], kl)
+    torch.testing.assert_close(terms["ce"], ce)
+    torch.testing.assert_close(terms["cosine"], torch.stack(pairs).mean())
+
+
+def test_inversion_learns_to_land_where_it_is_asked(net):
+    inversion = Inversion(SHAPE, 3, steps=150, batch_size=32, width=8)
+    y = torch.arange(64) % 4
+
+    def agreement():
+        with torch.no_grad(), frozen(net):
+            return (net(inversion.invert(y).x, garbage=True).argmax(1) == y).float().mean()
+
+    before = agreement()
+    inversion.fit(net, [], 0.0)
+    assert agreement() > max(0.6, before)
