@@ -34,8 +34,11 @@ class Hostile:
 
 def damage(path):
     whole = path.read_bytes()
-    state = {"format": "tie_ext", "kind": "network", "version": "1"}
     tensors = {"x": torch.zeros(1)}
+
+    def file(state, **header):
+        return safetensors.torch.save(tensors, {"tie_ext": json.dumps({"kind": "network", "version": 1, "state": state, **header})})
+
     return {
         "truncated": whole[: len(whole) // 2],
         "empty": b"",
@@ -43,14 +46,14 @@ def damage(path):
         "pickle": pickle.dumps(Hostile()),
         "header too long": struct.pack("<Q", 2**60) + b"{}",
         "another program": safetensors.torch.save(tensors),
-        "another kind": safetensors.torch.save(tensors, {**state, "kind": "training", "state": "{}"}),
-        "newer": safetensors.torch.save(tensors, {**state, "version": "999", "state": "{}"}),
-        "no state": safetensors.torch.save(tensors, state),
-        "not JSON": safetensors.torch.save(tensors, {**state, "state": "{"}),
-        "deep JSON": safetensors.torch.save(tensors, {**state, "state": "[" * 50_000}),
-        "a list": safetensors.torch.save(tensors, {**state, "state": "[]"}),
-        "missing tensors": safetensors.torch.save(tensors, {**state, "state": json.dumps({"$items": [["weights", {"$tensor": "/gone"}]]})}),
-        "not a network": safetensors.torch.save(tensors, {**state, "state": json.dumps({"$items": [["weights", {"$tensor": "x"}]]})}),
+        "another kind": file({"$items": []}, kind="training"),
+        "newer": file({"$items": []}, version=999),
+        "no state": safetensors.torch.save(tensors, {"tie_ext": "{}"}),
+        "not JSON": safetensors.torch.save(tensors, {"tie_ext": "{"}),
+        "deep JSON": safetensors.torch.save(tensors, {"tie_ext": "[" * 50_000}),
+        "a list": file([]),
+        "missing tensors": file({"$items": [["weights", {"$tensor": "/gone"}]]}),
+        "not a network": file({"$items": [["weights", {"$tensor": "x"}]]}),
     }
 
 

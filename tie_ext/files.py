@@ -58,7 +58,8 @@ def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)
-    header = {"format": FORMAT, "kind": kind, "version": str(VERSION), "state": json.dumps(skeleton)}
+    # One entry, because safetensors writes several in an order that differs between processes, and equal runs shall give equal files.
+    header = {FORMAT: json.dumps({"kind": kind, "version": VERSION, "state": skeleton})}
     write_atomically(path, safetensors.torch.save(tensors, metadata=header))
 
 
@@ -74,22 +75,31 @@ def load_state(path: str | os.PathLike, kind: str) -> dict:
         raise FileNotFoundError(f"Expected a {FORMAT} {kind} file at {path}, but got no file")
     try:
         with safe_open(path, framework="pt") as f:
-            header = f.metadata() or {}
+            metadata = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a truncated or foreign one: {error}") from error
-    found = f"format {header.get('format')!r}, kind {header.get('kind')!r}, version {header.get('version')!r}"
-    if header.get("format") != FORMAT or header.get("kind") != kind:
-        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got one of {found}")
-    if header.get("version") != str(VERSION):
-        raise ValueError(f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got one of {found}; a newer tie_ext reads it")
+    if FORMAT not in metadata:
+        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a safetensors file of another program")
     try:
-        state = _unflatten(json.loads(header["state"]), tensors)
+        header = json.loads(metadata[FORMAT])
+        found, version, skeleton = header["kind"], header["version"], header["state"]
+        if found != kind:
+            raise _Unfit(f"Expected a {FORMAT} {kind} file at {path}, but got a {found!r} file")
+        if version != VERSION:
+            raise _Unfit(f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it")
+        state = _unflatten(skeleton, tensors)
+    except _Unfit:
+        raise
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a damaged header: {error!r}") from error
     if not isinstance(state, dict):
         raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a {type(state).__name__} where its state should be")
     return state
+
+
+class _Unfit(ValueError):
+    """A sound file, but not the one that is needed."""
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

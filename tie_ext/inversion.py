@@ -6,6 +6,7 @@ Symbols: ``z (B, Z) ~ N(0, I)``; ``v (B, n+1) ~ N(0, I)``; the soft code ``c = s
 .. math:: L = \alpha\, \mathrm{KL}(c \,\|\, p) + \beta\, \mathrm{CE}(y, p) + \gamma\, \frac{1}{B(B-1)} \sum_{i \ne j} \cos(h_i, h_j)
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -165,4 +166,4 @@ class Inversion(Synthesizer):
 
     def set_extra_state(self, state: dict) -> None:
         """Put the optimiser back."""
-        self.optimizer.load_state_dict(state)
+        self.optimizer.load_state_dict(copy.deepcopy(state))  # which would share its tensors with the state
