@@ -62,3 +62,11 @@ def test_public_names_are_documented_and_annotated(name):
         hints = inspect.get_annotations(member)
         missing = [p for p in inspect.signature(member).parameters if p not in hints and p != "self"]
         assert not missing or member.__qualname__ == "TIENet.forward", (member, missing)  # which its overloads annotate
+
+
+def test_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(.*?)```", (HOUSE.parent / "README.md").read_text(), re.S)
+    assert block
+    exec(compile(block[1], "README.md", "exec"), {})
+    assert (tmp_path / "network.safetensors").exists()
