@@ -212,7 +212,7 @@ def cell(
     batch_size: int = 128,
     device: str | torch.device = "cpu",
     progress: bool = False,
-) -> dict:
+) -> tuple[dict, TIENet]:
     """Train and evaluate one method, and say all that is needed to do it again.
 
     Arguments:
@@ -221,14 +221,14 @@ def cell(
     The other arguments are those of :func:`train` and :func:`evaluate`.
 
     Returns:
-        A JSON-able record: numbers, log, seconds, peak memory after each epoch (MB), command, commit, versions, settings.
+        A JSON-able record (numbers, log, seconds, peak memory after each epoch in MB, command, commit, versions, settings), and the network.
     """
     memory: list[float] = []
     start = time.perf_counter()
     net, log = train(method, backbone, images, config, batch_size, device, progress, lambda trainer: memory.append(peak_memory()))
     seconds = time.perf_counter() - start
     numbers, _ = evaluate(method, net, test, ood, images)
-    return {
+    record = {
         "method": method,
         **about,
         "images": len(images),
@@ -242,6 +242,7 @@ def cell(
         "log": [asdict(entry) for entry in log],
         **provenance(),
     }
+    return record, net
 
 
 def peak_memory() -> float:

@@ -8,10 +8,9 @@ DATA holds the image sets as the README says. Results go to docs/results/first_n
 
 import argparse
 import multiprocessing
+import sys
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from tie_ext import data
 from tie_ext.comparison import METHODS, cell
@@ -23,12 +22,13 @@ OUT = Path(__file__).parents[2] / "docs" / "results" / "first_numbers"
 OOD = {"mnist": ("fashionmnist", "cifar10", "cifar100", "tinyimagenet"), "fashionmnist": ("mnist", "cifar10", "cifar100", "tinyimagenet")}
 
 
-def run(method: str, name: str, root: Path, images: int, config: TIEConfig, path: Path) -> None:
+def run(method: str, name: str, root: Path, images: int, config: TIEConfig, path: Path, command: str, networks: Path) -> None:
     """One cell, in a process of its own so that its peak memory is its own."""
-    torch.set_num_threads(torch.get_num_threads())
     train, test = data.load(name, "train", root).first(images, config.seed), data.load(name, "test", root)
     ood = {other: data.load(other, "test", root, test.shape) for other in OOD[name]} | {"noise": data.noise("gaussian", 10_000, test.shape)}
-    write_json(path, cell(method, Conv3, train, test, ood, config, {"data": name, "backbone": "conv3"}))
+    record, net = cell(method, Conv3, train, test, ood, config, {"data": name, "backbone": "conv3"})
+    net.save(networks / f"{path.stem}.safetensors")
+    write_json(path, record | {"command": command})
 
 
 def main() -> None:
@@ -41,9 +41,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--generator-steps", type=int, default=TIEConfig.generator_steps)
     parser.add_argument("--generator-width", type=int, default=TIEConfig.generator_width)
+    parser.add_argument("--networks", type=Path, default=Path("runs/networks"), help="where the trained networks go")
     parser.add_argument("--tag", default="", help="appended to the file names of runs with other settings")
     a = parser.parse_args()
     config = TIEConfig(epochs=a.epochs, generator_steps=a.generator_steps, generator_width=a.generator_width)
+    command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA")
     for seed in a.seeds:
         for method in a.methods:
             path = OUT / f"{a.data}-{a.images}x{a.epochs}-{method}-seed{seed}{a.tag}.json"
@@ -51,7 +53,8 @@ def main() -> None:
                 continue
             print(path.name, flush=True)
             process = multiprocessing.get_context("spawn").Process(
-                target=run, args=(method, a.data, a.root, a.images, replace(config, seed=seed), path)
+                target=run,
+                args=(method, a.data, a.root, a.images, replace(config, seed=seed), path, command, a.networks),
             )
             process.start()
             process.join()
