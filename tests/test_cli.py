@@ -66,6 +66,7 @@ def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert page.count('src="data:image/png;base64,') == 6
     assert "http" not in page.replace("http-equiv", "")
     assert "AUROC" in page
+    assert "ID rejected" in page
     assert {"inversions.png", "metrics.png", "features.png", "curves_TIE.png"} <= {p.name for p in (run / "figures").iterdir()}
 
 

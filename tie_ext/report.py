@@ -158,6 +158,7 @@ def result_rows(label: str, numbers: Mapping) -> list[dict[str, object]]:
                     "FPR@95": f"{100 * m['fpr95']:.2f}",
                     "garbage rate": garbage,
                     "ID accuracy": f"{100 * numbers['accuracy']:.2f}",
+                    "ID rejected": f"{100 * numbers['id_rejected']:.1f}" if "id_rejected" in numbers else "-",
                 }
             )
     return rows
@@ -196,7 +197,7 @@ def write_report(folder: Path) -> Path:
     body = []
     for name, (caption, figure) in figures.items():
         picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110)
+        figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
         write_atomically(folder / "figures" / f"{name}.png", picture.getvalue())
         source = base64.b64encode(picture.getvalue()).decode()
         body.append(f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{source}"><figcaption>{html.escape(caption)}')
@@ -212,7 +213,7 @@ def _results(record: Mapping) -> str:
         return "<p>The run has not reached its last epoch; there are no test scores yet.</p>"
     head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
     lines = ["<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows]
-    note = "All numbers in percent. OOD is the positive class; garbage rate is the share that level 1 rejects."
+    note = "All numbers in percent. OOD is the positive class; garbage rate is the share of OOD images that level 1 rejects, ID rejected the share of ID images that either level rejects."
     return f"<table><tr>{head}</tr>{''.join(lines)}</table><p>{note}</p>"
 
 
