@@ -213,7 +213,10 @@ def _results(record: Mapping) -> str:
         return "<p>The run has not reached its last epoch; there are no test scores yet.</p>"
     head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
     lines = ["<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows]
-    note = "All numbers in percent. OOD is the positive class; garbage rate is the share of OOD images that level 1 rejects, ID rejected the share of ID images that either level rejects."
+    note = (
+        "All numbers in percent. OOD is the positive class; garbage rate is the share of OOD images that level 1 rejects, "
+        "ID rejected the share of ID images that either level rejects."
+    )
     return f"<table><tr>{head}</tr>{''.join(lines)}</table><p>{note}</p>"
 
 
