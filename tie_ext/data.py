@@ -38,6 +38,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image ``(C, S, S)`` as float in [0, 1], and its label: so that it is a data set for torch's DataLoader."""
+        return self.x[index].float() / 255, int(self.y[index])
+
     @property
     def shape(self) -> tuple[int, ...]:
         """``(C, S, S)``."""

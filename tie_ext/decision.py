@@ -8,12 +8,13 @@ Symbols: ``n`` in-distribution (ID) classes; ``logits (B, n+1)`` whose last colu
 Level 1 is read before level 2: UE of a confident garbage hit is near 0, so UE alone would call the surest outliers the surest ID samples.
 """
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tie_ext.checks import check_logits
+from tie_ext.checks import check_finite, check_logits, check_number
 
 
 class Decision(NamedTuple):
@@ -46,7 +47,7 @@ def uncertainty(p: Tensor) -> Tensor:
     return (1 - (p - 1 / K).square().sum(-1) / (1 - 1 / K)).clamp(0, 1)
 
 
-def ood_score(logits: Tensor) -> Tensor:
+def ood_score(logits: Tensor, t: float = 1.0) -> Tensor:
     r"""Log-odds of the garbage class against all ID classes, the single scalar that both levels are ranked by.
 
     ``logit_garbage - logsumexp(logits of the ID classes)`` = ``log(p_n / (1 - p_n))``: a confident garbage hit is far above 0, a confident
@@ -55,19 +56,22 @@ def ood_score(logits: Tensor) -> Tensor:
 
     Arguments:
         logits: ``(B, n+1)``, the garbage logit last.
+        t: Temperature > 0 of the ID classes' log-sum-exp, as in the energy score. 1 gives the log-odds; towards 0 only the largest ID logit
+            counts.
 
     Returns:
-        Score ``(B,)``, unbounded, larger = more OOD; 0 where garbage is as likely as all ID classes together.
+        Score ``(B,)``, unbounded, larger = more OOD; with t = 1, 0 where garbage is as likely as all ID classes together.
     """
-    return logits[:, -1] - logits[:, :-1].logsumexp(dim=1)
+    return logits[:, -1] - t * (logits[:, :-1] / t).logsumexp(dim=1)
 
 
-def decide(logits: Tensor, tau: float | Tensor = 1.0) -> Decision:
+def decide(logits: Tensor, tau: float | Tensor = 1.0, t: float = 1.0) -> Decision:
     """Reject at two levels: the garbage class first, uncertainty second.
 
     Arguments:
         logits: ``(B, n+1)``, the garbage logit last; n >= 2.
         tau: Largest UE in ``[0, 1]`` of an accepted prediction. 1, the default, leaves level 2 off.
+        t: Temperature of the score; label and level do not depend on it.
 
     Returns:
         The :class:`Decision`, each field ``(B,)``.
@@ -82,4 +86,56 @@ def decide(logits: Tensor, tau: float | Tensor = 1.0) -> Decision:
     u = uncertainty(logits.softmax(dim=1))
     garbage = logits.argmax(dim=1) == logits.shape[1] - 1
     level = torch.where(garbage, 1, torch.where(u > tau, 2, 0))
-    return Decision(logits[:, :-1].argmax(dim=1), u, ood_score(logits), level)
+    return Decision(logits[:, :-1].argmax(dim=1), u, ood_score(logits, t), level)
+
+
+def conformal_threshold(scores: Tensor, false_alarm: float) -> Tensor:
+    r"""Largest score of an accepted input, such that an ID input is rejected with probability at most ``false_alarm``.
+
+    The split-conformal quantile: the k-th smallest of N calibration scores, :math:`k = \lceil (N+1)(1-\alpha) \rceil`. The bound holds for
+    every N and every distribution of scores, on average over calibration sets, as long as the input is exchangeable with the calibration
+    inputs, which the network must not have been trained on.
+
+    Arguments:
+        scores: Scores ``(N,)`` of held-out ID inputs, larger = more OOD.
+        false_alarm: :math:`\alpha` in (0, 1).
+
+    Returns:
+        The threshold, a scalar tensor; accept where ``score <= threshold``.
+
+    Raises:
+        ValueError: If ``false_alarm`` is out of range, or N is below :math:`1/\alpha - 1`, where only accepting everything would be safe.
+
+    References:
+        V. Vovk, A. Gammerman, G. Shafer. *Algorithmic Learning in a Random World*, 2005; J. Lei et al., JASA 2018 (split conformal).
+    """
+    check_number("false_alarm", false_alarm, 0, 1, above=True)
+    # Of the decimal that was written, since 0.29 * 100 is 28.999999999999996 in floating point.
+    rejected = int(Fraction(str(false_alarm)) * (len(scores) + 1))
+    if rejected < 1:
+        needed = -(-1 // Fraction(str(false_alarm))) - 1
+        raise ValueError(f"Expected at least {needed} ID images to guarantee a false-alarm rate of {false_alarm}, but got {len(scores)}")
+    check_finite(scores, "scores")
+    return scores.sort().values[max(len(scores) - rejected, 0)]
+
+
+def decide_at(logits: Tensor, threshold: float | Tensor, t: float = 1.0) -> Decision:
+    """Reject by a threshold on the score, as :func:`conformal_threshold` gives it.
+
+    What is accepted depends on the score alone, so that the rate of false alarms is that of the threshold; the level says which of the two
+    the rejected input is: garbage (1), or uncertain (2).
+
+    Arguments:
+        logits: ``(B, n+1)``, the garbage logit last; n >= 2.
+        threshold: Largest score of an accepted input.
+        t: Temperature of the score.
+
+    Returns:
+        The :class:`Decision`, each field ``(B,)``.
+
+    Raises:
+        ValueError: If ``logits`` is not a finite floating-point matrix of three or more columns.
+    """
+    decision = decide(logits, t=t)
+    rejected = torch.where(decision.level == 1, 1, 2)
+    return decision._replace(level=torch.where(decision.score > threshold, rejected, 0))

@@ -7,7 +7,8 @@ Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``n`` ID 
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import overload
 
@@ -127,12 +128,17 @@ class TIENet(nn.Module):
         Raises:
             ValueError: If ``x`` is not a finite floating-point batch of images of the shape and value range of training.
         """
+        self.check(x)
+        with evaluating(self):
+            return decide(self(x, garbage=True), self.tau)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what :meth:`decide` refuses.
+
+        Raises:
+            ValueError: If ``x`` is not a finite floating-point batch of images of the shape and value range of training.
+        """
         check_images(x, self.image_shape, self.low.to(x.device), self.high.to(x.device))
-        mode = self.training
-        try:
-            return decide(self.eval()(x, garbage=True), self.tau)
-        finally:
-            self.train(mode)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the network with its tau, image shape, value range and class names; atomically, as safetensors + JSON.
@@ -169,6 +175,18 @@ class TIENet(nn.Module):
         except (KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"Expected a network of this architecture in {path}, but got: {error}") from error
         return net.eval()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; the mode of every part as it was outside."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def register_range(module: nn.Module, low: float | Sequence[float] | Tensor, high: float | Sequence[float] | Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tie_ext.networks import TIENet, register_range
+from tie_ext.networks import TIENet, evaluating, register_range
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Any re-iterable of ``(x, y)``: images ``(B, C, H, W)`` and integer labels ``(B,)``; a ``DataLoader``, a list of batches."""
@@ -64,14 +64,12 @@ def frozen(classifier: nn.Module) -> Iterator[None]:
 
     Gradients still flow *through* the classifier, to its input.
     """
-    modes = [(module, module.training) for module in classifier.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in classifier.parameters()]
-    classifier.eval().requires_grad_(False)
+    classifier.requires_grad_(False)
     try:
-        yield
+        with evaluating(classifier):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
