@@ -1,0 +1,27 @@
+"""TIE inside an unmodified OpenOOD: ``import tie_ext.openood; tie_ext.openood.register()``, or ``python -m tie_ext.openood main.py ...``.
+
+Adds trainer ``tie``, network ``tie_net`` and postprocessors ``tie`` and ``tie_ue`` wherever OpenOOD looks names up, in memory only.
+"""
+
+from importlib import import_module
+
+from tie_ext.openood.requirements import check_requirements
+
+_ROOMS = {
+    "register": "registry",
+    "registered": "registry",
+    "unregister": "registry",
+    "OpenOODTIENet": "network",
+    "OpenOODTIETrainer": "trainer",
+    "TIEPostprocessor": "postprocessors",
+    "TIEUEPostprocessor": "postprocessors",
+    "without_cuda": "cpu",
+}
+__all__ = ["check_requirements", *_ROOMS]
+
+
+def __getattr__(name: str):  # so that what is missing is named before OpenOOD's own imports fail one by one
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'tie_ext.openood' has no attribute {name!r}")
+    check_requirements()
+    return getattr(import_module(f"tie_ext.openood.{_ROOMS[name]}"), name)

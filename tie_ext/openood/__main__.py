@@ -1,0 +1,39 @@
+"""``python -m tie_ext.openood main.py --config ...``: one of OpenOOD's own scripts with TIE registered, with or without a GPU."""
+
+import os
+import runpy
+import sys
+
+from tie_ext.openood.requirements import check_requirements
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a script of OpenOOD's.
+
+    Arguments:
+        arguments: The script and its arguments; None for those of this process.
+
+    Raises:
+        SystemExit: If there is no script, or a package is missing or unfit, saying which line installs it.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or not os.path.isfile(arguments[0]):
+        got = arguments[0] if arguments else "nothing"
+        raise SystemExit(f"Expected one of OpenOOD's scripts, as in `python -m tie_ext.openood main.py --config ...`, but got {got}")
+    sys.argv = list(arguments)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+    try:
+        check_requirements()
+    except ImportError as error:
+        raise SystemExit(str(error)) from None
+    from tie_ext.openood.cpu import without_cuda
+    from tie_ext.openood.registry import register
+
+    wanted = "0" not in [b.strip() for a, b in zip(arguments, [*arguments[1:], ""], strict=True) if a == "--num_gpus"]
+    with without_cuda(wanted):
+        register()
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""TIE's network around any of OpenOOD's backbones, with what its postprocessors ask of a network."""
+
+from torch import Tensor, nn
+
+from tie_ext.networks import TIENet
+
+
+class OpenOODTIENet(TIENet):
+    """A :class:`tie_ext.TIENet` that answers OpenOOD's calls; every one of them sees n classes, as the count in its configs says.
+
+    Beside those of TIENet (``forward(x)``, ``return_feature=True``, ``forward_threshold``, ``get_fc``, ``get_fc_layer``, ``fc``,
+    ``feature_size``) these are ``return_feature_list=True``, ``intermediate_forward`` and the backbone's own layers (``net.layer4``, ``avgpool``).
+    """
+
+    def forward(self, x: Tensor, return_feature: bool = False, return_feature_list: bool = False, *, garbage: bool = False):
+        """Logits, and features where asked.
+
+        Arguments:
+            x: Images ``(B, 3, S, S)``, normalised.
+            return_feature: Give ``(logits, features (B, F))``.
+            return_feature_list: Give ``(logits, [the backbone's feature maps, the last the penultimate ones])``.
+            garbage: Give n+1 logits, the garbage class last, instead of n.
+        """
+        if not return_feature_list:
+            return super().forward(x, return_feature, garbage=garbage)
+        _, maps = self.backbone(x, return_feature_list=True)
+        h = maps[-1].flatten(1)
+        return (self.head(h) if garbage else self.fc(h)), maps
+
+    def intermediate_forward(self, x: Tensor, layer_index: int) -> Tensor:
+        """The backbone's feature maps after one of its layers, as OpenOOD counts them."""
+        return self.backbone.intermediate_forward(x, layer_index)  # type: ignore[operator]
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "backbone" or name.startswith("_"):
+                raise
+            return getattr(super().__getattr__("backbone"), name)
+
+
+def tie_net(backbone: nn.Module, num_classes: int, image_size: int, mean: list[float], std: list[float]) -> OpenOODTIENet:
+    """The network for OpenOOD's images: three channels, normalised by ``mean`` and ``std``, so 0 is ``-mean / std`` and 1 ``(1 - mean) / std``."""
+    low = [-m / s for m, s in zip(mean, std, strict=True)]
+    high = [(1 - m) / s for m, s in zip(mean, std, strict=True)]
+    return OpenOODTIENet(backbone, num_classes, (3, image_size, image_size), low, high)

@@ -1,0 +1,64 @@
+"""TIE's scores as OpenOOD postprocessors: larger conf = more ID, the negative of the score."""
+
+from typing import ClassVar
+
+from openood.postprocessors import BasePostprocessor
+from openood.utils.config import Config
+from torch import Tensor, nn, no_grad
+
+from tie_ext.decision import ood_score, uncertainty
+from tie_ext.networks import TIENet
+
+
+class TIEPostprocessor(BasePostprocessor):
+    """Postprocessor ``tie``: the two levels in one score, :func:`tie_ext.ood_score`. Its parameter is the temperature ``t``."""
+
+    DEFAULTS: ClassVar[dict] = {
+        "name": "tie",
+        "APS_mode": False,
+        "postprocessor_args": {"t": 1.0},
+        "postprocessor_sweep": {"t": [0.1, 0.5, 1.0, 2.0]},
+    }
+
+    def __init__(self, config: Config | None = None):
+        super().__init__(config or Config({"postprocessor": self.DEFAULTS}))
+        settings = self.config.postprocessor
+        self.APS_mode, self.hyperparam_search_done = bool(settings.APS_mode), False
+        self.args_dict = settings.postprocessor_sweep
+        self.t = float((settings.postprocessor_args or Config(t=1.0)).t)
+
+    @no_grad()
+    def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
+        """ID label ``(B,)`` and conf ``(B,)`` of images ``(B, 3, S, S)``.
+
+        Raises:
+            TypeError: If the network has no garbage class.
+        """
+        if not isinstance(getattr(net, "module", net), TIENet):
+            raise TypeError(f"Expected network tie_net for postprocessor tie, but got {type(net).__name__}; postprocessor tie_ue takes any network")
+        logits = net(data, garbage=True)
+        return logits[:, :-1].argmax(dim=1), -ood_score(logits, self.t)
+
+    def set_hyperparam(self, hyperparam: list) -> None:
+        """Set the temperature, the one value of the list."""
+        self.t = float(hyperparam[0])
+
+    def get_hyperparam(self) -> float:
+        """The temperature."""
+        return self.t
+
+
+class TIEUEPostprocessor(BasePostprocessor):
+    """Postprocessor ``tie_ue``: the paper's uncertainty estimate over the n ID outputs (Table 2), of any network."""
+
+    DEFAULTS: ClassVar[dict] = {"name": "tie_ue", "APS_mode": False}
+
+    def __init__(self, config: Config | None = None):
+        super().__init__(config or Config({"postprocessor": self.DEFAULTS}))
+        self.APS_mode, self.hyperparam_search_done = False, False
+
+    @no_grad()
+    def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
+        """ID label ``(B,)`` and conf ``-UE (B,)`` of images ``(B, 3, S, S)``."""
+        logits = net(data)
+        return logits.argmax(dim=1), -uncertainty(logits.softmax(dim=1))

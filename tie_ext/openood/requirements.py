@@ -1,0 +1,60 @@
+"""What OpenOOD imports, and the line that installs what is missing."""
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+# By the name that is imported: the distribution and the versions that work together (OpenOOD at 3c35632).
+PACKAGES = {
+    "numpy": ("numpy", "<2"),  # imgaug 0.4.0 uses np.sctypes
+    "torch": ("torch", ""),
+    "torchvision": ("torchvision", ""),
+    "sklearn": ("scikit-learn", ""),
+    "scipy": ("scipy", ""),
+    "pandas": ("pandas", "<3"),
+    "cv2": ("opencv-python-headless", "<4.12"),  # later ones need numpy 2
+    "imgaug": ("imgaug", ""),
+    "diffdist": ("diffdist", ""),
+    "faiss": ("faiss-cpu", ""),
+    "statsmodels": ("statsmodels", ""),
+    "timm": ("timm", ""),
+    "foolbox": ("foolbox", ""),
+    "gdown": ("gdown", ""),
+    "json5": ("json5", ""),
+    "yaml": ("pyyaml", ""),
+    "matplotlib": ("matplotlib", ""),
+}
+OPENOOD = "pip install --no-deps git+https://github.com/Jingkang50/OpenOOD@3c35632"
+LIBMR = "pip install cython setuptools && pip install --no-build-isolation libmr"
+
+
+def check_requirements() -> None:
+    """Name everything OpenOOD needs and cannot be had here, at once, before anything else happens.
+
+    Raises:
+        ImportError: With each missing or incompatible package and the lines that install them.
+    """
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    unfit = [name for name, (package, bound) in PACKAGES.items() if name not in missing and bound and not _below(package, bound)]
+    lines = []
+    if missing or unfit:
+        lines.append("pip install " + " ".join(f"'{package}{bound}'" for package, bound in (PACKAGES[name] for name in [*missing, *unfit])))
+    if find_spec("libmr") is None:
+        missing.append("libmr")
+        lines.append(LIBMR)
+    if find_spec("openood") is None:
+        missing.append("openood")
+        lines.append(f"{OPENOOD}  # or run from the folder of a checkout, or put it on PYTHONPATH")
+    if lines:
+        found = [f"{name} {version(PACKAGES[name][0])} where {name}{PACKAGES[name][1]} is needed" for name in unfit]
+        what = "; ".join(filter(None, [f"no {', '.join(missing)}" if missing else "", *found]))
+        raise ImportError(f"Expected the packages that OpenOOD imports, but got {what}. Install them with\n    " + "\n    ".join(lines))
+
+
+def _below(package: str, bound: str) -> bool:
+    try:
+        found = version(package)
+    except PackageNotFoundError:  # under another name (opencv-python, faiss-gpu): its import decides
+        return True
+    numbers = [[int(part) for part in re.findall(r"\d+", text)[:3]] for text in (found, bound)]
+    return numbers[0] < numbers[1]

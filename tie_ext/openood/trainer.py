@@ -1,0 +1,65 @@
+"""OpenOOD's trainer contract around TIE's epoch."""
+
+from collections.abc import Iterator
+
+import openood.utils.comm as comm
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tie_ext.networks import TIENet
+from tie_ext.training import TIEConfig, TIETrainer
+
+
+class OpenOODTIETrainer:
+    """Trainer ``tie``: one call of ``train_epoch`` is one epoch of :class:`tie_ext.TIETrainer`.
+
+    ``optimizer.num_epochs``, ``optimizer.lr`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``, where every other
+    setting of :class:`tie_ext.TIEConfig` may stand by its name. The optimiser is Adam, as in the paper.
+
+    Arguments:
+        net: A ``tie_net``.
+        train_loader: OpenOOD's loader, batches ``{"data": (B, 3, S, S), "label": (B,), ...}``.
+        config: OpenOOD's config.
+
+    Raises:
+        ValueError: If a setting is unknown or out of range, or the optimiser is another one.
+    """
+
+    def __init__(self, net: TIENet, train_loader: DataLoader, config):
+        if config.optimizer.name not in (None, "adam"):
+            raise ValueError(f"Expected optimizer.name to be adam for trainer tie (the paper's), but got {config.optimizer.name}")
+        settings = dict(config.trainer.trainer_args or {})
+        known = set(TIEConfig.__dataclass_fields__) - {"epochs", "lr", "seed"}
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"Expected trainer.trainer_args among {', '.join(sorted(known))}, but got {', '.join(unknown)}")
+        if "lam" in settings:
+            settings["lam"] = float(settings["lam"])  # YAML writes -inf as a word
+        tie = TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, seed=config.seed, **settings)
+        self.net, self.batches = net, _Batches(train_loader)
+        self.trainer = TIETrainer(net, tie, progress=comm.is_main_process())
+
+    def train_epoch(self, epoch_idx: int) -> tuple[TIENet, dict]:
+        """Train, invert, exclude.
+
+        Returns:
+            The network, and ``epoch_idx``, ``loss`` (the classifier's) and what TIE's log says of the epoch.
+        """
+        log = self.trainer.epoch(self.batches)
+        share = sum(log.excluded) / max(1, sum(log.proposed))
+        if comm.is_main_process():
+            tqdm.write(f"tau {log.tau}, expelled {100 * share:.0f} % of {sum(log.proposed)} candidates, pool {log.pool}")
+        return self.net, {"epoch_idx": epoch_idx, "loss": log.losses["classifier"], "tau": log.tau, "accuracy": log.accuracy, "pool": log.pool}
+
+
+class _Batches:
+    """OpenOOD's dictionaries as ``(x, y)``."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch["data"], batch["label"]) for batch in self.loader)
