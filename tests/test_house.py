@@ -12,7 +12,18 @@ import pytest
 import tie_ext
 
 HOUSE = Path(tie_ext.__file__).parent
-CORE = ["checks", "decision", "files", "networks", "synthesis", "inversion", "exclusion", "metrics", "training"]  # torch and numpy suffice
+CORE = [
+    "checks",
+    "distributed",
+    "decision",
+    "files",
+    "networks",
+    "synthesis",
+    "inversion",
+    "exclusion",
+    "metrics",
+    "training",
+]  # torch and numpy suffice
 ORDER = [*CORE, "pytorch_ood", "__init__", "data", "comparison", "run", "report", "cli"]
 ROOMS = sorted(path for path in HOUSE.rglob("*.py") if path.parent == HOUSE)
 HOSTS = sorted((HOUSE / "openood").glob("*.py"))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.checks import check_number
+from tie_ext.distributed import average_gradients, average_statistics
 from tie_ext.networks import Generator, TIENet
 from tie_ext.synthesis import Batches, Candidates, Synthesizer, frozen
 
@@ -127,11 +128,13 @@ class Inversion(Synthesizer):
                 loss = torch.stack([weight[name] * term for name, term in terms.items()]).sum()
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                average_gradients(self.generator)
                 self.optimizer.step()
                 for name, term in terms.items():
                     sums[name] += term.item()
                 sums["agreement"] += (logits.argmax(1) == y).float().mean().item()
-        return {name: total / self.steps for name, total in sums.items()}
+        average_statistics(self.generator)
+        return {name: value / self.steps for name, value in sums.items()}
 
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """As many inversions as there are images in ``x``, every class (garbage included) asked for equally often."""

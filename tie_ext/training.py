@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from tie_ext.checks import check_images, check_labels, check_number
 from tie_ext.decision import uncertainty
+from tie_ext.distributed import average_gradients, average_statistics, broadcast, gathered, rank, share, total
 from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import load_state, save_state
 from tie_ext.inversion import Inversion
@@ -123,7 +124,8 @@ class TIETrainer:
     """Trains a :class:`~tie_ext.networks.TIENet`, one epoch a call.
 
     Each epoch draws its randomness from ``config.seed`` and its own number, so a run that was stopped between epochs and resumed is the
-    same as one that was not.
+    same as one that was not. Under ``torch.distributed`` each process gives its own share of the batches and keeps its own share of the
+    pool; networks, generators and tau stay the same in all of them, and each saves and resumes its own file.
 
     Arguments:
         net: The network, with its ``image_shape``. Move it to its device first; all else follows it.
@@ -154,14 +156,17 @@ class TIETrainer:
         self.image_shape = net.image_shape
         c = self.config
         self.device = next(net.parameters()).device
-        with seeded(c.seed):
+        broadcast(net)
+        with seeded(c.seed + rank()):
             noise = Noise(c.prior == "multiscale", net.low.cpu(), net.high.cpu())
-            self.pool = GarbagePool(c.pool_size, self.image_shape, net.low, net.high)
+            size = share(c.pool_size)
+            self.pool = GarbagePool(size, self.image_shape, net.low, net.high)
             # As much noise as an epoch proposes, and at most half the pool, so that the first inversions find room.
-            self.pool.add(noise.draw((min(c.candidates_per_class * (net.num_classes + 1), (c.pool_size + 1) // 2), *self.image_shape)))
+            self.pool.add(noise.draw((min(share(c.candidates_per_class * (net.num_classes + 1)), (size + 1) // 2), *self.image_shape)))
             self.synthesizers = [self._inversion()] if synthesizers is None else list(synthesizers)
         for synthesizer in self.synthesizers:
             synthesizer.to(self.device).to(memory_format=torch.channels_last)
+            broadcast(synthesizer)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=c.lr)
         self.counts: Tensor | None = None
         self.log: list[EpochLog] = []
@@ -196,7 +201,7 @@ class TIETrainer:
             FloatingPointError: If the loss is no longer finite.
         """
         t = len(self.log)
-        with seeded(self.config.seed * 100_003 + t + 1):
+        with seeded((self.config.seed * 100_003 + t + 1) * (1 + rank())):
             if self.counts is None:
                 self.counts = self._survey(batches)
             start = time.perf_counter()
@@ -207,7 +212,7 @@ class TIETrainer:
             outcome = self.exclude(batches)
             excluded = time.perf_counter()
         seconds = {"train": trained - start, "invert": inverted - trained, "exclude": excluded - inverted}
-        self.log.append(EpochLog(epoch=t + 1, losses=losses, pool=len(self.pool), seconds=seconds, **outcome))
+        self.log.append(EpochLog(epoch=t + 1, losses=losses, pool=self._pooled(), seconds=seconds, **outcome))
         return self.log[-1]
 
     def class_weights(self) -> Tensor:
@@ -223,19 +228,23 @@ class TIETrainer:
     def train(self, batches: Batches, weights: Tensor) -> dict[str, float]:
         """Stage 1: weighted cross-entropy on the ID data and a draw from the garbage pool."""
         self.net.train()
-        total, steps = torch.zeros((), device=self.device), 0
+        losses = []
         for x, y in self._with_garbage(batches, "train"):
             loss = F.cross_entropy(self.net(x, garbage=True), y, weights)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            average_gradients(self.net)
             self.optimizer.step()
-            total, steps = total + loss.detach(), steps + 1
-        mean = total.item() / max(1, steps)
+            losses.append(loss.detach())
+        if not losses:
+            raise ValueError("Expected batches in every epoch, but got an empty loader (an iterator can be read only once)")
+        mean = float(gathered(torch.stack(losses), self.device).mean())
         if not math.isfinite(mean):
             raise FloatingPointError(f"Expected a finite training loss, but got {mean} in epoch {len(self.log) + 1}; lower `lr`")
         # BatchNorm's running statistics lag behind the weights, and behind garbage that is new in every epoch: measured on the demo, ID accuracy
         # fell from 100 to 77 % between two epochs and came back in the next. One forward pass over the same mixture settles them.
         update_bn((x for x, _ in self._with_garbage(batches, "statistics")), self.net)
+        average_statistics(self.net)
         return {"classifier": mean}
 
     def _with_garbage(self, batches: Batches, name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -258,7 +267,7 @@ class TIETrainer:
         """Stage 3: tau from the ID uncertainties; candidates above it join the pool."""
         with frozen(self.net):
             u, accuracy = self._uncertainties(batches)
-            tau = cutoff(u, self.config.lam)
+            tau = cutoff(gathered(u, self.device), self.config.lam)
             self.net.tau.fill_(tau if math.isfinite(tau) else 1.0)
             tally = CandidateTally(self.net.num_classes + 1)
             for synthesizer in self.synthesizers:
@@ -268,6 +277,7 @@ class TIETrainer:
                     out = uncertainty(p) > tau
                     self.pool.add(candidates.x[out])
                     tally.add(p, candidates.y, out)
+            tally.proposed, tally.excluded, tally.sums = (total(x, self.device) for x in (tally.proposed, tally.excluded, tally.sums))
         return {"tau": tau if math.isfinite(tau) else None, "accuracy": accuracy, **tally.result()}
 
     def _uncertainties(self, batches: Batches) -> tuple[Tensor, float]:
@@ -278,11 +288,12 @@ class TIETrainer:
             u.append(uncertainty(logits.softmax(1)).cpu())
             right += int((logits.argmax(1).cpu() == y.cpu()).sum())
         uncertainties = torch.cat(u)
-        return uncertainties, right / len(uncertainties)
+        right, seen = total(torch.tensor([right, len(uncertainties)]), self.device).tolist()
+        return uncertainties, right / seen
 
     def _draws(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         """ID batches, over and over, until ``candidates_per_class`` candidates for each output have been asked for."""
-        left = self.config.candidates_per_class * (self.net.num_classes + 1)
+        left = share(self.config.candidates_per_class * (self.net.num_classes + 1))
         while left > 0:
             for x, y in batches:
                 x, y = x[:left], y[:left]
@@ -294,12 +305,16 @@ class TIETrainer:
     def _garbage_ratio(self) -> float:
         """Garbage images for each ID image of an epoch: the whole pool once where it is the smaller, as many as ID images where not."""
         assert self.counts is not None
-        return min(1.0, len(self.pool) / int(self.counts.sum()))
+        return min(1.0, self._pooled() / int(self.counts.sum()))
+
+    def _pooled(self) -> int:
+        """Garbage images in the pools of all processes."""
+        return int(total(torch.tensor(len(self.pool)), self.device))
 
     def _survey(self, batches: Batches) -> Tensor:
         """Look at all data once, before any work: shapes, types, ranges, labels, and how many samples each class has ``(n,)``."""
         n, low, high = self.net.num_classes, self.net.low.cpu(), self.net.high.cpu()
-        counts = torch.zeros(n, dtype=torch.long)
+        counts, steps = torch.zeros(n, dtype=torch.long), 0
         for batch in self._bar(batches, "check"):
             if not isinstance(batch, Sequence) or len(batch) != 2:
                 raise ValueError(f"Expected batches of (images, labels), but got {type(batch).__name__}")
@@ -307,6 +322,11 @@ class TIETrainer:
             check_images(x.cpu() if isinstance(x, Tensor) else x, self.image_shape, low, high)
             check_labels(y, len(x), n)
             counts += y.cpu().bincount(minlength=n)
+            steps += 1
+        each = gathered(torch.tensor([steps]), self.device).tolist()
+        if len(set(each)) > 1:
+            raise ValueError(f"Expected as many batches in every process, as a DistributedSampler gives them, but got {each}")
+        counts = total(counts, self.device)
         if counts.sum() == 0:
             raise ValueError("Expected at least one batch of training data, but got an empty loader (an iterator can be read only once)")
         if (counts == 0).any():
