@@ -532,3 +532,45 @@ def test_scores_it_saved_are_the_cores(root, openood, workplace, checkpoint):
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(np.load(scores)["conf"]), -ood_score(net(x, garbage=True)), rtol=1e-4, atol=1e-4)
         assert F.cross_entropy(net(x), torch.zeros(40).long()).isfinite()
+
+
+MANY = """
+import os, sys
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+def work(rank, folder, arguments):
+    import openood.utils.comm as comm
+    from openood.pipelines import get_pipeline
+    from openood.utils import setup_config
+    import tie_ext.openood as ours
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
+    sys.argv = arguments
+    with ours.without_cuda(wanted=False):
+        ours.register()
+        get_pipeline(setup_config()).run()
+
+if __name__ == "__main__":
+    mp.spawn(work, args=(os.getcwd(), sys.argv), nprocs=2)
+"""
+
+
+def test_its_train_pipeline_runs_in_two_processes(root, workplace):
+    (workplace / "two_processes.py").write_text(MANY)
+    theirs, ours = root / "configs", CONFIGS
+    configs = [
+        theirs / "datasets/mnist/mnist.yml",
+        ours / "networks/tie_net.yml",
+        ours / "pipelines/train/train_tie.yml",
+        theirs / "preprocessors/base_preprocessor.yml",
+    ]
+    options = ["--optimizer.num_epochs", "1", "--num_workers", "0", "--num_gpus", "2", "--mark", "two", "--network.backbone.name", "lenet"]
+    less = ["--trainer.trainer_args.generator_steps", "2", "--trainer.trainer_args.candidates_per_class", "10"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-W", "ignore", "two_processes.py", "--config", *map(str, configs), *options, *less]
+    run = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("Training Completed!") == 1  # the first process speaks for both
+    assert (workplace / "results/mnist_tie_net_tie_e1_lr0.0001_two/s0/best.ckpt").exists()
