@@ -31,7 +31,7 @@ def find_openood() -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def root() -> Path:
+def root() -> Path:  # also test_patches.py
     """A checkout of OpenOOD whose packages are all there."""
     found = find_openood()
     if found is None:

@@ -453,7 +453,7 @@ def test_another_architecture_comes_back_when_it_is_named(tmp_path):
 
 def test_a_file_of_a_later_minor_version_is_read(saved):
     content = json.loads((saved / "detector.json").read_text())
-    (saved / "detector.json").write_text(json.dumps({**content, "tie_ext": "0.99", "something_new": [1, 2]}))
+    (saved / "detector.json").write_text(json.dumps({**content, "something_new": [1, 2]}))
     assert TIEDetector.load(saved).threshold is not None
 
 

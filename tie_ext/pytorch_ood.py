@@ -14,7 +14,6 @@ from pytorch_ood.api import DetectorInfo, LogitsDetector, ModelNotSetException, 
 from pytorch_ood.utils import extract_features
 from torch import Tensor, nn
 
-from tie_ext import __version__
 from tie_ext.checks import check_labels, check_logits, check_number, describe
 from tie_ext.decision import Decision, conformal_threshold, decide, decide_at, ood_score, uncertainty
 from tie_ext.exclusion import cutoff
@@ -182,7 +181,7 @@ class TIEDetector(LogitsDetector):
         self._net().save(folder / "network.safetensors")
         line = {name: None if value is None else float(value) for name, value in (("tau", self.tau), ("threshold", self.threshold))}
         settings = {"false_alarm": self.false_alarm, "lam": self.lam, "t": self.t}
-        header = {"format": FORMAT, "version": VERSION, "tie_ext": __version__}
+        header = {"format": FORMAT, "version": VERSION}
         write_json(folder / "detector.json", {**header, "network_sha256": _sha256(folder / "network.safetensors"), **settings, **line})
 
     @classmethod

@@ -1,8 +1,9 @@
 """TIE's network around any of OpenOOD's backbones, with what its postprocessors ask of a network."""
 
+from openood.preprocessors.transform import normalization_dict
 from torch import Tensor, nn
 
-from tie_ext.networks import TIENet
+from tie_ext.networks import BACKBONES, TIENet
 
 
 class OpenOODTIENet(TIENet):
@@ -40,8 +41,21 @@ class OpenOODTIENet(TIENet):
             return getattr(super().__getattr__("backbone"), name)
 
 
-def tie_net(backbone: nn.Module, num_classes: int, image_size: int, mean: list[float], std: list[float]) -> OpenOODTIENet:
-    """The network for OpenOOD's images: three channels, normalised by ``mean`` and ``std``, so 0 is ``-mean / std`` and 1 ``(1 - mean) / std``."""
+def tie_net(network_config) -> OpenOODTIENet:
+    """The network of a config: ``num_classes``, ``image_size``, ``normalization_type`` and ``backbone`` are read; no checkpoint is.
+
+    Images have three channels and are normalised, so that 0 becomes ``-mean / std`` and 1 ``(1 - mean) / std``.
+    """
+    from openood.networks.utils import get_network  # at the time of the call: it may be one that knows more backbones
+
+    inner = network_config.backbone
+    if inner.name in BACKBONES:  # the paper's own
+        backbone: nn.Module = BACKBONES[inner.name](3, network_config.num_classes)
+    else:
+        inner.num_gpus = 0  # moved to its device as a part of the whole
+        backbone = get_network(inner)
+    mean, std = normalization_dict.get(network_config.normalization_type, ([0.5] * 3, [0.5] * 3))
     low = [-m / s for m, s in zip(mean, std, strict=True)]
     high = [(1 - m) / s for m, s in zip(mean, std, strict=True)]
-    return OpenOODTIENet(backbone, num_classes, (3, image_size, image_size), low, high)
+    size = network_config.image_size
+    return OpenOODTIENet(backbone, network_config.num_classes, (3, size, size), low, high)

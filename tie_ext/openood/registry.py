@@ -20,11 +20,9 @@ import torch
 from openood.networks.adascale_net import AdaScaleANet, AdaScaleLNet
 from openood.networks.ash_net import ASHNet
 from openood.networks.scale_net import ScaleNet
-from openood.preprocessors.transform import normalization_dict
 from openood.utils.config import Config
-from torch import nn
 
-from tie_ext.networks import BACKBONES, TIENet
+from tie_ext.networks import TIENet
 from tie_ext.openood.network import tie_net
 from tie_ext.openood.postprocessors import TIEPostprocessor, TIEUEPostprocessor
 from tie_ext.openood.trainer import OpenOODTIETrainer
@@ -95,14 +93,7 @@ def _with_network(original: Callable) -> Callable:
     def get_network(network_config):
         if network_config.name != "tie_net":
             return original(network_config)
-        inner = network_config.backbone
-        if inner.name in BACKBONES:  # the paper's own
-            backbone: nn.Module = BACKBONES[inner.name](3, network_config.num_classes)
-        else:
-            inner.num_gpus = 0  # moved to its device as a part of the whole
-            backbone = original(inner)
-        mean, std = normalization_dict.get(network_config.normalization_type, ([0.5] * 3, [0.5] * 3))
-        net = tie_net(backbone, network_config.num_classes, network_config.image_size, mean, std)
+        net = tie_net(network_config)
         if network_config.pretrained:
             net.load_state_dict(torch.load(network_config.checkpoint, map_location="cpu", weights_only=True))
         # Not wrapped in DistributedDataParallel: TIE's trainer keeps the processes in step itself (tie_ext.distributed).

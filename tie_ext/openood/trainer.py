@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import openood.utils.comm as comm
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ class OpenOODTIETrainer:
         ValueError: If a setting is unknown or out of range, or the optimiser is another one.
     """
 
-    def __init__(self, net: TIENet, train_loader: DataLoader, config):
+    def __init__(self, net: TIENet | DistributedDataParallel, train_loader: DataLoader, config):
         if config.optimizer.name not in (None, "adam"):
             raise ValueError(f"Expected optimizer.name to be adam for trainer tie (the paper's), but got {config.optimizer.name}")
         settings = dict(config.trainer.trainer_args or {})
@@ -37,9 +38,10 @@ class OpenOODTIETrainer:
             settings["lam"] = float(settings["lam"])  # YAML writes -inf as a word
         tie = TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, seed=config.seed, **settings)
         self.net, self.batches = net, _Batches(train_loader)
-        self.trainer = TIETrainer(net, tie, progress=comm.is_main_process())
+        # DistributedDataParallel, where someone put it around: TIE's trainer keeps the processes in step itself.
+        self.trainer = TIETrainer(net.module if isinstance(net, DistributedDataParallel) else net, tie, progress=comm.is_main_process())
 
-    def train_epoch(self, epoch_idx: int) -> tuple[TIENet, dict]:
+    def train_epoch(self, epoch_idx: int) -> tuple[nn.Module, dict]:
         """Train, invert, exclude.
 
         Returns:

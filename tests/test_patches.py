@@ -1,0 +1,131 @@
+"""The patches are what our sources give, apply to the upstream trees they name, and the patched trees train an epoch."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_openood import root as openood_root  # noqa: F401 - a fixture
+from test_openood import workplace  # noqa: F401 - a fixture
+
+PATCHES = Path(__file__).parents[1] / "patches"
+OURS = sorted(PATCHES.glob("*/*.patch"))
+
+
+@pytest.fixture(scope="module")
+def pytorch_ood_root() -> Path:
+    found = Path(os.environ.get("PYTORCH_OOD_ROOT", Path.home() / "pytorch-ood"))
+    if not (found / "src" / "pytorch_ood").is_dir():
+        pytest.skip(f"no source tree of pytorch-ood at {found}: unpack its source distribution there or set PYTORCH_OOD_ROOT")
+    return found
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", PATCHES / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def apply(tree: Path, patches: list[Path]) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    for patch in patches:
+        run = subprocess.run(["git", "apply", "--unidiff-zero", str(patch)], cwd=tree, capture_output=True, text=True)
+        assert run.returncode == 0, f"{patch.name}: {run.stderr}"
+
+
+def copy(source: Path, to: Path) -> Path:
+    return Path(shutil.copytree(source, to, ignore=shutil.ignore_patterns(".git", "data", "results", "__pycache__")))
+
+
+@pytest.mark.parametrize("patch", OURS, ids=lambda p: p.stem)
+def test_a_patch_only_adds(patch):
+    body = patch.read_text().partition("\n---\n")[2]
+    for line in body.splitlines():
+        assert line.startswith(("+", "@@ -", "diff --git ", "new file mode ", "--- a/", "--- /dev/null")), line
+    assert len(re.findall(r"^@@ -\d+,0 ", body, re.M)) == body.count("\n@@ ")
+
+
+def test_the_patches_in_order_have_numbers():
+    assert [p.name[:4] for p in OURS if p.parent.name == "openood"] == ["0001", "0002", "0003"]
+
+
+def test_openoods_patches_are_what_our_sources_give(openood_root, generator):  # noqa: F811
+    for name, text in generator.generate(openood_root, None).items():
+        assert (PATCHES / name).read_text() == text, f"{name} has drifted: python patches/generate.py"
+
+
+def test_pytorch_oods_patch_is_what_our_sources_give(pytorch_ood_root, generator):
+    for name, text in generator.generate(None, pytorch_ood_root).items():
+        assert (PATCHES / name).read_text() == text, f"{name} has drifted: python patches/generate.py"
+
+
+def environment(tree: Path) -> dict:
+    return {**os.environ, "PYTHONPATH": str(tree)}
+
+
+def train(tree: Path, place: Path, mark: str) -> str:
+    configs = [
+        "datasets/mnist/mnist.yml",
+        "networks/tie_net.yml",
+        "pipelines/train/train_tie.yml",
+        "preprocessors/base_preprocessor.yml",
+    ]
+    ours = PATCHES.parent / "openood_configs"
+    paths = [str(tree / "configs" / c if (tree / "configs" / c).exists() else ours / c) for c in configs]
+    options = ["--optimizer.num_epochs", "1", "--num_workers", "0", "--mark", mark, "--network.backbone.name", "lenet"]
+    less = ["--trainer.trainer_args.generator_steps", "2", "--trainer.trainer_args.candidates_per_class", "10"]
+    command = [sys.executable, "-W", "ignore", str(tree / "main.py"), "--config", *paths, *options, *less]
+    run = subprocess.run(command, cwd=place, env=environment(tree), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "Training Completed!" in run.stdout
+    return run.stdout
+
+
+def test_the_patched_openood_trains_tie_by_itself(openood_root, workplace, tmp_path):  # noqa: F811
+    tree = copy(openood_root, tmp_path / "tree")
+    apply(tree, [p for p in OURS if p.parent.name == "openood"])
+    train(tree, workplace, "patched")
+    checkpoint = workplace / "results/mnist_tie_net_tie_e1_lr0.0001_patched/s0/best.ckpt"
+    code = (
+        "import sys; sys.modules['tie_ext'] = None\n"  # so that nothing of it can be imported
+        "import torch, openood.pipelines\n"
+        "from openood.networks import get_network\n"
+        "from openood.postprocessors import get_postprocessor\n"
+        "from openood.evaluation_api.postprocessor import postprocessors\n"
+        "from openood.utils.config import Config, merge_configs\n"
+        f"files = ['datasets/mnist/mnist.yml', 'networks/tie_net.yml', 'postprocessors/tie.yml']\n"
+        f"config = merge_configs(Config(num_gpus=1), *[Config('{tree}/configs/' + f) for f in files])\n"
+        "config.network.backbone.name = 'lenet'; config.network.pretrained = True\n"
+        f"config.network.checkpoint = '{checkpoint}'\n"
+        "config.num_workers = config.num_machines = 1; config.parse_refs()\n"
+        "net = get_network(config.network).eval()\n"
+        "pred, conf = get_postprocessor(config).postprocess(net, torch.rand(2, 3, 28, 28))\n"
+        "assert conf.shape == (2,) and {'tie', 'tie_ue'} <= set(postprocessors)\n"
+        "print('scored')"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=workplace, env=environment(tree), capture_output=True, text=True)
+    assert run.stdout.endswith("scored\n"), run.stderr[-3000:]
+
+
+def test_an_openood_that_discovers_plug_ins_finds_the_installed_tie_ext(openood_root, workplace, tmp_path):  # noqa: F811
+    from importlib.metadata import entry_points
+
+    if not entry_points(group="openood.trainers"):
+        pytest.skip("tie_ext is not installed, so it has no entry points")
+    tree = copy(openood_root, tmp_path / "tree")
+    apply(tree, [p for p in OURS if p.parent.name == "openood"][:2])
+    train(tree, workplace, "found")
+
+
+def test_the_patched_pytorch_ood_passes_its_new_tests(pytorch_ood_root, tmp_path):
+    tree = copy(pytorch_ood_root, tmp_path / "tree")
+    apply(tree, [p for p in OURS if p.parent.name == "pytorch-ood"])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "tests/detectors/test_tie.py"]
+    run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
