@@ -373,6 +373,15 @@ def test_the_postprocessor_files_hold_the_defaults(openood):
         assert Config(str(CONFIGS / "postprocessors" / f"{name}.yml")) == Config({"postprocessor": cls.DEFAULTS})
 
 
+def test_the_training_file_holds_the_defaults(openood):
+    from openood.utils.config import Config
+
+    from tie_ext import TIEConfig
+
+    config = Config(str(CONFIGS / "pipelines/train/train_tie.yml"))
+    assert TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, **config.trainer.trainer_args) == TIEConfig()
+
+
 IDS = sorted(path.name for path in (CONFIGS / "datasets").iterdir())
 
 

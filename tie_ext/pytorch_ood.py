@@ -20,6 +20,7 @@ from tie_ext.exclusion import cutoff
 from tie_ext.files import write_json
 from tie_ext.networks import TIENet, evaluating
 from tie_ext.synthesis import Batches
+from tie_ext.training import TIEConfig
 
 PAPER = Paper(
     title="TIE: A Training-Inversion-Exclusion Framework for Visually Interpretable and Uncertainty-Guided Out-of-Distribution Detection",
@@ -62,7 +63,7 @@ class TIEDetector(LogitsDetector):
     requires_fit: ClassVar = False
     hyperparameter_space: ClassVar = {"t": [0.1, 0.5, 1.0, 2.0]}
 
-    def __init__(self, model: TIENet | None, false_alarm: float | None = None, lam: float = 0.5, t: float = 1.0):
+    def __init__(self, model: TIENet | None, false_alarm: float | None = None, lam: float = TIEConfig.lam, t: float = 1.0):
         super().__init__()
         if model is not None and not isinstance(model, TIENet):
             raise TypeError(
