@@ -2,7 +2,7 @@
 
     python tests/bench/first_numbers.py --root DATA --methods tie
     python tests/bench/first_numbers.py --root DATA --methods tie --epochs 5
-    python tests/bench/first_numbers.py --root DATA --methods tie --epochs 5 --generator-steps 800 --generator-width 64 --tag=-wide
+    python tests/bench/first_numbers.py --root DATA --methods tie --epochs 5 --generator-steps 400 --generator-width 64 --tag=-wide
     python tests/bench/cost.py
 
 The first three train; this reads their records and writes docs/cost.md.
