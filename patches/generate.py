@@ -168,6 +168,11 @@ def tie(tree: Tree) -> str:
     tree.insert(api, r"^    'vra': VRAPostprocessor,", rows.format(" " * 4))
     counts = "".join(f"    '{name}': {n},\n" for name, n in (("mnist", 10), ("fashionmnist", 10), ("svhn", 10), ("tinyimagenet", 200)))
     tree.insert("openood/postprocessors/info.py", r"^num_classes_dict", counts)
+    script = "scripts/eval_ood.py"
+    tree.insert(script, r"^from openood\.networks\.ascood_net import", "from openood.networks.tie_net import TIEWrapperNet")
+    net = "    elif 'tie_net' in root:\n        net = TIEWrapperNet(model_arch(num_classes=num_classes),\n"
+    net += "                            num_classes,\n                            low=[0] * 3,\n                            high=[1] * 3)"
+    tree.insert(script, r"^        net = T2FNormNet\(", f"{net}  # its value range comes with the checkpoint")
     tree.insert("setup.py", r"^        'torchvision", "        'safetensors',")
     tree.insert("README.md", r"arXiv'25-ASCOOD-", README)
     return tree.patch(

@@ -497,7 +497,7 @@ def checkpoint(root, workplace) -> Path:
 
 
 def test_training_leaves_a_checkpoint_with_tau(checkpoint):
-    assert 0 <= torch.load(checkpoint, weights_only=True)["tau"] <= 1
+    assert torch.load(checkpoint, weights_only=True)["tau"].isfinite()
 
 
 def test_its_postprocessors_score_the_checkpoint(root, workplace, checkpoint):

@@ -106,6 +106,12 @@ def test_the_patched_openood_trains_tie_by_itself(openood_root, workplace, tmp_p
         "config.num_workers = config.num_machines = 1; config.parse_refs()\n"
         "net = get_network(config.network).eval()\n"
         "pred, conf = get_postprocessor(config).postprocess(net, torch.rand(2, 3, 28, 28))\n"
+        "from openood.networks.lenet import LeNet\n"
+        "from openood.networks.tie_net import TIEWrapperNet\n"  # as the patched scripts/eval_ood.py builds it
+        "again = TIEWrapperNet(LeNet(10), 10, low=[0] * 3, high=[1] * 3)\n"
+        "again.load_state_dict(torch.load(config.network.checkpoint))\n"
+        "assert again.high.flatten().tolist() == [1, 1, 1] and again.low.flatten().tolist() == [-1, -1, -1]\n"
+        f"compile(open('{tree}/scripts/eval_ood.py').read(), 'eval_ood.py', 'exec')\n"
         "assert conf.shape == (2,) and {'tie', 'tie_ue'} <= set(postprocessors)\n"
         "print('scored')"
     )

@@ -377,7 +377,9 @@ def upstream_info(monkeypatch):
         pytest.skip(f"no checkout of pytorch-ood with tests/test_info.py at {root}; set PYTORCH_OOD_ROOT")
     for name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(root)
+    package = types.ModuleType("tests")  # by hand, because OpenOOD's checkout has a package of this name too
+    package.__path__ = [str(root / "tests")]
+    monkeypatch.setitem(sys.modules, "tests", package)
     if not (root / "tests" / "detectors").exists():  # the source distribution carries the top-level tests only
 
         class Smoke:

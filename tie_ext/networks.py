@@ -72,8 +72,8 @@ class TIENet(nn.Module):
         self.feature_size = head.in_features
         self.fc = head if head.out_features == num_classes else nn.Linear(head.in_features, num_classes)
         self.garbage = nn.Linear(head.in_features, 1)
-        # The largest UE of an accepted prediction. 1 leaves level 2 off until training (or a calibration) has set it.
-        self.register_buffer("tau", torch.tensor(1.0))
+        # The largest UE of an accepted prediction. Infinite, which leaves level 2 off, until training has set it.
+        self.register_buffer("tau", torch.tensor(math.inf))
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features ``(B, F)`` of images ``(B, C, H, W)``."""

@@ -167,7 +167,7 @@ class TIEDetector(LogitsDetector):
             RequiresFittingException: If there is no line yet: neither training nor ``fit`` has drawn one.
         """
         net = self._net()
-        if self.threshold is None and (self.false_alarm is not None or (self.tau is None and net.tau >= 1)):
+        if self.threshold is None and (self.false_alarm is not None or (self.tau is None and not net.tau.isfinite())):
             raise RequiresFittingException("Expected a line to decide by, but got none yet: train the network with TIETrainer, or call fit(loader)")
         return Deployed(net, self.threshold, net.tau if self.tau is None else self.tau, self.t)
 
