@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HOUSE = HERE.parent
-CORE = ("checks", "decision", "distributed", "exclusion", "files", "inversion", "metrics", "networks", "synthesis", "training")
+CORE = ("checks", "decision", "distributed", "exclusion", "files", "inversion", "metrics", "networks", "outliers", "synthesis", "training")
 OPENOOD, PYTORCH_OOD = "OpenOOD, main at 3c35632 (2025-12-01)", "pytorch-ood 0.4.0 (source distribution on PyPI)"
 
 
@@ -75,7 +75,10 @@ def core(tree: Tree, folder: str, package: str) -> None:
     about = '"""TIE (Training-Inversion-Exclusion), the method itself: knows nothing of what is around it."""'
     tree.add(f"{folder}/__init__.py", f"{about}\n\nfrom .networks import TIENet\nfrom .training import {names}\n")
     for room in CORE:
-        tree.add(f"{folder}/{room}.py", source(f"{room}.py", package, "."))
+        if room != "outliers":
+            tree.add(f"{folder}/{room}.py", source(f"{room}.py", package, "."))
+    for path in sorted((HOUSE / "tie_ext" / "outliers").glob("*.py")):
+        tree.add(f"{folder}/outliers/{path.name}", source(f"outliers/{path.name}", package, ".."))
 
 
 def discovery(tree: Tree) -> str:

@@ -12,20 +12,11 @@ import pytest
 import tie_ext
 
 HOUSE = Path(tie_ext.__file__).parent
-CORE = [
-    "checks",
-    "distributed",
-    "decision",
-    "files",
-    "networks",
-    "synthesis",
-    "inversion",
-    "exclusion",
-    "metrics",
-    "training",
-]  # torch and numpy suffice
+# What torch and numpy suffice for.
+CORE = ["checks", "distributed", "decision", "files", "networks", "synthesis", "inversion", "exclusion", "metrics", "outliers", "training"]
 ORDER = [*CORE, "pytorch_ood", "__init__", "data", "comparison", "run", "report", "cli"]
 ROOMS = sorted(path for path in HOUSE.rglob("*.py") if path.parent == HOUSE)
+OUTLIERS = sorted((HOUSE / "outliers").glob("*.py"))
 HOSTS = sorted((HOUSE / "openood").glob("*.py"))
 
 
@@ -43,6 +34,13 @@ def test_a_room_imports_only_rooms_above_it(path):
     inside = {name.split(".")[1] for name in imports(path) if name.startswith("tie_ext.")}
     below = {room for room in inside if room in ORDER and ORDER.index(room) >= ORDER.index(path.stem)}
     assert not below
+
+
+@pytest.mark.parametrize("path", OUTLIERS, ids=lambda p: p.stem)
+def test_outliers_import_what_stands_above_them(path):
+    assert not {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"tie_ext", "torch"}
+    inside = {name.split(".")[1] for name in imports(path) if name.startswith("tie_ext.")}
+    assert inside <= {*CORE[: CORE.index("outliers")], "outliers"}
 
 
 @pytest.mark.parametrize("path", HOSTS, ids=lambda p: p.stem)
@@ -68,7 +66,7 @@ def test_import_tie_ext_loads_no_host_and_no_plotting():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("path", [*ROOMS, *HOSTS], ids=lambda p: f"{p.parent.name}.{p.stem}")
+@pytest.mark.parametrize("path", [*ROOMS, *OUTLIERS, *HOSTS], ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_no_room_pins_a_device_evaluates_text_or_prints(path):
     text = path.read_text().replace("``.cuda()``", "")
     assert not re.search(r"\.cuda\(|\bpickle\b|torch\.load\((?!.*weights_only=True)|(?<![\w.])eval\(|(?<![\w.])exec\(", text)

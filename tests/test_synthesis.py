@@ -9,13 +9,26 @@ from torch import nn
 
 from tie_ext import Inversion, Noise, TIENet
 from tie_ext.inversion import loss_terms, soft_code
+from tie_ext.outliers.boundary import ManifoldBoundary
+from tie_ext.outliers.latent import MarginalRepresentations
+from tie_ext.outliers.saliency import Saliency
 from tie_ext.synthesis import frozen
 
 MAKERS = {
     "white noise": lambda: Noise(multiscale=False),
     "multi-scale noise": lambda: Noise(),
     "inversion": lambda: Inversion(SHAPE, 3, steps=2, batch_size=4, width=4),
+    "boundary": lambda: ManifoldBoundary(SHAPE, 3, latent_size=3, vae_epochs=1),
+    "marginal": lambda: MarginalRepresentations(SHAPE, 3, k=2, vae_epochs=1),
+    "gradient": lambda: Saliency(kind="gradient"),
+    "shuffle": lambda: Saliency(kind="shuffle"),
 }
+
+
+def fitted(make, net):
+    synthesizer = make()
+    synthesizer.fit(net, [batch()], 0.0)
+    return synthesizer
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -29,7 +42,7 @@ def batch():
 
 def test_candidates_are_finite_images_in_range_aimed_at_an_output(make, net):
     x, y = batch()
-    candidates = make().sample(net, x, y)
+    candidates = fitted(make, net).sample(net, x, y)
     assert candidates.x.shape == x.shape
     assert torch.isfinite(candidates.x).all()
     assert 0 <= candidates.x.min() <= candidates.x.max() <= 1

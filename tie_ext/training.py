@@ -21,9 +21,9 @@ from tie_ext.decision import uncertainty
 from tie_ext.distributed import average_gradients, average_statistics, broadcast, gathered, rank, share, total
 from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import load_state, save_state
-from tie_ext.inversion import Inversion
 from tie_ext.metrics import CandidateTally
 from tie_ext.networks import TIENet
+from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.synthesis import Batches, Noise, Synthesizer, frozen
 
 
@@ -47,6 +47,10 @@ class TIEConfig:
     """Most garbage images kept, as uint8: 16 MB at 28x28 grey, 60 MB at 32x32 colour, 3 GB at 224x224 colour."""
     prior: str = "multiscale"
     """What the pool starts with: ``multiscale`` noise, or ``white`` as in the paper."""
+    synthesizer: str = "inversion"
+    """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
+    garbage_weight: float = 1.0
+    """Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1)."""
     generator_steps: int = 200
     """Steps of the generator an epoch; 200 against 100: more inversions land where they were asked (``docs/defaults.md``)."""
     generator_lr: float = 1e-3
@@ -76,6 +80,10 @@ class TIEConfig:
         for name in ("alpha", "beta", "gamma_start", "gamma_end"):
             check_number(name, getattr(self, name), 0, 1e6)
         check_number("lam", self.lam, -math.inf, 1e6)
+        check_number("garbage_weight", self.garbage_weight, 0, 1e6, above=True)
+        for name in self.synthesizer.split(","):
+            if name not in SYNTHESIZERS:
+                raise ValueError(f"Expected synthesizer to name {', '.join(SYNTHESIZERS)}, with commas between, but got {name!r}")
         if self.prior not in ("multiscale", "white"):
             raise ValueError(f"Expected prior to be 'multiscale' or 'white', but got {self.prior!r}")
 
@@ -130,8 +138,8 @@ class TIETrainer:
     Arguments:
         net: The network, with its ``image_shape``. Move it to its device first; all else follows it.
         config: The settings.
-        synthesizers: Who proposes outliers; None for TIE's :class:`~tie_ext.inversion.Inversion`, an empty list for a garbage class that
-            stays as it began (the paper's "No TIE").
+        synthesizers: Who proposes outliers; None for those that the settings name, an empty list for a garbage class that stays as it
+            began (the paper's "No TIE").
         progress: Show progress bars.
 
     Raises:
@@ -163,7 +171,7 @@ class TIETrainer:
             self.pool = GarbagePool(size, self.image_shape, net.low, net.high)
             # As much noise as an epoch proposes, and at most half the pool, so that the first inversions find room.
             self.pool.add(noise.draw((min(share(c.candidates_per_class * (net.num_classes + 1)), (size + 1) // 2), *self.image_shape)))
-            self.synthesizers = [self._inversion()] if synthesizers is None else list(synthesizers)
+            self.synthesizers = [self._synthesizer(name) for name in c.synthesizer.split(",")] if synthesizers is None else list(synthesizers)
         for synthesizer in self.synthesizers:
             synthesizer.to(self.device).to(memory_format=torch.channels_last)
             broadcast(synthesizer)
@@ -172,20 +180,12 @@ class TIETrainer:
         self.log: list[EpochLog] = []
         self.progress = progress
 
-    def _inversion(self) -> Inversion:
+    def _synthesizer(self, name: str) -> Synthesizer:
         c = self.config
-        return Inversion(
-            self.image_shape,
-            self.net.num_classes,
-            steps=c.generator_steps,
-            lr=c.generator_lr,
-            alpha=c.alpha,
-            beta=c.beta,
-            gamma=(c.gamma_start, c.gamma_end),
-            width=c.generator_width,
-            low=self.net.low.cpu(),
-            high=self.net.high.cpu(),
-        )
+        if name != "inversion":
+            return make(name, self.net)
+        gamma = (c.gamma_start, c.gamma_end)
+        return make(name, self.net, steps=c.generator_steps, lr=c.generator_lr, alpha=c.alpha, beta=c.beta, gamma=gamma, width=c.generator_width)
 
     def epoch(self, batches: Batches) -> EpochLog:
         """Train, invert, exclude.
@@ -216,14 +216,16 @@ class TIETrainer:
         return self.log[-1]
 
     def class_weights(self) -> Tensor:
-        """Weights ``(n+1,)`` of the cross-entropy, from this epoch's counts: every class weighs the same in sum, their mean is 1.
+        """Weights ``(n+1,)`` of the cross-entropy, from this epoch's counts: every ID class weighs the same in sum, their mean is 1.
 
         Paper: "proportions". Here: inverse proportions, because only these correct the imbalance that the growing garbage class brings.
         """
         assert self.counts is not None  # epoch() has surveyed the data
         garbage = self.counts.sum() * self._garbage_ratio()
         counts = torch.cat([self.counts.float(), garbage.reshape(1).float()])
-        return (counts.sum() / (len(counts) * counts)).to(self.device)
+        weights = counts.sum() / (len(counts) * counts)
+        weights[-1] *= self.config.garbage_weight
+        return weights.to(self.device)
 
     def train(self, batches: Batches, weights: Tensor) -> dict[str, float]:
         """Stage 1: weighted cross-entropy on the ID data and a draw from the garbage pool."""

@@ -1,0 +1,112 @@
+r"""Disentangled marginal representations (DMR): what is left of ID images when their class is taken out, decoded.
+
+Symbols: ``E`` encoder, ``G`` decoder, ``mu_y`` mean code of class y, ``w = E(x) - mu_y`` an image's marginal representation.
+
+.. math:: x_{out} = G\Big(\lambda \cdot \frac{1}{k} \sum_{i=1}^{k} w_i\Big), \quad \lambda \sim U[1, 3], \text{ the k images of different classes}
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tie_ext.checks import check_number
+from tie_ext.networks import TIENet, evaluating, register_range
+from tie_ext.outliers.boundary import VAE, fit_vae
+from tie_ext.synthesis import Batches, Candidates, Synthesizer
+
+
+class Codec(Protocol):
+    """An encoder/decoder pair, as a module; the paper's is StyleGAN-XL with an inversion encoder."""
+
+    latent_size: int
+
+    def encode(self, x: Tensor, y: Tensor) -> Tensor:
+        """Codes ``(B, L)`` of images ``(B, C, S, S)`` with labels ``(B,)``."""
+        ...
+
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """Images ``(B, C, S, S)`` in the value range of codes ``(B, L)``; a codec that is not conditional ignores the labels."""
+        ...
+
+
+class MarginalRepresentations(Synthesizer):
+    """Outliers from marginal representations.
+
+    Arguments:
+        image_shape: ``(C, S, S)`` of the images.
+        num_classes: n.
+        low: Smallest value of the data, a number or one a channel.
+        high: Largest value of the data.
+        k: Images mixed, of different classes (the paper: 5); fewer where there are fewer classes. 1 for no mixing.
+        scale: Range of lambda.
+        codec: A trained :class:`Codec`; None for a VAE that is trained once, at the first ``fit``.
+        vae_epochs: Passes over the data for that VAE.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    References:
+        DMR, equations 5 to 7.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        low: float | Sequence[float] | Tensor = 0.0,
+        high: float | Sequence[float] | Tensor = 1.0,
+        k: int = 5,
+        scale: tuple[float, float] = (1.0, 3.0),
+        codec: nn.Module | None = None,
+        vae_epochs: int = 10,
+    ):
+        super().__init__()
+        check_number("k", k, 1, 10**6, integer=True)
+        check_number("vae_epochs", vae_epochs, 1, 10**6, integer=True)
+        register_range(self, low, high)
+        self.k, self.scale, self.vae_epochs, self.own = min(k, num_classes), scale, vae_epochs, codec is None
+        # Not conditional: were the class told, the code would not hold it, and taking its mean away would take nothing.
+        self.codec = VAE(image_shape, num_classes, 32, conditional=False, low=low, high=high) if codec is None else codec
+        size = int(self.codec.latent_size)  # type: ignore[arg-type]
+        self.register_buffer("mean", torch.full((num_classes, size), torch.nan))  # mu_y; NaN until fit
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+    def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
+        """Train the built-in VAE and find the mean code of each class, the first time; the classifier plays no part in it."""
+        if not self.mean.isnan().any():
+            return {}
+        losses = {"vae": fit_vae(self.codec, batches, self.vae_epochs)} if self.own else {}  # type: ignore[arg-type]
+        sums, counts = torch.zeros_like(self.mean), torch.zeros(len(self.mean), device=self.mean.device)
+        with evaluating(self.codec), torch.no_grad():
+            for x, y in batches:
+                y = y.to(self.mean.device)
+                sums.index_add_(0, y, self.codec.encode(x.to(self.mean.device), y))  # type: ignore[operator]
+                counts += y.bincount(minlength=len(counts))
+        self.mean.copy_(sums / counts[:, None])
+        return losses
+
+    @torch.no_grad()
+    def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
+        """One outlier an image of the batch, each mixed of k images of different classes; all aimed at the garbage class."""
+        if self.mean.isnan().any():
+            raise RuntimeError("Expected a fitted codec to sample from, but got one without class means; call fit first")
+        with evaluating(self.codec):
+            w = self.codec.encode(x, y) - self.mean[y]  # type: ignore[operator]
+            mixed = w[self.partners(y)].mean(1)
+            factor = torch.empty(len(x), 1, device=x.device).uniform_(*self.scale)
+            images = self.codec.decode(factor * mixed, y)  # type: ignore[operator]
+        images = torch.minimum(torch.maximum(images, self.low), self.high)
+        return Candidates(images, torch.full((len(x),), classifier.num_classes, device=x.device))
+
+    def partners(self, y: Tensor) -> Tensor:
+        """For each of ``B`` outliers the rows ``(B, k)`` of a batch to mix: a random image of each of k random classes that it has."""
+        present = y.unique()
+        member = y[None, :] == present[:, None]  # (classes, B)
+        draw = torch.rand(len(y), *member.shape, device=y.device).masked_fill(~member, -1).argmax(2)  # (B, classes)
+        chosen = torch.rand(len(y), len(present), device=y.device).argsort(1)[:, : self.k]
+        return draw.gather(1, chosen)
