@@ -70,6 +70,12 @@ def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert {"inversions.png", "metrics.png", "features.png", "curves_TIE.png"} <= {p.name for p in (run / "figures").iterdir()}
 
 
+def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_path):
+    assert main(train(folder, tmp_path / "run", "--synthesizer", "gradient,boundary", "--epochs", "1")) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert {"outliers_gradient.png", "outliers_boundary.png"} <= {p.name for p in (tmp_path / "run" / "figures").iterdir()}
+
+
 def test_a_killed_run_resumes_and_ends_bit_identical(run, folder, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-m", "tie_ext.cli", *train(folder, out)])

@@ -184,10 +184,17 @@ def write_report(folder: Path) -> Path:
     training = load_state(folder / "training.safetensors", "training")
     names = [*load_state(folder / "network.safetensors", "network")["classes"], "garbage"]
     log = training["log"]
-    figures: dict[str, tuple[str, Figure]] = {
-        "inversions": ("Inversions over the epochs: what each class looks like to the network", inversions_over_epochs(snapshots, names)),
-        "inversion_grid": ("Inversions after the last epoch", inversion_grid(snapshots[max(snapshots)]["inversions"], names)),
-        "metrics": ("Inversions by output: entropy, confidence, margin, uncertainty", metric_curves(log, names)),
+    figures: dict[str, tuple[str, Figure]] = {}
+    last = snapshots[max(snapshots)]
+    if "inversions" in last:
+        figures["inversions"] = ("Inversions over the epochs: what each class looks like to the network", inversions_over_epochs(snapshots, names))
+        figures["inversion_grid"] = ("Inversions after the last epoch", inversion_grid(last["inversions"], names))
+    for i, name in enumerate(training["config"]["synthesizer"].split(",")):
+        if f"outliers_{i}" in last:
+            row = inversion_grid(last[f"outliers_{i}"][None], [""])
+            figures[f"outliers_{name}"] = (f"Outliers that {name} proposes after the last epoch", row)
+    figures |= {
+        "metrics": ("Proposed outliers by the output they were aimed at: entropy, confidence, margin, uncertainty", metric_curves(log, names)),
         "features": ("Features of test images and garbage (t-SNE)", feature_map(snapshots, names)),
     }
     if (folder / "scores.safetensors").is_file():

@@ -150,20 +150,26 @@ def _json(settings: dict) -> dict:
 
 @torch.no_grad()
 def save_snapshot(folder: Path, trainer: TIETrainer, test: ImageSet, per_class: int = 8, points: int = 500) -> None:
-    """Keep what the pictures show of this epoch: inversions of every output, and features of test images and garbage."""
+    """Keep what the pictures show of this epoch: inversions of every output or proposed outliers, and features of test images and garbage."""
     net, n, epoch = trainer.net, trainer.net.num_classes, len(trainer.log)
     state: dict[str, Tensor] = {}
+    some = test.first(points)
     with seeded(epoch), frozen(net):
-        for synthesizer in trainer.synthesizers:
+        for i, synthesizer in enumerate(trainer.synthesizers):
             if isinstance(synthesizer, Inversion):
                 x = synthesizer.invert(torch.arange(n + 1).repeat_interleave(per_class)).x
-                x = (x - net.low) / (net.high - net.low)
-                state["inversions"] = (x * 255).round().to(torch.uint8).reshape(n + 1, per_class, *x.shape[1:])
-        some = test.first(points)
+                state["inversions"] = _bytes(net, x).reshape(n + 1, per_class, *x.shape[1:])
+            else:
+                x = (some.x[: 2 * per_class].float() / 255).to(trainer.device)
+                state[f"outliers_{i}"] = _bytes(net, synthesizer.sample(net, x, some.y[: 2 * per_class].to(trainer.device)).x)
         x = torch.cat([some.x.float() / 255, trainer.pool.draw(points // 5).cpu()])
         state["features"] = net.features(x.to(trainer.device))
         state["labels"] = torch.cat([some.y, torch.full((points // 5,), n)])
     save_state(folder / "epochs" / f"{epoch:04d}.safetensors", "snapshot", dict(state))
+
+
+def _bytes(net: TIENet, x: Tensor) -> Tensor:
+    return ((x - net.low) / (net.high - net.low) * 255).round().to(torch.uint8)
 
 
 def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
