@@ -147,7 +147,7 @@ class ManifoldBoundary(Synthesizer):
         inside: Share of a class's codes inside its ellipsoid.
 
     References:
-        S. Vernekar et al. *Out-of-distribution Detection in Classifiers via Generation*, 2019, section 3.
+        S. Vernekar et al. *Out-of-distribution Detection in Classifiers via Generation*, arXiv:1910.04241, section 3.
     """
 
     def __init__(

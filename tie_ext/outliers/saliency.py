@@ -77,7 +77,7 @@ class Saliency(Synthesizer):
         ValueError: If a setting is out of range.
 
     References:
-        S. Regmi. *ASCOOD*, section 3.1.
+        S. Regmi. *Image-based Outlier Synthesis With Training Data* (ASCOOD), arXiv:2411.10794, section 3.1.
     """
 
     low: Tensor
