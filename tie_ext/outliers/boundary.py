@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import jvp
+from torch.func import jvp, vmap
 
 from tie_ext.checks import check_number
 from tie_ext.networks import Generator, TIENet, evaluating
@@ -113,18 +113,21 @@ def fit_vae(vae: VAE, batches: Batches, epochs: int, lr: float = 1e-3) -> float:
 def tangent(vae: VAE, x: Tensor, y: Tensor) -> Tensor:
     """Orthonormal basis ``(B, D, L)`` of the manifold's tangent space at images ``(B, C, S, S)``: Q of a QR of the decoder's Jacobian.
 
-    L forward derivatives of the whole batch and one batched QR; the D - L vectors of the null space are never built.
+    The D - L vectors of the null space are never built.
 
     References:
         Vernekar et al., section 3.1, equation 1.
     """
-    z = vae.encode(x, y)
-    columns = []
+    return torch.linalg.qr(jacobian(vae, vae.encode(x, y), y)).Q
+
+
+def jacobian(vae: VAE, z: Tensor, y: Tensor) -> Tensor:
+    """Derivative ``(B, D, L)`` of the decoded images by their codes ``(B, L)``: L forward derivatives of the whole batch at once."""
+    directions = torch.eye(z.shape[1], device=z.device)[:, None, :].expand(-1, len(z), -1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its first use of forward derivatives
-        for direction in torch.eye(vae.latent_size, device=z.device):
-            columns.append(jvp(lambda code: vae.decode(code, y), (z,), (direction.expand_as(z).clone(),))[1].flatten(1))
-    return torch.linalg.qr(torch.stack(columns, dim=2)).Q
+        columns = vmap(lambda d: jvp(lambda code: vae.decode(code, y), (z,), (d,))[1])(directions)
+    return columns.flatten(2).permute(1, 2, 0)
 
 
 def normal(basis: Tensor, v: Tensor) -> Tensor:
