@@ -49,8 +49,8 @@ class TIEConfig:
     """What the pool starts with: ``multiscale`` noise, or ``white`` as in the paper."""
     synthesizer: str = "inversion"
     """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
-    garbage_weight: float = 1.0
-    """Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1)."""
+    garbage_weight: float = 0.1
+    """Weight of the garbage class in the loss, where an ID class has 1; 0.1 as in Vernekar et al. (``docs/defaults.md``)."""
     generator_steps: int = 200
     """Steps of the generator an epoch; 200 against 100: more inversions land where they were asked (``docs/defaults.md``)."""
     generator_lr: float = 1e-3
