@@ -583,3 +583,27 @@ def test_its_train_pipeline_runs_in_two_processes(root, workplace):
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Training Completed!") == 1  # the first process speaks for both
     assert (workplace / "results/mnist_tie_net_tie_e1_lr0.0001_two/s0/best.ckpt").exists()
+
+
+PROBE = """
+import os, sys
+from openood.utils import launch
+
+def main(word):
+    from openood.pipelines.train_pipeline import get_trainer
+    with open(f"{word}{os.getpid()}", "w") as f:
+        f.write(str(hasattr(get_trainer, "__wrapped__")))
+
+def worker(local_rank, main_func, world_size, num_gpus, machine_rank, dist_url, args, timeout):
+    main_func(*args)
+
+if __name__ == "__main__":
+    sys.modules["openood.utils.launch"]._distributed_worker = worker  # the real one asks for two GPUs
+    launch(main, 2, dist_url="auto", args=("process",))
+"""
+
+
+def test_processes_that_openoods_launcher_starts_know_tie(root, tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE)
+    run_openood(root, tmp_path, "probe.py")
+    assert [path.read_text() for path in tmp_path.glob("process*")] == ["True", "True"]

@@ -100,9 +100,8 @@ def main() -> None:
     ]
     for (data, images, epochs, steps, width, lam, weight), records in sorted(groups.items(), key=lambda item: (-item[0][1], -item[0][2])):
         seeds = sorted({r["config"]["seed"] for r in records})
-        parts.append(
-            f"## {data}, {images} images, {epochs} epochs, seeds {seeds}, {steps} generator steps of width {width}, lambda {lam:g}, garbage weight {weight:g}\n"
-        )
+        settings = f"{steps} generator steps of width {width}, lambda {lam:g}, garbage weight {weight:g}"
+        parts.append(f"## {data}, {images} images, {epochs} epochs, seeds {seeds}, {settings}\n")
         parts += [f"    {command}" for command in sorted({r["command"] for r in records})]
         versions = records[0]["versions"]
         parts.append(f"\nConv3, batches of {records[0]['batch_size']}, torch {versions['torch']}, {records[0]['threads']} threads.\n")

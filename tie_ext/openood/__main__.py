@@ -1,6 +1,7 @@
 """``python -m tie_ext.openood main.py --config ...``: one of OpenOOD's own scripts with TIE registered, with or without a GPU."""
 
 import os
+import re
 import runpy
 import sys
 
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     from tie_ext.openood.cpu import without_cuda
     from tie_ext.openood.registry import register
 
-    wanted = "0" not in [b.strip() for a, b in zip(arguments, [*arguments[1:], ""], strict=True) if a == "--num_gpus"]
+    wanted = not re.search(r"--num_gpus[ =]0\b", " ".join(arguments))
     with without_cuda(wanted):
         register()
         runpy.run_path(arguments[0], run_name="__main__")

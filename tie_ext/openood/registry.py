@@ -16,6 +16,7 @@ import openood.pipelines
 import openood.postprocessors.info as info
 import openood.postprocessors.utils
 import openood.trainers.utils
+import openood.utils
 import torch
 from openood.networks.adascale_net import AdaScaleANet, AdaScaleLNet
 from openood.networks.ash_net import ASHNet
@@ -45,6 +46,7 @@ def register() -> None:
         (_with_network, openood.networks.utils.get_network),
         (_with_postprocessors, openood.postprocessors.utils.get_postprocessor),
         (_with_configs, api.get_postprocessor),
+        (_with_registration, openood.utils.launch),
     ):
         _wrapped[original] = wraps(original)(wrap(original))
     _swap(_wrapped)
@@ -78,6 +80,29 @@ def _swap(functions: dict[Callable, Callable]) -> None:
             for key, value in list(vars(module).items()):
                 if callable(value) and getattr(value, "__hash__", None) and value in functions:
                     setattr(module, key, functions[value])
+
+
+class Registered:
+    """A function of OpenOOD's that is to run in a process of its own, where nothing is registered yet.
+
+    Arguments:
+        function: The function; found by its name there.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args):
+        """Register, then call it."""
+        register()
+        return self.function(*args)
+
+
+def _with_registration(original: Callable) -> Callable:
+    def launch(main_func, *args, **kwargs):
+        return original(Registered(main_func), *args, **kwargs)
+
+    return launch
 
 
 def _with_trainer(original: Callable) -> Callable:
