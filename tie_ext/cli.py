@@ -1,4 +1,4 @@
-"""The command line: ``tie-ext demo | train | score | report``. The only room that prints."""
+"""The command line: ``tie-ext demo | train | score | report | reproduce``. The only room that prints."""
 
 import argparse
 import csv
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tie-ext", description="TIE: out-of-distribution detection with a garbage class")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, dest="name", metavar="demo | train | score | report")
+    commands = parser.add_subparsers(required=True, dest="name", metavar="demo | train | score | report | reproduce")
 
     demo = commands.add_parser("demo", help="train and compare on images that need no download, in two minutes")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for table, figures and detector (default: demo)")
@@ -65,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--size", type=int, help="image size in pixels (default: the set's own, 64 for folders)")
     train.add_argument("--batch-size", type=int, default=128)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for f in fields(TIEConfig):  # every setting of the method is a flag of its name
-        kind: type = {"int": int, "float": float}.get(str(getattr(f.type, "__name__", f.type)), str)
-        train.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"default: {f.default}")
+    _settings(train)
     train.set_defaults(command=_train)
 
     score = commands.add_parser("score", help="label, level, uncertainty and score of images, a row each")
@@ -79,7 +77,39 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="figures, table and settings of a run on one HTML page")
     report.add_argument("run", type=Path, metavar="RUN")
     report.set_defaults(command=_report)
+
+    reproduce = commands.add_parser("reproduce", help="the paper's tables, a JSON a cell; goes on where it was stopped")
+    reproduce.add_argument("--root", default="data", help="where the data sets lie (default: data)")
+    reproduce.add_argument("--out", type=Path, default=Path("reproduce"), help="folder for cells and tables (default: reproduce)")
+    reproduce.add_argument("--data", nargs="+", metavar="SET", help="ID sets (default: the paper's six)")
+    reproduce.add_argument("--methods", nargs="+", metavar="METHOD", help="tie, multiscale, white, plain (default: all)")
+    reproduce.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    reproduce.add_argument("--images", type=int, help="train on a random subset of this many images")
+    reproduce.add_argument("--download", action="store_true", help="let torchvision download what is missing")
+    reproduce.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    _settings(reproduce, without=("seed",))
+    reproduce.set_defaults(command=_reproduce)
     return parser
+
+
+def _settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Every setting of the method as a flag of its name."""
+    for f in (f for f in fields(TIEConfig) if f.name not in without):
+        kind: type = {"int": int, "float": float}.get(str(getattr(f.type, "__name__", f.type)), str)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"default: {f.default}")
+
+
+def _reproduce(a: argparse.Namespace) -> None:
+    from tie_ext import reproduce
+
+    config = TIEConfig(**{f.name: getattr(a, f.name) for f in fields(TIEConfig) if f.name != "seed"})
+    chosen = {name: tuple(value) for name, value in (("sets", a.data), ("methods", a.methods), ("seeds", a.seeds)) if value}
+    missing = reproduce.run(
+        reproduce.Plan(root=a.root, images=a.images, download=a.download, config=config, **chosen), a.out, a.device, _interactive()
+    )
+    for reason in missing:
+        print(f"not run: {reason}")
+    print(f"tables: {a.out / 'tables.md'}")
 
 
 def _demo(a: argparse.Namespace) -> None:

@@ -1,0 +1,99 @@
+"""``tie-ext reproduce``: cells are run once, tables are made of cells, what has no data is said."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from tie_ext import reproduce
+from tie_ext.cli import main
+
+Image = pytest.importorskip("PIL.Image")
+CONFIG = replace(TINY, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two of the paper's sets as image folders, a few drawn images each."""
+    root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+    for name, bright in (("mnist", 0), ("fashionmnist", 100)):
+        for split, count in (("train", 4), ("test", 3)):
+            for label in range(10):
+                (root / name / split / str(label)).mkdir(parents=True)
+                for i in range(count):
+                    image = rng.integers(bright, bright + 100, (28, 28), dtype=np.uint8)
+                    image[2 * label : 2 * label + 6] = 255 - bright
+                    Image.fromarray(image).save(root / name / split / str(label) / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    plan = reproduce.Plan(root=str(root), sets=("mnist", "svhn"), seeds=(0, 1), methods=("tie", "plain"), config=CONFIG)
+    return out, plan, reproduce.run(plan, out)
+
+
+def test_every_cell_with_data_is_there_and_says_how_it_was_made(done):
+    out, _, _ = done
+    names = sorted(path.name for path in (out / "cells").iterdir())
+    assert names == [f"mnist-allx1-{method}-seed{seed}.json" for method in ("plain", "tie") for seed in (0, 1)]
+    record = json.loads((out / "cells" / names[-1]).read_text())
+    assert {"command", "commit", "versions", "config", "numbers", "level2", "seconds"} <= set(record)
+    assert record["config"]["seed"] == 1
+
+
+def test_what_has_no_data_is_said(done):
+    out, _, missing = done
+    assert len(missing) == 1
+    assert missing[0].startswith("svhn: ")
+    assert "## Not run" in (out / "tables.md").read_text()
+
+
+def test_a_cell_is_not_run_twice(done, monkeypatch):
+    out, plan, _ = done
+    monkeypatch.setattr(reproduce, "cell", lambda *_, **__: pytest.fail("a finished cell was run again"))
+    reproduce.run(plan, out)
+
+
+def test_level_two_counts_what_came_through_and_agrees_with_the_first_table(done):
+    out, _, _ = done
+    for seed in (0, 1):
+        record = json.loads((out / "cells" / f"mnist-allx1-tie-seed{seed}.json").read_text())
+        found = record["level2"]["fashionmnist"]
+        assert found["through"] == round((1 - record["numbers"]["garbage_rate"]["fashionmnist"]) * 30)
+        assert found["score"]["all"] == record["numbers"]["scores"]["score"]["fashionmnist"]
+        for label in reproduce.LEVEL_2:
+            assert 0 <= found[label]["all"]["auroc"] <= 1
+            if found["through"] == 30:
+                assert found[label]["through"] == found[label]["all"]
+
+
+def test_the_tables_stand_beside_the_papers(done):
+    text = (done[0] / "tables.md").read_text()
+    assert "89.5 / 23.4" in text
+    assert "7.47 / 5.99 / 2.86 / 0.83" in text
+    assert "| TIE, ODIN" in text
+    assert "±" in text
+    assert "40 images, 1 epochs, 2 seeds" in text
+
+
+def test_the_command_line_runs_it(root, tmp_path, capsys):
+    small = ["--generator-steps", "1", "--generator-width", "4", "--candidates-per-class", "2", "--pool-size", "20", "--epochs", "1"]
+    arguments = ["reproduce", "--root", str(root), "--out", str(tmp_path), "--data", "fashionmnist", "--methods", "white", "--seeds", "3", *small]
+    assert main(arguments) == 0
+    assert (tmp_path / "cells" / "fashionmnist-allx1-white-seed3.json").exists()
+    assert "tables.md" in capsys.readouterr().out
+    assert main([*arguments[: -len(small)], "--methods", "magic"]) == 1
+    (tmp_path / "cells" / "x.json").write_text("{}")
+    assert main(arguments) == 1
+    assert "Expected a cell" in capsys.readouterr().err
+
+
+def test_the_papers_figures_are_whole():
+    for paper in (reproduce.PAPER_1, reproduce.PAPER_2):
+        assert {name: len(row) for name, row in paper.items()} == dict.fromkeys(reproduce.data.NAMES, 6)
+    assert torch.tensor([len(f.split(" / ")) for row in reproduce.PAPER_2.values() for f in row if f != "-"]).eq(4).all()

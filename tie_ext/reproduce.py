@@ -1,0 +1,263 @@
+"""The paper's Tables 1 and 2, cell by cell: every pair of data sets, every method, every seed; one JSON a cell, and no cell twice.
+
+A cell is one training: an ID set, a method of :mod:`tie_ext.comparison`, a seed. All OOD sets that are at hand are scored with it.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tie_ext import data
+from tie_ext.comparison import LABELS, METHODS, all_logits, cell, ood_metrics
+from tie_ext.data import Batches, ImageSet
+from tie_ext.decision import ood_score
+from tie_ext.files import write_json
+from tie_ext.networks import BACKBONES, TIENet
+from tie_ext.report import table
+from tie_ext.synthesis import frozen
+from tie_ext.training import TIEConfig
+
+BACKBONE = {"mnist": "conv3", "fashionmnist": "conv3", "svhn": "conv5", "cifar10": "conv5", "cifar100": "residual", "tinyimagenet": "residual"}
+"""The paper's network for each of its sets (section 6.1)."""
+
+# The paper's Table 1, "TIE / No TIE" in percent: ID accuracy on the diagonal, else the share of OOD images in the garbage class.
+PAPER_1 = {
+    "mnist": ("99.1 / 97.5", "89.5 / 23.4", "99.1 / 31.7", "99.4 / 36.2", "98.6 / 28.9", "98.3 / 25.6"),
+    "fashionmnist": ("85.2 / 37.8", "92.6 / 91.3", "96.3 / 39.4", "95.7 / 35.7", "94.8 / 30.8", "93.5 / 27.2"),
+    "svhn": ("93.6 / 40.5", "94.9 / 23.1", "89.4 / 87.9", "87.6 / 38.4", "86.9 / 36.1", "84.2 / 33.7"),
+    "cifar10": ("97.8 / 46.9", "95.7 / 36.8", "88.2 / 25.1", "85.5 / 84.7", "83.6 / 39.2", "81.4 / 37.0"),
+    "cifar100": ("98.1 / 35.8", "96.8 / 22.7", "88.9 / 38.3", "80.1 / 35.6", "78.1 / 77.5", "83.1 / 30.8"),
+    "tinyimagenet": ("94.2 / 32.5", "91.9 / 28.4", "87.4 / 37.6", "82.9 / 36.1", "81.7 / 24.5", "54.8 / 52.2"),
+}
+# Its Table 2, FPR@95 in percent: "UE / ODIN / energy / Mahalanobis".
+PAPER_2 = {
+    "mnist": (
+        "-",
+        "7.47 / 5.99 / 2.86 / 0.83",
+        "45.50 / 33.75 / 22.47 / 0.04",
+        "11.37 / 6.58 / 1.99 / 0.00",
+        "14.30 / 9.67 / 3.43 / 0.00",
+        "12.04 / 7.88 / 2.54 / 0.01",
+    ),
+    "fashionmnist": (
+        "66.77 / 45.65 / 51.21 / 8.81",
+        "-",
+        "13.22 / 1.95 / 0.90 / 3.98",
+        "19.71 / 4.89 / 1.44 / 0.39",
+        "20.53 / 5.05 / 1.37 / 0.52",
+        "24.24 / 5.74 / 2.44 / 1.41",
+    ),
+    "svhn": (
+        "96.24 / 97.82 / 99.08 / 4.72",
+        "31.86 / 35.73 / 41.99 / 37.85",
+        "-",
+        "15.15 / 12.59 / 20.17 / 79.29",
+        "16.98 / 15.68 / 23.20 / 78.35",
+        "16.47 / 14.10 / 20.56 / 80.86",
+    ),
+    "cifar10": (
+        "77.95 / 75.18 / 77.60 / 12.16",
+        "81.96 / 70.57 / 72.75 / 53.14",
+        "60.79 / 63.06 / 57.58 / 90.56",
+        "-",
+        "66.32 / 66.19 / 67.12 / 94.45",
+        "67.74 / 66.63 / 67.08 / 94.76",
+    ),
+    "cifar100": (
+        "72.35 / 68.42 / 64.38 / 18.3",
+        "75.91 / 70.16 / 73.27 / 45.8",
+        "78.44 / 73.02 / 22.71 / 26.8",
+        "66.87 / 19.2 / 64.11 / 66.2",
+        "-",
+        "69.54 / 64.07 / 73.85 / 88.3",
+    ),
+    "tinyimagenet": (
+        "71.92 / 74.65 / 72.44 / 21.8",
+        "68.11 / 77.03 / 74.10 / 42.6",
+        "65.47 / 60.64 / 25.36 / 46.3",
+        "64.20 / 20.51 / 63.18 / 63.5",
+        "76.88 / 63.27 / 71.73 / 74.6",
+        "-",
+    ),
+}
+LEVEL_2 = ("UE", "ODIN", "energy", "MSP", "Mahalanobis")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. The defaults are the paper's protocol; fewer images or epochs are labelled so in the tables."""
+
+    root: str = "data"
+    """Where the sets lie (:func:`tie_ext.data.load`)."""
+    sets: tuple[str, ...] = data.NAMES
+    """ID sets; each is scored against all sets of the paper that are at hand."""
+    methods: tuple[str, ...] = METHODS
+    """Of :data:`tie_ext.comparison.METHODS`."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One training each."""
+    images: int | None = None
+    """Train on a random subset of this many images."""
+    download: bool = False
+    """Let torchvision download what is missing."""
+    config: TIEConfig = field(default_factory=TIEConfig)
+    """The method's settings; the seed is each cell's own."""
+
+
+def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> list[str]:
+    """Run the cells of a plan that ``out/cells`` does not hold yet, and write ``out/tables.md`` from all that it then holds.
+
+    Returns:
+        What was not run, with the reason.
+
+    Raises:
+        ValueError: If a set or method is unknown, or a file in ``out/cells`` is no cell.
+    """
+    for kind, names, known in (("data set", plan.sets, data.NAMES), ("method", plan.methods, METHODS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"Expected a {kind}, one of {', '.join(known)}, but got {name!r}")
+    missing: list[str] = []
+    todo = [(name, method, seed) for name in plan.sets for method in plan.methods for seed in plan.seeds]
+    for name, method, seed in tqdm(todo, desc="cells", disable=not progress):
+        path = out / "cells" / f"{name}-{plan.images or 'all'}x{plan.config.epochs}-{method}-seed{seed}.json"
+        if path.exists():
+            continue
+        try:
+            images, test, ood = _sets(plan, name)
+        except ValueError as error:
+            missing.append(f"{name}: {error}")
+            continue
+        config = replace(plan.config, seed=seed)
+        about = {"data": name, "backbone": BACKBONE[name]}
+        backbone = partial(BACKBONES[BACKBONE[name]], images.shape[0], len(images.classes))
+        record, net = cell(method, backbone, images.first(plan.images, seed), test, ood, config, about, device=device, progress=progress)
+        if method != "plain":
+            record["level2"] = level_2(net, {"id": test, **ood}, images)
+        write_json(path, record)
+    (out / "tables.md").write_text(tables(out, missing))
+    return sorted(set(missing))
+
+
+def _sets(plan: Plan, name: str) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+    """ID training and test images, and every other set of the paper that is at hand."""
+    images = data.load(name, "train", plan.root, download=plan.download)
+    test = data.load(name, "test", plan.root, download=plan.download)
+    ood = {}
+    for other in data.NAMES:
+        if other != name:
+            try:
+                ood[other] = data.load(other, "test", plan.root, images.shape, plan.download)
+            except ValueError:
+                continue  # its column stays empty
+    return images, test, ood
+
+
+def level_2(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet) -> dict:
+    """The paper's Table 2: detectors on the n ID logits, over the OOD images that level 1 let through, and over all of them.
+
+    Arguments:
+        net: A network with a garbage class.
+        sets: Test images by name; the ID ones are called ``id``.
+        fit_on: ID training images, for Mahalanobis.
+
+    Returns:
+        ``{set: {"through": count, score: {"through": metrics or None, "all": metrics}}}``; None where fewer than two images came through.
+    """
+    from pytorch_ood.detector import ODIN, EnergyBased, Mahalanobis, MaxSoftmax
+
+    from tie_ext.pytorch_ood import UncertaintyEstimate
+
+    device = net.fc.weight.device
+    detectors = (UncertaintyEstimate(net), ODIN(net), EnergyBased(net), MaxSoftmax(net), Mahalanobis(net.features))
+    with frozen(net):
+        detectors[-1].to(device).fit(Batches(fit_on, 500))
+        values: dict[str, dict[str, Tensor]] = {}
+        for name, images in sets.items():
+            logits = all_logits(net, images)
+            values[name] = {"score": ood_score(logits), "garbage": logits.argmax(1) == net.num_classes}
+        for label, detector in zip(LEVEL_2, detectors, strict=True):
+            for name, images in sets.items():
+                values[name][label] = torch.cat([detector.predict(x.to(device)).detach().cpu() for x, _ in Batches(images, 500)])
+    found = {}
+    for name in sets:
+        if name != "id":
+            through = ~values[name]["garbage"]
+            found[name] = {"through": int(through.sum()), **{label: _metrics(values, label, name, through) for label in ("score", *LEVEL_2)}}
+    return found
+
+
+def _metrics(values: Mapping[str, Mapping[str, Tensor]], label: str, name: str, through: Tensor) -> dict:
+    inside = ood_metrics(values["id"][label], values[name][label][through]) if int(through.sum()) > 1 else None
+    return {"through": inside, "all": ood_metrics(values["id"][label], values[name][label])}
+
+
+def tables(out: Path, missing: Sequence[str] = ()) -> str:
+    """Markdown of both tables, beside the paper's figures, from the cells in ``out/cells``."""
+    cells: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((out / "cells").glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            cells[record["data"], record["images"], record["config"]["epochs"]][record["method"]].append(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Expected a cell of `tie-ext reproduce` in {path}, but got: {error!r}") from error
+    head = "Written by `tie-ext reproduce` from the cells beside it, which hold command, commit, versions and settings. Percent; mean ± standard "
+    parts = [f"# The paper's tables, measured\n\n{head}deviation over the seeds.\n"]
+    for (name, images, epochs), methods in sorted(cells.items()):
+        count = max(len(records) for records in methods.values())
+        parts.append(f"## {name}: {images} images, {epochs} epochs, {count} seeds\n\n### Table 1: ID accuracy, and OOD images in the garbage class\n")
+        parts += [table(_rows_1(name, methods)), "\n### Table 2: FPR@95 (AUROC) over OOD images that level 1 let through, then over all\n"]
+        parts += [table(_rows_2(name, methods)), ""]
+    if missing:
+        parts += ["## Not run\n", *(f"- {reason}" for reason in sorted(set(missing))), ""]
+    return "\n".join(parts)
+
+
+def _rows_1(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
+    rows = []
+    for method in (m for m in METHODS if m in methods):
+        numbers = [record["numbers"] for record in methods[method]]
+        row = {"": LABELS[method]}
+        for other in (*data.NAMES, "noise"):
+            if other == name:
+                row[other] = _spread([n["accuracy"] for n in numbers])
+            else:
+                rates = [n["garbage_rate"][other] for n in numbers if other in n.get("garbage_rate", {})]
+                row[other] = _spread(rates) if rates else "-"
+        rows.append(row)
+    return [*rows, {"": "the paper: TIE / no TIE", **dict(zip(data.NAMES, PAPER_1[name], strict=True)), "noise": "-"}]
+
+
+def _rows_2(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
+    rows = []
+    for method in (m for m in METHODS if m in methods):
+        records = methods[method]
+        labels = ("score", *LEVEL_2) if method != "plain" else tuple(records[0]["numbers"]["scores"])
+        for label in labels:
+            row = {"": f"{LABELS[method]}, {label}"}
+            for other in (o for o in data.NAMES if o != name):
+                row[other] = _cell_2(records, label, other)
+            rows.append(row)
+    paper = {other: figure for other, figure in zip(data.NAMES, PAPER_2[name], strict=True) if other != name}
+    return [*rows, {"": "the paper, let through: UE / ODIN / energy / Mahalanobis", **paper}]
+
+
+def _cell_2(records: Sequence[Mapping], label: str, other: str) -> str:
+    if "level2" in records[0]:
+        found = [r["level2"][other][label] for r in records if other in r["level2"]]
+        parts = [[f[which] for f in found if f[which] is not None] for which in ("through", "all")]
+    else:
+        parts = [[r["numbers"]["scores"][label][other] for r in records if other in r["numbers"]["scores"][label]]]
+    return "; ".join(f"{_spread([m['fpr95'] for m in p])} ({_spread([m['auroc'] for m in p])})" if p else "-" for p in parts)
+
+
+def _spread(values: Sequence[float]) -> str:
+    scaled = [100 * v for v in values]
+    return f"{mean(scaled):.2f}" + (f" ± {stdev(scaled):.2f}" if len(scaled) > 1 else "")
