@@ -1,7 +1,8 @@
 """TIE beside what it has to beat, on the same data, backbone, initial weights and order of batches.
 
-Methods: ``tie``; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class stays the noise it began with (no TIE); ``plain``,
-the n-class network that pytorch-ood's MSP, energy and Mahalanobis read. Metrics are pytorch-ood's own (OOD is the positive class).
+Methods: ``tie``; ``predecessor``, which expels every inversion; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class
+stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read. Metrics are
+pytorch-ood's own (OOD is the positive class).
 """
 
 import os
@@ -26,9 +27,15 @@ from tie_ext.networks import TIENet
 from tie_ext.synthesis import frozen
 from tie_ext.training import EpochLog, TIEConfig, TIETrainer, seeded
 
-METHODS = ("tie", "multiscale", "white", "plain")
-"""TIE, the two no-TIE baselines, and the n-class network for post-hoc detectors."""
-LABELS = {"tie": "TIE", "multiscale": "no TIE, multi-scale noise", "white": "no TIE, white noise", "plain": "plain n-class network"}
+METHODS = ("tie", "predecessor", "multiscale", "white", "plain")
+"""TIE, its predecessor, the two no-TIE baselines, and the n-class network for post-hoc detectors."""
+LABELS = {
+    "tie": "TIE",
+    "predecessor": "predecessor (lambda = -inf)",
+    "multiscale": "no TIE, multi-scale noise",
+    "white": "no TIE, white noise",
+    "plain": "plain n-class network",
+}
 """How tables name them."""
 
 
@@ -38,11 +45,17 @@ def make_trainer(method: str, net: TIENet, config: TIEConfig, progress: bool = F
     Raises:
         ValueError: If there is no such method.
     """
-    if method not in METHODS[:3]:
-        raise ValueError(f"Expected one of {', '.join(METHODS[:3])}, but got {method!r}")
-    if method == "tie":
-        return TIETrainer(net, config, progress=progress)
-    return TIETrainer(net, replace(config, prior=method), synthesizers=[], progress=progress)
+    if method not in METHODS[:-1]:
+        raise ValueError(f"Expected one of {', '.join(METHODS[:-1])}, but got {method!r}")
+    synthesizers: list | None = [] if method in ("multiscale", "white") else None
+    return TIETrainer(net, method_config(method, config), synthesizers, progress)
+
+
+def method_config(method: str, config: TIEConfig) -> TIEConfig:
+    """The settings as a method changes them: lambda for the predecessor, the prior for noise that stays."""
+    if method == "predecessor":
+        return replace(config, lam=-float("inf"))
+    return replace(config, prior=method) if method in ("multiscale", "white") else config
 
 
 def train_plain(net: TIENet, batches: Batches, config: TIEConfig, progress: bool = False) -> None:
@@ -235,7 +248,7 @@ def cell(
         "test_images": len(test),
         "ood_images": {name: len(s) for name, s in ood.items()},
         "batch_size": batch_size,
-        "config": _jsonable(asdict(config)),
+        "config": _jsonable(asdict(method_config(method, config))),
         "numbers": numbers,
         "seconds": seconds,
         "peak_memory_mb": memory,

@@ -170,6 +170,8 @@ def level_2(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet) -> dict
 
     Returns:
         ``{set: {"through": count, score: {"through": metrics or None, "all": metrics}}}``; None where fewer than two images came through.
+        And what the predecessor's claim compares: ``least_confident_id`` among ID images that level 1 accepts, and for each set
+        ``most_confident_through``; the largest of the n+1 probabilities.
     """
     from pytorch_ood.detector import ODIN, EnergyBased, Mahalanobis, MaxSoftmax
 
@@ -182,16 +184,18 @@ def level_2(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet) -> dict
         values: dict[str, dict[str, Tensor]] = {}
         for name, images in sets.items():
             logits = all_logits(net, images)
-            values[name] = {"score": ood_score(logits), "garbage": logits.argmax(1) == net.num_classes}
+            values[name] = {"score": ood_score(logits), "garbage": logits.argmax(1) == net.num_classes, "confidence": logits.softmax(1).amax(1)}
         for label, detector in zip(LEVEL_2, detectors, strict=True):
             for name, images in sets.items():
                 values[name][label] = torch.cat([detector.predict(x.to(device)).detach().cpu() for x, _ in Batches(images, 500)])
-    found = {}
+    found: dict = {}
     for name in sets:
         if name != "id":
             through = ~values[name]["garbage"]
-            found[name] = {"through": int(through.sum()), **{label: _metrics(values, label, name, through) for label in ("score", *LEVEL_2)}}
-    return found
+            found[name] = {label: _metrics(values, label, name, through) for label in ("score", *LEVEL_2)}
+            most = values[name]["confidence"][through].max().item() if through.any() else None
+            found[name] |= {"through": int(through.sum()), "most_confident_through": most}
+    return {**found, "least_confident_id": values["id"]["confidence"][~values["id"]["garbage"]].min().item()}
 
 
 def _metrics(values: Mapping[str, Mapping[str, Tensor]], label: str, name: str, through: Tensor) -> dict:
@@ -214,7 +218,11 @@ def tables(out: Path, missing: Sequence[str] = ()) -> str:
         count = max(len(records) for records in methods.values())
         parts.append(f"## {name}: {images} images, {epochs} epochs, {count} seeds\n\n### Table 1: ID accuracy, and OOD images in the garbage class\n")
         parts += [table(_rows_1(name, methods)), "\n### Table 2: FPR@95 (AUROC) over OOD images that level 1 let through, then over all\n"]
-        parts += [table(_rows_2(name, methods)), ""]
+        parts += [
+            table(_rows_2(name, methods)),
+            "\n### The predecessor's claim: the least confident ID image against the most confident OOD image let through\n",
+        ]
+        parts += [table(_rows_3(name, methods)), ""]
     if missing:
         parts += ["## Not run\n", *(f"- {reason}" for reason in sorted(set(missing))), ""]
     return "\n".join(parts)
@@ -247,6 +255,18 @@ def _rows_2(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
             rows.append(row)
     paper = {other: figure for other, figure in zip(data.NAMES, PAPER_2[name], strict=True) if other != name}
     return [*rows, {"": "the paper, let through: UE / ODIN / energy / Mahalanobis", **paper}]
+
+
+def _rows_3(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
+    rows = []
+    for method in (m for m in METHODS if m in methods and m != "plain"):
+        levels = [record["level2"] for record in methods[method]]
+        row = {"": LABELS[method], "least confident ID": _spread([level["least_confident_id"] for level in levels])}
+        for other in (o for o in data.NAMES if o != name):
+            most = [level[other]["most_confident_through"] for level in levels if level.get(other, {}).get("through")]
+            row[other] = _spread(most) if most else "-"
+        rows.append(row)
+    return rows or [{"": "-"}]
 
 
 def _cell_2(records: Sequence[Mapping], label: str, other: str) -> str:

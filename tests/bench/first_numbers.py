@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=["tie", "multiscale", "white", "plain"], choices=METHODS)
     parser.add_argument("--generator-steps", type=int, default=TIEConfig.generator_steps)
     parser.add_argument("--generator-width", type=int, default=TIEConfig.generator_width)
     parser.add_argument("--networks", type=Path, default=Path("runs/networks"), help="where the trained networks go")
