@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--tag", default="", help="appended to the file names of runs with other settings")
     a = parser.parse_args()
     config = TIEConfig(epochs=a.epochs, generator_steps=a.generator_steps, generator_width=a.generator_width)
-    command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA")
+    command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA").replace(str(a.networks), "NETWORKS")
     for seed in a.seeds:
         for method in a.methods:
             path = OUT / f"{a.data}-{a.images}x{a.epochs}-{method}-seed{seed}{a.tag}.json"

@@ -3,10 +3,12 @@
     python tests/bench/score_ablation.py --root DATA --networks runs/networks/mnist-20000x10-tie-seed*.safetensors
 
 Negatives: MNIST test images. Positives: noise (white, uniform, multi-scale), test images whose 7x7-pixel tiles are shuffled, means of two test
-images of different classes; and, as a question of its own, test images that the network gets wrong. Writes docs/results/score_ablation.json.
+images of different classes; and, as a question of its own, test images that the network gets wrong. Writes docs/results/score_ablation.json;
+tables.py makes docs/score_ablation.md of it.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -83,7 +85,9 @@ def main() -> None:
             | {"misclassified": ood_metrics(score(logits)[~wrong], score(logits)[wrong])}
             for label, score in SCORES.items()
         }
-    write_json(DOCS / "results" / "score_ablation.json", {"results": results, **provenance()})
+    command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA")
+    command = command.replace(f"{a.networks[0].parent}/", "NETWORKS/")
+    write_json(DOCS / "results" / "score_ablation.json", {"results": results, **provenance(), "command": command})
     names = [*sets, "misclassified"]
     for metric in ("auroc", "fpr95"):
         means = {label: {name: sum(r[label][name][metric] for r in results.values()) / len(results) for name in names} for label in SCORES}
