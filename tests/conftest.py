@@ -1,6 +1,8 @@
 """What several test files need: a small network, small batches, and the place of real images where there is one."""
 
 import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,61 @@ def data_root() -> Path:
     if not os.environ.get("TIE_DATA"):
         pytest.skip("TIE_DATA is unset: set it to a folder with MNIST as torchvision keeps it")
     return Path(os.environ["TIE_DATA"])
+
+
+def find_openood() -> Path | None:
+    """A checkout of OpenOOD: importable, or at $OPENOOD_ROOT (default ~/OpenOOD)."""
+    root = Path(os.environ.get("OPENOOD_ROOT", Path.home() / "OpenOOD"))
+    if find_spec("openood") is None and (root / "openood").is_dir():
+        sys.path.append(str(root))
+    spec = find_spec("openood")
+    return Path(spec.submodule_search_locations[0]).parent if spec and spec.submodule_search_locations else None
+
+
+@pytest.fixture(scope="session")
+def openood_root() -> Path:
+    """A checkout of OpenOOD whose packages are all there; what wants it is skipped, saying so, where there is none."""
+    from tie_ext.openood.requirements import check_requirements
+
+    found = find_openood()
+    if found is None:
+        pytest.skip("no OpenOOD: put a checkout at ~/OpenOOD or set OPENOOD_ROOT")
+    if not (found / "main.py").is_file():
+        pytest.skip(f"openood at {found} is no checkout (no main.py): set OPENOOD_ROOT to one")
+    try:
+        check_requirements()
+    except ImportError as error:
+        pytest.skip(f"OpenOOD at {found} lacks packages: {error}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder as OpenOOD wants it to run in: data/ with a few drawn images and their lists."""
+    import numpy as np
+    from PIL import Image
+
+    place = tmp_path_factory.mktemp("openood")
+    rng = np.random.default_rng(0)
+    lists = place / "data" / "benchmark_imglist" / "mnist"
+    lists.mkdir(parents=True)
+    for name, count in (("train_mnist", 240), ("val_mnist", 40), ("test_mnist", 60), ("test_fashionmnist", 40), ("test_cifar10", 40)):
+        rows = []
+        (place / "data" / "images_classic" / name).mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(0, 255, (28, 28)).astype(np.uint8)
+            label = -1
+            if name.endswith("_mnist"):
+                label = i % 10
+                image //= 4
+                image[2 * label : 2 * label + 8] = 255
+            Image.fromarray(image).save(place / "data" / "images_classic" / name / f"{i}.png")
+            rows.append(f"{name}/{i}.png {label}\n")
+        (lists / f"{name}.txt").write_text("".join(rows))
+    (place / "two.yml").write_text("ood_dataset:\n  nearood:\n    datasets: [fashionmnist]\n  farood:\n    datasets: [cifar10]\n")
+    (place / "many.py").write_text(
+        "import json, runpy, sys\n"
+        "main, *runs = json.load(open('many.json'))\n"
+        "for run in runs:\n    sys.argv = [main, *run]\n    runpy.run_path(main, run_name='__main__')\n"
+    )
+    return place

@@ -66,19 +66,9 @@ def test_iodin_on_all_values_is_their_odin():
     assert not torch.equal(IODIN(net, eps=0.1)(x), ODIN(net, eps=0.1)(x))
 
 
-def test_iodin_is_openoods_on_the_same_images():
+def test_iodin_is_openoods_on_the_same_images(openood_root):
     import warnings
 
-    from test_openood import find_openood
-
-    from tie_ext.openood.requirements import check_requirements
-
-    if find_openood() is None:
-        pytest.skip("no OpenOOD: put a checkout at ~/OpenOOD or set OPENOOD_ROOT")
-    try:
-        check_requirements()
-    except ImportError as error:
-        pytest.skip(f"OpenOOD lacks packages: {error}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from openood.networks.lenet import LeNet

@@ -7,7 +7,6 @@ imports, these tests are skipped and say so.
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,33 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from tie_ext import ood_score, uncertainty
-from tie_ext.openood.requirements import PACKAGES, check_requirements
+from tie_ext.openood.requirements import PACKAGES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = Path(__file__).parents[1] / "openood_configs"
 
 
-def find_openood() -> Path | None:
-    root = Path(os.environ.get("OPENOOD_ROOT", Path.home() / "OpenOOD"))
-    if find_spec("openood") is None and (root / "openood").is_dir():
-        sys.path.append(str(root))
-    spec = find_spec("openood")
-    return Path(spec.submodule_search_locations[0]).parent if spec and spec.submodule_search_locations else None
-
-
 @pytest.fixture(scope="session")
-def root() -> Path:  # also test_patches.py
-    """A checkout of OpenOOD whose packages are all there."""
-    found = find_openood()
-    if found is None:
-        pytest.skip("no OpenOOD: put a checkout at ~/OpenOOD or set OPENOOD_ROOT")
-    if not (found / "main.py").is_file():
-        pytest.skip(f"openood at {found} is no checkout (no main.py): set OPENOOD_ROOT to one")
-    try:
-        check_requirements()
-    except ImportError as error:
-        pytest.skip(f"OpenOOD at {found} lacks packages: {error}")
-    return found
+def root(openood_root) -> Path:
+    return openood_root
 
 
 @pytest.fixture
@@ -438,36 +419,10 @@ METHODS = [  # with what ten pixels' worth of training images and the 84 feature
 ARGUMENTS = {"vim": ["--postprocessor.postprocessor_args.dim", "20"], "knn": ["--postprocessor.postprocessor_args.K", "5"]}
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A folder as OpenOOD wants it to run in: data/ with a few drawn images and their lists."""
-    import numpy as np
-    from PIL import Image
-
-    place = tmp_path_factory.mktemp("openood")
-    rng = np.random.default_rng(0)
-    lists = place / "data" / "benchmark_imglist" / "mnist"
-    lists.mkdir(parents=True)
-    for name, count in (("train_mnist", 240), ("val_mnist", 40), ("test_mnist", 60), ("test_fashionmnist", 40), ("test_cifar10", 40)):
-        rows = []
-        (place / "data" / "images_classic" / name).mkdir(parents=True)
-        for i in range(count):
-            image = rng.integers(0, 255, (28, 28)).astype(np.uint8)
-            label = -1
-            if name.endswith("_mnist"):
-                label = i % 10
-                image //= 4
-                image[2 * label : 2 * label + 8] = 255
-            Image.fromarray(image).save(place / "data" / "images_classic" / name / f"{i}.png")
-            rows.append(f"{name}/{i}.png {label}\n")
-        (lists / f"{name}.txt").write_text("".join(rows))
-    (place / "two.yml").write_text("ood_dataset:\n  nearood:\n    datasets: [fashionmnist]\n  farood:\n    datasets: [cifar10]\n")
-    (place / "many.py").write_text(
-        "import json, runpy, sys\n"
-        "main, *runs = json.load(open('many.json'))\n"
-        "for run in runs:\n    sys.argv = [main, *run]\n    runpy.run_path(main, run_name='__main__')\n"
-    )
-    return place
+def training_configs(root: Path) -> list[Path]:
+    theirs = root / "configs"
+    ours = [CONFIGS / "networks/tie_net.yml", CONFIGS / "pipelines/train/train_tie.yml"]
+    return [theirs / "datasets/mnist/mnist.yml", *ours, theirs / "preprocessors/base_preprocessor.yml"]
 
 
 def run_openood(root: Path, place: Path, *arguments: str) -> str:
@@ -481,13 +436,7 @@ def run_openood(root: Path, place: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(root, workplace) -> Path:
     """A tie_net around OpenOOD's LeNet, trained through its own main.py, pipeline, recorder and evaluator."""
-    theirs, ours = root / "configs", CONFIGS
-    configs = [
-        theirs / "datasets/mnist/mnist.yml",
-        ours / "networks/tie_net.yml",
-        ours / "pipelines/train/train_tie.yml",
-        theirs / "preprocessors/base_preprocessor.yml",
-    ]
+    configs = training_configs(root)
     small = ["--optimizer.num_epochs", "2", "--optimizer.lr", "0.003", "--num_workers", "0", "--network.backbone.name", "lenet"]
     less = ["--trainer.trainer_args.generator_steps", "3", "--trainer.trainer_args.candidates_per_class", "10"]
     said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less)
@@ -568,13 +517,7 @@ if __name__ == "__main__":
 
 def test_its_train_pipeline_runs_in_two_processes(root, workplace):
     (workplace / "two_processes.py").write_text(MANY)
-    theirs, ours = root / "configs", CONFIGS
-    configs = [
-        theirs / "datasets/mnist/mnist.yml",
-        ours / "networks/tie_net.yml",
-        ours / "pipelines/train/train_tie.yml",
-        theirs / "preprocessors/base_preprocessor.yml",
-    ]
+    configs = training_configs(root)
     options = ["--optimizer.num_epochs", "1", "--num_workers", "0", "--num_gpus", "2", "--mark", "two", "--network.backbone.name", "lenet"]
     less = ["--trainer.trainer_args.generator_steps", "2", "--trainer.trainer_args.candidates_per_class", "10"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}

@@ -188,20 +188,10 @@ def test_only_the_largest_gradients_move_and_only_the_most_significant_pixels_ar
     assert torch.equal(out.flatten(2).sort(2).values, x.flatten(2).sort(2).values)  # the same pixels, elsewhere
 
 
-def test_outliers_are_ascoods_own(monkeypatch):
+def test_outliers_are_ascoods_own(openood_root):
     """Differential: OpenOOD's trainer, on the same images and gradients."""
     import warnings
 
-    from test_openood import find_openood
-
-    from tie_ext.openood.requirements import check_requirements
-
-    if find_openood() is None:
-        pytest.skip("no OpenOOD: put a checkout at ~/OpenOOD or set OPENOOD_ROOT")
-    try:
-        check_requirements()
-    except ImportError as error:
-        pytest.skip(f"OpenOOD lacks packages: {error}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from openood.trainers.ascood_trainer import ASCOODTrainer

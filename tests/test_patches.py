@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_openood import root as openood_root  # noqa: F401 - a fixture
-from test_openood import workplace  # noqa: F401 - a fixture
 
 PATCHES = Path(__file__).parents[1] / "patches"
 OURS = sorted(PATCHES.glob("*/*.patch"))
@@ -55,7 +53,7 @@ def test_the_patches_in_order_have_numbers():
     assert [p.name[:4] for p in OURS if p.parent.name == "openood"] == ["0001", "0002", "0003"]
 
 
-def test_openoods_patches_are_what_our_sources_give(openood_root, generator):  # noqa: F811
+def test_openoods_patches_are_what_our_sources_give(openood_root, generator):
     for name, text in generator.generate(openood_root, None).items():
         assert (PATCHES / name).read_text() == text, f"{name} has drifted: python patches/generate.py"
 
@@ -87,7 +85,7 @@ def train(tree: Path, place: Path, mark: str) -> str:
     return run.stdout
 
 
-def test_the_patched_openood_trains_tie_by_itself(openood_root, workplace, tmp_path):  # noqa: F811
+def test_the_patched_openood_trains_tie_by_itself(openood_root, workplace, tmp_path):
     tree = copy(openood_root, tmp_path / "tree")
     apply(tree, [p for p in OURS if p.parent.name == "openood"])
     train(tree, workplace, "patched")
@@ -119,7 +117,7 @@ def test_the_patched_openood_trains_tie_by_itself(openood_root, workplace, tmp_p
     assert run.stdout.endswith("scored\n"), run.stderr[-3000:]
 
 
-def test_an_openood_that_discovers_plug_ins_finds_the_installed_tie_ext(openood_root, workplace, tmp_path):  # noqa: F811
+def test_an_openood_that_discovers_plug_ins_finds_the_installed_tie_ext(openood_root, workplace, tmp_path):
     from importlib.metadata import entry_points
 
     if not entry_points(group="openood.trainers"):
