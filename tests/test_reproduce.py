@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, make_batches, make_net
 
 from tie_ext import reproduce
 from tie_ext.cli import main
@@ -97,3 +97,19 @@ def test_the_papers_figures_are_whole():
     for paper in (reproduce.PAPER_1, reproduce.PAPER_2):
         assert {name: len(row) for name, row in paper.items()} == dict.fromkeys(reproduce.data.NAMES, 6)
     assert torch.tensor([len(f.split(" / ")) for row in reproduce.PAPER_2.values() for f in row if f != "-"]).eq(4).all()
+
+
+def test_the_predecessor_expels_everything_and_its_record_says_so():
+    import math
+
+    from tie_ext.comparison import make_trainer, method_config
+
+    assert method_config("predecessor", CONFIG).lam == -math.inf
+    assert method_config("white", CONFIG).prior == "white"
+    assert method_config("tie", CONFIG) == CONFIG
+    batches = make_batches()
+    log = make_trainer("predecessor", make_net(), CONFIG).epoch(batches)
+    assert log.excluded == log.proposed
+    assert sum(make_trainer("white", make_net(), CONFIG).epoch(batches).proposed) == 0
+    with pytest.raises(ValueError, match="Expected one of tie, predecessor"):
+        make_trainer("plain", make_net(), CONFIG)
