@@ -6,6 +6,7 @@ from conftest import SHAPE, make_net
 from torch import nn
 
 from tie_ext import Conv3, Conv5, Generator, ResidualCNN, TIENet
+from tie_ext.networks import Standardized
 
 
 def resnet18():
@@ -117,3 +118,25 @@ def test_a_foreign_architecture_needs_its_backbone(tmp_path):
         TIENet.load(tmp_path / "net.safetensors", Conv3(3, 4))
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(TIENet.load(tmp_path / "net.safetensors", WithFc())(x), net.eval()(x))
+
+
+def test_standardized_features_have_mean_0_and_the_norm_of_proposition_2():
+    net = TIENet(Standardized(Conv3(1, 10), sigma=0.5), 10, SHAPE).eval()
+    logits, h = net(torch.rand(4, *SHAPE), return_feature=True, garbage=True)
+    assert logits.shape == (4, 11)
+    torch.testing.assert_close(h.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(h.norm(dim=1), torch.full((4,), 0.5 * (128 - 1) ** 0.5), rtol=1e-4, atol=0)
+
+
+def test_standardized_features_are_openoods(openood_root):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from openood.networks.ascood_net import ASCOODNet
+        from openood.networks.lenet import LeNet
+    theirs = ASCOODNet(LeNet(10)).eval()
+    theirs.set_params(0.5)
+    ours = TIENet(Standardized(theirs.backbone, sigma=0.5), 10).eval()
+    x = torch.rand(3, 3, 28, 28)
+    torch.testing.assert_close(ours(x), theirs(x))

@@ -131,7 +131,7 @@ def test_registering_reaches_every_place_that_holds_a_name(openood):
     assert openood.evaluation_api.evaluator.get_postprocessor is openood.evaluation_api.postprocessor.get_postprocessor
     for function in (pipeline.get_trainer, pipeline.get_network, openood.postprocessors.get_postprocessor):
         assert function.__wrapped__.__module__ == function.__module__
-    assert {"tie", "tie_ue"} <= set(openood.evaluation_api.postprocessor.postprocessors)
+    assert {"tie", "tie_ue", "dmr"} <= set(openood.evaluation_api.postprocessor.postprocessors)
 
 
 def test_registering_twice_is_registering_once_and_can_be_undone(openood):
@@ -237,6 +237,26 @@ def test_tie_asks_for_a_tie_net_and_tie_ue_does_not(openood):
     with pytest.raises(TypeError, match="Expected network tie_net"):
         TIEPostprocessor().postprocess(LeNet(10), torch.rand(1, 3, 28, 28))
     assert TIEUEPostprocessor().postprocess(LeNet(10), torch.rand(2, 3, 28, 28))[1].shape == (2,)
+
+
+def test_dmr_learns_a_rejection_network_and_leaves_the_classifier_as_it_is(openood):
+    from openood.networks.lenet import LeNet
+
+    from tie_ext.openood import DMRPostprocessor
+
+    torch.manual_seed(0)
+    net = LeNet(3).eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x, y = torch.rand(24, 3, 28, 28), torch.arange(24) % 3
+    post = DMRPostprocessor()
+    with pytest.raises(RuntimeError, match="set up"):
+        post.postprocess(net, x)
+    post.setup(net, {"train": [{"data": x[:12], "label": y[:12]}, {"data": x[12:], "label": y[12:]}]}, {})
+    pred, conf = post.postprocess(net, x)
+    assert torch.equal(pred, net(x).argmax(1))
+    assert conf.shape == (24,)
+    assert conf.isfinite().all()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_both_hosts_measure_the_same_on_the_same_scores(openood):
@@ -348,9 +368,9 @@ def test_another_optimiser_is_refused(openood):
 def test_the_postprocessor_files_hold_the_defaults(openood):
     from openood.utils.config import Config
 
-    from tie_ext.openood import TIEPostprocessor, TIEUEPostprocessor
+    from tie_ext.openood import DMRPostprocessor, TIEPostprocessor, TIEUEPostprocessor
 
-    for name, cls in (("tie", TIEPostprocessor), ("tie_ue", TIEUEPostprocessor)):
+    for name, cls in (("tie", TIEPostprocessor), ("tie_ue", TIEUEPostprocessor), ("dmr", DMRPostprocessor)):
         assert Config(str(CONFIGS / "postprocessors" / f"{name}.yml")) == Config({"postprocessor": cls.DEFAULTS})
 
 
@@ -413,10 +433,11 @@ def test_every_config_builds(openood, root, tmp_path, monkeypatch, name):
 # Its own main.py, as a user runs it.
 
 METHODS = [  # with what ten pixels' worth of training images and the 84 features of a LeNet call for
-    *("tie", "tie_ue", "msp", "ebo", "odin", "mls", "klm", "gen", "react", "dice", "ash", "scale", "mds", "rmds", "knn", "vim", "she"),
-    *("nnguide", "fdbd", "gradnorm", "relation", "nci", "iodin", "gram", "vra"),
+    *("tie", "tie_ue", "dmr", "msp", "ebo", "odin", "mls", "klm", "gen", "react", "dice", "ash", "scale", "mds", "rmds", "knn", "vim"),
+    *("she", "nnguide", "fdbd", "gradnorm", "relation", "nci", "iodin", "gram", "vra"),
 ]
 ARGUMENTS = {"vim": ["--postprocessor.postprocessor_args.dim", "20"], "knn": ["--postprocessor.postprocessor_args.K", "5"]}
+OURS = ("tie", "tie_ue", "dmr")
 
 
 def training_configs(root: Path) -> list[Path]:
@@ -456,7 +477,7 @@ def test_its_postprocessors_score_the_checkpoint(root, workplace, checkpoint):
     theirs, ours = root / "configs", CONFIGS
 
     def arguments(name):
-        post = (ours if name.startswith("tie") else theirs) / "postprocessors" / f"{name}.yml"
+        post = (ours if name in OURS else theirs) / "postprocessors" / f"{name}.yml"
         configs = [
             theirs / "datasets/mnist/mnist.yml",
             ours / "datasets/mnist/mnist_tie_ood.yml",

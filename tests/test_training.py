@@ -1,13 +1,14 @@
 """The loop: what an epoch does, what it refuses, and that stopping changes nothing."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import SHAPE, TINY, make_batches, make_net, make_trainer
 
 from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer
+from tie_ext.training import GARBAGE_SHARE
 
 
 def test_an_epoch_trains_inverts_and_excludes():
@@ -37,7 +38,7 @@ def test_class_weights_are_inverse_proportions():
     trainer = make_trainer()
     trainer.counts = torch.tensor([10, 20, 30])
     weights = trainer.class_weights()
-    sizes = torch.tensor([10, 20, 30, 60 * trainer._garbage_ratio()])
+    sizes = torch.tensor([10, 20, 30, 60 * GARBAGE_SHARE])
     torch.testing.assert_close(weights * sizes, torch.full((4,), sizes.sum().item() / 4))
 
 
@@ -137,6 +138,7 @@ def test_bad_data_is_refused_before_any_work(batches, message):
         {"generator_steps": 0},
         {"gamma_end": -1.0},
         {"prior": "pink"},
+        {"objective": "energy"},
         {"seed": -1},
         {"lam": float("nan")},
     ],
@@ -164,3 +166,17 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
     trainer.save(tmp_path / "run.safetensors")
     with pytest.raises(ValueError, match="Expected a run with"):
         make_trainer(lam=2.0).load(tmp_path / "run.safetensors")
+
+
+def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
+    torch.manual_seed(0)
+    x = torch.zeros(24, *SHAPE)
+    for i in range(24):
+        x[i, :, 8 * (i % 3) : 8 * (i % 3) + 8] = 1
+    trainer = TIETrainer(make_net(), replace(TINY, objective="uniform", epochs=15), synthesizers=[])
+    for _ in range(15):
+        trainer.epoch([(x, torch.arange(24) % 3)])
+    inside, outside = trainer.net.decide(x), trainer.net.decide(trainer.pool.draw(24))
+    assert torch.equal(inside.label, torch.arange(24) % 3)
+    assert outside.uncertainty.mean() > 0.8 > 0.5 > inside.uncertainty.mean()
+    assert outside.score.min() > inside.score.max()

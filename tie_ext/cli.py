@@ -81,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser("reproduce", help="the paper's tables, a JSON a cell; goes on where it was stopped")
     reproduce.add_argument("--root", default="data", help="where the data sets lie (default: data)")
     reproduce.add_argument("--out", type=Path, default=Path("reproduce"), help="folder for cells and tables (default: reproduce)")
-    reproduce.add_argument("--data", nargs="+", metavar="SET", help="ID sets (default: the paper's six)")
-    reproduce.add_argument("--methods", nargs="+", metavar="METHOD", help="tie, multiscale, white, plain (default: all)")
+    reproduce.add_argument("--data", nargs="+", metavar="SET", help="ID sets, or some classes of one: mnist:0-4 (default: the paper's six)")
+    reproduce.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="of tie_ext.comparison, or synthesizers by name (default: all of the former)"
+    )
     reproduce.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     reproduce.add_argument("--images", type=int, help="train on a random subset of this many images")
     reproduce.add_argument("--download", action="store_true", help="let torchvision download what is missing")

@@ -1,8 +1,9 @@
 """TIE beside what it has to beat, on the same data, backbone, initial weights and order of batches.
 
 Methods: ``tie``; ``predecessor``, which expels every inversion; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class
-stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read. Metrics are
-pytorch-ood's own (OOD is the positive class).
+stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``ascood``, whose
+outliers are to look uniform; and any other synthesizers by name, with commas between. Metrics are pytorch-ood's own (OOD is the positive
+class).
 """
 
 import os
@@ -21,41 +22,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tie_ext.data import Batches, ImageSet
+from tie_ext.data import Batches, ImageSet, training_batches
 from tie_ext.decision import decide
-from tie_ext.networks import TIENet
+from tie_ext.metrics import detection_error
+from tie_ext.networks import Standardized, TIENet
+from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.synthesis import frozen
 from tie_ext.training import EpochLog, TIEConfig, TIETrainer, seeded
 
-METHODS = ("tie", "predecessor", "multiscale", "white", "plain")
-"""TIE, its predecessor, the two no-TIE baselines, and the n-class network for post-hoc detectors."""
+METHODS = ("tie", "predecessor", "multiscale", "white", "ascood", "plain")
+"""TIE, its predecessor, the two no-TIE baselines, ASCOOD, and the n-class network for post-hoc detectors."""
 LABELS = {
     "tie": "TIE",
     "predecessor": "predecessor (lambda = -inf)",
     "multiscale": "no TIE, multi-scale noise",
     "white": "no TIE, white noise",
+    "ascood": "ASCOOD (gradient outliers, uniform)",
     "plain": "plain n-class network",
 }
 """How tables name them."""
+
+
+def check_method(method: str) -> None:
+    """Refuse what is no method.
+
+    Raises:
+        ValueError: If it is neither one of :data:`METHODS` nor names of synthesizers.
+    """
+    if method not in METHODS and not set(method.split(",")) <= set(SYNTHESIZERS):
+        raise ValueError(f"Expected a method, one of {', '.join(METHODS)}, or synthesizers ({', '.join(SYNTHESIZERS)}), but got {method!r}")
+
+
+def label(method: str) -> str:
+    """How tables name a method."""
+    return LABELS.get(method, method.replace(",", " + "))
 
 
 def make_trainer(method: str, net: TIENet, config: TIEConfig, progress: bool = False) -> TIETrainer:
     """The trainer of an (n+1)-class method.
 
     Raises:
-        ValueError: If there is no such method.
+        ValueError: If there is no such method, or it has no garbage class.
     """
-    if method not in METHODS[:-1]:
-        raise ValueError(f"Expected one of {', '.join(METHODS[:-1])}, but got {method!r}")
+    check_method(method)
+    if method == "plain":
+        raise ValueError("Expected a method with a garbage class, but got 'plain'")
     synthesizers: list | None = [] if method in ("multiscale", "white") else None
     return TIETrainer(net, method_config(method, config), synthesizers, progress)
 
 
 def method_config(method: str, config: TIEConfig) -> TIEConfig:
-    """The settings as a method changes them: lambda for the predecessor, the prior for noise that stays."""
+    """The settings as a method changes them: lambda for the predecessor, the prior for noise that stays, the synthesizers by name."""
     if method == "predecessor":
         return replace(config, lam=-float("inf"))
-    return replace(config, prior=method) if method in ("multiscale", "white") else config
+    if method == "ascood":  # the authors' w = 1; every outlier joins
+        return replace(config, lam=-float("inf"), synthesizer="gradient", objective="uniform", garbage_weight=1.0)
+    if method in ("multiscale", "white"):
+        return replace(config, prior=method)
+    return config if method in METHODS else replace(config, synthesizer=method)
 
 
 def train_plain(net: TIENet, batches: Batches, config: TIEConfig, progress: bool = False) -> None:
@@ -98,8 +122,9 @@ def train(
         The network in evaluation mode, and the log (empty for ``plain``).
     """
     with seeded(config.seed):
-        net = TIENet(backbone(), len(images.classes), images.shape, classes=images.classes).to(device)
-    batches = Batches(images, batch_size, shuffle=True)
+        inner = Standardized(backbone()) if method == "ascood" else backbone()
+        net = TIENet(inner, len(images.classes), images.shape, classes=images.classes).to(device)
+    batches = training_batches(images, batch_size)
     log: list[EpochLog] = []
     if method == "plain":
         train_plain(net, batches, config, progress)
@@ -174,7 +199,9 @@ def posthoc_scores(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet) 
 
 
 def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
-    """AUROC, AUPR and FPR@95%TPR in [0, 1], computed by pytorch-ood; OOD is the positive class, as in both hosts.
+    """AUROC, AUPR (of OOD and of ID images) and FPR@95%TPR, computed by pytorch-ood, and detection error; all in [0, 1].
+
+    OOD is the positive class, as in both hosts.
 
     Arguments:
         id_scores: ``(N,)``, larger = more OOD.
@@ -184,7 +211,8 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
 
     labels = torch.cat([torch.zeros(len(id_scores)), -torch.ones(len(ood_scores))]).long()
     result = OODMetrics().update(torch.cat([id_scores, ood_scores]), labels).compute()
-    return {"auroc": result["AUROC"], "aupr": result["AUPR-OUT"], "fpr95": result["FPR95TPR"]}
+    host = {"auroc": result["AUROC"], "aupr": result["AUPR-OUT"], "aupr_in": result["AUPR-IN"], "fpr95": result["FPR95TPR"]}
+    return {**host, "detection_error": detection_error(id_scores, ood_scores)}
 
 
 def evaluate(method: str, net: TIENet, test: ImageSet, ood: Mapping[str, ImageSet], fit_on: ImageSet) -> tuple[dict, dict]:

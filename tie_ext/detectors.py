@@ -3,7 +3,6 @@
 Both attach to any pre-trained classifier and leave it as it is. Larger score = more OOD.
 """
 
-import types
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from pytorch_ood.api import DetectorInfo, FeaturesDetector, GradientDetector, Mo
 from torch import Tensor, nn
 
 from tie_ext.checks import check_number
+from tie_ext.outliers.latent import fit_rejection, marginal_features
 from tie_ext.synthesis import Batches, Synthesizer
 
 
@@ -133,16 +133,8 @@ class RejectionNetwork(FeaturesDetector):
         batches = [(x[y >= 0], y[y >= 0]) for x, y in data_loader]
         if not sum(len(x) for x, _ in batches):
             raise ValueError("Expected ID images (labels >= 0) to fit on, but got none from the loader")
-        classifier = types.SimpleNamespace(num_classes=self.num_classes)  # all that proposals of this kind ask of it
-        self.synthesizer.to(device).fit(classifier, batches, 0.0)  # type: ignore[arg-type]
-        z, labels = [], []
-        with torch.no_grad():
-            for x, y in batches:
-                x, y = x.to(device), y.to(device)
-                outliers = self.synthesizer.sample(classifier, x, y).x  # type: ignore[arg-type]
-                z += [self.encoder(x), self.encoder(outliers)]
-                labels += [y, torch.full((len(outliers),), -1, device=device)]
-        return self.fit_features(torch.cat(z), torch.cat(labels))
+        features, outlier = marginal_features(self.encoder, self.synthesizer, batches, self.num_classes, device)
+        return self.fit_features(features, -outlier.long())
 
     def fit_features(self, x: Tensor, y: Tensor) -> "RejectionNetwork":
         """Train B on features ``(N, F)`` with labels ``(N,)``: outliers where y < 0.
@@ -150,17 +142,7 @@ class RejectionNetwork(FeaturesDetector):
         Raises:
             ValueError: If either kind is missing.
         """
-        target = (y < 0).float()
-        if target.mean() in (0, 1):
-            raise ValueError(f"Expected features of ID images (labels >= 0) and of outliers (labels < 0), but got {int(target.sum())} of {len(y)}")
-        self.network = nn.Sequential(nn.Linear(x.shape[1], self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1)).to(x.device)
-        optimizer = torch.optim.SGD(self.network.parameters(), lr=self.lr, momentum=0.9)
-        for _ in range(self.epochs):
-            for rows in torch.randperm(len(x), device=x.device).split(128):
-                loss = F.binary_cross_entropy_with_logits(self.network(x[rows]).squeeze(1), target[rows])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+        self.network = fit_rejection(x, y < 0, self.hidden, self.epochs, self.lr)
         return self
 
     def predict(self, x: Tensor) -> Tensor:

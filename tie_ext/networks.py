@@ -257,6 +257,32 @@ class Conv5(_PlainCNN):
         super().__init__(in_channels, num_classes, (64, 64, 128, 128, 256), (False, True, False, True, True), 256)
 
 
+class Standardized(nn.Module):
+    r"""A backbone whose penultimate features are z-scored, image by image, and scaled: for :class:`TIENet` to stand on.
+
+    .. math:: \tilde h = \sigma \, (h - \mathrm{mean}(h)) / \mathrm{std}(h), \quad \|\tilde h\| = \sigma \sqrt{F - 1}
+
+    A bounded norm keeps the network from being overconfident, so that it can learn ID labels and uncertainty about outliers together.
+
+    Arguments:
+        backbone: A classifier that ends in a linear layer, as TIENet takes it.
+        sigma: Scale > 0 (the authors: 0.5).
+
+    References:
+        ASCOOD, section 3.2 and proposition 2.
+    """
+
+    def __init__(self, backbone: nn.Module, sigma: float = 0.5):
+        super().__init__()
+        check_number("sigma", sigma, 0, 1e6, above=True)
+        self.backbone, self.sigma = backbone, sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardized features ``(B, F)`` of images, once TIENet has taken the last linear layer off the backbone."""
+        h = self.backbone(x).flatten(1)
+        return self.sigma * (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6)
+
+
 class _Residual(nn.Module):
     def __init__(self, cin: int, cout: int, stride: int):
         super().__init__()

@@ -1,6 +1,7 @@
 """The paper's Tables 1 and 2, cell by cell: every pair of data sets, every method, every seed; one JSON a cell, and no cell twice.
 
-A cell is one training: an ID set, a method of :mod:`tie_ext.comparison`, a seed. All OOD sets that are at hand are scored with it.
+A cell is one training: an ID set, a method of :mod:`tie_ext.comparison`, a seed. All OOD sets that are at hand are scored with it: the
+paper's, and nearer ones, since far sets saturate (notMNIST; the classes that were left out of ``mnist:0-4``), and noise.
 """
 
 import json
@@ -16,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tie_ext import data
-from tie_ext.comparison import LABELS, METHODS, all_logits, cell, ood_metrics
+from tie_ext.comparison import METHODS, cell, check_method, label, ood_metrics
 from tie_ext.data import Batches, ImageSet
-from tie_ext.decision import ood_score
+from tie_ext.decision import ood_score, uncertainty
 from tie_ext.files import write_json
 from tie_ext.networks import BACKBONES, TIENet
 from tie_ext.report import table
@@ -88,7 +89,11 @@ PAPER_2 = {
         "-",
     ),
 }
-LEVEL_2 = ("UE", "ODIN", "energy", "MSP", "Mahalanobis")
+LEVEL_2 = ("UE", "ODIN", "energy", "MSP", "Mahalanobis", "ViM")
+"""Detectors on the n ID outputs: the paper's five, and ViM."""
+NOISE = {"noise": "gaussian", "uniform noise": "uniform", "sphere noise": "sphere"}
+OTHERS = ("notmnist", *NOISE)
+"""OOD sets beside the paper's and the left-out classes."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ class Plan:
     root: str = "data"
     """Where the sets lie (:func:`tie_ext.data.load`)."""
     sets: tuple[str, ...] = data.NAMES
-    """ID sets; each is scored against all sets of the paper that are at hand."""
+    """ID sets, of :data:`tie_ext.data.NAMES` or some of their classes (``mnist:0-4``); each is scored against all sets that are at hand."""
     methods: tuple[str, ...] = METHODS
-    """Of :data:`tie_ext.comparison.METHODS`."""
+    """Of :data:`tie_ext.comparison.METHODS`, or synthesizers by name."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One training each."""
     images: int | None = None
@@ -120,14 +125,15 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
     Raises:
         ValueError: If a set or method is unknown, or a file in ``out/cells`` is no cell.
     """
-    for kind, names, known in (("data set", plan.sets, data.NAMES), ("method", plan.methods, METHODS)):
-        for name in names:
-            if name not in known:
-                raise ValueError(f"Expected a {kind}, one of {', '.join(known)}, but got {name!r}")
+    for name in plan.sets:
+        if _whole(name) not in data.NAMES:
+            raise ValueError(f"Expected a data set, one of {', '.join(data.NAMES)} or some of its classes (NAME:0-4), but got {name!r}")
+    for method in plan.methods:
+        check_method(method)
     missing: list[str] = []
     todo = [(name, method, seed) for name in plan.sets for method in plan.methods for seed in plan.seeds]
     for name, method, seed in tqdm(todo, desc="cells", disable=not progress):
-        path = out / "cells" / f"{name}-{plan.images or 'all'}x{plan.config.epochs}-{method}-seed{seed}.json"
+        path = out / "cells" / f"{name.replace(':', '_')}-{plan.images or 'all'}x{plan.config.epochs}-{method.replace(',', '+')}-seed{seed}.json"
         if path.exists():
             continue
         try:
@@ -136,66 +142,92 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
             missing.append(f"{name}: {error}")
             continue
         config = replace(plan.config, seed=seed)
-        about = {"data": name, "backbone": BACKBONE[name]}
-        backbone = partial(BACKBONES[BACKBONE[name]], images.shape[0], len(images.classes))
+        about = {"data": name, "backbone": BACKBONE[_whole(name)]}
+        backbone = partial(BACKBONES[about["backbone"]], images.shape[0], len(images.classes))
         record, net = cell(method, backbone, images.first(plan.images, seed), test, ood, config, about, device=device, progress=progress)
-        if method != "plain":
-            record["level2"] = level_2(net, {"id": test, **ood}, images)
+        record["level2"] = level_2(net, {"id": test, **ood}, images, garbage=method != "plain")
+        net.save(out / "networks" / f"{path.stem}.safetensors")
         write_json(path, record)
     (out / "tables.md").write_text(tables(out, missing))
     return sorted(set(missing))
 
 
+def _whole(name: str) -> str:
+    """The set that ``mnist:0-4`` is a part of."""
+    return name.partition(":")[0]
+
+
 def _sets(plan: Plan, name: str) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
-    """ID training and test images, and every other set of the paper that is at hand."""
+    """ID training and test images, and every OOD set that is at hand."""
     images = data.load(name, "train", plan.root, download=plan.download)
     test = data.load(name, "test", plan.root, download=plan.download)
     ood = {}
-    for other in data.NAMES:
-        if other != name:
+    if name != _whole(name):
+        whole = data.load(_whole(name), "test", plan.root, download=plan.download)
+        ood["other classes"] = whole.without([whole.classes.index(c) for c in test.classes])
+    for other in (*data.NAMES, "notmnist"):
+        if other != _whole(name):
             try:
                 ood[other] = data.load(other, "test", plan.root, images.shape, plan.download)
             except ValueError:
                 continue  # its column stays empty
-    return images, test, ood
+    return images, test, ood | {label: data.noise(kind, min(len(test), 10_000), images.shape) for label, kind in NOISE.items()}
 
 
-def level_2(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet) -> dict:
+def level_2(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet, garbage: bool = True) -> dict:
     """The paper's Table 2: detectors on the n ID logits, over the OOD images that level 1 let through, and over all of them.
 
     Arguments:
-        net: A network with a garbage class.
+        net: The network.
         sets: Test images by name; the ID ones are called ``id``.
-        fit_on: ID training images, for Mahalanobis.
+        fit_on: ID training images, for Mahalanobis and ViM.
+        garbage: The network has learned a garbage class; else level 1 lets everything through.
 
     Returns:
         ``{set: {"through": count, score: {"through": metrics or None, "all": metrics}}}``; None where fewer than two images came through.
+        ``score`` is ours, ``max ID probability`` is minus the largest of the n ID probabilities among n+1 (Vernekar et al.).
         And what the predecessor's claim compares: ``least_confident_id`` among ID images that level 1 accepts, and for each set
         ``most_confident_through``; the largest of the n+1 probabilities.
     """
-    from pytorch_ood.detector import ODIN, EnergyBased, Mahalanobis, MaxSoftmax
-
-    from tie_ext.pytorch_ood import UncertaintyEstimate
+    from pytorch_ood.detector import ODIN, EnergyBased, Mahalanobis, MaxSoftmax, ViM
 
     device = net.fc.weight.device
-    detectors = (UncertaintyEstimate(net), ODIN(net), EnergyBased(net), MaxSoftmax(net), Mahalanobis(net.features))
+    odin, mahalanobis = ODIN(net), Mahalanobis(None).to(device)
+    vim = ViM(None, net.feature_size // 2, net.fc.weight, net.fc.bias).to(device)
+    values: dict[str, dict[str, Tensor]] = {}
     with frozen(net):
-        detectors[-1].to(device).fit(Batches(fit_on, 500))
-        values: dict[str, dict[str, Tensor]] = {}
+        features = torch.cat([net.features(x.to(device)) for x, _ in Batches(fit_on, 500)])
+        mahalanobis.fit_features(features, fit_on.y.to(device))
+        vim.fit_features(features, fit_on.y.to(device))
         for name, images in sets.items():
-            logits = all_logits(net, images)
-            values[name] = {"score": ood_score(logits), "garbage": logits.argmax(1) == net.num_classes, "confidence": logits.softmax(1).amax(1)}
-        for label, detector in zip(LEVEL_2, detectors, strict=True):
-            for name, images in sets.items():
-                values[name][label] = torch.cat([detector.predict(x.to(device)).detach().cpu() for x, _ in Batches(images, 500)])
+            parts = [net(x.to(device), return_feature=True, garbage=True) for x, _ in Batches(images, 500)]
+            logits, h = (torch.cat(part) for part in zip(*parts, strict=True))
+            p = logits.softmax(1)
+            values[name] = {
+                "UE": uncertainty(logits[:, :-1].softmax(1)),
+                "ODIN": torch.cat([odin.predict(x.to(device)).detach() for x, _ in Batches(images, 500)]),
+                "energy": EnergyBased.score(logits[:, :-1]),
+                "MSP": MaxSoftmax.score(logits[:, :-1]),
+                "Mahalanobis": mahalanobis.predict_features(h),
+                "ViM": vim.predict_features(h),
+                "through": torch.ones(len(p), dtype=torch.bool),
+            }
+            if garbage:
+                through = logits.argmax(1) != net.num_classes
+                values[name] |= {"score": ood_score(logits), "max ID probability": -p[:, :-1].amax(1), "through": through, "confidence": p.amax(1)}
+    values = {name: {label: v.cpu() for label, v in of.items()} for name, of in values.items()}
+    labels = ("score", "max ID probability", *LEVEL_2) if garbage else LEVEL_2
     found: dict = {}
     for name in sets:
         if name != "id":
-            through = ~values[name]["garbage"]
-            found[name] = {label: _metrics(values, label, name, through) for label in ("score", *LEVEL_2)}
-            most = values[name]["confidence"][through].max().item() if through.any() else None
-            found[name] |= {"through": int(through.sum()), "most_confident_through": most}
-    return {**found, "least_confident_id": values["id"]["confidence"][~values["id"]["garbage"]].min().item()}
+            through = values[name]["through"]
+            found[name] = {label: _metrics(values, label, name, through) for label in labels}
+            found[name] |= {"through": int(through.sum())}
+            if garbage:
+                found[name]["most_confident_through"] = values[name]["confidence"][through].max().item() if through.any() else None
+    if garbage:
+        found["least_confident_id"] = values["id"]["confidence"][values["id"]["through"]].min().item()
+    return found
 
 
 def _metrics(values: Mapping[str, Mapping[str, Tensor]], label: str, name: str, through: Tensor) -> dict:
@@ -228,53 +260,70 @@ def tables(out: Path, missing: Sequence[str] = ()) -> str:
     return "\n".join(parts)
 
 
+def _columns(name: str, records: Sequence[Mapping]) -> list[str]:
+    """OOD sets of a table: the left-out classes, the paper's, and the others, where any record has them."""
+    seen = {other for record in records for other in record["ood_images"]}
+    return [other for other in ("other classes", *data.NAMES, *OTHERS) if other in seen or (other in data.NAMES and other != _whole(name))]
+
+
+def _order(methods: Mapping[str, list[dict]]) -> list[str]:
+    return [m for m in METHODS if m in methods] + sorted(m for m in methods if m not in METHODS)
+
+
+def _all(methods: Mapping[str, list[dict]]) -> list[dict]:
+    return [record for records in methods.values() for record in records]
+
+
 def _rows_1(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     rows = []
-    for method in (m for m in METHODS if m in methods):
+    for method in _order(methods):
         numbers = [record["numbers"] for record in methods[method]]
-        row = {"": LABELS[method]}
-        for other in (*data.NAMES, "noise"):
-            if other == name:
-                row[other] = _spread([n["accuracy"] for n in numbers])
-            else:
-                rates = [n["garbage_rate"][other] for n in numbers if other in n.get("garbage_rate", {})]
-                row[other] = _spread(rates) if rates else "-"
+        row = {"": label(method), "ID accuracy": _spread([n["accuracy"] for n in numbers])}
+        for other in _columns(name, _all(methods)):
+            rates = [n["garbage_rate"][other] for n in numbers if other in n.get("garbage_rate", {})]
+            row[other] = _spread(rates) if rates else "-"
         rows.append(row)
-    return [*rows, {"": "the paper: TIE / no TIE", **dict(zip(data.NAMES, PAPER_1[name], strict=True)), "noise": "-"}]
+    if name not in PAPER_1:
+        return rows
+    paper = dict(zip(data.NAMES, PAPER_1[name], strict=True))
+    return [*rows, {"": "the paper: TIE / no TIE", "ID accuracy": paper.pop(name), **paper}]
 
 
 def _rows_2(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     rows = []
-    for method in (m for m in METHODS if m in methods):
+    columns = _columns(name, _all(methods))
+    for method in _order(methods):
         records = methods[method]
-        labels = ("score", *LEVEL_2) if method != "plain" else tuple(records[0]["numbers"]["scores"])
-        for label in labels:
-            row = {"": f"{LABELS[method]}, {label}"}
-            for other in (o for o in data.NAMES if o != name):
-                row[other] = _cell_2(records, label, other)
-            rows.append(row)
+        for score in next(iter(_sets_of(records[0]["level2"]).values())):
+            if score not in ("through", "most_confident_through"):
+                rows.append({"": f"{label(method)}, {score}", **{other: _cell_2(records, score, other) for other in columns}})
+    if name not in PAPER_2:
+        return rows
     paper = {other: figure for other, figure in zip(data.NAMES, PAPER_2[name], strict=True) if other != name}
     return [*rows, {"": "the paper, let through: UE / ODIN / energy / Mahalanobis", **paper}]
 
 
+def _sets_of(level2: Mapping) -> dict:
+    return {other: found for other, found in level2.items() if isinstance(found, dict)}
+
+
 def _rows_3(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     rows = []
-    for method in (m for m in METHODS if m in methods and m != "plain"):
+    for method in (m for m in _order(methods) if m != "plain"):
         levels = [record["level2"] for record in methods[method]]
-        row = {"": LABELS[method], "least confident ID": _spread([level["least_confident_id"] for level in levels])}
-        for other in (o for o in data.NAMES if o != name):
+        row = {"": label(method), "least confident ID": _spread([level["least_confident_id"] for level in levels])}
+        for other in _columns(name, _all(methods)):
             most = [level[other]["most_confident_through"] for level in levels if level.get(other, {}).get("through")]
             row[other] = _spread(most) if most else "-"
         rows.append(row)
     return rows or [{"": "-"}]
 
 
-def _cell_2(records: Sequence[Mapping], label: str, other: str) -> str:
-    if "level2" in records[0]:
-        found = [r["level2"][other][label] for r in records if other in r["level2"]]
-        parts = [[f[which] for f in found if f[which] is not None] for which in ("through", "all")]
-    else:
-        parts = [[r["numbers"]["scores"][label][other] for r in records if other in r["numbers"]["scores"][label]]]
+def _cell_2(records: Sequence[Mapping], score: str, other: str) -> str:
+    found = [r["level2"][other][score] for r in records if other in r["level2"]]
+    parts = [[f[which] for f in found if f[which] is not None] for which in ("through", "all")]
+    if all(record["method"] == "plain" for record in records):
+        parts = parts[1:]  # nothing was held back
     return "; ".join(f"{_spread([m['fpr95'] for m in p])} ({_spread([m['auroc'] for m in p])})" if p else "-" for p in parts)
 
 

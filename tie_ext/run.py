@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tie_ext import data
 from tie_ext.comparison import evaluate, provenance
-from tie_ext.data import Batches, ImageSet
+from tie_ext.data import ImageSet, training_batches
 from tie_ext.files import load_state, save_state, write_json
 from tie_ext.inversion import Inversion
 from tie_ext.networks import BACKBONES, TIENet
@@ -99,7 +99,7 @@ def train(folder: str | os.PathLike, settings: Settings | None = None, device: s
     if resume and (folder / "training.safetensors").exists():
         trainer.load(folder / "training.safetensors")
     save_settings(folder, settings)
-    batches = Batches(images, settings.batch_size, shuffle=True)
+    batches = training_batches(images, settings.batch_size)
     while len(trainer.log) < settings.config.epochs:
         trainer.epoch(batches)
         save_snapshot(folder, trainer, test)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,12 @@ from tie_ext.metrics import CandidateTally
 from tie_ext.networks import TIENet
 from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.synthesis import Batches, Noise, Synthesizer, frozen
+
+GARBAGE_SHARE = 1 / 3
+"""Garbage images for each ID image of a batch. Its weight in the loss comes from the class weights; this is what it costs in time. The same
+from the first epoch on, so that batches, and with them memory and time, do not grow while the pool fills."""
+STATISTICS_BATCHES = 100
+"""Most batches that BatchNorm's statistics are computed from; they hold still long before."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class TIEConfig:
     """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
     garbage_weight: float = 0.1
     """Weight of the garbage class in the loss, where an ID class has 1; 0.1 as in Vernekar et al. (``docs/defaults.md``)."""
+    objective: str = "garbage"
+    """What the network learns of garbage: ``garbage``, that it is a class of its own; ``uniform``, that all n+1 outputs are equally likely
+    (ASCOOD's), so that it is level 2 that rejects."""
     generator_steps: int = 200
     """Steps of the generator an epoch; 200 against 100: more inversions land where they were asked (``docs/defaults.md``)."""
     generator_lr: float = 1e-3
@@ -84,6 +94,8 @@ class TIEConfig:
         for name in self.synthesizer.split(","):
             if name not in SYNTHESIZERS:
                 raise ValueError(f"Expected synthesizer to name {', '.join(SYNTHESIZERS)}, with commas between, but got {name!r}")
+        if self.objective not in ("garbage", "uniform"):
+            raise ValueError(f"Expected objective to be 'garbage' or 'uniform', but got {self.objective!r}")
         if self.prior not in ("multiscale", "white"):
             raise ValueError(f"Expected prior to be 'multiscale' or 'white', but got {self.prior!r}")
 
@@ -221,7 +233,7 @@ class TIETrainer:
         Paper: "proportions". Here: inverse proportions, because only these correct the imbalance that the growing garbage class brings.
         """
         assert self.counts is not None  # epoch() has surveyed the data
-        garbage = self.counts.sum() * self._garbage_ratio()
+        garbage = self.counts.sum() * GARBAGE_SHARE
         counts = torch.cat([self.counts.float(), garbage.reshape(1).float()])
         weights = counts.sum() / (len(counts) * counts)
         weights[-1] *= self.config.garbage_weight
@@ -232,7 +244,7 @@ class TIETrainer:
         self.net.train()
         losses = []
         for x, y in self._with_garbage(batches, "train"):
-            loss = F.cross_entropy(self.net(x, garbage=True), y, weights)
+            loss = self._loss(self.net(x, garbage=True), y, weights)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(self.net)
@@ -244,16 +256,24 @@ class TIETrainer:
         if not math.isfinite(mean):
             raise FloatingPointError(f"Expected a finite training loss, but got {mean} in epoch {len(self.log) + 1}; lower `lr`")
         # BatchNorm's running statistics lag behind the weights, and behind garbage that is new in every epoch: measured on the demo, ID accuracy
-        # fell from 100 to 77 % between two epochs and came back in the next. One forward pass over the same mixture settles them.
-        update_bn((x for x, _ in self._with_garbage(batches, "statistics")), self.net)
+        # fell from 100 to 77 % between two epochs and came back in the next. A forward pass over the same mixture settles them.
+        update_bn((x for x, _ in islice(self._with_garbage(batches, "statistics"), STATISTICS_BATCHES)), self.net)
         average_statistics(self.net)
         return {"classifier": mean}
+
+    def _loss(self, logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        if self.config.objective == "garbage":
+            return F.cross_entropy(logits, y, weights)
+        # ASCOOD, equation 5, with a sum over n+1 outputs: cross-entropy on ID images, KL(uniform || p) on garbage, up to a constant.
+        garbage = y == self.net.num_classes
+        exposed = -logits[garbage].log_softmax(1).mean()
+        return F.cross_entropy(logits[~garbage], y[~garbage], weights) + self.config.garbage_weight * exposed
 
     def _with_garbage(self, batches: Batches, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """ID batches, each with its share of the garbage pool, on the device of the network."""
         for x, y in self._bar(batches, name):
             check_images(x, self.image_shape)
-            garbage = self.pool.draw(max(1, round(len(x) * self._garbage_ratio())))
+            garbage = self.pool.draw(max(1, round(len(x) * GARBAGE_SHARE)))
             target = torch.cat([y, torch.full((len(garbage),), self.net.num_classes, device=y.device)])
             yield torch.cat([x.to(self.device), garbage.to(self.device)]), target.to(self.device)
 
@@ -303,11 +323,6 @@ class TIETrainer:
                 left -= len(x)
                 if left <= 0:
                     break
-
-    def _garbage_ratio(self) -> float:
-        """Garbage images for each ID image of an epoch: the whole pool once where it is the smaller, as many as ID images where not."""
-        assert self.counts is not None
-        return min(1.0, self._pooled() / int(self.counts.sum()))
 
     def _pooled(self) -> int:
         """Garbage images in the pools of all processes."""

@@ -1,6 +1,6 @@
 """TIE inside an unmodified OpenOOD: ``import tie_ext.openood; tie_ext.openood.register()``, or ``python -m tie_ext.openood main.py ...``.
 
-Adds trainer ``tie``, network ``tie_net`` and postprocessors ``tie`` and ``tie_ue`` wherever OpenOOD looks names up, in memory only.
+Adds trainer ``tie``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue`` and ``dmr`` wherever OpenOOD looks names up, in memory only.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ _ROOMS = {
     "OpenOODTIETrainer": "trainer",
     "TIEPostprocessor": "postprocessors",
     "TIEUEPostprocessor": "postprocessors",
+    "DMRPostprocessor": "rejection",
     "without_cuda": "cpu",
 }
 __all__ = ["check_requirements", *_ROOMS]

@@ -26,9 +26,14 @@ from openood.utils.config import Config
 from tie_ext.networks import TIENet
 from tie_ext.openood.network import tie_net
 from tie_ext.openood.postprocessors import TIEPostprocessor, TIEUEPostprocessor
+from tie_ext.openood.rejection import DMRPostprocessor
 from tie_ext.openood.trainer import OpenOODTIETrainer
 
-POSTPROCESSORS: dict[str, type[TIEPostprocessor] | type[TIEUEPostprocessor]] = {"tie": TIEPostprocessor, "tie_ue": TIEUEPostprocessor}
+POSTPROCESSORS: dict[str, type[TIEPostprocessor] | type[TIEUEPostprocessor] | type[DMRPostprocessor]] = {
+    "tie": TIEPostprocessor,
+    "tie_ue": TIEUEPostprocessor,
+    "dmr": DMRPostprocessor,
+}
 CLASSES = {"mnist": 10, "fashionmnist": 10, "svhn": 10, "tinyimagenet": 200}
 """Class counts that MDS, RMDS, KLM, SHE, Gram and OpenMax look up by the data set's name and OpenOOD does not have."""
 SHAPED = {"ash": ASHNet, "scale": ScaleNet, "adascale_a": AdaScaleANet, "adascale_l": AdaScaleLNet}
@@ -38,7 +43,10 @@ _wrapped: dict[Callable, Callable] = {}  # wrapper by original, while registered
 
 
 def register() -> None:
-    """Make ``tie``, ``tie_net``, ``tie`` and ``tie_ue`` known to OpenOOD. Calling it again changes nothing."""
+    """Make trainer ``tie``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue`` and ``dmr`` known to OpenOOD.
+
+    Calling it again changes nothing.
+    """
     if _wrapped:
         return
     for wrap, original in (

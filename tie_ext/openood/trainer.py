@@ -37,7 +37,7 @@ class OpenOODTIETrainer:
         if "lam" in settings:
             settings["lam"] = float(settings["lam"])  # YAML writes -inf as a word
         tie = TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, seed=config.seed, **settings)
-        self.net, self.batches = net, _Batches(train_loader)
+        self.net, self.batches = net, Pairs(train_loader)
         # DistributedDataParallel, where someone put it around: TIE's trainer keeps the processes in step itself.
         self.trainer = TIETrainer(net.module if isinstance(net, DistributedDataParallel) else net, tie, progress=comm.is_main_process())
 
@@ -54,8 +54,8 @@ class OpenOODTIETrainer:
         return self.net, {"epoch_idx": epoch_idx, "loss": log.losses["classifier"], "tau": log.tau, "accuracy": log.accuracy, "pool": log.pool}
 
 
-class _Batches:
-    """OpenOOD's dictionaries as ``(x, y)``."""
+class Pairs:
+    """Batches ``{"data": x, "label": y, ...}`` of one of OpenOOD's loaders as ``(x, y)``."""
 
     def __init__(self, loader: DataLoader):
         self.loader = loader

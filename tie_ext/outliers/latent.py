@@ -5,10 +5,12 @@ Symbols: ``E`` encoder, ``G`` decoder, ``mu_y`` mean code of class y, ``w = E(x)
 .. math:: x_{out} = G\Big(\lambda \cdot \frac{1}{k} \sum_{i=1}^{k} w_i\Big), \quad \lambda \sim U[1, 3], \text{ the k images of different classes}
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tie_ext.checks import check_number
@@ -110,3 +112,63 @@ class MarginalRepresentations(Synthesizer):
         draw = torch.rand(len(y), *member.shape, device=y.device).masked_fill(~member, -1).argmax(2)  # (B, classes)
         chosen = torch.rand(len(y), len(present), device=y.device).argsort(1)[:, : self.k]
         return draw.gather(1, chosen)
+
+
+def marginal_features(
+    encoder: Callable[[Tensor], Tensor], synthesizer: Synthesizer, batches: Batches, num_classes: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features of ID images and of one outlier for each, which the rejection network is to tell apart.
+
+    Arguments:
+        encoder: Penultimate features ``(B, C, S, S) -> (B, F)`` of the frozen classifier, in evaluation mode.
+        synthesizer: Who proposes the outliers; fitted here.
+        batches: The ID data.
+        num_classes: n.
+        device: Where to compute.
+
+    Returns:
+        Features ``(N, F)``, and which of them are an outlier's ``(N,)``, bool.
+    """
+    classifier = SimpleNamespace(num_classes=num_classes)  # all that proposals of this kind ask of it
+    synthesizer.to(device).fit(classifier, batches, 0.0)  # type: ignore[arg-type]
+    features, outlier = [], []
+    with torch.no_grad():
+        for x, y in batches:
+            x, y = x.to(device), y.to(device)
+            proposed = synthesizer.sample(classifier, x, y).x  # type: ignore[arg-type]
+            features += [encoder(x), encoder(proposed)]
+            outlier += [torch.zeros(len(x), device=device), torch.ones(len(proposed), device=device)]
+    return torch.cat(features), torch.cat(outlier).bool()
+
+
+def fit_rejection(features: Tensor, outlier: Tensor, hidden: int = 128, epochs: int = 10, lr: float = 0.01) -> nn.Module:
+    """DMR's rejection network B: tells features of outliers from those of ID images.
+
+    Arguments:
+        features: ``(N, F)``.
+        outlier: Which are an outlier's ``(N,)``, bool.
+        hidden: Width of the hidden layer.
+        epochs: Passes over the features (the paper: 10).
+        lr: Learning rate of SGD with momentum 0.9 (the paper: 0.01).
+
+    Returns:
+        B, ``(B, F) -> (B, 1)``: log-odds of being an outlier.
+
+    Raises:
+        ValueError: If either kind is missing.
+
+    References:
+        DMR, section 3.4, equation 8.
+    """
+    target = outlier.float()
+    if target.mean() in (0, 1):
+        raise ValueError(f"Expected features of ID images and of outliers, but got {int(target.sum())} outliers of {len(target)}")
+    network = nn.Sequential(nn.Linear(features.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1)).to(features.device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(features), device=features.device).split(128):
+            loss = F.binary_cross_entropy_with_logits(network(features[rows]).squeeze(1), target[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return network

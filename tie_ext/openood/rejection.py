@@ -1,0 +1,58 @@
+"""DMR's rejection network as an OpenOOD postprocessor: larger conf = more ID."""
+
+from typing import ClassVar
+
+from openood.postprocessors import BasePostprocessor
+from openood.preprocessors.transform import normalization_dict
+from openood.utils.config import Config
+from torch import Tensor, nn, no_grad
+
+from tie_ext.openood.trainer import Pairs
+from tie_ext.outliers.latent import MarginalRepresentations, fit_rejection, marginal_features
+
+
+class DMRPostprocessor(BasePostprocessor):
+    """Postprocessor ``dmr``: DMR's rejection network on the features of any network, which stays as it is.
+
+    Set up on the ID training images: a VAE is trained on them (``vae_epochs`` passes), one outlier an image is decoded from the marginal
+    representations of ``k`` images, and the rejection network learns the features of both (``epochs`` passes).
+    """
+
+    DEFAULTS: ClassVar[dict] = {"name": "dmr", "APS_mode": False, "postprocessor_args": {"k": 5, "vae_epochs": 10, "epochs": 10}}
+
+    def __init__(self, config: Config | None = None):
+        super().__init__(config or Config({"postprocessor": self.DEFAULTS}))
+        self.APS_mode, self.hyperparam_search_done = False, False
+        self.settings = {**self.DEFAULTS["postprocessor_args"], **(self.config.postprocessor.postprocessor_args or {})}
+        dataset = self.config.dataset or Config(name=None)  # images of a set whose normalisation OpenOOD does not know: as from [0, 1] to [-1, 1]
+        self.normalization: tuple = normalization_dict.get(dataset.normalization_type or dataset.name, ([0.5] * 3, [0.5] * 3))
+        self.network: nn.Module | None = None
+
+    def setup(self, net: nn.Module, id_loader_dict: dict, ood_loader_dict: dict) -> None:
+        """Train the VAE and the rejection network on ``id_loader_dict["train"]``; no OOD loader is read."""
+        if self.network is not None:
+            return
+        device = next(net.parameters()).device
+        batches = Pairs(id_loader_dict["train"])
+        net.eval()
+        with no_grad():
+            x = next(iter(batches))[0]
+            num_classes = net(x.to(device)).shape[1]
+        low = [-m / s for m, s in zip(*self.normalization, strict=True)]
+        high = [(1 - m) / s for m, s in zip(*self.normalization, strict=True)]
+        settings = {"k": self.settings["k"], "vae_epochs": self.settings["vae_epochs"]}
+        synthesizer = MarginalRepresentations(x.shape[1:], num_classes, low, high, **settings)
+        features, outlier = marginal_features(lambda x: net(x, return_feature=True)[1].flatten(1), synthesizer, batches, num_classes, device)
+        self.network = fit_rejection(features, outlier, epochs=self.settings["epochs"])
+
+    @no_grad()
+    def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
+        """ID label ``(B,)`` and conf ``(B,)``, minus the log-odds of being an outlier, of images ``(B, 3, S, S)``.
+
+        Raises:
+            RuntimeError: If it has not been set up.
+        """
+        if self.network is None:
+            raise RuntimeError("Expected postprocessor dmr to be set up on the ID training images, but got none; call setup first")
+        logits, features = net(data, return_feature=True)
+        return logits.argmax(dim=1), -self.network(features.flatten(1)).squeeze(1)
