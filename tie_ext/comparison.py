@@ -253,6 +253,7 @@ def cell(
     batch_size: int = 128,
     device: str | torch.device = "cpu",
     progress: bool = False,
+    after_epoch: Callable[[TIETrainer], None] = lambda trainer: None,
 ) -> tuple[dict, TIENet]:
     """Train and evaluate one method, and say all that is needed to do it again.
 
@@ -266,7 +267,12 @@ def cell(
     """
     memory: list[float] = []
     start = time.perf_counter()
-    net, log = train(method, backbone, images, config, batch_size, device, progress, lambda trainer: memory.append(peak_memory()))
+
+    def look(trainer: TIETrainer) -> None:
+        memory.append(peak_memory())
+        after_epoch(trainer)
+
+    net, log = train(method, backbone, images, config, batch_size, device, progress, look)
     seconds = time.perf_counter() - start
     numbers, _ = evaluate(method, net, test, ood, images)
     record = {
@@ -306,7 +312,7 @@ def provenance(packages: Sequence[str] = ("torch", "torchvision", "numpy", "pyto
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"command": " ".join(sys.argv), "commit": commit, "versions": versions, "threads": torch.get_num_threads()}
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit, "versions": versions, "threads": torch.get_num_threads()}
 
 
 def _jsonable(config: dict) -> dict:

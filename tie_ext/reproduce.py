@@ -17,14 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tie_ext import data
-from tie_ext.comparison import METHODS, cell, check_method, label, ood_metrics
+from tie_ext.comparison import METHODS, all_logits, cell, check_method, label, ood_metrics
 from tie_ext.data import Batches, ImageSet
 from tie_ext.decision import ood_score, uncertainty
-from tie_ext.files import write_json
+from tie_ext.files import load_state, save_state, write_json
+from tie_ext.inversion import Inversion
 from tie_ext.networks import BACKBONES, TIENet
 from tie_ext.report import table
+from tie_ext.run import to_bytes
 from tie_ext.synthesis import frozen
-from tie_ext.training import TIEConfig
+from tie_ext.training import TIEConfig, TIETrainer, seeded
 
 BACKBONE = {"mnist": "conv3", "fashionmnist": "conv3", "svhn": "conv5", "cifar10": "conv5", "cifar100": "residual", "tinyimagenet": "residual"}
 """The paper's network for each of its sets (section 6.1)."""
@@ -133,7 +135,8 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
     missing: list[str] = []
     todo = [(name, method, seed) for name in plan.sets for method in plan.methods for seed in plan.seeds]
     for name, method, seed in tqdm(todo, desc="cells", disable=not progress):
-        path = out / "cells" / f"{name.replace(':', '_')}-{plan.images or 'all'}x{plan.config.epochs}-{method.replace(',', '+')}-seed{seed}.json"
+        stem = f"{name.replace(':', '_')}-{plan.images or 'all'}x{plan.config.epochs}-{method.replace(',', '+')}-seed{seed}"
+        path = out / "cells" / f"{stem}.json"
         if path.exists():
             continue
         try:
@@ -142,14 +145,40 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
             missing.append(f"{name}: {error}")
             continue
         config = replace(plan.config, seed=seed)
-        about = {"data": name, "backbone": BACKBONE[_whole(name)]}
+        about = {"cell": stem, "data": name, "backbone": BACKBONE[_whole(name)]}
         backbone = partial(BACKBONES[about["backbone"]], images.shape[0], len(images.classes))
-        record, net = cell(method, backbone, images.first(plan.images, seed), test, ood, config, about, device=device, progress=progress)
+        keep = partial(_keep_inversions, out / "inversions" / f"{stem}.safetensors")
+        some = images.first(plan.images, seed)
+        record, net = cell(method, backbone, some, test, ood, config, about, device=device, progress=progress, after_epoch=keep)
         record["level2"] = level_2(net, {"id": test, **ood}, images, garbage=method != "plain")
-        net.save(out / "networks" / f"{path.stem}.safetensors")
+        net.save(out / "networks" / f"{stem}.safetensors")
         write_json(path, record)
+    _judge_inversions(out)
     (out / "tables.md").write_text(tables(out, missing))
     return sorted(set(missing))
+
+
+def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> None:
+    """Keep inversions of each ID class as the generator makes them at the end of this epoch; the next one writes over them."""
+    for synthesizer in trainer.synthesizers:
+        if isinstance(synthesizer, Inversion):
+            with seeded(len(trainer.log)):
+                x, y = synthesizer.invert(torch.arange(trainer.net.num_classes).repeat_interleave(per_class))
+            save_state(path, "inversions", {"x": to_bytes(trainer.net, x).cpu(), "y": y.cpu()})
+
+
+def _judge_inversions(out: Path) -> None:
+    """How many inversions an independently trained plain network (other seed) takes for the class asked for: ``out/inversions.json``."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted((out / "inversions").glob("*.safetensors")):
+        state = load_state(path, "inversions")
+        about, seed = path.stem.rsplit("-", 2)[0], path.stem.rsplit("-", 1)[1]
+        for judge in sorted((out / "networks").glob(f"{about}-plain-*.safetensors")):
+            if not judge.stem.endswith(seed):
+                logits = all_logits(TIENet.load(judge), ImageSet(state["x"], state["y"]))[:, :-1]
+                found.setdefault(path.stem, {})[judge.stem] = (logits.argmax(1) == state["y"]).double().mean().item()
+    if found:
+        write_json(out / "inversions.json", found)
 
 
 def _whole(name: str) -> str:
@@ -255,6 +284,8 @@ def tables(out: Path, missing: Sequence[str] = ()) -> str:
             "\n### The predecessor's claim: the least confident ID image against the most confident OOD image let through\n",
         ]
         parts += [table(_rows_3(name, methods)), ""]
+        if rows := _rows_4(out, methods):
+            parts += ["### Inversions that plain networks of the other seeds take for the class asked for\n", table(rows), ""]
     if missing:
         parts += ["## Not run\n", *(f"- {reason}" for reason in sorted(set(missing))), ""]
     return "\n".join(parts)
@@ -317,6 +348,19 @@ def _rows_3(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
             row[other] = _spread(most) if most else "-"
         rows.append(row)
     return rows or [{"": "-"}]
+
+
+def _rows_4(out: Path, methods: Mapping[str, list[dict]]) -> list[dict]:
+    path, rows = out / "inversions.json", []
+    judged = json.loads(path.read_text()) if path.exists() else {}
+    for method in _order(methods):
+        names = {record["cell"] for record in methods[method]} & set(judged)
+        if names:
+            last = [record["log"][-1]["agreement"][:-1] for record in methods[method]]
+            own = _spread([mean(share for share in agreement if share is not None) for agreement in last])
+            others = _spread([mean(judged[name].values()) for name in sorted(names)])
+            rows.append({"": label(method), "the network itself (n+1 outputs)": own, "plain networks": others})
+    return rows
 
 
 def _cell_2(records: Sequence[Mapping], score: str, other: str) -> str:

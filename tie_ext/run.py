@@ -158,17 +158,18 @@ def save_snapshot(folder: Path, trainer: TIETrainer, test: ImageSet, per_class: 
         for i, synthesizer in enumerate(trainer.synthesizers):
             if isinstance(synthesizer, Inversion):
                 x = synthesizer.invert(torch.arange(n + 1).repeat_interleave(per_class)).x
-                state["inversions"] = _bytes(net, x).reshape(n + 1, per_class, *x.shape[1:])
+                state["inversions"] = to_bytes(net, x).reshape(n + 1, per_class, *x.shape[1:])
             else:
                 x = (some.x[: 2 * per_class].float() / 255).to(trainer.device)
-                state[f"outliers_{i}"] = _bytes(net, synthesizer.sample(net, x, some.y[: 2 * per_class].to(trainer.device)).x)
+                state[f"outliers_{i}"] = to_bytes(net, synthesizer.sample(net, x, some.y[: 2 * per_class].to(trainer.device)).x)
         x = torch.cat([some.x.float() / 255, trainer.pool.draw(points // 5).cpu()])
         state["features"] = net.features(x.to(trainer.device))
         state["labels"] = torch.cat([some.y, torch.full((points // 5,), n)])
     save_state(folder / "epochs" / f"{epoch:04d}.safetensors", "snapshot", dict(state))
 
 
-def _bytes(net: TIENet, x: Tensor) -> Tensor:
+def to_bytes(net: TIENet, x: Tensor) -> Tensor:
+    """Images in the network's value range as uint8."""
     return ((x - net.low) / (net.high - net.low) * 255).round().to(torch.uint8)
 
 

@@ -2,7 +2,7 @@
 
 No OOD set and no test image is looked at.
 
-    python tests/bench/trial.py NAME '{"lam": 5.0}' --root DATA [--data mnist] [--images 20000] [--epochs 6] [--shift 0]
+    python tests/bench/trial.py NAME '{"lam": 5.0}' --root DATA [--data mnist] [--images 20000] [--epochs 6] [--shift 0] [--variant per-class]
 
 Writes docs/results/trials/NAME.json; what came of it stands in docs/ledger.md.
 """
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from score_ablation import positives  # beside this file
+from torch import Tensor, nn
 
 from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer, data, ood_score, uncertainty
 from tie_ext.comparison import all_logits, ood_metrics, provenance
@@ -40,6 +42,41 @@ def look(net: TIENet, held_out: ImageSet, outliers: dict[str, ImageSet]) -> dict
     }
 
 
+class PerClassNet(TIENet):
+    """n garbage classes, one beside each ID class; the garbage logit that everything else reads is their log-sum-exp."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.garbage = nn.Linear(self.feature_size, self.num_classes)
+
+    def head(self, h: Tensor) -> Tensor:
+        ids, garbage = self.fc(h), self.garbage(h)
+        self.every = torch.cat([ids, garbage], dim=1)
+        return torch.cat([ids, garbage.logsumexp(1, keepdim=True)], dim=1)
+
+
+class PerClassTrainer(TIETrainer):
+    """Garbage goes to the garbage class beside the ID class that the network takes it for."""
+
+    def _loss(self, logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        n = self.net.num_classes
+        every = self.net.every
+        target = torch.where(y == n, n + every[:, :n].argmax(1), y)
+        return F.cross_entropy(every, target, torch.cat([weights[:n], weights[n:].expand(n)]))
+
+
+class WeightedTrainer(TIETrainer):
+    """Garbage counts by the uncertainty of the ID outputs about it."""
+
+    def _loss(self, logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        n = self.net.num_classes
+        each = weights[y] * torch.where(y == n, uncertainty(logits[:, :n].detach().softmax(1)), 1.0)
+        return (each * F.cross_entropy(logits, y, reduction="none")).sum() / weights[y].sum()
+
+
+VARIANTS = {"none": (TIENet, TIETrainer), "per-class": (PerClassNet, PerClassTrainer), "ue-weighted": (TIENet, WeightedTrainer)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
@@ -49,6 +86,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--shift", type=int, default=0, help="most pixels a training image is moved by")
+    parser.add_argument("--variant", choices=list(VARIANTS), default="none", help="another garbage class, or other weights")
     a = parser.parse_args()
     full = data.load(a.data, "train", a.root)
     train = full.first(a.images, 0)
@@ -58,15 +96,15 @@ def main() -> None:
         outliers = positives(held_out.first(5000))
     config = TIEConfig(epochs=a.epochs, **a.changes)
     with seeded(config.seed):
-        net = TIENet(Conv3(1, 10), 10, train.shape, classes=train.classes)
-    trainer, epochs = TIETrainer(net, config), []
+        net = VARIANTS[a.variant][0](Conv3(1, 10), 10, train.shape, classes=train.classes)
+    trainer, epochs = VARIANTS[a.variant][1](net, config), []
     for _ in range(a.epochs):
         log = trainer.epoch(Batches(train, 128, shuffle=True, shift=a.shift))
         agreement = sum(share or 0.0 for share in log.agreement[:-1]) / net.num_classes
         epochs.append({**look(net, held_out, outliers), "tau": log.tau, "excluded": sum(log.excluded) / sum(log.proposed), "agreement": agreement})
         print(a.name, json.dumps(epochs[-1]), flush=True)
     command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA")
-    record = {"changes": a.changes, "data": a.data, "images": a.images, "shift": a.shift, "epochs": epochs}
+    record = {"changes": a.changes, "data": a.data, "images": a.images, "shift": a.shift, "variant": a.variant, "epochs": epochs}
     write_json(OUT / f"{a.name}.json", {**record, **provenance(), "command": command})
 
 
