@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import torch
 from torch import Tensor
@@ -273,17 +273,17 @@ def tables(out: Path, missing: Sequence[str] = ()) -> str:
             cells[record["data"], record["images"], record["config"]["epochs"]][record["method"]].append(record)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"Expected a cell of `tie-ext reproduce` in {path}, but got: {error!r}") from error
-    head = "Written by `tie-ext reproduce` from the cells beside it, which hold command, commit, versions and settings. Percent; mean ± standard "
-    parts = [f"# The paper's tables, measured\n\n{head}deviation over the seeds.\n"]
+    head = "Written by `tie-ext reproduce` from the cells beside it, which hold settings, commit and versions. Percent; mean ± standard deviation "
+    parts = [f"# The paper's tables, measured\n\n{head}over the seeds. OOD is the positive class; larger scores are more OOD.\n"]
     for (name, images, epochs), methods in sorted(cells.items()):
-        count = max(len(records) for records in methods.values())
-        parts.append(f"## {name}: {images} images, {epochs} epochs, {count} seeds\n\n### Table 1: ID accuracy, and OOD images in the garbage class\n")
-        parts += [table(_rows_1(name, methods)), "\n### Table 2: FPR@95 (AUROC) over OOD images that level 1 let through, then over all\n"]
-        parts += [
-            table(_rows_2(name, methods)),
-            "\n### The predecessor's claim: the least confident ID image against the most confident OOD image let through\n",
-        ]
-        parts += [table(_rows_3(name, methods)), ""]
+        seeds = sorted({record["config"]["seed"] for record in _all(methods)})
+        parts.append(f"## {name}: {images} images, {epochs} epochs, seeds {seeds}\n")
+        parts += [f"    {command}" for command in sorted({record["command"] for record in _all(methods)})]
+        parts += ["\n### Table 1: ID accuracy, and images in the garbage class\n", table(_rows_1(name, methods))]
+        parts += ["\n### Scores over all OOD images: FPR@95 (AUROC)\n", table(_rows_2(name, methods, "all"))]
+        parts += ["\n### Table 2: the same over OOD images that level 1 let through\n", table(_rows_2(name, methods, "through"))]
+        parts.append("\n### The predecessor's claim: the least confident ID image against the most confident OOD image let through\n")
+        parts += [table(_rows_3(name, methods)), "\n### Cost\n", table(_rows_5(methods)), ""]
         if rows := _rows_4(out, methods):
             parts += ["### Inversions that plain networks of the other seeds take for the class asked for\n", table(rows), ""]
     if missing:
@@ -310,6 +310,8 @@ def _rows_1(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     for method in _order(methods):
         numbers = [record["numbers"] for record in methods[method]]
         row = {"": label(method), "ID accuracy": _spread([n["accuracy"] for n in numbers])}
+        for key, column in (("id_garbage_rate", "ID in garbage"), ("id_rejected", "ID rejected")):
+            row[column] = _spread([n[key] for n in numbers]) if key in numbers[0] else "-"
         for other in _columns(name, _all(methods)):
             rates = [n["garbage_rate"][other] for n in numbers if other in n.get("garbage_rate", {})]
             row[other] = _spread(rates) if rates else "-"
@@ -320,18 +322,18 @@ def _rows_1(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     return [*rows, {"": "the paper: TIE / no TIE", "ID accuracy": paper.pop(name), **paper}]
 
 
-def _rows_2(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
+def _rows_2(name: str, methods: Mapping[str, list[dict]], which: str) -> list[dict]:
     rows = []
     columns = _columns(name, _all(methods))
-    for method in _order(methods):
+    for method in (m for m in _order(methods) if m != "plain" or which == "all"):
         records = methods[method]
         for score in next(iter(_sets_of(records[0]["level2"]).values())):
             if score not in ("through", "most_confident_through"):
-                rows.append({"": f"{label(method)}, {score}", **{other: _cell_2(records, score, other) for other in columns}})
-    if name not in PAPER_2:
-        return rows
+                rows.append({"": f"{label(method)}, {score}", **{other: _cell_2(records, score, other, which) for other in columns}})
+    if which == "all" or name not in PAPER_2:
+        return rows or [{"": "-"}]
     paper = {other: figure for other, figure in zip(data.NAMES, PAPER_2[name], strict=True) if other != name}
-    return [*rows, {"": "the paper, let through: UE / ODIN / energy / Mahalanobis", **paper}]
+    return [*rows, {"": "the paper: UE / ODIN / energy / Mahalanobis", **paper}]
 
 
 def _sets_of(level2: Mapping) -> dict:
@@ -363,12 +365,22 @@ def _rows_4(out: Path, methods: Mapping[str, list[dict]]) -> list[dict]:
     return rows
 
 
-def _cell_2(records: Sequence[Mapping], score: str, other: str) -> str:
-    found = [r["level2"][other][score] for r in records if other in r["level2"]]
-    parts = [[f[which] for f in found if f[which] is not None] for which in ("through", "all")]
-    if all(record["method"] == "plain" for record in records):
-        parts = parts[1:]  # nothing was held back
-    return "; ".join(f"{_spread([m['fpr95'] for m in p])} ({_spread([m['auroc'] for m in p])})" if p else "-" for p in parts)
+def _rows_5(methods: Mapping[str, list[dict]]) -> list[dict]:
+    rows = []
+    for method in _order(methods):
+        records = methods[method]
+        row = {"": label(method), "minutes": f"{mean(r['seconds'] for r in records) / 60:.1f}", "threads": str(records[0]["threads"])}
+        for stage in ("train", "invert", "exclude"):
+            seconds = [entry["seconds"][stage] for r in records for entry in r["log"]]
+            row[f"{stage}, s an epoch"] = f"{median(seconds):.1f}" if seconds else "-"
+        rows.append(row)
+    return rows
+
+
+def _cell_2(records: Sequence[Mapping], score: str, other: str, which: str) -> str:
+    found = [r["level2"][other][score][which] for r in records if other in r["level2"]]
+    found = [m for m in found if m is not None]
+    return f"{_spread([m['fpr95'] for m in found])} ({_spread([m['auroc'] for m in found])})" if found else "-"
 
 
 def _spread(values: Sequence[float]) -> str:

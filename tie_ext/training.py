@@ -56,8 +56,8 @@ class TIEConfig:
     """What the pool starts with: ``multiscale`` noise, or ``white`` as in the paper."""
     synthesizer: str = "inversion"
     """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
-    garbage_weight: float = 0.1
-    """Weight of the garbage class in the loss, where an ID class has 1; 0.1 as in Vernekar et al. (``docs/defaults.md``)."""
+    garbage_weight: float = 1.0
+    """Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1)."""
     objective: str = "garbage"
     """What the network learns of garbage: ``garbage``, that it is a class of its own; ``uniform``, that all n+1 outputs are equally likely
     (ASCOOD's), so that it is level 2 that rejects."""
