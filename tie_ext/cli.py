@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--out", type=Path, default=Path("reproduce"), help="folder for cells and tables (default: reproduce)")
     reproduce.add_argument("--data", nargs="+", metavar="SET", help="ID sets, or some classes of one: mnist:0-4 (default: the paper's six)")
     reproduce.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="of tie_ext.comparison, or synthesizers by name (default: all of the former)"
+        "--methods", nargs="+", metavar="METHOD", help="of tie_ext.comparison, or synthesizers by name (default: TIE, its predecessor, no TIE, plain)"
     )
     reproduce.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     reproduce.add_argument("--images", type=int, help="train on a random subset of this many images")

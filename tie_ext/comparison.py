@@ -1,9 +1,9 @@
 """TIE beside what it has to beat, on the same data, backbone, initial weights and order of batches.
 
 Methods: ``tie``; ``predecessor``, which expels every inversion; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class
-stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``ascood``, whose
-outliers are to look uniform; and any other synthesizers by name, with commas between. Metrics are pytorch-ood's own (OOD is the positive
-class).
+stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``vernekar`` and
+``ascood``, those papers' own training; and any synthesizers in TIE's loop, by name, with commas between. Metrics are pytorch-ood's own (OOD
+is the positive class).
 """
 
 import os
@@ -30,14 +30,15 @@ from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.synthesis import frozen
 from tie_ext.training import EpochLog, TIEConfig, TIETrainer, seeded
 
-METHODS = ("tie", "predecessor", "multiscale", "white", "ascood", "plain")
-"""TIE, its predecessor, the two no-TIE baselines, ASCOOD, and the n-class network for post-hoc detectors."""
+METHODS = ("tie", "predecessor", "multiscale", "white", "vernekar", "ascood", "plain")
+"""TIE, its predecessor, the two no-TIE baselines, the training of two other papers, and the n-class network for post-hoc detectors."""
 LABELS = {
     "tie": "TIE",
     "predecessor": "predecessor (lambda = -inf)",
     "multiscale": "no TIE, multi-scale noise",
     "white": "no TIE, white noise",
-    "ascood": "ASCOOD (gradient outliers, uniform)",
+    "vernekar": "Vernekar et al.",
+    "ascood": "ASCOOD",
     "plain": "plain n-class network",
 }
 """How tables name them."""
@@ -75,6 +76,8 @@ def method_config(method: str, config: TIEConfig) -> TIEConfig:
     """The settings as a method changes them: lambda for the predecessor, the prior for noise that stays, the synthesizers by name."""
     if method == "predecessor":
         return replace(config, lam=-float("inf"))
+    if method == "vernekar":  # no threshold, OOD class weight 0.1; noise until the first outliers come
+        return replace(config, lam=-float("inf"), synthesizer="boundary", prior="white", garbage_weight=0.1)
     if method == "ascood":  # the authors' w = 1; every outlier joins
         return replace(config, lam=-float("inf"), synthesizer="gradient", objective="uniform", garbage_weight=1.0)
     if method in ("multiscale", "white"):
@@ -201,7 +204,7 @@ def posthoc_scores(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet) 
 def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
     """AUROC, AUPR (of OOD and of ID images) and FPR@95%TPR, computed by pytorch-ood, and detection error; all in [0, 1].
 
-    OOD is the positive class, as in both hosts.
+    OOD is the positive class, as in both hosts; but ``fpr95_id`` is the share of OOD images accepted where 95 % of ID images are.
 
     Arguments:
         id_scores: ``(N,)``, larger = more OOD.
@@ -212,7 +215,8 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
     labels = torch.cat([torch.zeros(len(id_scores)), -torch.ones(len(ood_scores))]).long()
     result = OODMetrics().update(torch.cat([id_scores, ood_scores]), labels).compute()
     host = {"auroc": result["AUROC"], "aupr": result["AUPR-OUT"], "aupr_in": result["AUPR-IN"], "fpr95": result["FPR95TPR"]}
-    return {**host, "detection_error": detection_error(id_scores, ood_scores)}
+    accepted = (ood_scores <= id_scores.double().quantile(0.95, interpolation="higher")).double().mean().item()
+    return {**host, "fpr95_id": accepted, "detection_error": detection_error(id_scores, ood_scores)}
 
 
 def evaluate(method: str, net: TIENet, test: ImageSet, ood: Mapping[str, ImageSet], fit_on: ImageSet) -> tuple[dict, dict]:

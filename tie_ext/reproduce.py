@@ -106,7 +106,7 @@ class Plan:
     """Where the sets lie (:func:`tie_ext.data.load`)."""
     sets: tuple[str, ...] = data.NAMES
     """ID sets, of :data:`tie_ext.data.NAMES` or some of their classes (``mnist:0-4``); each is scored against all sets that are at hand."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ("tie", "predecessor", "multiscale", "white", "plain")
     """Of :data:`tie_ext.comparison.METHODS`, or synthesizers by name."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One training each."""
