@@ -32,6 +32,8 @@ from tie_ext.training import EpochLog, TIEConfig, TIETrainer, seeded
 
 METHODS = ("tie", "predecessor", "multiscale", "white", "vernekar", "ascood", "plain")
 """TIE, its predecessor, the two no-TIE baselines, the training of two other papers, and the n-class network for post-hoc detectors."""
+OPENOOD = ("openood:logitnorm", "openood:ascood")
+"""Training methods that OpenOOD ships, trained by its own code where it is installed (:mod:`tie_ext.openood.baselines`)."""
 LABELS = {
     "tie": "TIE",
     "predecessor": "predecessor (lambda = -inf)",
@@ -40,6 +42,8 @@ LABELS = {
     "vernekar": "Vernekar et al.",
     "ascood": "ASCOOD",
     "plain": "plain n-class network",
+    "openood:logitnorm": "LogitNorm (OpenOOD's)",
+    "openood:ascood": "ASCOOD (OpenOOD's)",
 }
 """How tables name them."""
 
@@ -48,10 +52,17 @@ def check_method(method: str) -> None:
     """Refuse what is no method.
 
     Raises:
-        ValueError: If it is neither one of :data:`METHODS` nor names of synthesizers.
+        ValueError: If it is neither one of :data:`METHODS` or :data:`OPENOOD` nor names of synthesizers.
     """
-    if method not in METHODS and not set(method.split(",")) <= set(SYNTHESIZERS):
-        raise ValueError(f"Expected a method, one of {', '.join(METHODS)}, or synthesizers ({', '.join(SYNTHESIZERS)}), but got {method!r}")
+    if method not in (*METHODS, *OPENOOD) and not set(method.split(",")) <= set(SYNTHESIZERS):
+        raise ValueError(
+            f"Expected a method, one of {', '.join((*METHODS, *OPENOOD))}, or synthesizers ({', '.join(SYNTHESIZERS)}), but got {method!r}"
+        )
+
+
+def has_garbage(method: str) -> bool:
+    """Whether a method trains a garbage class, or the n ID logits alone."""
+    return method != "plain" and method not in OPENOOD
 
 
 def label(method: str) -> str:
@@ -66,8 +77,8 @@ def make_trainer(method: str, net: TIENet, config: TIEConfig, progress: bool = F
         ValueError: If there is no such method, or it has no garbage class.
     """
     check_method(method)
-    if method == "plain":
-        raise ValueError("Expected a method with a garbage class, but got 'plain'")
+    if not has_garbage(method):
+        raise ValueError(f"Expected a method with a garbage class, but got {method!r}")
     synthesizers: list | None = [] if method in ("multiscale", "white") else None
     return TIETrainer(net, method_config(method, config), synthesizers, progress)
 
@@ -112,25 +123,29 @@ def train(
     """Train one method from the initial weights that ``config.seed`` gives.
 
     Arguments:
-        method: One of :data:`METHODS`.
+        method: One of :data:`METHODS` or :data:`OPENOOD`, or synthesizers by name.
         backbone: Makes the backbone.
         images: The ID training images.
         config: Settings of the run.
         batch_size: ID images a batch.
         device: Where to train.
         progress: Show progress bars.
-        after_epoch: Called with the trainer after each epoch (not for ``plain``).
+        after_epoch: Called with the trainer after each epoch (where there is one).
 
     Returns:
-        The network in evaluation mode, and the log (empty for ``plain``).
+        The network in evaluation mode, and the log (empty for ``plain`` and OpenOOD's).
     """
     with seeded(config.seed):
-        inner = Standardized(backbone()) if method == "ascood" else backbone()
+        inner = Standardized(backbone()) if method.endswith("ascood") else backbone()
         net = TIENet(inner, len(images.classes), images.shape, classes=images.classes).to(device)
     batches = training_batches(images, batch_size)
     log: list[EpochLog] = []
     if method == "plain":
         train_plain(net, batches, config, progress)
+    elif method in OPENOOD:
+        from tie_ext.openood import train_baseline
+
+        train_baseline(method.removeprefix("openood:"), net, batches, config.epochs, config.seed)
     else:
         trainer = make_trainer(method, net, config, progress)
         for _ in range(config.epochs):
@@ -234,12 +249,12 @@ def evaluate(method: str, net: TIENet, test: ImageSet, ood: Mapping[str, ImageSe
         themselves ``{score: {set: (N,)}}``, where the ID set is called ``id``.
     """
     sets = {"id": test, **ood}
-    scores, facts = posthoc_scores(net, sets, fit_on) if method == "plain" else tie_scores(net, sets)
+    scores, facts = posthoc_scores(net, sets, fit_on) if not has_garbage(method) else tie_scores(net, sets)
     numbers = {
         "accuracy": facts["id"]["accuracy"],
         "scores": {label: {name: ood_metrics(of["id"], of[name]) for name in ood} for label, of in scores.items()},
     }
-    if method != "plain":
+    if has_garbage(method):
         numbers["id_garbage_rate"], numbers["id_rejected"] = facts["id"]["garbage_rate"], facts["id"]["rejected"]
         numbers["garbage_rate"] = {name: facts[name]["garbage_rate"] for name in ood}
         numbers["rejected"] = {name: facts[name]["rejected"] for name in ood}

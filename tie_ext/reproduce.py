@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tie_ext import data
-from tie_ext.comparison import METHODS, all_logits, cell, check_method, label, ood_metrics
+from tie_ext.comparison import METHODS, all_logits, cell, check_method, has_garbage, label, ood_metrics
 from tie_ext.data import Batches, ImageSet
 from tie_ext.decision import ood_score, uncertainty
 from tie_ext.files import load_state, save_state, write_json
@@ -135,7 +135,7 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
     missing: list[str] = []
     todo = [(name, method, seed) for name in plan.sets for method in plan.methods for seed in plan.seeds]
     for name, method, seed in tqdm(todo, desc="cells", disable=not progress):
-        stem = f"{name.replace(':', '_')}-{plan.images or 'all'}x{plan.config.epochs}-{method.replace(',', '+')}-seed{seed}"
+        stem = f"{name.replace(':', '_')}-{plan.images or 'all'}x{plan.config.epochs}-{method.replace(',', '+').replace(':', '_')}-seed{seed}"
         path = out / "cells" / f"{stem}.json"
         if path.exists():
             continue
@@ -150,7 +150,7 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         keep = partial(_keep_inversions, out / "inversions" / f"{stem}.safetensors")
         some = images.first(plan.images, seed)
         record, net = cell(method, backbone, some, test, ood, config, about, device=device, progress=progress, after_epoch=keep)
-        record["level2"] = level_2(net, {"id": test, **ood}, images, garbage=method != "plain")
+        record["level2"] = level_2(net, {"id": test, **ood}, images, garbage=has_garbage(method))
         net.save(out / "networks" / f"{stem}.safetensors")
         write_json(path, record)
     _judge_inversions(out)
@@ -325,7 +325,7 @@ def _rows_1(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
 def _rows_2(name: str, methods: Mapping[str, list[dict]], which: str) -> list[dict]:
     rows = []
     columns = _columns(name, _all(methods))
-    for method in (m for m in _order(methods) if m != "plain" or which == "all"):
+    for method in (m for m in _order(methods) if has_garbage(m) or which == "all"):
         records = methods[method]
         for score in next(iter(_sets_of(records[0]["level2"]).values())):
             if score not in ("through", "most_confident_through"):
@@ -342,7 +342,7 @@ def _sets_of(level2: Mapping) -> dict:
 
 def _rows_3(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     rows = []
-    for method in (m for m in _order(methods) if m != "plain"):
+    for method in (m for m in _order(methods) if has_garbage(m)):
         levels = [record["level2"] for record in methods[method]]
         row = {"": label(method), "least confident ID": _spread([level["least_confident_id"] for level in levels])}
         for other in _columns(name, _all(methods)):

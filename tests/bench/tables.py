@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from tie_ext.comparison import METHODS, label
+from tie_ext.comparison import METHODS, OPENOOD, has_garbage, label
 from tie_ext.report import table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -81,7 +81,7 @@ def synthesizers(images: int, epochs: int) -> None:
     ]
     for name, methods in sorted(cells(images, epochs).items()):
         rows = []
-        for method in [m for m in METHODS if m in methods and m != "plain"] + sorted(set(methods) - set(METHODS)):
+        for method in [m for m in METHODS if m in methods and has_garbage(m)] + sorted(set(methods) - {*METHODS, *OPENOOD}):
             records = methods[method]
             numbers = [r["numbers"] for r in records]
             row = {"outliers": label(method), "seeds": str(len(records)), "ID accuracy": percent([n["accuracy"] for n in numbers])}
