@@ -14,7 +14,7 @@ import tie_ext
 HOUSE = Path(tie_ext.__file__).parent
 # What torch and numpy suffice for.
 CORE = ["checks", "distributed", "decision", "files", "networks", "synthesis", "inversion", "exclusion", "metrics", "outliers", "training"]
-ORDER = [*CORE, "pytorch_ood", "detectors", "__init__", "data", "comparison", "run", "report", "reproduce", "cli"]
+ORDER = [*CORE, "pytorch_ood", "detectors", "__init__", "data", "comparison", "run", "report", "tables", "reproduce", "cli"]
 ROOMS = sorted(path for path in HOUSE.rglob("*.py") if path.parent == HOUSE)
 OUTLIERS = sorted((HOUSE / "outliers").glob("*.py"))
 HOSTS = sorted((HOUSE / "openood").glob("*.py"))
