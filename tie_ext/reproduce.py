@@ -47,7 +47,7 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One training each."""
     images: int | None = None
-    """Train on a random subset of this many images."""
+    """Train on a random subset of this many images, and score a tenth as many of each OOD set; all ID test images are scored."""
     download: bool = False
     """Let torchvision download what is missing."""
     config: TIEConfig = field(default_factory=TIEConfig)
@@ -76,7 +76,7 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         if path.exists():
             continue
         try:
-            images, test, ood = _sets(plan, name)
+            images, test, ood = _sets(plan, name, seed)
         except ValueError as error:
             missing.append(f"{name}: {error}")
             continue
@@ -84,8 +84,7 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         about = {"cell": stem, "data": name, "backbone": BACKBONE[_whole(name)]}
         backbone = partial(BACKBONES[about["backbone"]], images.shape[0], len(images.classes))
         keep = partial(_keep_inversions, out / "inversions" / f"{stem}.safetensors")
-        some = images.first(plan.images, seed)
-        record, net = cell(method, backbone, some, test, ood, config, about, device=device, progress=progress, after_epoch=keep)
+        record, net = cell(method, backbone, images, test, ood, config, about, device=device, progress=progress, after_epoch=keep)
         record["level2"] = level_2(net, {"id": test, **ood}, images, garbage=has_garbage(method))
         net.save(out / "networks" / f"{stem}.safetensors")
         write_json(path, record)
@@ -122,7 +121,7 @@ def _whole(name: str) -> str:
     return name.partition(":")[0]
 
 
-def _sets(plan: Plan, name: str) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+def _sets(plan: Plan, name: str, seed: int) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
     """ID training and test images, and every OOD set that is at hand."""
     images = data.load(name, "train", plan.root, download=plan.download)
     test = data.load(name, "test", plan.root, download=plan.download)
@@ -136,7 +135,9 @@ def _sets(plan: Plan, name: str) -> tuple[ImageSet, ImageSet, dict[str, ImageSet
                 ood[other] = data.load(other, "test", plan.root, images.shape, plan.download)
             except ValueError:
                 continue  # its column stays empty
-    return images, test, ood | {label: data.noise(kind, min(len(test), 10_000), images.shape) for label, kind in NOISE.items()}
+    ood |= {label: data.noise(kind, min(len(test), 10_000), images.shape) for label, kind in NOISE.items()}
+    count = None if plan.images is None else max(1, plan.images // 10)
+    return images.first(plan.images, seed), test, {label: of.first(count) for label, of in ood.items()}
 
 
 def level_2(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet, garbage: bool = True) -> dict:

@@ -87,7 +87,9 @@ def tables(out: Path, missing: Sequence[str] = ()) -> str:
     parts = [f"# The paper's tables, measured\n\n{head}over the seeds. OOD is the positive class; larger scores are more OOD.\n"]
     for (name, images, epochs), methods in sorted(cells.items()):
         seeds = sorted({record["config"]["seed"] for record in _all(methods)})
-        parts.append(f"## {name}: {images} images, {epochs} epochs, seeds {seeds}\n")
+        counts = sorted({count for record in _all(methods) for count in record["ood_images"].values()})
+        of_each = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+        parts.append(f"## {name}: {images} images, {epochs} epochs, seeds {seeds}; {of_each} images of each OOD set\n")
         parts += [f"    {command}" for command in sorted({record["command"] for record in _all(methods)})]
         parts += ["\n### Table 1: ID accuracy, and images in the garbage class\n", table(_rows_1(name, methods))]
         parts += ["\n### Scores over all OOD images: FPR@95 (AUROC)\n", table(_rows_2(name, methods, "all"))]
