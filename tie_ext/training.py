@@ -46,7 +46,7 @@ class TIEConfig:
     """T, the length of the run; the schedule of gamma spans it."""
     lr: float = 1e-4
     """Learning rate of the classifier (Adam)."""
-    lam: float = 2.0
+    lam: float = 5.0
     """lambda in ``tau = mean + lambda * std`` (the paper: 0.5, ``docs/defaults.md``); -inf excludes every inversion."""
     candidates_per_class: int = 1000
     """Inversions proposed an epoch and output, garbage included."""
