@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # torch 2.2 has it there
+
 
 def check_logits(logits: Tensor) -> None:
     """Refuse anything but a finite floating-point matrix of n+1 >= 3 columns.
@@ -15,7 +17,7 @@ def check_logits(logits: Tensor) -> None:
     """
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] < 3:
         raise ValueError(f"Expected floating-point logits of shape (B, n+1) with n >= 2, but got {describe(logits)}")
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _is_compiling() or torch.jit.is_tracing():
         return  # an exported program has no exceptions to raise
     check_finite(logits, "logits")
 
