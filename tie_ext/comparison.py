@@ -119,6 +119,7 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = False,
     after_epoch: Callable[[TIETrainer], None] = lambda trainer: None,
+    shift: int | None = None,
 ) -> tuple[TIENet, list[EpochLog]]:
     """Train one method from the initial weights that ``config.seed`` gives.
 
@@ -131,6 +132,7 @@ def train(
         device: Where to train.
         progress: Show progress bars.
         after_epoch: Called with the trainer after each epoch (where there is one).
+        shift: Most pixels a training image is moved by; None for an eighth of its size.
 
     Returns:
         The network in evaluation mode, and the log (empty for ``plain`` and OpenOOD's).
@@ -138,7 +140,7 @@ def train(
     with seeded(config.seed):
         inner = Standardized(backbone()) if method.endswith("ascood") else backbone()
         net = TIENet(inner, len(images.classes), images.shape, classes=images.classes).to(device)
-    batches = training_batches(images, batch_size)
+    batches = training_batches(images, batch_size, shift)
     log: list[EpochLog] = []
     if method == "plain":
         train_plain(net, batches, config, progress)

@@ -109,12 +109,17 @@ def _shifted(x: Tensor, most: int) -> Tensor:
     return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def training_batches(images: ImageSet, batch_size: int = 128) -> Batches:
-    """What every method trains on: shuffled, each image moved by up to an eighth of its size (28 pixels: 3; 32: 4, as OpenOOD's crops).
+def training_batches(images: ImageSet, batch_size: int = 128, shift: int | None = None) -> Batches:
+    """What every method trains on: shuffled, and each image moved a little.
 
     Not only for accuracy: tau comes from the uncertainty of training images, which falls to 0 for images that are learned by heart.
+
+    Arguments:
+        images: The set.
+        batch_size: Images a batch.
+        shift: Most pixels an image is moved by; None for an eighth of its size (28 pixels: 3; 32: 4, as OpenOOD's crops).
     """
-    return Batches(images, batch_size, shuffle=True, shift=images.shape[-1] // 8)
+    return Batches(images, batch_size, shuffle=True, shift=images.shape[-1] // 8 if shift is None else shift)
 
 
 def load(name: str, split: str, root: str | os.PathLike = "data", shape: Sequence[int] | None = None, download: bool = False) -> ImageSet:

@@ -41,6 +41,8 @@ class Settings:
     """Image size; None for the set's own."""
     batch_size: int = 128
     """ID images a batch."""
+    shift: int | None = None
+    """Most pixels a training image is moved by; None for an eighth of its size."""
     ood: tuple[str, ...] = ()
     """Sets to score at the end, beside noise."""
     download: bool = False
@@ -99,7 +101,7 @@ def train(folder: str | os.PathLike, settings: Settings | None = None, device: s
     if resume and (folder / "training.safetensors").exists():
         trainer.load(folder / "training.safetensors")
     save_settings(folder, settings)
-    batches = training_batches(images, settings.batch_size)
+    batches = training_batches(images, settings.batch_size, settings.shift)
     while len(trainer.log) < settings.config.epochs:
         trainer.epoch(batches)
         save_snapshot(folder, trainer, test)
