@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tie_ext import decide, ood_score, uncertainty
-from tie_ext.metrics import detection_error
 
 logit_rows = hnp.arrays("float32", st.tuples(st.integers(1, 5), st.integers(3, 12)), elements=st.floats(-30, 30, width=32)).map(torch.from_numpy)
 
@@ -76,10 +75,3 @@ def test_score_still_ranks_where_probabilities_are_rounded_to_1():
 def test_bad_logits_are_refused(bad):
     with pytest.raises(ValueError, match=r"Expected .* but got"):
         decide(bad)
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12))
-def test_detection_error_is_that_of_the_best_threshold(inside, outside):
-    a, b = torch.tensor(inside).double(), torch.tensor(outside).double()
-    best = min(((a > t).double().mean() + (b <= t).double().mean()).item() / 2 for t in range(-1, 7))
-    assert detection_error(a, b) == pytest.approx(best)

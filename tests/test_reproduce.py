@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_batches, make_net
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from tie_ext import reproduce, tables
 from tie_ext.cli import main
+from tie_ext.comparison import ood_metrics
 
 Image = pytest.importorskip("PIL.Image")
 CONFIG = replace(TINY, epochs=1)
@@ -113,3 +116,19 @@ def test_the_predecessor_expels_everything_and_its_record_says_so():
     assert sum(make_trainer("white", make_net(), CONFIG).epoch(batches).proposed) == 0
     with pytest.raises(ValueError, match="with a garbage class, but got 'plain'"):
         make_trainer("plain", make_net(), CONFIG)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=12), st.lists(st.integers(0, 5), min_size=2, max_size=12))
+def test_detection_error_is_that_of_the_best_threshold(inside, outside):
+    assume(len({*inside, *outside}) > 1)  # pytorch-ood warns of constant scores
+    a, b = torch.tensor(inside).double(), torch.tensor(outside).double()
+    best = min(((a > t).double().mean() + (b <= t).double().mean()).item() / 2 for t in range(-1, 7))
+    assert ood_metrics(a, b)["detection_error"] == pytest.approx(best)
+
+
+def test_fpr_at_95_counts_from_either_side():
+    a, b = torch.arange(100.0), torch.arange(50.0, 150.0)
+    found = ood_metrics(a, b)
+    assert found["fpr95"] == pytest.approx(0.45)  # at 55, which 95 of the OOD scores reach
+    assert found["fpr95_id"] == pytest.approx(0.45 + 0.01)  # at 95

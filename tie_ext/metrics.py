@@ -1,29 +1,9 @@
-"""What neither host measures: how the classifier answers proposed outliers (the paper's Figure 3), and detection error."""
+"""What neither host measures: how the classifier answers proposed outliers, by the output they were aimed at (the paper's Figure 3)."""
 
 import torch
 from torch import Tensor
 
 from tie_ext.decision import uncertainty
-
-
-def detection_error(id_scores: Tensor, ood_scores: Tensor) -> float:
-    """Smallest misclassification probability over all thresholds, where ID and OOD are equally likely; in [0, 0.5].
-
-    Arguments:
-        id_scores: ``(N,)``, larger = more OOD.
-        ood_scores: ``(M,)``.
-
-    References:
-        S. Liang et al., ODIN, ICLR 2018, section 4.2; Vernekar et al., section 4.2.
-    """
-    scores = torch.cat([id_scores, ood_scores]).double()
-    order = scores.argsort()
-    is_ood = torch.arange(len(scores), device=scores.device)[order] >= len(id_scores)
-    # A threshold above the k lowest: their share of OOD images is missed, the ID images above it are false alarms.
-    missed = is_ood.double().cumsum(0) / len(ood_scores)
-    false_alarms = 1 - (~is_ood).double().cumsum(0) / len(id_scores)
-    apart = torch.cat([scores[order].diff() > 0, torch.ones(1, dtype=torch.bool, device=scores.device)])  # no threshold parts equal scores
-    return min(0.5, float(((missed + false_alarms) / 2)[apart].min()))
 
 
 class CandidateTally:
