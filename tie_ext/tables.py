@@ -91,12 +91,12 @@ def tables(out: Path, missing: Sequence[str] = ()) -> str:
         of_each = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
         parts.append(f"## {name}: {images} images, {epochs} epochs, seeds {seeds}; {of_each} images of each OOD set\n")
         parts += [f"    {command}" for command in sorted({record["command"] for record in _all(methods)})]
-        parts += ["\n### Table 1: ID accuracy, and images in the garbage class\n", table(_rows_1(name, methods))]
-        parts += ["\n### Scores over all OOD images: FPR@95 (AUROC)\n", table(_rows_2(name, methods, "all"))]
-        parts += ["\n### Table 2: the same over OOD images that level 1 let through\n", table(_rows_2(name, methods, "through"))]
+        parts += ["\n### Table 1: ID accuracy, and images in the garbage class\n", table(_garbage_rates(name, methods))]
+        parts += ["\n### Scores over all OOD images: FPR@95 (AUROC)\n", table(_rankings(name, methods, "all"))]
+        parts += ["\n### Table 2: the same over OOD images that level 1 let through\n", table(_rankings(name, methods, "through"))]
         parts.append("\n### The predecessor's claim: the least confident ID image against the most confident OOD image let through\n")
-        parts += [table(_rows_3(name, methods)), "\n### Cost\n", table(_rows_5(methods)), ""]
-        if rows := _rows_4(out, methods):
+        parts += [table(_claim(name, methods)), "\n### Cost\n", table(_cost(methods)), ""]
+        if rows := _judged(out, methods):
             parts += ["### Inversions that plain networks of the other seeds take for the class asked for\n", table(rows), ""]
     if missing:
         parts += ["## Not run\n", *(f"- {reason}" for reason in sorted(set(missing))), ""]
@@ -117,11 +117,11 @@ def _all(methods: Mapping[str, list[dict]]) -> list[dict]:
     return [record for records in methods.values() for record in records]
 
 
-def _rows_1(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
+def _garbage_rates(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     rows = []
     for method in _order(methods):
         numbers = [record["numbers"] for record in methods[method]]
-        row = {"": label(method), "ID accuracy": _spread([n["accuracy"] for n in numbers])}
+        row = {"": label(method), "seeds": str(len(numbers)), "ID accuracy": _spread([n["accuracy"] for n in numbers])}
         for key, column in (("id_garbage_rate", "ID in garbage"), ("id_rejected", "ID rejected")):
             row[column] = _spread([n[key] for n in numbers]) if key in numbers[0] else "-"
         for other in _columns(name, _all(methods)):
@@ -134,14 +134,14 @@ def _rows_1(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     return [*rows, {"": "the paper: TIE / no TIE", "ID accuracy": paper.pop(name), **paper}]
 
 
-def _rows_2(name: str, methods: Mapping[str, list[dict]], which: str) -> list[dict]:
+def _rankings(name: str, methods: Mapping[str, list[dict]], which: str) -> list[dict]:
     rows = []
     columns = _columns(name, _all(methods))
     for method in (m for m in _order(methods) if has_garbage(m) or which == "all"):
         records = methods[method]
         for score in next(iter(_sets_of(records[0]["level2"]).values())):
             if score not in ("through", "most_confident_through"):
-                rows.append({"": f"{label(method)}, {score}", **{other: _cell_2(records, score, other, which) for other in columns}})
+                rows.append({"": f"{label(method)}, {score}", **{other: _fpr_and_auroc(records, score, other, which) for other in columns}})
     if which == "all" or name not in PAPER_2:
         return rows or [{"": "-"}]
     paper = {other: figure for other, figure in zip(NAMES, PAPER_2[name], strict=True) if other != name}
@@ -152,7 +152,7 @@ def _sets_of(level2: Mapping) -> dict:
     return {other: found for other, found in level2.items() if isinstance(found, dict)}
 
 
-def _rows_3(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
+def _claim(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     rows = []
     for method in (m for m in _order(methods) if has_garbage(m)):
         levels = [record["level2"] for record in methods[method]]
@@ -164,7 +164,7 @@ def _rows_3(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
     return rows or [{"": "-"}]
 
 
-def _rows_4(out: Path, methods: Mapping[str, list[dict]]) -> list[dict]:
+def _judged(out: Path, methods: Mapping[str, list[dict]]) -> list[dict]:
     path, rows = out / "inversions.json", []
     judged = json.loads(path.read_text()) if path.exists() else {}
     for method in _order(methods):
@@ -177,7 +177,7 @@ def _rows_4(out: Path, methods: Mapping[str, list[dict]]) -> list[dict]:
     return rows
 
 
-def _rows_5(methods: Mapping[str, list[dict]]) -> list[dict]:
+def _cost(methods: Mapping[str, list[dict]]) -> list[dict]:
     rows = []
     for method in _order(methods):
         records = methods[method]
@@ -189,7 +189,7 @@ def _rows_5(methods: Mapping[str, list[dict]]) -> list[dict]:
     return rows
 
 
-def _cell_2(records: Sequence[Mapping], score: str, other: str, which: str) -> str:
+def _fpr_and_auroc(records: Sequence[Mapping], score: str, other: str, which: str) -> str:
     found = [r["level2"][other][score][which] for r in records if other in r["level2"]]
     found = [m for m in found if m is not None]
     return f"{_spread([m['fpr95'] for m in found])} ({_spread([m['auroc'] for m in found])})" if found else "-"
