@@ -84,6 +84,24 @@ def test_the_tables_stand_beside_the_papers(done):
     assert "40 images, 1 epochs, seeds [0, 1]" in text
 
 
+def test_inversions_are_judged_by_plain_networks_of_the_other_seeds(done):
+    judged = json.loads((done[0] / "inversions.json").read_text())
+    assert {name: list(by) for name, by in judged.items()} == {
+        f"mnist-allx1-tie-seed{seed}": [f"mnist-allx1-plain-seed{1 - seed}"] for seed in (0, 1)
+    }
+    assert all(0 <= share <= 1 for by in judged.values() for share in by.values())
+    assert "plain networks" in (done[0] / "tables.md").read_text()
+
+
+def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root, tmp_path):
+    plan = reproduce.Plan(root=str(root), sets=("mnist:0-4",), seeds=(0,), methods=("shuffle,multiscale",), images=20, config=CONFIG)
+    assert reproduce.run(plan, tmp_path) == []
+    record = json.loads((tmp_path / "cells" / "mnist_0-4-20x1-shuffle+multiscale-seed0.json").read_text())
+    assert record["config"]["synthesizer"] == "shuffle,multiscale"
+    assert record["ood_images"] == dict.fromkeys(["other classes", "fashionmnist", *reproduce.NOISE], 2)
+    assert "## mnist:0-4: 20 images" in (tmp_path / "tables.md").read_text()
+
+
 def test_the_command_line_runs_it(root, tmp_path, capsys):
     small = ["--generator-steps", "1", "--generator-width", "4", "--candidates-per-class", "2", "--pool-size", "20", "--epochs", "1"]
     arguments = ["reproduce", "--root", str(root), "--out", str(tmp_path), "--data", "fashionmnist", "--methods", "white", "--seeds", "3", *small]
@@ -116,6 +134,8 @@ def test_the_predecessor_expels_everything_and_its_record_says_so():
     assert sum(make_trainer("white", make_net(), CONFIG).epoch(batches).proposed) == 0
     with pytest.raises(ValueError, match="with a garbage class, but got 'plain'"):
         make_trainer("plain", make_net(), CONFIG)
+    assert method_config("ascood", CONFIG).objective == "uniform"
+    assert method_config("vernekar", CONFIG).garbage_weight == 0.1
 
 
 @settings(max_examples=20)
