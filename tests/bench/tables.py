@@ -95,7 +95,8 @@ def synthesizers(images: int, epochs: int) -> None:
             row["propose s"] = f"{median(t['invert'] + t['exclude'] for t in times):.0f}"
             row["peak MB"] = f"{mean(max(r['peak_memory_mb']) for r in records):.0f}"
             rows.append(row)
-        parts += [f"## {name}\n", table(rows), ""]
+        if rows:
+            parts += [f"## {name}\n", table(rows), ""]
     (DOCS / "synthesizers.md").write_text("\n".join(parts))
 
 
