@@ -504,6 +504,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("false_alarm", [None, 0.1])
+@pytest.mark.skipif(torch.__version__.startswith("2.2."), reason="torch 2.2 exports convolutions for a fixed batch size only")
 @pytest.mark.filterwarnings("ignore")
 def test_the_exported_program_decides_as_the_detector(false_alarm):
     detector = TIEDetector(trained().eval(), false_alarm, t=0.5).fit(loader())

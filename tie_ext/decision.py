@@ -138,4 +138,4 @@ def decide_at(logits: Tensor, threshold: float | Tensor, t: float = 1.0) -> Deci
     """
     decision = decide(logits, t=t)
     rejected = torch.where(decision.level == 1, 1, 2)
-    return decision._replace(level=torch.where(decision.score > threshold, rejected, 0))
+    return Decision(decision.label, decision.uncertainty, decision.score, torch.where(decision.score > threshold, rejected, 0))

@@ -162,6 +162,8 @@ class TIEDetector(LogitsDetector):
     def deployed(self) -> nn.Module:
         """Network and decision as one module, images ``(B, C, H, W)`` to :class:`~tie_ext.Decision`, for ``torch.export`` and ONNX.
 
+        Torch 2.2 exports it for a fixed batch size only.
+
         Raises:
             ModelNotSetException: If there is no model.
             RequiresFittingException: If there is no line yet: neither training nor ``fit`` has drawn one.
