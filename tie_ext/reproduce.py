@@ -106,6 +106,8 @@ def _judge_inversions(out: Path) -> None:
     """How many inversions an independently trained plain network (other seed) takes for the class asked for: ``out/inversions.json``."""
     found: dict[str, dict[str, float]] = {}
     for path in sorted((out / "inversions").glob("*.safetensors")):
+        if not (out / "cells" / f"{path.stem}.json").exists():
+            continue  # another process is still at it
         state = load_state(path, "inversions")
         about, seed = path.stem.rsplit("-", 2)[0], path.stem.rsplit("-", 1)[1]
         for judge in sorted((out / "networks").glob(f"{about}-plain-*.safetensors")):
