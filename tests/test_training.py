@@ -180,3 +180,12 @@ def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
     assert torch.equal(inside.label, torch.arange(24) % 3)
     assert outside.uncertainty.mean() > 0.8 > 0.5 > inside.uncertainty.mean()
     assert outside.score.min() > inside.score.max()
+
+
+def test_batches_have_the_same_share_of_garbage_while_the_pool_fills():
+    trainer = make_trainer(lam=-math.inf)
+    trainer.counts, seen = torch.tensor([10, 10, 10]), []
+    for _ in range(3):
+        seen.append([int((y == 3).sum()) for _, y in trainer._with_garbage(make_batches(sizes=(12, 9)), "train")])
+        trainer.pool.add(torch.rand(10, *SHAPE))
+    assert seen == [[4, 3]] * 3

@@ -31,7 +31,8 @@ GARBAGE_SHARE = 1 / 3
 """Garbage images for each ID image of a batch. Its weight in the loss comes from the class weights; this is what it costs in time. The same
 from the first epoch on, so that batches, and with them memory and time, do not grow while the pool fills."""
 STATISTICS_BATCHES = 100
-"""Most batches that BatchNorm's statistics are computed from; they hold still long before."""
+"""Most batches that BatchNorm's statistics are computed from: 17 000 images at the default batch size, where a whole epoch would
+cost as much again as scoring it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which scalar ranks both levels best, on ID data and what is made of it or of noise; no OOD set is looked at.
 
-    python tests/bench/score_ablation.py --root DATA --networks runs/networks/mnist-20000x10-tie-seed*.safetensors
+    python tests/bench/score_ablation.py --root DATA --networks docs/results/reproduce/networks/mnist-allx*-tie-seed0.safetensors
 
 Negatives: MNIST test images. Positives: noise (white, uniform, multi-scale), test images whose 7x7-pixel tiles are shuffled, means of two test
 images of different classes; and, as a question of its own, test images that the network gets wrong. Writes docs/results/score_ablation.json;
