@@ -49,6 +49,13 @@ def test_train_leaves_a_run_that_says_what_it_did(run):
     assert {"command", "commit", "versions"} <= set(record)
 
 
+def test_the_shift_is_a_setting_of_the_run(run, folder, tmp_path):
+    assert main(train(folder, tmp_path / "still", "--shift", "0")) == 0
+    records = [json.loads((path / "run.json").read_text()) for path in (run, tmp_path / "still")]
+    assert [record["settings"]["shift"] for record in records] == [None, 0]
+    assert records[0]["log"][0]["losses"] != records[1]["log"][0]["losses"]
+
+
 @pytest.mark.parametrize("how", ["csv", "jsonl"])
 def test_score_gives_one_row_an_image(run, folder, capsys, how):
     images = [str(folder / "test" / "dark" / f"{i}.png") for i in range(3)]
