@@ -42,6 +42,14 @@ def test_class_weights_are_inverse_proportions():
     torch.testing.assert_close(weights * sizes, torch.full((4,), sizes.sum().item() / 4))
 
 
+def test_the_learning_rate_falls_along_half_a_cosine():
+    trainer, used = make_trainer(epochs=3, lr=0.01), []
+    for _ in range(4):
+        trainer.epoch(make_batches())
+        used.append(trainer.optimizer.param_groups[0]["lr"])
+    assert used == pytest.approx([0.01, 0.0075, 0.0025, 0.0025])  # past the run's length it stays
+
+
 def test_without_synthesizers_the_pool_stays_as_it_began():
     trainer = TIETrainer(make_net(), TINY, synthesizers=[])
     images = trainer.pool.state_dict()["images"].clone()

@@ -96,11 +96,12 @@ def method_config(method: str, config: TIEConfig) -> TIEConfig:
 
 
 def train_plain(net: TIENet, batches: Batches, config: TIEConfig, progress: bool = False) -> None:
-    """Train the n ID logits alone, by plain cross-entropy; the same optimiser, learning rate, epochs and seeds as TIE's."""
+    """Train the n ID logits alone, by plain cross-entropy; the same optimiser, learning rates, epochs and seeds as TIE's."""
     net.to(memory_format=torch.channels_last).train()
     device = net.fc.weight.device
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
     for t in range(config.epochs):
+        optimizer.param_groups[0]["lr"] = config.lr_in(t)
         with seeded(config.seed * 100_003 + t + 1):
             for x, y in tqdm(batches, desc=f"epoch {t + 1}: plain", leave=False, disable=not progress):
                 loss = F.cross_entropy(net(x.to(device)), y.to(device))

@@ -44,10 +44,10 @@ class TIEConfig:
     """
 
     epochs: int = 20
-    """T, the length of the run; the schedule of gamma spans it."""
-    lr: float = 1e-4
-    """Learning rate of the classifier (Adam)."""
-    lam: float = 5.0
+    """T, the length of the run; the schedules of learning rate and gamma span it."""
+    lr: float = 1e-3
+    """Learning rate of the classifier (Adam) in the first epoch; it falls along half a cosine (the paper: 1e-4 throughout, ``docs/defaults.md``)."""
+    lam: float = 2.0
     """lambda in ``tau = mean + lambda * std`` (the paper: 0.5, ``docs/defaults.md``); -inf excludes every inversion."""
     candidates_per_class: int = 1000
     """Inversions proposed an epoch and output, garbage included."""
@@ -99,6 +99,10 @@ class TIEConfig:
             raise ValueError(f"Expected objective to be 'garbage' or 'uniform', but got {self.objective!r}")
         if self.prior not in ("multiscale", "white"):
             raise ValueError(f"Expected prior to be 'multiscale' or 'white', but got {self.prior!r}")
+
+    def lr_in(self, epoch: int) -> float:
+        """Learning rate of the classifier in an epoch, counted from 0; past the run's length it stays that of the last."""
+        return self.lr * (1 + math.cos(math.pi * min(epoch, self.epochs - 1) / self.epochs)) / 2
 
 
 @dataclass(frozen=True)
@@ -243,6 +247,7 @@ class TIETrainer:
     def train(self, batches: Batches, weights: Tensor) -> dict[str, float]:
         """Stage 1: weighted cross-entropy on the ID data and a draw from the garbage pool."""
         self.net.train()
+        self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
         losses = []
         for x, y in self._with_garbage(batches, "train"):
             loss = self._loss(self.net(x, garbage=True), y, weights)

@@ -9,7 +9,6 @@ Writes docs/results/trials/NAME.json; what came of it stands in docs/ledger.md.
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -75,15 +74,7 @@ class WeightedTrainer(TIETrainer):
         return (each * F.cross_entropy(logits, y, reduction="none")).sum() / weights[y].sum()
 
 
-class FallingTrainer(TIETrainer):
-    """The learning rate falls along half a cosine, from epoch to epoch."""
-
-    def train(self, batches, weights: Tensor) -> dict[str, float]:
-        self.optimizer.param_groups[0]["lr"] = self.config.lr * (1 + math.cos(math.pi * len(self.log) / self.config.epochs)) / 2
-        return super().train(batches, weights)
-
-
-VARIANTS = {"none": (TIENet, TIETrainer), "falling": (TIENet, FallingTrainer), "per-class": (PerClassNet, PerClassTrainer), "ue-weighted": (TIENet, WeightedTrainer)}
+VARIANTS = {"none": (TIENet, TIETrainer), "per-class": (PerClassNet, PerClassTrainer), "ue-weighted": (TIENet, WeightedTrainer)}
 
 
 def main() -> None:
@@ -95,7 +86,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--shift", type=int, default=0, help="most pixels a training image is moved by")
-    parser.add_argument("--variant", choices=list(VARIANTS), default="none", help="another garbage class, other weights, a rate that falls")
+    parser.add_argument("--variant", choices=list(VARIANTS), default="none", help="another garbage class, or other weights")
     a = parser.parse_args()
     full = data.load(a.data, "train", a.root)
     train = full.first(a.images, 0)
