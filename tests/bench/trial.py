@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer, data, ood_score, uncertainty
 from tie_ext.comparison import all_logits, ood_metrics, provenance
 from tie_ext.data import Batches, ImageSet
+from tie_ext.exclusion import cutoff
 from tie_ext.files import write_json
+from tie_ext.metrics import CandidateTally
+from tie_ext.synthesis import frozen
 from tie_ext.training import seeded
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "trials"
@@ -74,7 +77,40 @@ class WeightedTrainer(TIETrainer):
         return (each * F.cross_entropy(logits, y, reduction="none")).sum() / weights[y].sum()
 
 
-VARIANTS = {"none": (TIENet, TIETrainer), "per-class": (PerClassNet, PerClassTrainer), "ue-weighted": (TIENet, WeightedTrainer)}
+class UnlikeTrainer(TIETrainer):
+    """Expels what is uncertain, and what has features farther from every ID class than tau's rule allows for ID images (Mahalanobis)."""
+
+    @torch.no_grad()
+    def exclude(self, batches) -> dict:
+        with frozen(self.net):
+            parts = [(self.net(x, return_feature=True, garbage=True), y) for x, y in batches]
+            logits, h, y = torch.cat([p[0][0] for p in parts]), torch.cat([p[0][1] for p in parts]), torch.cat([p[1] for p in parts])
+            means = torch.stack([h[y == c].mean(0) for c in range(self.net.num_classes)])
+            precision = torch.linalg.pinv((h - means[y]).T.cov(), hermitian=True)
+
+            def far(h: Tensor) -> Tensor:
+                offset = h[:, None] - means
+                return (offset @ precision * offset).sum(-1).amin(1).sqrt()
+
+            tau, limit = cutoff(uncertainty(logits.softmax(1)), self.config.lam), cutoff(far(h), self.config.lam)
+            self.net.tau.fill_(tau)
+            tally = CandidateTally(self.net.num_classes + 1)
+            for synthesizer in self.synthesizers:
+                for x, labels in self._draws(batches):
+                    candidates = synthesizer.sample(self.net, x, labels)
+                    logits_c, h_c = self.net(candidates.x, return_feature=True, garbage=True)
+                    out = (uncertainty(logits_c.softmax(1)) > tau) | (far(h_c) > limit)
+                    self.pool.add(candidates.x[out])
+                    tally.add(logits_c.softmax(1), candidates.y, out)
+        return {"tau": tau, "accuracy": (logits.argmax(1) == y).double().mean().item(), **tally.result()}
+
+
+VARIANTS = {
+    "none": (TIENet, TIETrainer),
+    "unlike": (TIENet, UnlikeTrainer),
+    "per-class": (PerClassNet, PerClassTrainer),
+    "ue-weighted": (TIENet, WeightedTrainer),
+}
 
 
 def main() -> None:
