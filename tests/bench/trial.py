@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer, data, ood_score, uncertainty
 from tie_ext.comparison import all_logits, ood_metrics, provenance
 from tie_ext.data import Batches, ImageSet
-from tie_ext.exclusion import cutoff
+from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import write_json
 from tie_ext.metrics import CandidateTally
 from tie_ext.synthesis import frozen
@@ -105,9 +105,29 @@ class UnlikeTrainer(TIETrainer):
         return {"tau": tau, "accuracy": (logits.argmax(1) == y).double().mean().item(), **tally.result()}
 
 
+class HalfNoisePool(GarbagePool):
+    """The noise that a pool began with is kept apart, and makes half of every draw; a reservoir holds what was expelled."""
+
+    def __init__(self, began: GarbagePool):
+        super().__init__(len(began.images), began.images.shape[1:], began.low, began.high)
+        self.noise = began
+
+    def draw(self, k: int) -> Tensor:
+        return self.noise.draw(k) if not len(self) else torch.cat([self.noise.draw(k // 2), super().draw(k - k // 2)])
+
+
+class HalfNoiseTrainer(TIETrainer):
+    """Noise keeps its share of the garbage while inversions come in."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pool = HalfNoisePool(self.pool)
+
+
 VARIANTS = {
     "none": (TIENet, TIETrainer),
     "unlike": (TIENet, UnlikeTrainer),
+    "half-noise": (TIENet, HalfNoiseTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
     "ue-weighted": (TIENet, WeightedTrainer),
 }
