@@ -15,7 +15,7 @@ settings.register_profile("slow machines are fine", deadline=None)
 settings.load_profile("slow machines are fine")
 
 SHAPE = (1, 28, 28)
-TINY = TIEConfig(epochs=2, lam=0.5, garbage_weight=1.0, candidates_per_class=4, pool_size=40, generator_steps=2, generator_width=4, lr=1e-3)
+TINY = TIEConfig(epochs=2, lam=0.5, candidates_per_class=4, pool_size=40, generator_steps=2, generator_width=4)
 
 
 @pytest.fixture(autouse=True)

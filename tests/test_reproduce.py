@@ -102,6 +102,17 @@ def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root
     assert "## mnist:0-4: 20 images" in (tmp_path / "tables.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["logitnorm", "ascood"])
+def test_openoods_own_training_makes_a_cell(openood_root, root, tmp_path, name):
+    plan = reproduce.Plan(root=str(root), sets=("mnist",), seeds=(0,), methods=(f"openood:{name}",), config=CONFIG)
+    assert reproduce.run(plan, tmp_path) == []
+    record = json.loads((tmp_path / "cells" / f"mnist-allx1-openood_{name}-seed0.json").read_text())
+    assert "garbage_rate" not in record["numbers"]
+    assert set(record["level2"]["fashionmnist"]) == {*reproduce.LEVEL_2, "through"}
+    assert "(OpenOOD's), MSP" in (tmp_path / "tables.md").read_text()
+
+
 def test_the_command_line_runs_it(root, tmp_path, capsys):
     small = ["--generator-steps", "1", "--generator-width", "4", "--candidates-per-class", "2", "--pool-size", "20", "--epochs", "1"]
     arguments = ["reproduce", "--root", str(root), "--out", str(tmp_path), "--data", "fashionmnist", "--methods", "white", "--seeds", "3", *small]

@@ -92,7 +92,7 @@ def method_config(method: str, config: TIEConfig) -> TIEConfig:
         return replace(config, lam=-float("inf"), synthesizer="gradient", objective="uniform", garbage_weight=1.0)
     if method in ("multiscale", "white"):
         return replace(config, prior=method)
-    return config if method in METHODS else replace(config, synthesizer=method)
+    return config if method in (*METHODS, *OPENOOD) else replace(config, synthesizer=method)
 
 
 def train_plain(net: TIENet, batches: Batches, config: TIEConfig, progress: bool = False) -> None:
