@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -98,7 +99,8 @@ def test_a_killed_run_resumes_and_ends_bit_identical(run, folder, tmp_path):
 def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "tie_ext.cli", *train(folder, out, "--epochs", "500")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell turns off in what it starts in the background
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=heard)
     while not (out / "training.safetensors").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
