@@ -569,7 +569,7 @@ def test_its_train_pipeline_runs_in_two_processes(root, workplace):
     run = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Training Completed!") == 1  # the first process speaks for both
-    assert (workplace / "results/mnist_tie_net_tie_e1_lr0.0001_two/s0/best.ckpt").exists()
+    assert (workplace / "results/mnist_tie_net_tie_e1_lr0.001_two/s0/best.ckpt").exists()
 
 
 PROBE = """

@@ -89,7 +89,7 @@ def test_the_patched_openood_trains_tie_by_itself(openood_root, workplace, tmp_p
     tree = copy(openood_root, tmp_path / "tree")
     apply(tree, [p for p in OURS if p.parent.name == "openood"])
     train(tree, workplace, "patched")
-    checkpoint = workplace / "results/mnist_tie_net_tie_e1_lr0.0001_patched/s0/best.ckpt"
+    checkpoint = workplace / "results/mnist_tie_net_tie_e1_lr0.001_patched/s0/best.ckpt"
     code = (
         "import sys; sys.modules['tie_ext'] = None\n"  # so that nothing of it can be imported
         "import torch, openood.pipelines\n"
