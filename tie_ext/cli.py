@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a = _parser().parse_args(arguments)
     try:
         a.command(a)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"tie-ext: {error}", file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
         print(f"tie-ext: {error}; pip install 'tie_ext[cli]' brings what the command line needs", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:  # the last where OpenOOD is asked for and not there
+        print(f"tie-ext: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = f"; finished epochs are kept, go on with: tie-ext train --resume {a.out or a.resume}" if a.name == "train" else ""
