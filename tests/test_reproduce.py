@@ -125,6 +125,15 @@ def test_the_command_line_runs_it(root, tmp_path, capsys):
     assert "Expected a cell" in capsys.readouterr().err
 
 
+def test_a_missing_openood_is_a_message(root, tmp_path, capsys, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("Expected the packages that OpenOOD imports, but got no openood")
+
+    monkeypatch.setattr(reproduce, "run", missing)
+    assert main(["reproduce", "--root", str(root), "--out", str(tmp_path), "--methods", "openood:ascood"]) == 1
+    assert "tie-ext: Expected the packages" in capsys.readouterr().err
+
+
 def test_the_papers_figures_are_whole():
     for paper in (tables.PAPER_1, tables.PAPER_2):
         assert {name: len(row) for name, row in paper.items()} == dict.fromkeys(tables.NAMES, 6)

@@ -50,6 +50,17 @@ def test_the_learning_rate_falls_along_half_a_cosine():
     assert used == pytest.approx([0.01, 0.0075, 0.0025, 0.0025])  # past the run's length it stays
 
 
+def test_the_plain_network_trains_at_the_same_rates(monkeypatch):
+    from tie_ext.comparison import train_plain
+
+    net, asked = make_net(), []
+    before = net.fc.weight.clone()
+    monkeypatch.setattr(TIEConfig, "lr_in", lambda self, epoch: asked.append(epoch) or 0.0)
+    train_plain(net, make_batches(), TINY)
+    assert asked == [0, 1]
+    assert torch.equal(net.fc.weight, before)
+
+
 def test_without_synthesizers_the_pool_stays_as_it_began():
     trainer = TIETrainer(make_net(), TINY, synthesizers=[])
     images = trainer.pool.state_dict()["images"].clone()
