@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -124,10 +125,19 @@ class HalfNoiseTrainer(TIETrainer):
         self.pool = HalfNoisePool(self.pool)
 
 
+class QuantileTrainer(TIETrainer):
+    """tau is what one in a hundred ID images exceeds, instead of mean + lambda * std."""
+
+    def exclude(self, batches) -> dict:
+        with patch("tie_ext.training.cutoff", lambda u, lam: float(u.quantile(0.99))):
+            return super().exclude(batches)
+
+
 VARIANTS = {
     "none": (TIENet, TIETrainer),
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
+    "quantile": (TIENet, QuantileTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
     "ue-weighted": (TIENet, WeightedTrainer),
 }
