@@ -158,6 +158,18 @@ def test_the_predecessor_expels_everything_and_its_record_says_so():
     assert method_config("vernekar", CONFIG).garbage_weight == 0.1
 
 
+@pytest.mark.parametrize("method", ["vernekar", "ascood"])
+def test_other_papers_training_sees_their_outliers_alone(method):
+    from tie_ext.comparison import make_trainer
+
+    trainer = make_trainer(method, make_net(), CONFIG)
+    assert len(trainer.pool) == 0  # the first epoch has ID images alone
+    batches = make_batches()
+    first = trainer.epoch(batches)
+    assert first.pool == sum(first.proposed) == first.proposed[-1] > 0
+    assert trainer.epoch(batches).losses["classifier"] > 0
+
+
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=12), st.lists(st.integers(0, 5), min_size=2, max_size=12))
 def test_detection_error_is_that_of_the_best_threshold(inside, outside):

@@ -66,9 +66,9 @@ class GarbagePool:
         Raises:
             ValueError: If the pool is empty.
         """
-        if len(self) == 0:
+        if k and len(self) == 0:
             raise ValueError("Expected a garbage pool that holds images to draw from, but got an empty one")
-        x = self.images[torch.randint(len(self), (k,))]
+        x = self.images[torch.randint(max(1, len(self)), (k,))]
         return self.low + (self.high - self.low) * (x.float() / 255)
 
     def state_dict(self) -> dict:

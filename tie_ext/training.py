@@ -54,7 +54,7 @@ class TIEConfig:
     pool_size: int = 20_000
     """Most garbage images kept, as uint8: 16 MB at 28x28 grey, 60 MB at 32x32 colour, 3 GB at 224x224 colour."""
     prior: str = "multiscale"
-    """What the pool starts with: ``multiscale`` noise, or ``white`` as in the paper."""
+    """What the pool starts with: ``multiscale`` noise, ``white`` as in the paper, or ``none``: the first epoch then has ID images alone."""
     synthesizer: str = "inversion"
     """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
     garbage_weight: float = 1.0
@@ -97,8 +97,8 @@ class TIEConfig:
                 raise ValueError(f"Expected synthesizer to name {', '.join(SYNTHESIZERS)}, with commas between, but got {name!r}")
         if self.objective not in ("garbage", "uniform"):
             raise ValueError(f"Expected objective to be 'garbage' or 'uniform', but got {self.objective!r}")
-        if self.prior not in ("multiscale", "white"):
-            raise ValueError(f"Expected prior to be 'multiscale' or 'white', but got {self.prior!r}")
+        if self.prior not in ("multiscale", "white", "none"):
+            raise ValueError(f"Expected prior to be 'multiscale', 'white' or 'none', but got {self.prior!r}")
 
     def lr_in(self, epoch: int) -> float:
         """Learning rate of the classifier in an epoch, counted from 0; past the run's length it stays that of the last."""
@@ -183,11 +183,12 @@ class TIETrainer:
         self.device = next(net.parameters()).device
         broadcast(net)
         with seeded(c.seed + rank()):
-            noise = Noise(c.prior == "multiscale", net.low.cpu(), net.high.cpu())
             size = share(c.pool_size)
             self.pool = GarbagePool(size, self.image_shape, net.low, net.high)
-            # As much noise as an epoch proposes, and at most half the pool, so that the first inversions find room.
-            self.pool.add(noise.draw((min(share(c.candidates_per_class * (net.num_classes + 1)), (size + 1) // 2), *self.image_shape)))
+            if c.prior != "none":
+                noise = Noise(c.prior == "multiscale", net.low.cpu(), net.high.cpu())
+                # As much noise as an epoch proposes, and at most half the pool, so that the first inversions find room.
+                self.pool.add(noise.draw((min(share(c.candidates_per_class * (net.num_classes + 1)), (size + 1) // 2), *self.image_shape)))
             self.synthesizers = [self._synthesizer(name) for name in c.synthesizer.split(",")] if synthesizers is None else list(synthesizers)
         for synthesizer in self.synthesizers:
             synthesizer.to(self.device).to(memory_format=torch.channels_last)
@@ -272,14 +273,14 @@ class TIETrainer:
             return F.cross_entropy(logits, y, weights)
         # ASCOOD, equation 5, with a sum over n+1 outputs: cross-entropy on ID images, KL(uniform || p) on garbage, up to a constant.
         garbage = y == self.net.num_classes
-        exposed = -logits[garbage].log_softmax(1).mean()
+        exposed = -logits[garbage].log_softmax(1).mean() if garbage.any() else 0.0
         return F.cross_entropy(logits[~garbage], y[~garbage], weights) + self.config.garbage_weight * exposed
 
     def _with_garbage(self, batches: Batches, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """ID batches, each with its share of the garbage pool, on the device of the network."""
+        """ID batches, each with its share of the garbage pool once that holds any, on the device of the network."""
         for x, y in self._bar(batches, name):
             check_images(x, self.image_shape)
-            garbage = self.pool.draw(max(1, round(len(x) * GARBAGE_SHARE)))
+            garbage = self.pool.draw(max(1, round(len(x) * GARBAGE_SHARE)) if len(self.pool) else 0)
             target = torch.cat([y, torch.full((len(garbage),), self.net.num_classes, device=y.device)])
             yield torch.cat([x.to(self.device), garbage.to(self.device)]), target.to(self.device)
 
