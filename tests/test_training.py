@@ -187,6 +187,17 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
         make_trainer(lam=2.0).load(tmp_path / "run.safetensors")
 
 
+def test_garbage_counts_by_how_unsure_the_id_outputs_are_of_it():
+    trainer = make_trainer(objective="weighted")
+    logits = torch.tensor([[5.0, 0, 0, 1], [9.0, -9, -9, 0], [0.0, 0, 0, 0]], requires_grad=True)  # an ID image; sure garbage; unsure garbage
+    y, weights = torch.tensor([0, 3, 3]), torch.tensor([1.0, 1, 1, 2])
+    trainer._loss(logits, y, weights).backward()
+    each = torch.nn.functional.cross_entropy(logits.detach(), y, reduction="none")
+    assert logits.grad[1].abs().max() < 1e-6 < logits.grad[2].abs().max()  # UE 0 and 1
+    expected = (each[0] + 2 * each[2]) / 5
+    assert trainer._loss(logits, y, weights).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
     torch.manual_seed(0)
     x = torch.zeros(24, *SHAPE)

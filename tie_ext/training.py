@@ -59,9 +59,10 @@ class TIEConfig:
     """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
     garbage_weight: float = 1.0
     """Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1)."""
-    objective: str = "garbage"
-    """What the network learns of garbage: ``garbage``, that it is a class of its own; ``uniform``, that all n+1 outputs are equally likely
-    (ASCOOD's), so that it is level 2 that rejects."""
+    objective: str = "weighted"
+    """What the network learns of garbage: ``garbage``, that it is a class of its own; ``weighted``, the same, but an image counts by the UE of
+    its ID outputs, so that inversions which look like a class do not push its images out (both TIE papers name it as future work,
+    ``docs/defaults.md``); ``uniform``, that all n+1 outputs are equally likely (ASCOOD's), so that it is level 2 that rejects."""
     generator_steps: int = 200
     """Steps of the generator an epoch; 200 against 100: more inversions land where they were asked (``docs/defaults.md``)."""
     generator_lr: float = 1e-3
@@ -95,8 +96,8 @@ class TIEConfig:
         for name in self.synthesizer.split(","):
             if name not in SYNTHESIZERS:
                 raise ValueError(f"Expected synthesizer to name {', '.join(SYNTHESIZERS)}, with commas between, but got {name!r}")
-        if self.objective not in ("garbage", "uniform"):
-            raise ValueError(f"Expected objective to be 'garbage' or 'uniform', but got {self.objective!r}")
+        if self.objective not in ("weighted", "garbage", "uniform"):
+            raise ValueError(f"Expected objective to be 'weighted', 'garbage' or 'uniform', but got {self.objective!r}")
         if self.prior not in ("multiscale", "white", "none"):
             raise ValueError(f"Expected prior to be 'multiscale', 'white' or 'none', but got {self.prior!r}")
 
@@ -269,10 +270,13 @@ class TIETrainer:
         return {"classifier": mean}
 
     def _loss(self, logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        garbage = y == self.net.num_classes
         if self.config.objective == "garbage":
             return F.cross_entropy(logits, y, weights)
+        if self.config.objective == "weighted":
+            counts = torch.where(garbage, uncertainty(logits[:, :-1].detach().softmax(1)), 1.0)
+            return (counts * F.cross_entropy(logits, y, weights, reduction="none")).sum() / weights[y].sum()
         # ASCOOD, equation 5, with a sum over n+1 outputs: cross-entropy on ID images, KL(uniform || p) on garbage, up to a constant.
-        garbage = y == self.net.num_classes
         exposed = -logits[garbage].log_softmax(1).mean() if garbage.any() else 0.0
         return F.cross_entropy(logits[~garbage], y[~garbage], weights) + self.config.garbage_weight * exposed
 

@@ -69,15 +69,6 @@ class PerClassTrainer(TIETrainer):
         return F.cross_entropy(every, target, torch.cat([weights[:n], weights[n:].expand(n)]))
 
 
-class WeightedTrainer(TIETrainer):
-    """Garbage counts by the uncertainty of the ID outputs about it."""
-
-    def _loss(self, logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        n = self.net.num_classes
-        each = weights[y] * torch.where(y == n, uncertainty(logits[:, :n].detach().softmax(1)), 1.0)
-        return (each * F.cross_entropy(logits, y, reduction="none")).sum() / weights[y].sum()
-
-
 class UnlikeTrainer(TIETrainer):
     """Expels what is uncertain, and what has features farther from every ID class than tau's rule allows for ID images (Mahalanobis)."""
 
@@ -139,7 +130,6 @@ VARIANTS = {
     "half-noise": (TIENet, HalfNoiseTrainer),
     "quantile": (TIENet, QuantileTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
-    "ue-weighted": (TIENet, WeightedTrainer),
 }
 
 
