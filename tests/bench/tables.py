@@ -62,13 +62,18 @@ def ablation() -> None:
     (DOCS / "score_ablation.md").write_text(f"{text}{table(out)}\n")
 
 
+ALIKE = "TIE, all garbage alike"
+"""TIE's cells with `--objective garbage`, of before the weights became the default: `docs/results/earlier/alike-*.json`."""
+
+
 def cells(images: int, epochs: int) -> dict[str, dict[str, list[dict]]]:
     """Records of `tie-ext reproduce` by data set and method."""
     found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted((DOCS / "results" / "reproduce" / "cells").glob("*.json")):
+    results = DOCS / "results"
+    for path in sorted([*(results / "reproduce" / "cells").glob("*.json"), *(results / "earlier").glob("alike-*.json")]):
         record = json.loads(path.read_text())
         if (record["images"], record["config"]["epochs"]) == (images, epochs):
-            found[record["data"]][record["method"]].append(record)
+            found[record["data"]][ALIKE if path.parent.name == "earlier" else record["method"]].append(record)
     return found
 
 
@@ -81,10 +86,13 @@ def synthesizers(images: int, epochs: int) -> None:
     ]
     for name, methods in sorted(cells(images, epochs).items()):
         rows = []
-        for method in [m for m in METHODS if m in methods and has_garbage(m)] + sorted(set(methods) - {*METHODS, *OPENOOD}):
+        own = [m for m in METHODS if has_garbage(m)]
+        for method in [m for m in (own[0], ALIKE, *own[1:]) if m in methods] + sorted(set(methods) - {ALIKE, *METHODS, *OPENOOD}):
             records = methods[method]
             numbers = [r["numbers"] for r in records]
-            row = {"outliers": label(method), "seeds": str(len(records)), "ID accuracy": percent([n["accuracy"] for n in numbers])}
+            row = {"outliers": method if method == ALIKE else label(method), "seeds": str(len(records))}
+            row["ID accuracy"] = percent([n["accuracy"] for n in numbers])
+            row["ID in garbage"] = percent([n["id_garbage_rate"] for n in numbers])
             row["ID rejected"] = percent([n["id_rejected"] for n in numbers], 1)
             for other in numbers[0]["garbage_rate"]:
                 scores = [n["scores"]["score"][other] for n in numbers]
