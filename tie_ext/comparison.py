@@ -85,13 +85,13 @@ def make_trainer(method: str, net: TIENet, config: TIEConfig, progress: bool = F
 def method_config(method: str, config: TIEConfig) -> TIEConfig:
     """The settings as a method changes them: those of other papers, as they have them; the synthesizers by name."""
     if method == "predecessor":
-        return replace(config, lam=-float("inf"), objective="garbage")
+        return replace(config, lam=-float("inf"))
     if method == "vernekar":  # no threshold, no noise, OOD class weight 0.1
-        return replace(config, lam=-float("inf"), synthesizer="boundary", prior="none", objective="garbage", garbage_weight=0.1)
+        return replace(config, lam=-float("inf"), synthesizer="boundary", prior="none", garbage_weight=0.1)
     if method == "ascood":  # the authors' w = 1; every outlier joins
         return replace(config, lam=-float("inf"), synthesizer="gradient", prior="none", objective="uniform", garbage_weight=1.0)
     if method in ("multiscale", "white"):
-        return replace(config, prior=method, objective="garbage")
+        return replace(config, prior=method)
     return config if method in (*METHODS, *OPENOOD) else replace(config, synthesizer=method)
 
 

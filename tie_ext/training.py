@@ -59,10 +59,10 @@ class TIEConfig:
     """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
     garbage_weight: float = 1.0
     """Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1)."""
-    objective: str = "weighted"
+    objective: str = "garbage"
     """What the network learns of garbage: ``garbage``, that it is a class of its own; ``weighted``, the same, but an image counts by the UE of
-    its ID outputs, so that inversions which look like a class do not push its images out (both TIE papers name it as future work,
-    ``docs/defaults.md``); ``uniform``, that all n+1 outputs are equally likely (ASCOOD's), so that it is level 2 that rejects."""
+    its ID outputs (future work of both TIE papers; measured in ``docs/synthesizers.md``); ``uniform``, that all n+1 outputs are equally
+    likely (ASCOOD's), so that it is level 2 that rejects."""
     generator_steps: int = 200
     """Steps of the generator an epoch; 200 against 100: more inversions land where they were asked (``docs/defaults.md``)."""
     generator_lr: float = 1e-3
@@ -96,8 +96,8 @@ class TIEConfig:
         for name in self.synthesizer.split(","):
             if name not in SYNTHESIZERS:
                 raise ValueError(f"Expected synthesizer to name {', '.join(SYNTHESIZERS)}, with commas between, but got {name!r}")
-        if self.objective not in ("weighted", "garbage", "uniform"):
-            raise ValueError(f"Expected objective to be 'weighted', 'garbage' or 'uniform', but got {self.objective!r}")
+        if self.objective not in ("garbage", "weighted", "uniform"):
+            raise ValueError(f"Expected objective to be 'garbage', 'weighted' or 'uniform', but got {self.objective!r}")
         if self.prior not in ("multiscale", "white", "none"):
             raise ValueError(f"Expected prior to be 'multiscale', 'white' or 'none', but got {self.prior!r}")
 

@@ -62,18 +62,18 @@ def ablation() -> None:
     (DOCS / "score_ablation.md").write_text(f"{text}{table(out)}\n")
 
 
-ALIKE = "TIE, all garbage alike"
-"""TIE's cells with `--objective garbage`, of before the weights became the default: `docs/results/earlier/alike-*.json`."""
+WEIGHTED = "TIE, weighted garbage"
+"""TIE's cells with `--objective weighted`: `docs/results/earlier/weighted-*.json`."""
 
 
 def cells(images: int, epochs: int) -> dict[str, dict[str, list[dict]]]:
     """Records of `tie-ext reproduce` by data set and method."""
     found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     results = DOCS / "results"
-    for path in sorted([*(results / "reproduce" / "cells").glob("*.json"), *(results / "earlier").glob("alike-*.json")]):
+    for path in sorted([*(results / "reproduce" / "cells").glob("*.json"), *(results / "earlier").glob("weighted-*.json")]):
         record = json.loads(path.read_text())
         if (record["images"], record["config"]["epochs"]) == (images, epochs):
-            found[record["data"]][ALIKE if path.parent.name == "earlier" else record["method"]].append(record)
+            found[record["data"]][WEIGHTED if path.parent.name == "earlier" else record["method"]].append(record)
     return found
 
 
@@ -87,10 +87,10 @@ def synthesizers(images: int, epochs: int) -> None:
     for name, methods in sorted(cells(images, epochs).items()):
         rows = []
         own = [m for m in METHODS if has_garbage(m)]
-        for method in [m for m in (own[0], ALIKE, *own[1:]) if m in methods] + sorted(set(methods) - {ALIKE, *METHODS, *OPENOOD}):
+        for method in [m for m in (own[0], WEIGHTED, *own[1:]) if m in methods] + sorted(set(methods) - {WEIGHTED, *METHODS, *OPENOOD}):
             records = methods[method]
             numbers = [r["numbers"] for r in records]
-            row = {"outliers": method if method == ALIKE else label(method), "seeds": str(len(records))}
+            row = {"outliers": method if method == WEIGHTED else label(method), "seeds": str(len(records))}
             row["ID accuracy"] = percent([n["accuracy"] for n in numbers])
             row["ID in garbage"] = percent([n["id_garbage_rate"] for n in numbers])
             row["ID rejected"] = percent([n["id_rejected"] for n in numbers], 1)
