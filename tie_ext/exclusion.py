@@ -64,7 +64,7 @@ class GarbagePool:
         """``k`` images ``(k, C, H, W)`` in ``[low, high]``, drawn with replacement.
 
         Raises:
-            ValueError: If the pool is empty.
+            ValueError: If images are asked of an empty pool.
         """
         if k and len(self) == 0:
             raise ValueError("Expected a garbage pool that holds images to draw from, but got an empty one")

@@ -85,7 +85,8 @@ def synthesizers(images: int, epochs: int) -> None:
         "mean ± standard deviation over the seeds. Seconds are medians over the epochs, on one thread: proposing is inversion and exclusion, "
         "`once` what the first epoch takes beyond that, where a VAE is trained. Uniform and sphere noise are in "
         "[results/reproduce/tables.md](results/reproduce/tables.md). The pool starts with multi-scale noise, but for the row of white noise "
-        "and other papers' own training.\n"
+        "and other papers' own training. The row of weighted garbage is of `docs/results/earlier/`, made where it was the default "
+        "(today: `--objective weighted`).\n"
     ]
     for name, methods in sorted(cells(images, epochs).items()):
         rows = []
