@@ -108,7 +108,15 @@ def test_multiscale_noise_has_more_power_at_low_frequencies_than_white():
 
     shape = (200, 1, 28, 28)
     assert smoothness(Noise(multiscale=False).draw(shape)).abs() < 0.05
-    assert smoothness(Noise().draw(shape)) > 0.5
+    assert smoothness(Noise().draw(shape)) > 0.4
+
+
+def test_multiscale_noise_reaches_from_flat_to_black_and_white():
+    x = Noise(low=-1.0, high=2.0).draw((500, 1, 28, 28))
+    at_an_end = ((x == -1) | (x == 2)).double().mean((1, 2, 3))
+    both_ends = (x == -1).any(3).any(2).any(1) & (x == 2).any(3).any(2).any(1)
+    assert ((at_an_end > 0.8) & both_ends).double().mean() > 0.1  # shapes
+    assert (x.std((1, 2, 3)) < 0.3).double().mean() > 0.1  # nearly flat
 
 
 @given(st.integers(2, 12), st.integers(1, 20))

@@ -78,8 +78,9 @@ class Noise(Synthesizer):
     """Gaussian noise, white or of several spatial scales.
 
     White is the paper's: N(0, I) for data scaled to [-1, 1], clipped to the data's range. Multi-scale noise is a random mixture of standard
-    normals drawn at S, S/2, S/4, ... 2 pixels and upsampled, with random contrast and offset per image, clipped: blobs, clouds, gradients
-    and flat areas beside the speckle, as the spectrum of natural images falls with frequency and that of white noise does not.
+    normals drawn at S, S/2, S/4, ... 2 pixels and upsampled, with random contrast, level and brightness per image, clipped: blobs, clouds,
+    gradients, flat areas and black and white shapes beside the speckle, as the spectrum of natural images falls with frequency and that of
+    white noise does not.
 
     Arguments:
         multiscale: Several scales (default) or white.
@@ -102,7 +103,7 @@ class Noise(Synthesizer):
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Noise images of shape ``(M, C, H, W)`` in ``[low, high]``, on the device of the range."""
-        noise = self._mixture(shape) if self.multiscale else torch.randn(*shape, device=self.low.device)
+        noise = self._toned(self._mixture(shape)) if self.multiscale else torch.randn(*shape, device=self.low.device)
         return self.low + (self.high - self.low) * (noise / 2 + 0.5).clamp(0, 1)
 
     def _mixture(self, shape: Sequence[int]) -> Tensor:
@@ -117,6 +118,9 @@ class Noise(Synthesizer):
         for weight, size in zip(weights.T, sizes, strict=True):
             layer = torch.randn(M, C, size, size, device=device)
             noise += weight.view(-1, 1, 1, 1) * F.interpolate(layer, (H, W), mode="bilinear" if size < H else "nearest")
-        contrast = torch.rand(M, 1, 1, 1, device=device) * 2
-        offset = torch.randn(M, 1, 1, 1, device=device)
-        return contrast * noise + offset
+        return noise
+
+    def _toned(self, noise: Tensor) -> Tensor:
+        uniform, level, brightness = (f(len(noise), 1, 1, 1, device=noise.device) for f in (torch.rand, torch.randn, torch.randn))
+        # Contrast from 0.1, nearly flat, to 10, black and white: where it ends at 2, networks take much black and white noise for ID images.
+        return 10 ** (2 * uniform - 1) * (noise + level) + brightness

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from score_ablation import positives  # beside this file
 from torch import Tensor, nn
 
-from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer, data, ood_score, uncertainty
+from tie_ext import Conv3, Noise, TIEConfig, TIENet, TIETrainer, data, ood_score, uncertainty
 from tie_ext.comparison import all_logits, ood_metrics, provenance
 from tie_ext.data import Batches, ImageSet
 from tie_ext.exclusion import GarbagePool, cutoff
@@ -124,8 +124,35 @@ class QuantileTrainer(TIETrainer):
             return super().exclude(batches)
 
 
+class NoiseTrainer(TIETrainer):
+    """No TIE: the garbage class stays the noise it began with."""
+
+    def __init__(self, net: TIENet, config: TIEConfig):
+        super().__init__(net, config, synthesizers=[])
+
+
+class LowContrastTrainer(NoiseTrainer):
+    """No TIE, and noise of a contrast up to 2, which hardly ever is black and white."""
+
+    def __init__(self, net: TIENet, config: TIEConfig):
+        def toned(self, noise: Tensor) -> Tensor:
+            return 2 * torch.rand(len(noise), 1, 1, 1) * noise + torch.randn(len(noise), 1, 1, 1)
+
+        with patch("tie_ext.synthesis.Noise._toned", toned):
+            super().__init__(net, config)
+
+
+def shapes(count: int) -> ImageSet:
+    """Black and white noise: multi-scale noise cut off at a random level."""
+    noise = Noise()._mixture((count, 1, 28, 28))
+    cut = (noise > torch.randn(count, 1, 1, 1) * noise.std((1, 2, 3), keepdim=True) + noise.mean((1, 2, 3), keepdim=True)) * 255
+    return ImageSet(cut.to(torch.uint8), torch.full((count,), -1))
+
+
 VARIANTS = {
     "none": (TIENet, TIETrainer),
+    "no-tie": (TIENet, NoiseTrainer),
+    "no-tie-low-contrast": (TIENet, LowContrastTrainer),
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
     "quantile": (TIENet, QuantileTrainer),
@@ -149,15 +176,16 @@ def main() -> None:
     rest = torch.randperm(len(full), generator=torch.Generator().manual_seed(0))[a.images : a.images + 20_000]
     held_out = ImageSet(full.x[rest], full.y[rest], full.classes)
     with seeded(0):
-        outliers = positives(held_out.first(5000))
+        outliers = positives(held_out.first(5000)) | {"black and white noise": shapes(5000)}
     config = TIEConfig(epochs=a.epochs, **a.changes)
     with seeded(config.seed):
         net = VARIANTS[a.variant][0](Conv3(1, 10), 10, train.shape, classes=train.classes)
     trainer, epochs = VARIANTS[a.variant][1](net, config), []
     for _ in range(a.epochs):
         log = trainer.epoch(Batches(train, 128, shuffle=True, shift=a.shift))
-        agreement = sum(share or 0.0 for share in log.agreement[:-1]) / net.num_classes
-        epochs.append({**look(net, held_out, outliers), "tau": log.tau, "excluded": sum(log.excluded) / sum(log.proposed), "agreement": agreement})
+        agreement = sum(share or 0.0 for share in log.agreement[:-1]) / net.num_classes  # 0 where there is no TIE
+        about = {"tau": log.tau, "excluded": sum(log.excluded) / max(1, sum(log.proposed)), "agreement": agreement}
+        epochs.append({**look(net, held_out, outliers), **about})
         print(a.name, json.dumps(epochs[-1]), flush=True)
     command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA")
     record = {"changes": a.changes, "data": a.data, "images": a.images, "shift": a.shift, "variant": a.variant, "epochs": epochs}
