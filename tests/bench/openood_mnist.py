@@ -108,7 +108,8 @@ def page() -> None:
         f"One `tie_net` around OpenOOD's LeNet, trained by `trainer: tie` through its TrainPipeline on {r['train']} MNIST images for {r['epochs']} "
         f"epochs ({r['seconds']['train']:.0f} s), and this checkpoint scored by `pipelines/test/test_ood.yml` with TIE's and {len(rows) - 2} of its "
         f"own postprocessors at the parameters of their configs (no search, as that would need OOD data), {r['test']} images of each set. A cell is "
-        "AUROC / FPR@95 as its `ood.csv` has them; ACC is over the n ID outputs, as it counts; s is the whole run.\n\n"
+        "AUROC / FPR@95 as its `ood.csv` has them; ACC is over the n ID outputs, as it counts, of a small network whose "
+        "training images OpenOOD's preprocessor also mirrors; s is the whole run.\n\n"
         "Its own postprocessors read the n ID outputs and the features of a network that was trained with a garbage class, so this shows that they "
         "run on it, not how they do on a network of their own.\n\n"
     )
