@@ -131,15 +131,30 @@ class NoiseTrainer(TIETrainer):
         super().__init__(net, config, synthesizers=[])
 
 
+def low_contrast(self: Noise, noise: Tensor) -> Tensor:
+    """A contrast up to 2, which hardly ever is black and white."""
+    return 2 * torch.rand(len(noise), 1, 1, 1) * noise + torch.randn(len(noise), 1, 1, 1)
+
+
+def half_low_contrast(self: Noise, noise: Tensor, full=Noise._toned) -> Tensor:
+    """Half of the images so, half of them with every contrast."""
+    return torch.cat([low_contrast(self, noise[::2]), full(self, noise[1::2])])
+
+
 class LowContrastTrainer(NoiseTrainer):
-    """No TIE, and noise of a contrast up to 2, which hardly ever is black and white."""
+    """No TIE, and noise of low contrast."""
+
+    toned = low_contrast
 
     def __init__(self, net: TIENet, config: TIEConfig):
-        def toned(self, noise: Tensor) -> Tensor:
-            return 2 * torch.rand(len(noise), 1, 1, 1) * noise + torch.randn(len(noise), 1, 1, 1)
-
-        with patch("tie_ext.synthesis.Noise._toned", toned):
+        with patch("tie_ext.synthesis.Noise._toned", type(self).toned):
             super().__init__(net, config)
+
+
+class HalfLowContrastTrainer(LowContrastTrainer):
+    """No TIE, and noise half of which is of low contrast."""
+
+    toned = half_low_contrast
 
 
 def shapes(count: int) -> ImageSet:
@@ -153,6 +168,7 @@ VARIANTS = {
     "none": (TIENet, TIETrainer),
     "no-tie": (TIENet, NoiseTrainer),
     "no-tie-low-contrast": (TIENet, LowContrastTrainer),
+    "no-tie-half-low-contrast": (TIENet, HalfLowContrastTrainer),
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
     "quantile": (TIENet, QuantileTrainer),
