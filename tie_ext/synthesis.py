@@ -122,5 +122,5 @@ class Noise(Synthesizer):
 
     def _toned(self, noise: Tensor) -> Tensor:
         uniform, level, brightness = (f(len(noise), 1, 1, 1, device=noise.device) for f in (torch.rand, torch.randn, torch.randn))
-        # Contrast from 0.1, nearly flat, to 10, black and white: where it ends at 2, networks take much black and white noise for ID images.
+        # Contrast from 0.1, nearly flat, to 10, black and white: where it ends at 2, a tenth of black and white noise passes for ID images.
         return 10 ** (2 * uniform - 1) * (noise + level) + brightness
