@@ -95,3 +95,13 @@ def test_the_readme_runs(block, written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / written).exists()
+
+
+def test_the_tables_in_docs_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(HOUSE.parent / "tests" / "bench")
+    import tables
+
+    documents = tables.documents()
+    assert "synthesizers.md" in documents
+    stale = [name for name, text in documents.items() if (tables.DOCS / name).read_text() != text]
+    assert not stale, "run `python tests/bench/tables.py`"

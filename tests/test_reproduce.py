@@ -56,6 +56,24 @@ def test_what_has_no_data_is_said(done):
     assert "## Not run" in (out / "tables.md").read_text()
 
 
+def test_what_was_not_run_stays_said_until_it_can_be(done, root, tmp_path):
+    _, plan, _ = done
+    for name in ("svhn", "mnist", "cifar10"):
+        reproduce.run(replace(plan, sets=(name,), seeds=(0,), methods=("plain",)), tmp_path)
+    assert list(json.loads((tmp_path / "not_run.json").read_text())) == ["svhn", "cifar10"]
+    reproduce._note_missing(tmp_path / "not_run.json", ("svhn",), {})
+    assert "- cifar10: " in (text := tables.tables(tmp_path))
+    assert "- svhn: " not in text
+
+
+def test_a_cell_of_other_settings_is_not_taken_for_one_of_these(done, monkeypatch):
+    out, plan, _ = done
+    monkeypatch.setattr(reproduce, "cell", lambda *_, **__: pytest.fail("a cell was run before the settings were looked at"))
+    with pytest.raises(ValueError, match=r"Expected a cell of these settings in .*tie-seed0.json, but got one with lam 0.5 instead of 3.0"):
+        reproduce.run(replace(plan, methods=("predecessor", "tie"), config=replace(CONFIG, lam=3.0)), out)
+    reproduce.run(replace(plan, methods=("plain",), config=replace(CONFIG, lam=3.0)), out)  # which has no lambda
+
+
 def test_a_cell_is_not_run_twice(done, monkeypatch):
     out, plan, _ = done
     monkeypatch.setattr(reproduce, "cell", lambda *_, **__: pytest.fail("a finished cell was run again"))

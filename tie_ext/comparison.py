@@ -95,6 +95,11 @@ def method_config(method: str, config: TIEConfig) -> TIEConfig:
     return config if method in (*METHODS, *OPENOOD) else replace(config, synthesizer=method)
 
 
+def settings_of(method: str, config: TIEConfig) -> dict:
+    """The same, as a record keeps them: JSON has no infinity."""
+    return {key: str(value) if value == -float("inf") else value for key, value in asdict(method_config(method, config)).items()}
+
+
 def train_plain(net: TIENet, batches: Batches, config: TIEConfig, progress: bool = False) -> None:
     """Train the n ID logits alone, by plain cross-entropy; the same optimiser, learning rates, epochs and seeds as TIE's."""
     net.to(memory_format=torch.channels_last).train()
@@ -313,7 +318,7 @@ def cell(
         "test_images": len(test),
         "ood_images": {name: len(s) for name, s in ood.items()},
         "batch_size": batch_size,
-        "config": _jsonable(asdict(method_config(method, config))),
+        "config": settings_of(method, config),
         "numbers": numbers,
         "seconds": seconds,
         "peak_memory_mb": memory,
@@ -344,7 +349,3 @@ def provenance(packages: Sequence[str] = ("torch", "torchvision", "numpy", "pyto
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit, "versions": versions, "threads": torch.get_num_threads()}
-
-
-def _jsonable(config: dict) -> dict:
-    return {k: str(v) if v == -float("inf") else v for k, v in config.items()}

@@ -4,9 +4,11 @@ A cell is one training: an ID set, a method of :mod:`tie_ext.comparison`, a seed
 paper's, and nearer ones, since far sets saturate (notMNIST; the classes that were left out of ``mnist:0-4``), and noise.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -14,15 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tie_ext import data
-from tie_ext.comparison import all_logits, cell, check_method, has_garbage, ood_metrics
+from tie_ext.comparison import all_logits, cell, check_method, has_garbage, ood_metrics, settings_of
 from tie_ext.data import Batches, ImageSet
 from tie_ext.decision import ood_score, uncertainty
-from tie_ext.files import load_state, save_state, write_json
+from tie_ext.files import load_state, save_state, write_atomically, write_json
 from tie_ext.inversion import Inversion
 from tie_ext.networks import BACKBONES, TIENet
 from tie_ext.run import to_bytes
 from tie_ext.synthesis import frozen
-from tie_ext.tables import tables
+from tie_ext.tables import read_cell, tables
 from tie_ext.training import TIEConfig, TIETrainer, seeded
 
 BACKBONE = {"mnist": "conv3", "fashionmnist": "conv3", "svhn": "conv5", "cifar10": "conv5", "cifar100": "residual", "tinyimagenet": "residual"}
@@ -61,24 +63,25 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         What was not run, with the reason.
 
     Raises:
-        ValueError: If a set or method is unknown, or a file in ``out/cells`` is no cell.
+        ValueError: If a set or method is unknown, a file in ``out/cells`` is no cell, or one of the plan's is there with other settings.
     """
     for name in plan.sets:
         if _whole(name) not in data.NAMES:
             raise ValueError(f"Expected a data set, one of {', '.join(data.NAMES)} or some of its classes (NAME:0-4), but got {name!r}")
     for method in plan.methods:
         check_method(method)
-    missing: list[str] = []
-    todo = [(name, method, seed) for name in plan.sets for method in plan.methods for seed in plan.seeds]
-    for name, method, seed in tqdm(todo, desc="cells", disable=not progress):
-        stem = f"{name.replace(':', '_')}-{plan.images or 'all'}x{plan.config.epochs}-{method.replace(',', '+').replace(':', '_')}-seed{seed}"
+    missing: dict[str, str] = {}
+    cells = {_stem(plan, *key): key for key in product(plan.sets, plan.methods, plan.seeds)}
+    for stem, (_, method, seed) in cells.items():
+        _check_settings(out / "cells" / f"{stem}.json", method, replace(plan.config, seed=seed))
+    for stem, (name, method, seed) in tqdm(cells.items(), desc="cells", disable=not progress):
         path = out / "cells" / f"{stem}.json"
         if path.exists():
             continue
         try:
-            images, test, ood = _sets(plan, name, seed)
+            images, test, ood = image_sets(name, seed, plan.images, plan.root, plan.download)
         except ValueError as error:
-            missing.append(f"{name}: {error}")
+            missing[name] = str(error)
             continue
         config = replace(plan.config, seed=seed)
         about = {"cell": stem, "data": name, "backbone": BACKBONE[_whole(name)]}
@@ -89,8 +92,32 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         net.save(out / "networks" / f"{stem}.safetensors")
         write_json(path, record)
     _judge_inversions(out)
-    (out / "tables.md").write_text(tables(out, missing))
-    return sorted(set(missing))
+    _note_missing(out / "not_run.json", plan.sets, missing)
+    write_atomically(out / "tables.md", tables(out).encode())
+    return [f"{name}: {reason}" for name, reason in sorted(missing.items())]
+
+
+def _stem(plan: Plan, name: str, method: str, seed: int) -> str:
+    """What a cell's files are called."""
+    return f"{name.replace(':', '_')}-{plan.images or 'all'}x{plan.config.epochs}-{method.replace(',', '+').replace(':', '_')}-seed{seed}"
+
+
+def _check_settings(path: Path, method: str, config: TIEConfig) -> None:
+    """Refuse to take a cell that was made with other settings for one of this plan."""
+    if path.exists():
+        found, wanted = read_cell(path)["config"], settings_of(method, config)
+        matter = found.keys() & wanted.keys() if has_garbage(method) else {"epochs", "lr", "seed"}
+        other = [f"{key} {found[key]!r} instead of {wanted[key]!r}" for key in matter if found[key] != wanted[key]]
+        if other:
+            raise ValueError(f"Expected a cell of these settings in {path}, but got one with {', '.join(sorted(other))}; give another --out")
+
+
+def _note_missing(path: Path, tried: Sequence[str], missing: Mapping[str, str]) -> None:
+    """Keep which sets could not be loaded and why; one that could be, or has been run already, is taken off."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    now = {**{name: reason for name, reason in known.items() if name not in tried}, **missing}
+    if now != known:
+        write_json(path, now)
 
 
 def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> None:
@@ -123,23 +150,39 @@ def _whole(name: str) -> str:
     return name.partition(":")[0]
 
 
-def _sets(plan: Plan, name: str, seed: int) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
-    """ID training and test images, and every OOD set that is at hand."""
-    images = data.load(name, "train", plan.root, download=plan.download)
-    test = data.load(name, "test", plan.root, download=plan.download)
+def image_sets(
+    name: str, seed: int, count: int | None = None, root: str = "data", download: bool = False
+) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+    """The images of a cell.
+
+    Arguments:
+        name: ID set.
+        seed: Of the subset.
+        count: Training images; a tenth as many of each OOD set. None for all.
+        root: Where the sets lie.
+        download: Let torchvision download what is missing.
+
+    Returns:
+        ID training images, ID test images, and every OOD set that is at hand, by name.
+
+    Raises:
+        ValueError: If the ID set is not there.
+    """
+    images = data.load(name, "train", root, download=download)
+    test = data.load(name, "test", root, download=download)
     ood = {}
     if name != _whole(name):
-        whole = data.load(_whole(name), "test", plan.root, download=plan.download)
+        whole = data.load(_whole(name), "test", root, download=download)
         ood["other classes"] = whole.without([whole.classes.index(c) for c in test.classes])
     for other in (*data.NAMES, "notmnist"):
         if other != _whole(name):
             try:
-                ood[other] = data.load(other, "test", plan.root, images.shape, plan.download)
+                ood[other] = data.load(other, "test", root, images.shape, download)
             except ValueError:
                 continue  # its column stays empty
     ood |= {label: data.noise(kind, min(len(test), 10_000), images.shape) for label, kind in NOISE.items()}
-    count = None if plan.images is None else max(1, plan.images // 10)
-    return images.first(plan.images, seed), test, {label: of.first(count) for label, of in ood.items()}
+    few = None if count is None else max(1, count // 10)
+    return images.first(count, seed), test, {label: of.first(few) for label, of in ood.items()}
 
 
 def level_2(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet, garbage: bool = True) -> dict:

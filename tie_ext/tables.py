@@ -74,15 +74,26 @@ OTHERS = ("notmnist", "noise", "uniform noise", "sphere noise")
 """OOD columns beside the paper's sets and the left-out classes."""
 
 
-def tables(out: Path, missing: Sequence[str] = ()) -> str:
+def read_cell(path: Path) -> dict:
+    """One cell's record.
+
+    Raises:
+        ValueError: If the file is no cell.
+    """
+    try:
+        record = json.loads(path.read_text())
+        record["data"], record["images"], record["method"], record["config"]["epochs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected a cell of `tie-ext reproduce` in {path}, but got: {error!r}") from error
+    return record
+
+
+def tables(out: Path) -> str:
     """Markdown of both tables, beside the paper's figures, from the cells in ``out/cells``."""
     cells: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted((out / "cells").glob("*.json")):
-        try:
-            record = json.loads(path.read_text())
-            cells[record["data"], record["images"], record["config"]["epochs"]][record["method"]].append(record)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Expected a cell of `tie-ext reproduce` in {path}, but got: {error!r}") from error
+        record = read_cell(path)
+        cells[record["data"], record["images"], record["config"]["epochs"]][record["method"]].append(record)
     head = "Written by `tie-ext reproduce` from the cells beside it, which hold settings, commit and versions. Percent; mean ± standard deviation "
     parts = [f"# The paper's tables, measured\n\n{head}over the seeds. OOD is the positive class; larger scores are more OOD.\n"]
     for (name, images, epochs), methods in sorted(cells.items()):
@@ -98,9 +109,13 @@ def tables(out: Path, missing: Sequence[str] = ()) -> str:
         parts += [table(_claim(name, methods)), "\n### Cost\n", table(_cost(methods)), ""]
         if rows := _judged(out, methods):
             parts += ["### Inversions that plain networks of the other seeds take for the class asked for\n", table(rows), ""]
-    if missing:
-        parts += ["## Not run\n", *(f"- {reason}" for reason in sorted(set(missing))), ""]
+    if missing := _json(out / "not_run.json"):
+        parts += ["## Not run\n", *(f"- {name}: {reason}" for name, reason in sorted(missing.items())), ""]
     return "\n".join(parts)
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _columns(name: str, records: Sequence[Mapping]) -> list[str]:
@@ -165,8 +180,7 @@ def _claim(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
 
 
 def _judged(out: Path, methods: Mapping[str, list[dict]]) -> list[dict]:
-    path, rows = out / "inversions.json", []
-    judged = json.loads(path.read_text()) if path.exists() else {}
+    rows, judged = [], _json(out / "inversions.json")
     for method in _order(methods):
         names = {record["cell"] for record in methods[method]} & set(judged)
         if names:

@@ -19,7 +19,7 @@ from tie_ext.data import Batches, training_batches
 from tie_ext.detectors import IODIN, RejectionNetwork
 from tie_ext.files import write_json
 from tie_ext.outliers.latent import MarginalRepresentations
-from tie_ext.reproduce import Plan, _sets
+from tie_ext.reproduce import image_sets
 from tie_ext.synthesis import frozen
 from tie_ext.training import seeded
 
@@ -28,7 +28,7 @@ OUT = Path(__file__).parents[2] / "docs" / "results" / "posthoc.json"
 
 def scores_of(net: TIENet, root: str, name: str, count: int, seed: int) -> dict:
     """Metrics by detector and OOD set."""
-    images, test, ood = _sets(Plan(root, images=count), name, seed)
+    images, test, ood = image_sets(name, seed, count, root)
     detectors = {"ODIN": ODIN(net), "i-ODIN": IODIN(net)}
     with frozen(net), seeded(seed):
         for k, label in ((1, "B, single"), (5, "B, 5 mixed")):
