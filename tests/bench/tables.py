@@ -95,8 +95,8 @@ def synthesizers(images: int, epochs: int) -> str:
         "and other papers' own training.\n"
     )
     former = (
-        "# The same with the noise of before\n\nFrom the cells in `docs/results/low-contrast/`: multi-scale noise had a contrast of at most 2, and "
-        "so hardly any black and white images ([ledger.md](ledger.md)). Kept until every row above has been measured.\n"
+        "# Noise of low contrast, and garbage weighted by uncertainty\n\nFrom the cells in `docs/results/low-contrast/`, made when multi-scale "
+        "noise had a contrast of at most 2, and so hardly any black and white images ([ledger.md](ledger.md)). Weighted: `--objective weighted`.\n"
     )
     parts = [head, *_by_synthesizer(cells(images, epochs)), *posthoc(images, epochs), former, *_by_synthesizer(cells(images, epochs, "low-contrast"))]
     return "\n".join(parts)
