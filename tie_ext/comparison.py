@@ -96,7 +96,7 @@ def method_config(method: str, config: TIEConfig) -> TIEConfig:
 
 
 def settings_of(method: str, config: TIEConfig) -> dict:
-    """The same, as a record keeps them: JSON has no infinity."""
+    """The settings of :func:`method_config` as a record keeps them: JSON has no infinity."""
     return {key: str(value) if value == -float("inf") else value for key, value in asdict(method_config(method, config)).items()}
 
 
