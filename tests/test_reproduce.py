@@ -1,6 +1,7 @@
 """``tie-ext reproduce``: cells are run once, tables are made of cells, what has no data is said."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -202,3 +203,12 @@ def test_fpr_at_95_counts_from_either_side():
     found = ood_metrics(a, b)
     assert found["fpr95"] == pytest.approx(0.45)  # at 55, which 95 of the OOD scores reach
     assert found["fpr95_id"] == pytest.approx(0.45 + 0.01)  # at 95
+
+
+def test_networks_of_shorter_runs_judge_too_and_those_of_other_sets_do_not(done, tmp_path):
+    out = shutil.copytree(done[0], tmp_path / "out")
+    for other in ("mnist-20x1-plain-seed1", "mnist-20x1-plain-seed0", "mnist_0-4-20x1-plain-seed1", "fashionmnist-20x1-plain-seed1"):
+        shutil.copy(out / "networks" / "mnist-allx1-plain-seed1.safetensors", out / "networks" / f"{other}.safetensors")
+    reproduce._judge_inversions(out)
+    judged = json.loads((out / "inversions.json").read_text())
+    assert list(judged["mnist-allx1-tie-seed0"]) == ["mnist-20x1-plain-seed1", "mnist-allx1-plain-seed1"]

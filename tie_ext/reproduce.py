@@ -130,14 +130,14 @@ def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> N
 
 
 def _judge_inversions(out: Path) -> None:
-    """How many inversions an independently trained plain network (other seed) takes for the class asked for: ``out/inversions.json``."""
+    """How many inversions each plain network of the same set and another seed takes for the class asked for: ``out/inversions.json``."""
     found: dict[str, dict[str, float]] = {}
     for path in sorted((out / "inversions").glob("*.safetensors")):
         if not (out / "cells" / f"{path.stem}.json").exists():
             continue  # another process is still at it
         state = load_state(path, "inversions")
-        about, seed = path.stem.rsplit("-", 2)[0], path.stem.rsplit("-", 1)[1]
-        for judge in sorted((out / "networks").glob(f"{about}-plain-*.safetensors")):
+        name, _, _, seed = path.stem.rsplit("-", 3)  # the stem of a cell, see _stem
+        for judge in sorted((out / "networks").glob(f"{name}-*-plain-*.safetensors")):
             if not judge.stem.endswith(seed):
                 logits = all_logits(TIENet.load(judge), ImageSet(state["x"], state["y"]))[:, :-1]
                 found.setdefault(path.stem, {})[judge.stem] = (logits.argmax(1) == state["y"]).double().mean().item()
