@@ -54,9 +54,10 @@ def main() -> None:
     for path in args.networks:
         name, run, _, seed = path.stem.split("-")
         results[path.stem] = scores_of(TIENet.load(path), args.root, name, int(run.partition("x")[0]), int(seed.removeprefix("seed")))
+        done = args.networks[: len(results)]  # written after each, 6 to 8 minutes of one core, so that a stop loses one at most
+        command = f"python tests/bench/posthoc.py --root DATA --networks {' '.join(str(path) for path in done)}"
+        write_json(OUT, {"results": results, **provenance(), "command": command})
         print(path.stem, {label: f"{of['notmnist']['auroc']:.4f}" for label, of in results[path.stem].items()}, flush=True)
-    command = f"python tests/bench/posthoc.py --root DATA --networks {' '.join(str(path) for path in args.networks)}"
-    write_json(OUT, {"results": results, **provenance(), "command": command})
 
 
 if __name__ == "__main__":
