@@ -166,6 +166,30 @@ class HalfLowContrastTrainer(LowContrastTrainer):
     toned = half_low_contrast
 
 
+def banded(self: Noise, noise: Tensor, full=Noise._toned) -> Tensor:
+    """Half of the images are kept only between two levels of another noise, strokes and blobs; the rest of them is one level, often the lowest."""
+    toned = full(self, noise)
+    width, center, level = (f(len(noise), 1, 1, 1, device=noise.device) for f in (torch.rand, torch.randn, torch.randn))
+    M, C, H, W = noise.shape
+    other = F.interpolate(self._mixture((M, C, H // 4, W // 4)), (H, W), mode="bicubic")  # smooth, so that its bands are strokes
+    inside = (other / other.std((1, 2, 3), keepdim=True) - center).abs() < 10 ** (1.5 * width - 1.2)  # from thin lines to all but all
+    banded = torch.where(inside, toned, 3 * level)
+    return torch.cat([banded[::2], toned[1::2]])
+
+
+class BandedTrainer(LowContrastTrainer):
+    """No TIE, and noise half of which lies in bands on a plain background."""
+
+    toned = banded
+
+
+def outlines(images: ImageSet) -> ImageSet:
+    """Line drawings of ID images: how steep each is at each pixel."""
+    x = F.pad(images.x.float(), (1, 1, 1, 1))
+    across, down = x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2], x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]
+    return ImageSet((across.square() + down.square()).sqrt().clamp(max=255).to(torch.uint8), torch.full((len(x),), -1))
+
+
 def shapes(count: int) -> ImageSet:
     """Black and white noise: multi-scale noise cut off at a random level."""
     noise = Noise()._mixture((count, 1, 28, 28))
@@ -177,6 +201,7 @@ VARIANTS = {
     "none": (TIENet, TIETrainer),
     "no-tie": (TIENet, NoiseTrainer),
     "no-tie-low-contrast": (TIENet, LowContrastTrainer),
+    "no-tie-banded": (TIENet, BandedTrainer),
     "no-tie-half-low-contrast": (TIENet, HalfLowContrastTrainer),
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
@@ -202,7 +227,7 @@ def main() -> None:
     rest = torch.randperm(len(full), generator=torch.Generator().manual_seed(0))[a.images : a.images + 20_000]
     held_out = ImageSet(full.x[rest], full.y[rest], full.classes)
     with seeded(0):
-        outliers = positives(held_out.first(5000)) | {"black and white noise": shapes(5000)}
+        outliers = positives(held_out.first(5000)) | {"black and white noise": shapes(5000), "outlines": outlines(held_out.first(5000))}
     config = TIEConfig(epochs=a.epochs, **a.changes)
     with seeded(config.seed):
         net = VARIANTS[a.variant][0](Conv3(1, 10), 10, train.shape, classes=train.classes)
