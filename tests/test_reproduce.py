@@ -67,6 +67,17 @@ def test_what_was_not_run_stays_said_until_it_can_be(done, root, tmp_path):
     assert "- svhn: " not in text
 
 
+def test_a_cell_of_before_a_setting_existed_has_its_default(done, tmp_path):
+    out, plan, _ = done
+    (cell,) = (out / "cells").glob("*-tie-seed0.json")
+    record = json.loads(cell.read_text())
+    del record["config"]["garbage_shift"]
+    (tmp_path / "cell.json").write_text(json.dumps(record))
+    reproduce._check_settings(tmp_path / "cell.json", "tie", replace(plan.config, seed=0))
+    with pytest.raises(ValueError, match="with garbage_shift 0 instead of 3"):
+        reproduce._check_settings(tmp_path / "cell.json", "tie", replace(plan.config, seed=0, garbage_shift=3))
+
+
 def test_a_cell_of_other_settings_is_not_taken_for_one_of_these(done, monkeypatch):
     out, plan, _ = done
     monkeypatch.setattr(reproduce, "cell", lambda *_, **__: pytest.fail("a cell was run before the settings were looked at"))

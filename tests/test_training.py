@@ -158,6 +158,7 @@ def test_bad_data_is_refused_before_any_work(batches, message):
         {"gamma_end": -1.0},
         {"prior": "pink"},
         {"objective": "energy"},
+        {"garbage_shift": -1},
         {"seed": -1},
         {"lam": float("nan")},
     ],
@@ -165,6 +166,13 @@ def test_bad_data_is_refused_before_any_work(batches, message):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=f"Expected {next(iter(settings))} to be .*, but got"):
         TIEConfig(**settings)
+
+
+def test_the_trainer_moves_garbage_as_its_settings_say():
+    config = replace(TINY, garbage_shift=2)
+    assert TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), config).pool.shift == 2
+    with pytest.raises(ValueError, match="Expected garbage_shift to be"):
+        TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), replace(config, garbage_shift=29))
 
 
 def test_a_network_without_an_image_shape_is_refused():

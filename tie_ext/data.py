@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.checks import check_number
+from tie_ext.exclusion import moved
 
 NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """The paper's six sets."""
@@ -96,17 +97,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
         for rows in order.split(self.batch_size):
-            yield _shifted(self.images.x[rows], self.shift).float() / 255, self.images.y[rows]
-
-
-def _shifted(x: Tensor, most: int) -> Tensor:
-    if most == 0:
-        return x
-    B, _, H, W = x.shape
-    top, left = torch.randint(2 * most + 1, (2, B, 1))
-    rows, columns = top + torch.arange(H), left + torch.arange(W)
-    padded = F.pad(x, (most, most, most, most))
-    return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+            yield moved(self.images.x[rows], self.shift).float() / 255, self.images.y[rows]
 
 
 def training_batches(images: ImageSet, batch_size: int = 128, shift: int | None = None) -> Batches:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.checks import check_number
@@ -24,6 +25,22 @@ def cutoff(u: Tensor, lam: float) -> float:
     return float(u.mean() + lam * u.std(correction=0))
 
 
+def moved(x: Tensor, most: int) -> Tensor:
+    """Each image moved by up to ``most`` pixels in either direction: a random crop of the padded image, as OpenOOD trains with.
+
+    Arguments:
+        x: Images ``(B, C, H, W)`` on the CPU; what moves in is 0.
+        most: In pixels; 0 leaves them, and the random state, as they are.
+    """
+    if most == 0:
+        return x
+    B, _, H, W = x.shape
+    top, left = torch.randint(2 * most + 1, (2, B, 1))
+    rows, columns = top + torch.arange(H), left + torch.arange(W)
+    padded = F.pad(x, (most, most, most, most))
+    return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 class GarbagePool:
     """A bounded sample of all garbage ever offered, kept as uint8.
 
@@ -35,16 +52,19 @@ class GarbagePool:
         image_shape: ``(C, H, W)``.
         low: Smallest value of the data, a number or ``(C, 1, 1)``; what uint8 0 stands for.
         high: Largest value of the data; what 255 stands for.
+        shift: Most pixels an image is moved by whenever it is drawn (:func:`moved`); what moves in is ``low``.
 
     Raises:
-        ValueError: If the capacity is out of range.
+        ValueError: If the capacity or the shift is out of range.
     """
 
-    def __init__(self, capacity: int, image_shape: Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
+    def __init__(self, capacity: int, image_shape: Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0, shift: int = 0):
         check_number("pool_size", capacity, 1, 10**9, integer=True)
+        check_number("garbage_shift", shift, 0, image_shape[-1], integer=True)
         self.images = torch.empty((capacity, *image_shape), dtype=torch.uint8)
         self.low = torch.as_tensor(low, dtype=torch.float32, device="cpu")
         self.high = torch.as_tensor(high, dtype=torch.float32, device="cpu")
+        self.shift = shift
         self.offered = 0
 
     def __len__(self) -> int:
@@ -68,7 +88,7 @@ class GarbagePool:
         """
         if k and len(self) == 0:
             raise ValueError("Expected a garbage pool that holds images to draw from, but got an empty one")
-        x = self.images[torch.randint(max(1, len(self)), (k,))]
+        x = moved(self.images[torch.randint(max(1, len(self)), (k,))], self.shift)
         return self.low + (self.high - self.low) * (x.float() / 255)
 
     def state_dict(self) -> dict:

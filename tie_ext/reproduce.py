@@ -105,8 +105,9 @@ def _stem(plan: Plan, name: str, method: str, seed: int) -> str:
 def _check_settings(path: Path, method: str, config: TIEConfig) -> None:
     """Refuse to take a cell that was made with other settings for one of this plan."""
     if path.exists():
-        found, wanted = read_cell(path)["config"], settings_of(method, config)
-        matter = found.keys() & (wanted.keys() if has_garbage(method) else {"epochs", "lr", "seed"})
+        wanted = settings_of(method, config)
+        found = settings_of(method, TIEConfig()) | read_cell(path)["config"]  # a setting that came later had its default
+        matter = wanted.keys() if has_garbage(method) else {"epochs", "lr", "seed"}
         other = [f"{key} {found[key]!r} instead of {wanted[key]!r}" for key in matter if found[key] != wanted[key]]
         if other:
             raise ValueError(f"Expected a cell of these settings in {path}, but got one with {', '.join(sorted(other))}; give another --out")

@@ -59,6 +59,9 @@ class TIEConfig:
     """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
     garbage_weight: float = 1.0
     """Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1)."""
+    garbage_shift: int = 0
+    """Most pixels a garbage image is moved by whenever it is drawn, as loaders move ID images; otherwise garbage is learned image by image
+    in long runs (``docs/ledger.md``)."""
     objective: str = "garbage"
     """What the network learns of garbage: ``garbage``, that it is a class of its own; ``weighted``, the same, but an image counts by the UE of
     its ID outputs (future work of both TIE papers; measured in ``docs/synthesizers.md``); ``uniform``, that all n+1 outputs are equally
@@ -87,6 +90,7 @@ class TIEConfig:
         check_number("generator_steps", self.generator_steps, 1, 10**6, integer=True)
         check_number("generator_width", self.generator_width, 1, 4096, integer=True)
         check_number("seed", self.seed, 0, 2**31 - 1, integer=True)
+        check_number("garbage_shift", self.garbage_shift, 0, 10**4, integer=True)
         for name in ("lr", "generator_lr"):
             check_number(name, getattr(self, name), 0, 1, above=True)
         for name in ("alpha", "beta", "gamma_start", "gamma_end"):
@@ -185,7 +189,7 @@ class TIETrainer:
         broadcast(net)
         with seeded(c.seed + rank()):
             size = share(c.pool_size)
-            self.pool = GarbagePool(size, self.image_shape, net.low, net.high)
+            self.pool = GarbagePool(size, self.image_shape, net.low, net.high, c.garbage_shift)
             if c.prior != "none":
                 noise = Noise(c.prior == "multiscale", net.low.cpu(), net.high.cpu())
                 # As much noise as an epoch proposes, and at most half the pool, so that the first inversions find room.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tie_ext import Conv3, Noise, TIEConfig, TIENet, TIETrainer, data, ood_score, uncertainty
 from tie_ext.comparison import all_logits, ood_metrics, provenance
-from tie_ext.data import Batches, ImageSet, _shifted
+from tie_ext.data import Batches, ImageSet
 from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import write_json
 from tie_ext.metrics import CandidateTally
@@ -124,15 +124,6 @@ class QuantileTrainer(TIETrainer):
             return super().exclude(batches)
 
 
-class MovedGarbageTrainer(TIETrainer):
-    """What is done to ID images is done to garbage: each image is moved by up to 3 pixels whenever it is drawn."""
-
-    def __init__(self, net: TIENet, config: TIEConfig):
-        super().__init__(net, config)
-        draw = self.pool.draw
-        self.pool.draw = lambda k: _shifted(draw(k), 3)
-
-
 class NoiseTrainer(TIETrainer):
     """No TIE: the garbage class stays the noise it began with."""
 
@@ -206,7 +197,6 @@ VARIANTS = {
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
     "quantile": (TIENet, QuantileTrainer),
-    "moved-garbage": (TIENet, MovedGarbageTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
 }
 
