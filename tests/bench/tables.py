@@ -70,7 +70,7 @@ def ablation() -> str:
 
 
 WEIGHTED = "TIE, weighted garbage"
-"""TIE's cell with `--objective weighted`: `docs/results/low-contrast/weighted-*.json`."""
+"""TIE's cells with `--objective weighted`, made with an `--out` of their own: `weighted-*.json` beside the folder of the others."""
 
 
 def cells(images: int, epochs: int, folder: str = "reproduce") -> dict[str, dict[str, list[dict]]]:
