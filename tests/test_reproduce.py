@@ -123,6 +123,14 @@ def test_inversions_are_judged_by_plain_networks_of_the_other_seeds(done):
     assert "plain networks" in (done[0] / "tables.md").read_text()
 
 
+def test_what_was_judged_stays_when_networks_are_deleted(done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "out")
+    before = json.loads((tmp_path / "out" / "inversions.json").read_text())
+    (tmp_path / "out" / "networks" / "mnist-allx1-plain-seed0.safetensors").unlink()
+    reproduce.run(done[1], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "inversions.json").read_text()) == before
+
+
 def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root, tmp_path):
     plan = reproduce.Plan(root=str(root), sets=("mnist:0-4",), seeds=(0,), methods=("shuffle,multiscale",), images=20, config=CONFIG)
     assert reproduce.run(plan, tmp_path) == []

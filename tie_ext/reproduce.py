@@ -131,8 +131,12 @@ def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> N
 
 
 def _judge_inversions(out: Path) -> None:
-    """How many inversions each plain network of the same set and another seed takes for the class asked for: ``out/inversions.json``."""
-    found: dict[str, dict[str, float]] = {}
+    """How many inversions each plain network of the same set and another seed takes for the class asked for: ``out/inversions.json``.
+
+    What was judged before stays where its networks are no longer there: cells are kept for good, networks need not be.
+    """
+    before = json.loads((out / "inversions.json").read_text()) if (out / "inversions.json").exists() else {}
+    found: dict[str, dict[str, float]] = {name: dict(by) for name, by in before.items()}
     for path in sorted((out / "inversions").glob("*.safetensors")):
         if not (out / "cells" / f"{path.stem}.json").exists():
             continue  # another process is still at it
@@ -142,8 +146,8 @@ def _judge_inversions(out: Path) -> None:
             if not judge.stem.endswith(seed):
                 logits = all_logits(TIENet.load(judge), ImageSet(state["x"], state["y"]))[:, :-1]
                 found.setdefault(path.stem, {})[judge.stem] = (logits.argmax(1) == state["y"]).double().mean().item()
-    if found:
-        write_json(out / "inversions.json", found)
+    if found != before:
+        write_json(out / "inversions.json", {name: dict(sorted(by.items())) for name, by in sorted(found.items())})
 
 
 def _whole(name: str) -> str:
