@@ -8,8 +8,10 @@ Writes docs/results/trials/NAME.json; what came of it stands in docs/ledger.md.
 """
 
 import argparse
+import copy
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from score_ablation import positives  # beside this file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from tie_ext import Conv3, Noise, TIEConfig, TIENet, TIETrainer, data, ood_score, uncertainty
 from tie_ext.comparison import all_logits, ood_metrics, provenance
@@ -24,8 +27,9 @@ from tie_ext.data import Batches, ImageSet
 from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import write_json
 from tie_ext.metrics import CandidateTally
+from tie_ext.outliers import make
 from tie_ext.synthesis import frozen
-from tie_ext.training import seeded
+from tie_ext.training import STATISTICS_BATCHES, seeded
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "trials"
 
@@ -124,6 +128,25 @@ class QuantileTrainer(TIETrainer):
             return super().exclude(batches)
 
 
+class AveragedTrainer(TIETrainer):
+    """A constant rate; what inverts, is judged and stays is the mean of the weights over the epoch's steps, from which training does not go on."""
+
+    last: dict | None = None
+
+    def train(self, batches, weights: Tensor) -> dict[str, float]:
+        if self.last is not None:
+            self.net.load_state_dict(self.last)
+        average = AveragedModel(self.net)  # buffers as the network has them
+        hook = self.optimizer.register_step_post_hook(lambda *_: average.update_parameters(self.net))
+        with patch.object(TIEConfig, "lr_in", lambda config, epoch: config.lr):
+            losses = super().train(batches, weights)
+        hook.remove()
+        self.last = copy.deepcopy(self.net.state_dict())
+        self.net.load_state_dict(average.module.state_dict())
+        update_bn((x for x, _ in islice(self._with_garbage(batches, "statistics"), STATISTICS_BATCHES)), self.net)
+        return losses
+
+
 class NoiseTrainer(TIETrainer):
     """No TIE: the garbage class stays the noise it began with."""
 
@@ -188,6 +211,14 @@ def shapes(count: int) -> ImageSet:
     return ImageSet(cut.to(torch.uint8), torch.full((count,), -1))
 
 
+def decoded(net: TIENet, images: ImageSet) -> ImageSet:
+    """DMR's class-free images, from a VAE of the held-out images; no trial trains on them."""
+    synthesizer = make("marginal", net)
+    synthesizer.fit(net, Batches(images, 128, shuffle=True), 0.0)
+    x = torch.cat([synthesizer.sample(net, x, y).x for x, y in Batches(images.first(5000), 500)])
+    return ImageSet((x * 255).round().to(torch.uint8), torch.full((len(x),), -1))
+
+
 VARIANTS = {
     "none": (TIENet, TIETrainer),
     "no-tie": (TIENet, NoiseTrainer),
@@ -197,6 +228,7 @@ VARIANTS = {
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
     "quantile": (TIENet, QuantileTrainer),
+    "averaged": (TIENet, AveragedTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
 }
 
@@ -221,6 +253,8 @@ def main() -> None:
     config = TIEConfig(epochs=a.epochs, **a.changes)
     with seeded(config.seed):
         net = VARIANTS[a.variant][0](Conv3(1, 10), 10, train.shape, classes=train.classes)
+    with seeded(0):
+        outliers |= {"class-free": decoded(net, held_out)}
     trainer, epochs = VARIANTS[a.variant][1](net, config), []
     for _ in range(a.epochs):
         log = trainer.epoch(Batches(train, 128, shuffle=True, shift=a.shift))
