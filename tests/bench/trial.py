@@ -101,6 +101,26 @@ class UnlikeTrainer(TIETrainer):
         return {"tau": tau, "accuracy": (logits.argmax(1) == y).double().mean().item(), **tally.result()}
 
 
+class AstrayTrainer(TIETrainer):
+    """Expels what is uncertain and elsewhere than asked: an inversion that its class was asked for and got is what the class looks like."""
+
+    @torch.no_grad()
+    def exclude(self, batches) -> dict:
+        with frozen(self.net):
+            u, accuracy = self._uncertainties(batches)
+            tau = cutoff(u, self.config.lam)
+            self.net.tau.fill_(tau)
+            tally = CandidateTally(self.net.num_classes + 1)
+            for synthesizer in self.synthesizers:
+                for x, y in self._draws(batches):
+                    candidates = synthesizer.sample(self.net, x, y)
+                    p = self.net(candidates.x, garbage=True).softmax(1)
+                    out = (uncertainty(p) > tau) & (p.argmax(1) != candidates.y)
+                    self.pool.add(candidates.x[out])
+                    tally.add(p, candidates.y, out)
+        return {"tau": tau, "accuracy": accuracy, **tally.result()}
+
+
 class HalfNoisePool(GarbagePool):
     """The noise that a pool began with is kept apart, and makes half of every draw; a reservoir holds what was expelled."""
 
@@ -228,6 +248,7 @@ VARIANTS = {
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
     "quantile": (TIENet, QuantileTrainer),
+    "astray": (TIENet, AstrayTrainer),
     "averaged": (TIENet, AveragedTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
 }
