@@ -257,7 +257,7 @@ def documents() -> dict[str, str]:
         "boundary.md": boundary(*size),
         "equal_time.md": equal_time(*size),
         "cost.md": cost(),
-        **{f"results/{folder}/tables.md": reproduced(DOCS / "results" / folder) for folder in ("reproduce", "lambda-5", "moved-garbage")},
+        **{f"results/{folder}/tables.md": reproduced(DOCS / "results" / folder) for folder in ("reproduce", "lambda-5", "moved-garbage", "no-kl")},
     }
     return {name: text for name, text in texts.items() if text}
 
