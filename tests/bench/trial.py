@@ -167,6 +167,14 @@ class AveragedTrainer(TIETrainer):
         return losses
 
 
+class RestartTrainer(TIETrainer):
+    """The generator starts anew in every epoch, so that each epoch's inversions are other ones."""
+
+    def invert(self, batches, progress: float) -> dict[str, float]:
+        self.synthesizers = [self._synthesizer(name).to(memory_format=torch.channels_last) for name in self.config.synthesizer.split(",")]
+        return super().invert(batches, progress)
+
+
 class NoiseTrainer(TIETrainer):
     """No TIE: the garbage class stays the noise it began with."""
 
@@ -250,6 +258,7 @@ VARIANTS = {
     "quantile": (TIENet, QuantileTrainer),
     "astray": (TIENet, AstrayTrainer),
     "averaged": (TIENet, AveragedTrainer),
+    "restart": (TIENet, RestartTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
 }
 
