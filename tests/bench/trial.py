@@ -219,6 +219,25 @@ def banded(self: Noise, noise: Tensor, full=Noise._toned) -> Tensor:
     return torch.cat([banded[::2], toned[1::2]])
 
 
+def windowed(self: Noise, noise: Tensor, full=Noise._toned) -> Tensor:
+    """Half of the images are kept only inside one blob, of any size and with an uneven edge; the rest of them is one level, often the lowest."""
+    toned = full(self, noise)
+    M, _, H, W = noise.shape
+    size, level = torch.rand(M, 1, 1, 1, device=noise.device), torch.randn(M, 1, 1, 1, device=noise.device)
+    center = 0.5 * torch.rand(2, M, 1, 1, 1, device=noise.device) - 0.25
+    y, x = torch.linspace(-1, 1, H, device=noise.device).view(-1, 1), torch.linspace(-1, 1, W, device=noise.device)
+    edge = F.interpolate(self._mixture((M, 1, H // 4, W // 4)), (H, W), mode="bicubic")
+    inside = ((y - center[0]).square() + (x - center[1]).square()).sqrt() < 0.2 + 0.7 * size + 0.2 * edge
+    windowed = torch.where(inside, toned, 3 * level)
+    return torch.cat([windowed[::2], toned[1::2]])
+
+
+class WindowedTrainer(LowContrastTrainer):
+    """No TIE, and noise half of which is a thing on a plain background."""
+
+    toned = windowed
+
+
 class BandedTrainer(LowContrastTrainer):
     """No TIE, and noise half of which lies in bands on a plain background."""
 
@@ -252,6 +271,7 @@ VARIANTS = {
     "no-tie": (TIENet, NoiseTrainer),
     "no-tie-low-contrast": (TIENet, LowContrastTrainer),
     "no-tie-banded": (TIENet, BandedTrainer),
+    "no-tie-windowed": (TIENet, WindowedTrainer),
     "no-tie-half-low-contrast": (TIENet, HalfLowContrastTrainer),
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
