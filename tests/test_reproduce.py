@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tie_ext import reproduce, tables
 from tie_ext.cli import main
-from tie_ext.comparison import ood_metrics
+from tie_ext.comparison import ood_metrics, peak_memory
 
 Image = pytest.importorskip("PIL.Image")
 CONFIG = replace(TINY, epochs=1)
@@ -222,6 +223,12 @@ def test_fpr_at_95_counts_from_either_side():
     found = ood_metrics(a, b)
     assert found["fpr95"] == pytest.approx(0.45)  # at 55, which 95 of the OOD scores reach
     assert found["fpr95_id"] == pytest.approx(0.45 + 0.01)  # at 95
+
+
+def test_memory_is_told_where_the_system_tells_it(monkeypatch):
+    assert peak_memory() > 10
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert peak_memory() is None
 
 
 def test_networks_of_shorter_runs_judge_too_and_those_of_other_sets_do_not(done, tmp_path):

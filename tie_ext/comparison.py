@@ -2,13 +2,12 @@
 
 Methods: ``tie``; ``predecessor``, which expels every inversion; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class
 stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``vernekar`` and
-``ascood``, those papers' own training; and any synthesizers in TIE's loop, by name, with commas between. Metrics are pytorch-ood's own (OOD
-is the positive class).
+``ascood``, those papers' own training; ``openood:logitnorm`` and ``openood:ascood``, OpenOOD's own; and any synthesizers in TIE's loop, by
+name, with commas between. Metrics are pytorch-ood's own (OOD is the positive class).
 """
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -301,7 +300,7 @@ def cell(
     Returns:
         A JSON-able record (numbers, log, seconds, peak memory after each epoch in MB, command, commit, versions, settings), and the network.
     """
-    memory: list[float] = []
+    memory: list[float | None] = []
     start = time.perf_counter()
 
     def look(trainer: TIETrainer) -> None:
@@ -328,8 +327,12 @@ def cell(
     return record, net
 
 
-def peak_memory() -> float:
-    """Most memory this process has held so far, MB (resident set)."""
+def peak_memory() -> float | None:
+    """Most memory this process has held so far, MB (resident set); None where Python cannot tell, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024**2 if sys.platform == "darwin" else 1024)
 
