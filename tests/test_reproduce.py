@@ -115,6 +115,15 @@ def test_the_tables_stand_beside_the_papers(done):
     assert "40 images, 1 epochs, seeds [0, 1]" in text
 
 
+def test_the_tables_set_two_levels_beside_one_threshold(done):
+    text = (done[0] / "tables.md").read_text().split("### Rejected at either level")[1].split("###")[0]
+    header, row = ([part.strip() for part in line.split("|")] for line in (text.splitlines()[2], text.splitlines()[4]))
+    either, one = (value.split()[0] for value in row[header.index("fashionmnist")].split(" / "))
+    records = [json.loads((done[0] / "cells" / f"mnist-allx1-tie-seed{seed}.json").read_text()) for seed in (0, 1)]
+    assert float(either) == pytest.approx(np.mean([100 * r["numbers"]["rejected"]["fashionmnist"] for r in records]), abs=0.005)
+    assert float(one) == pytest.approx(np.mean([100 - 100 * r["level2"]["fashionmnist"]["score"]["all"]["fpr95_id"] for r in records]), abs=0.005)
+
+
 def test_inversions_are_judged_by_plain_networks_of_the_other_seeds(done):
     judged = json.loads((done[0] / "inversions.json").read_text())
     assert {name: list(by) for name, by in judged.items()} == {

@@ -105,6 +105,10 @@ def tables(out: Path) -> str:
         parts += ["\n### Table 1: ID accuracy, and images in the garbage class\n", table(_garbage_rates(name, methods))]
         parts += ["\n### Scores over all OOD images: FPR@95 (AUROC)\n", table(_rankings(name, methods, "all"))]
         parts += ["\n### Table 2: the same over OOD images that level 1 let through\n", table(_rankings(name, methods, "through"))]
+        parts += [
+            "\n### Rejected at either level / by the score alone, at the threshold that 5 % of the ID test images exceed\n",
+            table(_rejections(name, methods)),
+        ]
         parts.append("\n### The predecessor's claim: the least confident ID image against the most confident OOD image let through\n")
         parts += [table(_claim(name, methods)), "\n### Cost\n", table(_cost(methods)), ""]
         if rows := _judged(out, methods):
@@ -161,6 +165,18 @@ def _rankings(name: str, methods: Mapping[str, list[dict]], which: str) -> list[
         return rows or [{"": "-"}]
     paper = {other: figure for other, figure in zip(NAMES, PAPER_2[name], strict=True) if other != name}
     return [*rows, {"": "the paper: UE / ODIN / energy / Mahalanobis", **paper}]
+
+
+def _rejections(name: str, methods: Mapping[str, list[dict]]) -> list[dict]:
+    rows = []
+    for method in (m for m in _order(methods) if has_garbage(m)):
+        records = methods[method]
+        row = {"": label(method), "ID": f"{_spread([r['numbers']['id_rejected'] for r in records])} / 5.00"}
+        for other in _columns(name, _all(methods)):
+            pairs = [(r["numbers"]["rejected"][other], 1 - r["level2"][other]["score"]["all"]["fpr95_id"]) for r in records if other in r["level2"]]
+            row[other] = " / ".join(map(_spread, zip(*pairs, strict=True))) or "-"
+        rows.append(row)
+    return rows or [{"": "-"}]
 
 
 def _sets_of(level2: Mapping) -> dict:
