@@ -78,6 +78,23 @@ def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert {"inversions.png", "metrics.png", "features.png", "curves_TIE.png"} <= {p.name for p in (run / "figures").iterdir()}
 
 
+@pytest.mark.parametrize("command", ["train", "reproduce"])
+def test_help_says_what_each_setting_means(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--garbage-weight GARBAGE_WEIGHT Weight of the garbage class in the loss" in said
+    assert "-inf excludes every inversion (--lam=-inf). Default: 2.0." in said
+    assert "`" not in said
+
+
+def test_every_inversion_can_be_expelled(folder, tmp_path):
+    assert main(train(folder, tmp_path / "run", "--lam=-inf", "--epochs", "1")) == 0
+    log = json.loads((tmp_path / "run" / "run.json").read_text())["log"][0]
+    assert log["tau"] is None
+    assert log["excluded"] == log["proposed"]
+
+
 def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_path):
     assert main(train(folder, tmp_path / "run", "--synthesizer", "gradient,boundary", "--epochs", "1")) == 0
     assert main(["report", str(tmp_path / "run")]) == 0

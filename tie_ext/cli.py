@@ -1,13 +1,18 @@
 """The command line: ``tie-ext demo | train | score | report | reproduce``. The only room that prints."""
 
 import argparse
+import ast
 import csv
+import inspect
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -96,10 +101,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """Every setting of the method as a flag of its name."""
+    """Every setting of the method as a flag of its name; the docstring below each is its help."""
+    body = cast(ast.ClassDef, ast.parse(inspect.getsource(TIEConfig)).body[0]).body
+    pairs = ((a, b) for a, b in pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr))
+    meaning = {ast.unparse(a.target): ast.literal_eval(b.value) for a, b in pairs}
     for f in (f for f in fields(TIEConfig) if f.name not in without):
         kind: type = {"int": int, "float": float}.get(str(getattr(f.type, "__name__", f.type)), str)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"default: {f.default}")
+        plain = re.sub(r":data:`(.*?)`|``(.*?)``", r"\1\2", meaning[f.name]).replace("%", "%%")
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"{plain} Default: {f.default}.")
 
 
 def _reproduce(a: argparse.Namespace) -> None:

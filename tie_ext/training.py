@@ -48,7 +48,7 @@ class TIEConfig:
     lr: float = 1e-3
     """Learning rate of the classifier (Adam) in the first epoch; it falls along half a cosine (the paper: 1e-4 throughout, ``docs/defaults.md``)."""
     lam: float = 2.0
-    """lambda in ``tau = mean + lambda * std`` (the paper: 0.5, ``docs/defaults.md``); -inf excludes every inversion."""
+    """lambda in ``tau = mean + lambda * std`` (the paper: 0.5, ``docs/defaults.md``); -inf excludes every inversion (``--lam=-inf``)."""
     candidates_per_class: int = 1000
     """Inversions proposed an epoch and output, garbage included."""
     pool_size: int = 20_000
@@ -56,7 +56,7 @@ class TIEConfig:
     prior: str = "multiscale"
     """What the pool starts with: ``multiscale`` noise, ``white`` as in the paper, or ``none``: the first epoch then has ID images alone."""
     synthesizer: str = "inversion"
-    """Who proposes outliers: names of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
+    """Who proposes outliers: ``inversion`` (TIE) or others of :data:`tie_ext.outliers.SYNTHESIZERS`, with commas between."""
     garbage_weight: float = 1.0
     """Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1)."""
     garbage_shift: int = 0
