@@ -182,6 +182,47 @@ class NoiseTrainer(TIETrainer):
         super().__init__(net, config, synthesizers=[])
 
 
+class QuadraticNet(TIENet):
+    """The garbage logit reads squared features too, so that it can grow in every direction away from ID features."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.garbage = nn.Linear(2 * self.feature_size, 1)
+
+    def head(self, h: Tensor) -> Tensor:
+        return torch.cat([self.fc(h), self.garbage(torch.cat([h, h.square()], dim=1))], dim=1)
+
+
+class DistanceNet(TIENet):
+    """The garbage logit reads the Mahalanobis distance to the nearest ID class too, of features as they were after the last epoch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.garbage = nn.Linear(self.feature_size + 1, 1)
+        self.register_buffer("means", torch.zeros(self.num_classes, self.feature_size))
+        self.register_buffer("precision", torch.zeros(self.feature_size, self.feature_size))
+
+    def head(self, h: Tensor) -> Tensor:
+        offset = h[:, None] - self.means
+        squared = (offset @ self.precision * offset).sum(-1).amin(1, keepdim=True).clamp(min=0)
+        return torch.cat([self.fc(h), self.garbage(torch.cat([h, squared.log1p()], dim=1))], dim=1)
+
+
+class DistanceTrainer(NoiseTrainer):
+    """No TIE; class means and the shared precision are those of the ID images after each epoch."""
+
+    def train(self, batches, weights: Tensor) -> dict[str, float]:
+        losses = super().train(batches, weights)
+        with frozen(self.net):
+            h, y = (torch.cat(part) for part in zip(*((self.net.features(x), y) for x, y in batches), strict=True))
+        means = torch.stack([h[y == c].mean(0) for c in range(self.net.num_classes)])
+        covariance = (h - means[y]).T.cov()
+        floor = 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))  # features that are always 0 have no variance
+        self.net.means.copy_(means)
+        self.net.precision.copy_(torch.linalg.inv(covariance + floor))
+        return losses
+
+
 def low_contrast(self: Noise, noise: Tensor) -> Tensor:
     """A contrast up to 2, which hardly ever is black and white."""
     return 2 * torch.rand(len(noise), 1, 1, 1) * noise + torch.randn(len(noise), 1, 1, 1)
@@ -272,6 +313,8 @@ VARIANTS = {
     "no-tie-low-contrast": (TIENet, LowContrastTrainer),
     "no-tie-banded": (TIENet, BandedTrainer),
     "no-tie-windowed": (TIENet, WindowedTrainer),
+    "no-tie-quadratic": (QuadraticNet, NoiseTrainer),
+    "no-tie-distance": (DistanceNet, DistanceTrainer),
     "no-tie-half-low-contrast": (TIENet, HalfLowContrastTrainer),
     "unlike": (TIENet, UnlikeTrainer),
     "half-noise": (TIENet, HalfNoiseTrainer),
