@@ -1,0 +1,79 @@
+"""One threshold on the score, fitted on held-out ID images as ``TIEDetector(net, false_alarm=...)`` does, beside the paper's two levels.
+
+    python tests/bench/threshold.py --root DATA --networks docs/results/*/networks/*.safetensors
+
+The networks are those of `tie-ext reproduce` that have a garbage class; folder and name say how each was trained. Half of the ID test images,
+drawn at random, fits the threshold and the other half judges it; then the other way round; shares are the mean of both. Writes
+docs/results/threshold.json; tables.py makes docs/threshold.md of it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from tie_ext import TIENet, decide, ood_score
+from tie_ext.comparison import all_logits, has_garbage, provenance
+from tie_ext.decision import Decision, conformal_threshold, decide_at
+from tie_ext.files import write_json
+from tie_ext.reproduce import image_sets
+
+OUT = Path(__file__).parents[2] / "docs" / "results" / "threshold.json"
+FALSE_ALARMS = (0.01, 0.05)
+
+
+def shares(decision: Decision, y: Tensor) -> dict[str, float]:
+    """How many images are rejected, by the garbage class alone too, and how many are accepted as what they are."""
+    accepted = decision.level == 0
+    return {
+        "garbage": (decision.level == 1).double().mean().item(),
+        "rejected": (~accepted).double().mean().item(),
+        "right": (accepted & (decision.label == y)).double().mean().item(),
+    }
+
+
+def judge(net: TIENet, name: str, images: int | None, seed: int, root: str) -> dict:
+    """Shares by rule (``two levels``, or the false alarms allowed) and set."""
+    _, test, ood = image_sets(name, seed, images, root)
+    logits, outside = all_logits(net, test), {other: (all_logits(net, of), of.y) for other, of in ood.items()}
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+    halves = order.chunk(2)
+
+    def every(rate: float | None) -> dict:
+        """Shares by set, of a threshold fitted on one half, or of the two levels."""
+        turns = []
+        for fit, held in (halves, halves[::-1]):
+            threshold = None if rate is None else conformal_threshold(ood_score(logits[fit]), rate)
+            sets = {"id": (logits[held], test.y[held]), **outside}
+            decided = {other: (decide(x, net.tau) if threshold is None else decide_at(x, threshold), y) for other, (x, y) in sets.items()}
+            turns.append({other: shares(decision, y) for other, (decision, y) in decided.items()})
+        return {other: {key: mean(turn[other][key] for turn in turns) for key in of} for other, of in turns[0].items()}
+
+    return {"two levels": every(None), **{str(rate): every(rate) for rate in FALSE_ALARMS}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--networks", type=Path, nargs="+", required=True)
+    args = parser.parse_args()
+    results = json.loads(OUT.read_text())["results"] if OUT.exists() else {}
+    for path in args.networks:
+        name, run, method, seed = path.stem.split("-")
+        key = f"{path.parent.parent.name}/{path.stem}"
+        if has_garbage(method.replace("+", ",").replace("_", ":")) and key not in results:
+            images = run.partition("x")[0]
+            count = None if images == "all" else int(images)
+            results[key] = judge(TIENet.load(path), name.replace("_", ":"), count, int(seed.removeprefix("seed")), args.root)
+            print(key, {rule: {other: round(100 * s["rejected"], 1) for other, s in of.items()} for rule, of in results[key].items()}, flush=True)
+            command = "python tests/bench/threshold.py --root DATA --networks " + " ".join(
+                f"docs/results/{k.replace('/', '/networks/')}.safetensors" for k in results
+            )
+            write_json(OUT, {"results": results, **provenance(), "command": command})
+
+
+if __name__ == "__main__":
+    main()
