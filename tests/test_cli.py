@@ -68,6 +68,17 @@ def test_score_gives_one_row_an_image(run, folder, capsys, how):
     assert all(int(row["level"]) in (0, 1, 2) and 0 <= float(row["uncertainty"]) <= 1 and float(row["score"]) for row in rows)
 
 
+def test_score_by_a_threshold_rejects_no_more_test_images_than_asked(run, folder, capsys):
+    images = [str(folder / "test" / label / f"{i}.png") for label in ("dark", "bright") for i in range(6)]
+    for rate in (0.1, 0.5):
+        assert main(["score", str(run), "--false-alarm", str(rate), *images]) == 0
+        rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        kept = [float(row["score"]) for row in rows if row["level"] == "0"]
+        rejected = [float(row["score"]) for row in rows if row["level"] != "0"]
+        assert len(rejected) == int(rate * (len(images) + 1))  # the run scored these very images; a tie aside
+        assert max(kept) < min(rejected)
+
+
 def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
@@ -132,6 +143,9 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
     [
         (["score", "RUN", "missing.png"], "Expected an image file at missing.png"),
         (["score", "nowhere", "x.png"], "Expected a tie_ext network file at"),
+        (["score", "RUN", "x.png", "--false-alarm", "0.01"], "Expected at least 99 ID images"),
+        (["score", "RUN", "x.png", "--false-alarm", "2"], "Expected false_alarm to be a number in (0, 1]"),
+        (["score", "RUN/network.safetensors", "x.png", "--false-alarm", "0.1"], "Expected a tie_ext scores file at"),
         (["report", "nowhere"], "Expected a run with a run.json"),
         (["train", "--resume", "nowhere"], "Expected a run with a run.json"),
         (["train", "--data", "mnist"], "Expected --data and --out"),
@@ -144,7 +158,7 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
 )
 def test_what_is_wrong_is_said_in_one_line(run, capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert main([str(run) if a == "RUN" else a for a in arguments]) == 1
+    assert main([a.replace("RUN", str(run)) for a in arguments]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -8,16 +8,18 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from tie_ext import __version__
-from tie_ext.decision import Decision
+from tie_ext.decision import Decision, conformal_threshold
+from tie_ext.files import load_state
 from tie_ext.networks import BACKBONES, TIENet
 from tie_ext.training import TIEConfig
 
@@ -78,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("run", type=Path, metavar="RUN")
     score.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     score.add_argument("--format", choices=("csv", "jsonl"), default="csv")
+    score.add_argument(
+        "--false-alarm",
+        type=float,
+        metavar="RATE",
+        help="accept by one threshold on the score, which at most this share of the run's ID test images exceed",
+    )
     score.set_defaults(command=_score)
 
     report = commands.add_parser("report", help="figures, table and settings of a run on one HTML page")
@@ -167,6 +175,7 @@ def _score(a: argparse.Namespace) -> None:
     from tie_ext import data
 
     net = TIENet.load(a.run / "network.safetensors" if a.run.is_dir() else a.run)
+    decide = net.decide if a.false_alarm is None else _deciding_at(net, a.run / "scores.safetensors", a.false_alarm)
     assert net.image_shape is not None  # a saved run has one
     channels, size, _ = net.image_shape
     out = csv.writer(sys.stdout) if a.format == "csv" else None
@@ -175,11 +184,20 @@ def _score(a: argparse.Namespace) -> None:
     for start in range(0, len(a.images), 256):
         paths = a.images[start : start + 256]
         x = torch.stack([data.read_image(path, channels, size) for path in paths]).float() / 255
-        for path, row in zip(paths, _rows(net, net.decide(net.low + (net.high - net.low) * x)), strict=True):
+        for path, row in zip(paths, _rows(net, decide(net.low + (net.high - net.low) * x)), strict=True):
             if out:
                 out.writerow([path, *row.values()])
             else:
                 print(json.dumps({"image": str(path), **row}))
+
+
+def _deciding_at(net: TIENet, scores: Path, false_alarm: float) -> Callable[[Tensor], Decision]:
+    """The network's decision by a threshold on the score, fitted on ID test images as the run scored them."""
+    from tie_ext.pytorch_ood import TIEDetector
+
+    detector = TIEDetector(net, false_alarm)
+    detector.threshold = conformal_threshold(load_state(scores, "scores")["TIE"]["id"], false_alarm)
+    return detector.decide
 
 
 def _rows(net: TIENet, decision: Decision) -> list[dict]:
