@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--false-alarm",
         type=float,
         metavar="RATE",
-        help="accept by one threshold on the score, which at most this share of the run's ID test images exceed",
+        help="decide by one threshold on the score, fitted on the run's ID test images: a new ID image exceeds it at most at this rate",
     )
     score.set_defaults(command=_score)
 
