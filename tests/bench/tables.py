@@ -258,7 +258,7 @@ def threshold() -> str:
     groups: dict[str, dict[tuple[str, str], list[dict]]] = defaultdict(lambda: defaultdict(list))
     for key, of in record["results"].items():
         folder, _, stem = key.partition("/")
-        name, run, method, _ = stem.split("-")
+        name, run, method, _ = stem.rsplit("-", 3)
         groups[f"{name.replace('_', ':')}, {run.replace('x', ' images, ')} epochs"][(method.replace("+", ","), folder)].append(of)
     parts = [
         "# One threshold instead of two levels\n",

@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(OUT.read_text())["results"] if OUT.exists() else {}
     for path in args.networks:
-        name, run, method, seed = path.stem.split("-")
+        name, run, method, seed = path.stem.rsplit("-", 3)
         key = f"{path.parent.parent.name}/{path.stem}"
         if has_garbage(method.replace("+", ",").replace("_", ":")) and key not in results:
             images = run.partition("x")[0]
