@@ -90,7 +90,8 @@ def test_report_is_one_page_that_needs_nothing_else(run, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "reproduce"])
-def test_help_says_what_each_setting_means(command, capsys):
+def test_help_says_what_each_setting_means(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # argparse breaks lines at hyphens
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
