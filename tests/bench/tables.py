@@ -42,9 +42,10 @@ def trials() -> str:
                 "ID rejected": "id_rejected",
                 "noise in garbage": "noise_garbage_rate",
             }
-            shares |= {"expelled": "excluded", "landed as asked": "agreement"}
+            shares |= {"expelled": "excluded", "landed as asked": "agreement", "judged as asked": "judged"}
             e.setdefault("noise_garbage_rate", e.get("garbage_rate", {}).get("white noise"))
-            values = {name: percent([e[key]], 2 if key in ("accuracy", "id_garbage_rate") else 1) for name, key in shares.items()}
+            digits = {key: 2 if key in ("accuracy", "id_garbage_rate") else 1 for key in shares.values()}
+            values = {name: percent([e[key]], digits[key]) if key in e else "-" for name, key in shares.items()}
             made = [m for m in ("shuffled tiles", "mixtures", "outlines", "class-free") if m in e.get("scores", {})]
             values["tiles / mixtures / outlines / class-free in garbage"] = " / ".join(percent([e["garbage_rate"][m]], 1) for m in made) or "-"
             values["their FPR@95"] = " / ".join(percent([e["scores"][m]["fpr95"]]) for m in made) or "-"

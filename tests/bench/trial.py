@@ -3,6 +3,7 @@
 No OOD set and no test image is looked at.
 
     python tests/bench/trial.py NAME '{"lam": 5.0}' --root DATA [--data mnist] [--images 20000] [--epochs 6] [--shift 0] [--variant per-class]
+        [--judge PLAIN.safetensors ...]
 
 Writes docs/results/trials/NAME.json; what came of it stands in docs/ledger.md.
 """
@@ -26,6 +27,7 @@ from tie_ext.comparison import all_logits, ood_metrics, provenance
 from tie_ext.data import Batches, ImageSet
 from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import write_json
+from tie_ext.inversion import soft_code
 from tie_ext.metrics import CandidateTally
 from tie_ext.outliers import make
 from tie_ext.synthesis import frozen
@@ -175,6 +177,31 @@ class RestartTrainer(TIETrainer):
         return super().invert(batches, progress)
 
 
+def sharp_code(y: Tensor, num_outputs: int, full=soft_code) -> Tensor:
+    """Codes that say more clearly which class is asked for: at temperature 1/2, squares that are brought back to sum 1."""
+    squared = full(y, num_outputs).square()
+    return squared / squared.sum(1, keepdim=True)
+
+
+class SharpCodesTrainer(TIETrainer):
+    """TIE's inversion, asked by codes at temperature 1/2."""
+
+    def __init__(self, net: TIENet, config: TIEConfig):
+        super().__init__(net, config)
+        patch("tie_ext.inversion.soft_code", sharp_code).start()  # for good, so that what is judged is asked for by these codes too
+
+
+def judged(trainer: TIETrainer, judges: list[TIENet], per_class: int = 500) -> dict[str, float]:
+    """Share of new inversions that plain networks take for the ID class asked for, mean over these; and of those that tau lets through."""
+    y = torch.arange(trainer.net.num_classes).repeat(per_class)
+    with seeded(len(trainer.log)):
+        x = trainer.synthesizers[0].invert(y).x
+    images = ImageSet((x * 255).round().to(torch.uint8), y)
+    right = torch.stack([all_logits(judge, images)[:, :-1].argmax(1) == y for judge in judges]).double().mean(0)
+    certain = uncertainty(all_logits(trainer.net, images).softmax(1)) <= trainer.net.tau
+    return {"judged": right.mean().item(), "judged_certain": right[certain].mean().item(), "certain": certain.double().mean().item()}
+
+
 class NoiseTrainer(TIETrainer):
     """No TIE: the garbage class stays the noise it began with."""
 
@@ -322,6 +349,7 @@ VARIANTS = {
     "astray": (TIENet, AstrayTrainer),
     "averaged": (TIENet, AveragedTrainer),
     "restart": (TIENet, RestartTrainer),
+    "sharp-codes": (TIENet, SharpCodesTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
 }
 
@@ -336,6 +364,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--shift", type=int, default=0, help="most pixels a training image is moved by")
     parser.add_argument("--variant", choices=list(VARIANTS), default="none", help="another garbage class, or other weights")
+    parser.add_argument("--judge", type=Path, nargs="*", default=[], help="plain networks, trained apart, that judge the inversions")
     a = parser.parse_args()
     full = data.load(a.data, "train", a.root)
     train = full.first(a.images, 0)
@@ -349,10 +378,12 @@ def main() -> None:
     with seeded(0):
         outliers |= {"class-free": decoded(net, held_out)}
     trainer, epochs = VARIANTS[a.variant][1](net, config), []
+    judges = [TIENet.load(path).eval() for path in a.judge]
     for _ in range(a.epochs):
         log = trainer.epoch(Batches(train, 128, shuffle=True, shift=a.shift))
         agreement = sum(share or 0.0 for share in log.agreement[:-1]) / net.num_classes  # 0 where there is no TIE
         about = {"tau": log.tau, "excluded": sum(log.excluded) / max(1, sum(log.proposed)), "agreement": agreement}
+        about |= judged(trainer, judges) if judges else {}
         epochs.append({**look(net, held_out, outliers), **about})
         print(a.name, json.dumps(epochs[-1]), flush=True)
     command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA")
