@@ -183,12 +183,25 @@ def sharp_code(y: Tensor, num_outputs: int, full=soft_code) -> Tensor:
     return squared / squared.sum(1, keepdim=True)
 
 
+def clear_code(y: Tensor, num_outputs: int, full=soft_code) -> Tensor:
+    """Codes as soft as the paper's, but for the largest normal, which is 0.5 larger: none is close to a tie."""
+    return (full(y, num_outputs).log() + 0.5 * F.one_hot(y, num_outputs)).softmax(1)
+
+
 class SharpCodesTrainer(TIETrainer):
     """TIE's inversion, asked by codes at temperature 1/2."""
 
+    code = staticmethod(sharp_code)
+
     def __init__(self, net: TIENet, config: TIEConfig):
         super().__init__(net, config)
-        patch("tie_ext.inversion.soft_code", sharp_code).start()  # for good, so that what is judged is asked for by these codes too
+        patch("tie_ext.inversion.soft_code", self.code).start()  # for good, so that what is judged is asked for by these codes too
+
+
+class ClearCodesTrainer(SharpCodesTrainer):
+    """TIE's inversion, asked by codes that have no ties."""
+
+    code = staticmethod(clear_code)
 
 
 def judged(trainer: TIETrainer, judges: list[TIENet], per_class: int = 500) -> dict[str, float]:
@@ -350,6 +363,7 @@ VARIANTS = {
     "averaged": (TIENet, AveragedTrainer),
     "restart": (TIENet, RestartTrainer),
     "sharp-codes": (TIENet, SharpCodesTrainer),
+    "clear-codes": (TIENet, ClearCodesTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
 }
 
