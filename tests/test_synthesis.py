@@ -6,6 +6,7 @@ from conftest import SHAPE, make_net
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from tie_ext import Inversion, Noise, TIENet
 from tie_ext.inversion import loss_terms, soft_code
@@ -119,12 +120,24 @@ def test_multiscale_noise_reaches_from_flat_to_black_and_white():
     assert (x.std((1, 2, 3)) < 0.3).double().mean() > 0.1  # nearly flat
 
 
-@given(st.integers(2, 12), st.integers(1, 20))
-def test_soft_codes_are_distributions_with_the_argmax_asked_for(K, B):
+@given(st.integers(2, 12), st.integers(1, 20), st.floats(0, 3))
+def test_soft_codes_are_distributions_with_the_argmax_asked_for_and_its_margin(K, B, margin):
     y = torch.randint(K, (B,))
-    code = soft_code(y, K)
+    code = soft_code(y, K, margin)
     assert torch.equal(code.argmax(1), y)
     torch.testing.assert_close(code.sum(1), torch.ones(B))
+    first, second = code.log().topk(2, dim=1).values.T
+    assert (first - second > margin - 1e-5).all()
+
+
+def test_a_margin_asks_more_clearly_and_changes_nothing_else():
+    y = torch.arange(50) % 5
+    torch.manual_seed(0)
+    code = soft_code(y, 5)
+    torch.manual_seed(0)
+    clearer = soft_code(y, 5, margin=0.5)
+    lifted = code * torch.where(F.one_hot(y, 5) == 1, torch.tensor(0.5).exp(), torch.tensor(1.0))
+    torch.testing.assert_close(clearer, lifted / lifted.sum(1, keepdim=True))
 
 
 def test_soft_codes_have_the_distribution_of_a_softmax_of_normals():
@@ -169,9 +182,9 @@ def test_inversion_learns_to_land_where_it_is_asked():
 
     def agreement():
         with torch.no_grad(), frozen(net):
-            return (net(inversion.invert(y).x, garbage=True).argmax(1) == y).float().mean()
+            return [(net(inversion.invert(y, margin).x, garbage=True).argmax(1) == y).float().mean() for margin in (0.0, 0.5)]
 
     before = agreement()
     inversion.fit(net, [], 0.0)
-    assert before < 0.5
-    assert agreement() > 0.8
+    assert max(before) < 0.5
+    assert min(agreement()) > 0.8

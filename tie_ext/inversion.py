@@ -19,15 +19,17 @@ from tie_ext.networks import Generator, TIENet
 from tie_ext.synthesis import Batches, Candidates, Synthesizer, frozen
 
 
-def soft_code(y: Tensor, num_outputs: int) -> Tensor:
+def soft_code(y: Tensor, num_outputs: int, margin: float = 0.0) -> Tensor:
     """Soft codes ``(B, K)`` with ``argmax == y``: a softmax of standard normals, given which of them is the largest.
 
     The components of v are exchangeable, so swapping the largest into place ``y`` gives exactly the distribution of v given its argmax;
-    every class is asked for equally often, with many degrees of confidence.
+    every class is asked for equally often, with many degrees of confidence. Two entries of a code may be all but equal, which asks for what
+    lies between two classes; with a margin none is.
 
     Arguments:
         y: Classes asked for ``(B,)`` in ``[0, K)``.
         num_outputs: K = n+1.
+        margin: Added to the largest normal, >= 0: it leads by at least as much.
 
     References:
         TIE, section 3.
@@ -35,7 +37,7 @@ def soft_code(y: Tensor, num_outputs: int) -> Tensor:
     v = torch.randn(len(y), num_outputs, device=y.device)
     rows = torch.arange(len(y), device=y.device)
     top = v.argmax(1)
-    v[rows, top], v[rows, y] = v[rows, y], v[rows, top]
+    v[rows, top], v[rows, y] = v[rows, y], v[rows, top] + margin
     return v.softmax(1)
 
 
@@ -139,21 +141,23 @@ class Inversion(Synthesizer):
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """As many inversions as there are images in ``x``, every class (garbage included) asked for equally often."""
         first = torch.randint(self.num_outputs, (1,), device=self.device)  # so that short batches do not favour the first classes
-        return self.invert((torch.arange(len(x), device=self.device) + first) % self.num_outputs)
+        return self.invert((torch.arange(len(x), device=self.device) + first) % self.num_outputs, margin=0.0)
 
     @torch.no_grad()
-    def invert(self, y: Tensor) -> Candidates:
-        """One inversion for each class asked for.
+    def invert(self, y: Tensor, margin: float = 0.5) -> Candidates:
+        """One inversion for each class asked for: what it looks like to the network.
 
         Arguments:
             y: Classes ``(M,)`` in ``[0, n]``.
+            margin: How clearly each code asks for its class, see :func:`soft_code`; 0 as in training, where what lies between classes is
+                wanted too. What misses its class was nearly always asked for by a code close to a tie (docs/agreement.md).
 
         Returns:
             The :class:`Candidates`; the generator's mode is left as it was.
         """
         y = y.to(self.device)
         with frozen(self.generator):
-            return Candidates(self._generate(soft_code(y, self.num_outputs)), y)
+            return Candidates(self._generate(soft_code(y, self.num_outputs, margin)), y)
 
     @property
     def device(self) -> torch.device:

@@ -122,11 +122,11 @@ def _note_missing(path: Path, tried: Sequence[str], missing: Mapping[str, str]) 
 
 
 def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> None:
-    """Keep inversions of each ID class as the generator makes them at the end of this epoch; the next one writes over them."""
+    """Keep inversions of each ID class, asked for as in training, at the end of this epoch; the next one writes over them."""
     for synthesizer in trainer.synthesizers:
         if isinstance(synthesizer, Inversion):
             with seeded(len(trainer.log)):
-                x, y = synthesizer.invert(torch.arange(trainer.net.num_classes).repeat_interleave(per_class))
+                x, y = synthesizer.invert(torch.arange(trainer.net.num_classes).repeat_interleave(per_class), margin=0.0)
             save_state(path, "inversions", {"x": to_bytes(trainer.net, x).cpu(), "y": y.cpu()})
 
 

@@ -23,6 +23,8 @@ from tie_ext.synthesis import frozen
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "agreement.json"
 PER_CLASS, PARTS = 1000, 5
+MARGINS = (0.0, 0.25, 0.5, 1.0)
+"""Training asks at 0, `Inversion.invert` at 0.5."""
 
 
 @torch.no_grad()
@@ -35,34 +37,36 @@ def main() -> None:
     net = TIENet.load(a.run / "network.safetensors").eval()
     trainer = TIETrainer(net, settings.config)
     trainer.load(a.run / "training.safetensors")
-    torch.manual_seed(0)
-    y = torch.arange(net.num_classes).repeat(PER_CLASS)
-    code = soft_code(y, net.num_classes + 1)
     generator = trainer.synthesizers[0].generator
-    with frozen(generator):
-        x = generator(torch.randn(len(y), generator.latent_size), code)
-    images = ImageSet(to_bytes(net, x), y)
-    logits = all_logits(net, images)
-    landed = logits.argmax(1) == y
-    judged = torch.stack([all_logits(TIENet.load(judge), images)[:, :-1].argmax(1) == y for judge in a.judges]).double().mean(0)
-    first, second = code.topk(2, dim=1).values.T
-    certain = uncertainty(logits.softmax(1)) <= net.tau
+    judges = [TIENet.load(judge).eval() for judge in a.judges]
+    y = torch.arange(net.num_classes).repeat(PER_CLASS)
+    found: dict[str, dict[str, float]] = {}
+    for margin in MARGINS:
+        torch.manual_seed(0)
+        code = soft_code(y, net.num_classes + 1, margin)
+        with frozen(generator):
+            images = ImageSet(to_bytes(net, generator(torch.randn(len(y), generator.latent_size), code)), y)
+        logits = all_logits(net, images)
+        landed = (logits.argmax(1) == y).double()
+        judged = torch.stack([all_logits(judge, images)[:, :-1].argmax(1) == y for judge in judges]).double().mean(0)
+        entries = code.topk(2, dim=1).values.double()
 
-    def shares(of: Tensor) -> dict[str, float]:
-        return {
-            "inversions": of.double().mean().item() if of.dtype == torch.bool else len(of) / len(y),
-            "code": first[of].mean().item(),
-            "second": second[of].mean().item(),
-            "landed": landed[of].double().mean().item(),
-            "judged": judged[of].mean().item(),
-        }
+        def shares(of: Tensor, by: tuple[Tensor, ...] = (entries[:, 0], entries[:, 1], landed, judged)) -> dict[str, float]:
+            """Of some of the inversions, by their places."""
+            means = (value[of].mean().item() for value in by)
+            return {"inversions": len(of) / len(y), **dict(zip(("largest", "second", "landed", "judged"), means, strict=True))}
 
-    found = {"all": shares(torch.ones_like(certain)), "at most tau": shares(certain), "above tau": shares(~certain)}
-    found |= {f"clear {i}": shares(part) for i, part in enumerate((first - second).argsort().chunk(PARTS), start=1)}
+        found[f"margin {margin}"] = shares(torch.arange(len(y)))
+        if not margin:
+            certain = uncertainty(logits.softmax(1)) <= net.tau
+            found |= {"at most tau": shares(certain.argwhere()[:, 0]), "above tau": shares((~certain).argwhere()[:, 0])}
+            fifths = (entries[:, 0] - entries[:, 1]).argsort().chunk(PARTS)
+            found |= {f"fifth {i}": shares(fifth) for i, fifth in enumerate(fifths, start=1)}
     record = json.loads(OUT.read_text()) if OUT.exists() else {}
     run = {"data": settings.data, "images": settings.images, "epochs": settings.config.epochs, "seed": settings.config.seed, "tau": float(net.tau)}
     command = f"python tests/bench/agreement.py RUN {' '.join(judge.name for judge in a.judges)}"
-    record[settings.data] = {**run, "judges": [judge.stem for judge in a.judges], "shares": found, **provenance(), "command": command}
+    key = f"{settings.data}-seed{settings.config.seed}"
+    record[key] = {**run, "judges": [judge.stem for judge in a.judges], "shares": found, **provenance(), "command": command}
     write_json(OUT, record)
     print(json.dumps(found, indent=1))
 

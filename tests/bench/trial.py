@@ -177,15 +177,15 @@ class RestartTrainer(TIETrainer):
         return super().invert(batches, progress)
 
 
-def sharp_code(y: Tensor, num_outputs: int, full=soft_code) -> Tensor:
+def sharp_code(y: Tensor, num_outputs: int, margin: float = 0.0, full=soft_code) -> Tensor:
     """Codes that say more clearly which class is asked for: at temperature 1/2, squares that are brought back to sum 1."""
-    squared = full(y, num_outputs).square()
+    squared = full(y, num_outputs, margin).square()
     return squared / squared.sum(1, keepdim=True)
 
 
-def clear_code(y: Tensor, num_outputs: int, full=soft_code) -> Tensor:
+def clear_code(y: Tensor, num_outputs: int, margin: float = 0.0, full=soft_code) -> Tensor:
     """Codes as soft as the paper's, but for the largest normal, which is 0.5 larger: none is close to a tie."""
-    return (full(y, num_outputs).log() + 0.5 * F.one_hot(y, num_outputs)).softmax(1)
+    return full(y, num_outputs, margin + 0.5)
 
 
 class SharpCodesTrainer(TIETrainer):
@@ -208,7 +208,7 @@ def judged(trainer: TIETrainer, judges: list[TIENet], per_class: int = 500) -> d
     """Share of new inversions that plain networks take for the ID class asked for, mean over these; and of those that tau lets through."""
     y = torch.arange(trainer.net.num_classes).repeat(per_class)
     with seeded(len(trainer.log)):
-        x = trainer.synthesizers[0].invert(y).x
+        x = trainer.synthesizers[0].invert(y, margin=0.0).x
     images = ImageSet((x * 255).round().to(torch.uint8), y)
     right = torch.stack([all_logits(judge, images)[:, :-1].argmax(1) == y for judge in judges]).double().mean(0)
     certain = uncertainty(all_logits(trainer.net, images).softmax(1)) <= trainer.net.tau
