@@ -188,6 +188,11 @@ def clear_code(y: Tensor, num_outputs: int, margin: float = 0.0, full=soft_code)
     return full(y, num_outputs, margin + 0.5)
 
 
+def softer_code(y: Tensor, num_outputs: int, margin: float = 0.0, full=soft_code) -> Tensor:
+    """Codes with more ties: at temperature 2; the margin is added after it."""
+    return (full(y, num_outputs).log() / 2 + margin * F.one_hot(y, num_outputs)).softmax(1)
+
+
 class SharpCodesTrainer(TIETrainer):
     """TIE's inversion, asked by codes at temperature 1/2."""
 
@@ -204,15 +209,25 @@ class ClearCodesTrainer(SharpCodesTrainer):
     code = staticmethod(clear_code)
 
 
+class SofterCodesTrainer(SharpCodesTrainer):
+    """TIE's inversion, asked by codes at temperature 2."""
+
+    code = staticmethod(softer_code)
+
+
 def judged(trainer: TIETrainer, judges: list[TIENet], per_class: int = 500) -> dict[str, float]:
-    """Share of new inversions that plain networks take for the ID class asked for, mean over these; and of those that tau lets through."""
+    """Share of new inversions that plain networks take for the ID class asked for, mean over these; and of those that tau lets through; and of those asked for clearly."""
     y = torch.arange(trainer.net.num_classes).repeat(per_class)
-    with seeded(len(trainer.log)):
-        x = trainer.synthesizers[0].invert(y, margin=0.0).x
-    images = ImageSet((x * 255).round().to(torch.uint8), y)
-    right = torch.stack([all_logits(judge, images)[:, :-1].argmax(1) == y for judge in judges]).double().mean(0)
+
+    def asked(margin: float) -> tuple[ImageSet, Tensor]:
+        with seeded(len(trainer.log)):
+            images = ImageSet((trainer.synthesizers[0].invert(y, margin).x * 255).round().to(torch.uint8), y)
+        return images, torch.stack([all_logits(judge, images)[:, :-1].argmax(1) == y for judge in judges]).double().mean(0)
+
+    images, right = asked(0.0)
     certain = uncertainty(all_logits(trainer.net, images).softmax(1)) <= trainer.net.tau
-    return {"judged": right.mean().item(), "judged_certain": right[certain].mean().item(), "certain": certain.double().mean().item()}
+    shares = {"judged": right.mean().item(), "judged_certain": right[certain].mean().item(), "certain": certain.double().mean().item()}
+    return {**shares, "judged_clear": asked(0.5)[1].mean().item()}
 
 
 class NoiseTrainer(TIETrainer):
@@ -363,6 +378,7 @@ VARIANTS = {
     "averaged": (TIENet, AveragedTrainer),
     "restart": (TIENet, RestartTrainer),
     "sharp-codes": (TIENet, SharpCodesTrainer),
+    "softer-codes": (TIENet, SofterCodesTrainer),
     "clear-codes": (TIENet, ClearCodesTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
 }
