@@ -216,7 +216,7 @@ class SofterCodesTrainer(SharpCodesTrainer):
 
 
 def judged(trainer: TIETrainer, judges: list[TIENet], per_class: int = 500) -> dict[str, float]:
-    """Share of new inversions that plain networks take for the ID class asked for, mean over these; and of those that tau lets through; and of those asked for clearly."""
+    """Share of inversions that plain networks take for the class asked for: of all, of those that tau lets through, asked clearly."""
     y = torch.arange(trainer.net.num_classes).repeat(per_class)
 
     def asked(margin: float) -> tuple[ImageSet, Tensor]:
