@@ -27,7 +27,7 @@ from tie_ext.comparison import all_logits, ood_metrics, provenance
 from tie_ext.data import Batches, ImageSet
 from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import write_json
-from tie_ext.inversion import soft_code
+from tie_ext.inversion import loss_terms, soft_code
 from tie_ext.metrics import CandidateTally
 from tie_ext.outliers import make
 from tie_ext.synthesis import frozen
@@ -215,6 +215,34 @@ class SofterCodesTrainer(SharpCodesTrainer):
     code = staticmethod(softer_code)
 
 
+def frontier_code(y: Tensor, num_outputs: int, margin: float = 0.0, full=soft_code) -> Tensor:
+    """Half of the codes for an ID class ask for what is as much that class as garbage; with a margin none does."""
+    code, n = full(y, num_outputs, margin), num_outputs - 1
+    half = ((torch.arange(len(y)) % 2 == 0) & (y < n)) if not margin else torch.zeros_like(y, dtype=torch.bool)
+    between = torch.full_like(code, 0.1 / (n - 1))
+    between[:, n] = 0.45
+    between[torch.arange(len(y)), y] = 0.45 * 1.001  # so that it is still the class that is asked for
+    return torch.where(half[:, None], between / between.sum(1, keepdim=True), code)
+
+
+def frontier_terms(logits: Tensor, features: Tensor, code: Tensor, full=loss_terms) -> dict[str, Tensor]:
+    """As the package's, but codes between a class and garbage are the target of the cross-entropy themselves, instead of their argmax."""
+    n, asked = code.shape[1] - 1, code.argmax(1)
+    between = (asked < n) & (code[:, n] > 0.99 * code.amax(1))
+    target = torch.where(between[:, None], code, F.one_hot(asked, n + 1).to(code))
+    return {**full(logits, features, code), "ce": -(target * logits.log_softmax(1)).sum(1).mean()}
+
+
+class FrontierTrainer(SharpCodesTrainer):
+    """Inversions that lie between an ID class and garbage join the paper's."""
+
+    code = staticmethod(frontier_code)
+
+    def __init__(self, net: TIENet, config: TIEConfig):
+        super().__init__(net, config)
+        patch("tie_ext.inversion.loss_terms", frontier_terms).start()
+
+
 def judged(trainer: TIETrainer, judges: list[TIENet], per_class: int = 500) -> dict[str, float]:
     """Share of inversions that plain networks take for the class asked for: of all, of those that tau lets through, asked clearly."""
     y = torch.arange(trainer.net.num_classes).repeat(per_class)
@@ -379,6 +407,7 @@ VARIANTS = {
     "restart": (TIENet, RestartTrainer),
     "sharp-codes": (TIENet, SharpCodesTrainer),
     "softer-codes": (TIENet, SofterCodesTrainer),
+    "frontier": (TIENet, FrontierTrainer),
     "clear-codes": (TIENet, ClearCodesTrainer),
     "per-class": (PerClassNet, PerClassTrainer),
 }
