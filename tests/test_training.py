@@ -159,6 +159,7 @@ def test_bad_data_is_refused_before_any_work(batches, message):
         {"prior": "pink"},
         {"objective": "energy"},
         {"garbage_shift": -1},
+        {"code_margin": -0.1},
         {"seed": -1},
         {"lam": float("nan")},
     ],

@@ -82,6 +82,7 @@ class Inversion(Synthesizer):
         alpha: Weight of the KL term.
         beta: Weight of the CE term.
         gamma: Weight of the cosine term at the start and at the end of the run, linear between.
+        margin: How clearly codes ask for a class in training, see :func:`soft_code`.
         width: Width of the :class:`~tie_ext.networks.Generator`.
         low: Smallest value of the data, a number or one a channel.
         high: Largest value of the data.
@@ -103,6 +104,7 @@ class Inversion(Synthesizer):
         alpha: float = 0.1,
         beta: float = 1.0,
         gamma: tuple[float, float] = (1.0, 1.0),
+        margin: float = 0.0,
         width: int = 32,
         low: float | Sequence[float] | Tensor = 0.0,
         high: float | Sequence[float] | Tensor = 1.0,
@@ -111,8 +113,9 @@ class Inversion(Synthesizer):
         check_number("steps", steps, 1, 10**6, integer=True)
         check_number("batch_size", batch_size, 2, 10**6, integer=True)
         check_number("lr", lr, 0, 1, above=True)
+        check_number("margin", margin, 0, 100)
         self.num_outputs, self.steps, self.batch_size = num_classes + 1, steps, batch_size
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.alpha, self.beta, self.gamma, self.margin = alpha, beta, gamma, margin
         self.generator = Generator(image_shape, num_classes + 1, width=width, low=low, high=high)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=lr)
 
@@ -124,7 +127,7 @@ class Inversion(Synthesizer):
         with frozen(classifier):
             for _ in range(self.steps):
                 y = torch.randint(self.num_outputs, (self.batch_size,), device=self.device)
-                code = soft_code(y, self.num_outputs)
+                code = soft_code(y, self.num_outputs, self.margin)
                 logits, h = classifier(self._generate(code), return_feature=True, garbage=True)
                 terms = loss_terms(logits, h, code)
                 loss = torch.stack([weight[name] * term for name, term in terms.items()]).sum()
@@ -141,7 +144,7 @@ class Inversion(Synthesizer):
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """As many inversions as there are images in ``x``, every class (garbage included) asked for equally often."""
         first = torch.randint(self.num_outputs, (1,), device=self.device)  # so that short batches do not favour the first classes
-        return self.invert((torch.arange(len(x), device=self.device) + first) % self.num_outputs, margin=0.0)
+        return self.invert((torch.arange(len(x), device=self.device) + first) % self.num_outputs, self.margin)
 
     @torch.no_grad()
     def invert(self, y: Tensor, margin: float = 0.5) -> Candidates:
@@ -149,8 +152,8 @@ class Inversion(Synthesizer):
 
         Arguments:
             y: Classes ``(M,)`` in ``[0, n]``.
-            margin: How clearly each code asks for its class, see :func:`soft_code`; 0 as in training, where what lies between classes is
-                wanted too. What misses its class was nearly always asked for by a code close to a tie (docs/agreement.md).
+            margin: How clearly each code asks for its class, see :func:`soft_code`. In training it is 0, as what lies between classes is
+                wanted too; but what misses its class was nearly always asked for by a code close to a tie (``docs/agreement.md``).
 
         Returns:
             The :class:`Candidates`; the generator's mode is left as it was.

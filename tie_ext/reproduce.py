@@ -126,7 +126,7 @@ def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> N
     for synthesizer in trainer.synthesizers:
         if isinstance(synthesizer, Inversion):
             with seeded(len(trainer.log)):
-                x, y = synthesizer.invert(torch.arange(trainer.net.num_classes).repeat_interleave(per_class), margin=0.0)
+                x, y = synthesizer.invert(torch.arange(trainer.net.num_classes).repeat_interleave(per_class), synthesizer.margin)
             save_state(path, "inversions", {"x": to_bytes(trainer.net, x).cpu(), "y": y.cpu()})
 
 
