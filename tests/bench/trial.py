@@ -446,6 +446,8 @@ def main() -> None:
         epochs.append({**look(net, held_out, outliers), **about})
         print(a.name, json.dumps(epochs[-1]), flush=True)
     command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA")
+    for judge in a.judge:
+        command = command.replace(str(judge), judge.name)
     changes = {key: str(value) if value == -float("inf") else value for key, value in a.changes.items()}  # JSON has no infinity
     record = {"changes": changes, "data": a.data, "images": a.images, "shift": a.shift, "variant": a.variant, "epochs": epochs}
     write_json(OUT / f"{a.name}.json", {**record, **provenance(), "command": command})
