@@ -148,6 +148,32 @@ def test_soft_codes_have_the_distribution_of_a_softmax_of_normals():
     torch.testing.assert_close(asked.std(0), free.std(0), atol=0.01, rtol=0)
 
 
+def test_training_asks_as_clearly_as_it_is_set_and_people_clearly(monkeypatch):
+    asked = []
+
+    def spy(self, code):
+        asked.append(code)
+        return generate(self, code)
+
+    generate = Inversion._generate
+    monkeypatch.setattr(Inversion, "_generate", spy)
+    net, y = make_net(), torch.arange(4).repeat(50)
+
+    def margins(margin, ask):
+        inversion = Inversion(SHAPE, 3, steps=2, batch_size=100, width=8, margin=margin)
+        asked.clear()
+        ask(inversion)
+        first, second = torch.cat(asked).log().topk(2, dim=1).values.T
+        return (first - second).min()
+
+    for ask in (lambda inversion: inversion.fit(net, [], 0.0), lambda inversion: inversion.sample(net, torch.zeros(200, *SHAPE), y)):
+        assert margins(0.0, ask) < 0.1
+        assert margins(0.7, ask) > 0.7 - 1e-5
+    for margin in (0.0, 0.7):
+        assert margins(margin, lambda inversion: inversion.invert(y)) > 0.5 - 1e-5
+    assert margins(0.7, lambda inversion: inversion.invert(y, margin=0.0)) < 0.1
+
+
 def test_loss_terms_are_the_papers():
     logits, h, code = torch.randn(6, 4), torch.rand(6, 5), torch.randn(6, 4).softmax(1)
     p = logits.softmax(1)

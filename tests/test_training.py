@@ -176,6 +176,10 @@ def test_the_trainer_moves_garbage_as_its_settings_say():
         TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), replace(config, garbage_shift=29))
 
 
+def test_the_trainer_asks_for_inversions_as_its_settings_say():
+    assert TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), replace(TINY, code_margin=0.25)).synthesizers[0].margin == 0.25
+
+
 def test_a_network_without_an_image_shape_is_refused():
     with pytest.raises(ValueError, match="Expected a TIENet with an image_shape"):
         TIETrainer(TIENet(Conv3(), 10), TINY)
