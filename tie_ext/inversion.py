@@ -152,8 +152,8 @@ class Inversion(Synthesizer):
 
         Arguments:
             y: Classes ``(M,)`` in ``[0, n]``.
-            margin: How clearly each code asks for its class, see :func:`soft_code`. In training it is 0, as what lies between classes is
-                wanted too; but what misses its class was nearly always asked for by a code close to a tie (``docs/agreement.md``).
+            margin: How clearly each code asks for its class, see :func:`soft_code`. In training it is 0 by default, as what lies between
+                classes is wanted too; but what misses its class was nearly always asked for by a code close to a tie (``docs/agreement.md``).
 
         Returns:
             The :class:`Candidates`; the generator's mode is left as it was.

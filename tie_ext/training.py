@@ -82,7 +82,7 @@ class TIEConfig:
     """Weight of its cosine term at the end of the run (the paper: 100)."""
     code_margin: float = 0.0
     """How clearly codes ask for a class: the largest of a code's normals leads by at least as much. Measured in ``docs/ledger.md``: with 0.5
-    MNIST's ID images lose less to the garbage class; with FashionMNIST nothing is uncertain any more, and nothing expelled."""
+    fewer of MNIST's ID images land in the garbage class, and fewer clothes; of FashionMNIST nothing is uncertain then, and nothing expelled."""
     seed: int = 0
     """Seed of all that is random inside an epoch."""
 
