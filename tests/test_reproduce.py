@@ -12,9 +12,10 @@ from conftest import TINY, make_batches, make_net
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tie_ext import reproduce, tables
+from tie_ext import TIETrainer, reproduce, tables
 from tie_ext.cli import main
 from tie_ext.comparison import ood_metrics, peak_memory
+from tie_ext.inversion import Inversion
 
 Image = pytest.importorskip("PIL.Image")
 CONFIG = replace(TINY, epochs=1)
@@ -247,3 +248,18 @@ def test_networks_of_shorter_runs_judge_too_and_those_of_other_sets_do_not(done,
     reproduce._judge_inversions(out)
     judged = json.loads((out / "inversions.json").read_text())
     assert list(judged["mnist-allx1-tie-seed0"]) == ["mnist-20x1-plain-seed1", "mnist-allx1-plain-seed1"]
+
+
+def test_inversions_that_are_judged_are_asked_for_as_in_training(tmp_path, monkeypatch):
+    margins = []
+
+    def spy(self, y, margin=0.5):
+        margins.append(margin)
+        return invert(self, y, margin)
+
+    invert = Inversion.invert
+    monkeypatch.setattr(Inversion, "invert", spy)
+    for margin in (0.0, 0.25):
+        trainer = TIETrainer(make_net(), replace(TINY, code_margin=margin))
+        reproduce._keep_inversions(tmp_path / "inversions.safetensors", trainer, per_class=2)
+    assert margins == [0.0, 0.25]
