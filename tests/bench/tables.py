@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from cost import cost
+from page import fill
 
 from tie_ext.comparison import METHODS, OPENOOD, has_garbage, label
 from tie_ext.report import table
@@ -327,6 +328,7 @@ def documents() -> dict[str, str]:
         "cost.md": cost(),
         "threshold.md": threshold(),
         "agreement.md": agreement(),
+        "results.md": fill((Path(__file__).parent / "results.md").read_text()),
         **{f"results/{folder}/tables.md": reproduced(DOCS / "results" / folder) for folder in RUNS},
     }
     return {name: text for name, text in texts.items() if text}

@@ -1,0 +1,106 @@
+"""Put measured numbers into a page's text, so that none of them is typed.
+
+A place for a number is ``{{RUN METHOD | WHAT}}``. RUN is ``[FOLDER/]DATA[@IMAGESxEPOCHS]`` (``reproduce`` and ``20000x10`` where nothing else
+is said) and METHOD as in the names of the cells: ``{{mnist tie | accuracy}}``, ``{{lambda-5/mnist@allx20 openood_ascood | seeds}}``.
+WHAT is one of:
+
+* ``accuracy``, ``id garbage``, ``id rejected``, ``minutes``, ``seeds``, ``least confident``;
+* ``OOD SET: garbage``, ``rejected``, ``most confident``, or ``SCORE METRIC [through]``, as in ``fashionmnist: UE fpr95 through``;
+* ``OOD SET: at RULE``, rejected by a rule of threshold.json (``two levels``, ``0.01``, ``0.05``), as in ``mnist: at 0.01``;
+* ``judged WHICH``, of agreement.json (METHOD is ``inversions``), as in ``{{mnist inversions | judged margin 0.5}}``.
+
+``natural`` for an OOD set gives the smallest and the largest mean over those of CIFAR-10, CIFAR-100 and TinyImageNet that are OOD.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+NATURAL = ("cifar10", "cifar100", "tinyimagenet")
+
+
+def fill(text: str) -> str:
+    """The text with every number in its place.
+
+    Raises:
+        ValueError: If a place names no record, or nothing that its records hold.
+    """
+
+    def put(place: re.Match) -> str:
+        try:
+            return _number(place[1])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Expected {place[0]} to name a number that was measured, but got: {error!r}") from error
+
+    return re.sub(r"\{\{(.+?)\}\}", put, text)
+
+
+def _number(place: str) -> str:
+    left, _, what = (part.strip() for part in place.partition("|"))
+    run, method = left.rsplit(" ", 1)
+    of, _, which = what.rpartition(": ")
+    if method == "inversions":
+        return _spread([r["shares"][what.removeprefix("judged ")]["judged"] for r in _json("agreement.json").values() if r["data"] == run], 1)
+    cells = _cells(run, method)
+    if what == "seeds":
+        return str(len(cells))
+    if what == "minutes":
+        return f"{mean(cell['seconds'] for _, cell in cells) / 60:.1f}"
+    if of == "natural":
+        means = [mean(_value(other, which)(key, cell) for key, cell in cells) for other in NATURAL if other in cells[0][1]["ood_images"]]
+        ends = [_percent(value, which) for value in (min(means), max(means))]
+        return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+    values = [_value(of, which)(key, cell) for key, cell in cells]
+    return _spread(values, _digits(mean(values), which))
+
+
+def _cells(run: str, method: str) -> list[tuple[str, dict]]:
+    """Each seed's record, with its name in threshold.json."""
+    folder, _, name = run.rpartition("/")
+    data, _, size = name.partition("@")
+    folder = folder or "reproduce"
+    found = sorted((RESULTS / folder / "cells").glob(f"{data.replace(':', '_')}-{size or '20000x10'}-{method}-seed*.json"))
+    if not found:
+        raise ValueError(f"no cell of {run} by {method}")
+    return [(f"{folder}/{path.stem}", json.loads(path.read_text())) for path in found]
+
+
+def _value(other: str, which: str) -> Callable[[str, dict], float]:
+    """What to read from a record, as a share of 1."""
+    own = {"accuracy": "accuracy", "id garbage": "id_garbage_rate", "id rejected": "id_rejected"}
+    if not other and which in own:
+        return lambda key, cell: cell["numbers"][own[which]]
+    if not other and which == "least confident":
+        return lambda key, cell: cell["level2"]["least_confident_id"]
+    if which in ("garbage", "rejected"):
+        return lambda key, cell: cell["numbers"][{"garbage": "garbage_rate"}.get(which, which)][other]
+    if which == "most confident":
+        return lambda key, cell: cell["level2"][other]["most_confident_through"]
+    if which.startswith("at "):
+        return lambda key, cell: _json("threshold.json")["results"][key][which.removeprefix("at ")][other]["rejected"]
+    read = re.fullmatch(r"(.+) (fpr95|auroc|aupr)( through)?", which)
+    if read is None:
+        raise ValueError(f"nothing called {which!r}")
+    score, metric, through = read.groups()
+    return lambda key, cell: cell["level2"][other][score]["through" if through else "all"][metric]
+
+
+def _json(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _digits(value: float, which: str) -> int:
+    """Two where a hundredth matters: accuracies, AUROC, ID images lost, and what is below 1 %; else one."""
+    return 2 if which in ("accuracy", "id garbage") or "auroc" in which or value < 0.01 else 1
+
+
+def _percent(value: float, which: str) -> str:
+    return f"{100 * value:.{_digits(value, which)}f}"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    scaled = [100 * v for v in values]
+    return f"{mean(scaled):.{digits}f}" + (f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else "")
