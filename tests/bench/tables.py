@@ -15,7 +15,8 @@ from tie_ext.comparison import METHODS, OPENOOD, has_garbage, label
 from tie_ext.report import table
 from tie_ext.tables import tables as reproduced
 
-DOCS = Path(__file__).parents[2] / "docs"
+BENCH = Path(__file__).parent
+DOCS = BENCH.parents[1] / "docs"
 NOISE = ("noise", "uniform noise", "sphere noise")
 """OOD sets of the cells that are noise."""
 RUNS = ("reproduce", "lambda-5", "moved-garbage", "no-kl", "garbage-weight-10", "lambda-0.5", "every-candidate", "clear-codes")
@@ -316,6 +317,13 @@ def agreement() -> str:
     return "\n".join(parts)
 
 
+def readme() -> str:
+    """README.md, with the advice between its two comments."""
+    start, end = "<!-- tests/bench/tables.py fills in tests/bench/advice.md here -->\n", "<!-- and ends here -->"
+    before, rest = (DOCS.parent / "README.md").read_text().split(start)
+    return f"{before}{start}{fill((BENCH / 'advice.md').read_text())}{end}{rest.split(end)[1]}"
+
+
 def documents() -> dict[str, str]:
     """Text of every document by its place in docs/; those without any record yet are left out."""
     size = (20_000, 10)
@@ -328,7 +336,8 @@ def documents() -> dict[str, str]:
         "cost.md": cost(),
         "threshold.md": threshold(),
         "agreement.md": agreement(),
-        "results.md": fill((Path(__file__).parent / "results.md").read_text()),
+        "results.md": fill((BENCH / "results.md").read_text()),
+        "../README.md": readme(),
         **{f"results/{folder}/tables.md": reproduced(DOCS / "results" / folder) for folder in RUNS},
     }
     return {name: text for name, text in texts.items() if text}
