@@ -105,17 +105,3 @@ def test_the_tables_in_docs_are_those_of_the_records(monkeypatch):
     assert "synthesizers.md" in documents
     stale = [name for name, text in documents.items() if (tables.DOCS / name).read_text() != text]
     assert not stale, "run `python tests/bench/tables.py`"
-
-
-def test_a_place_that_names_no_measured_number_is_an_error(monkeypatch):
-    monkeypatch.syspath_prepend(HOUSE.parent / "tests" / "bench")
-    import page
-
-    accuracy = page.fill("{{mnist tie | accuracy}}")
-    assert re.fullmatch(r"9\d\.\d\d ± \d\.\d\d", accuracy)
-    assert page.fill(f"as {{{{mnist tie | accuracy}}}} %, in {1}") == f"as {accuracy} %, in 1"
-    low, high = page.fill("{{fashionmnist tie | natural: garbage}}").split(" to ")
-    assert 90 < float(low) < float(high) <= 100
-    for place in ("mnist nobody | accuracy", "mnist tie | beauty", "mnist tie | svhn: garbage", "mnist inversions | judged margin 9", "mnist tie"):
-        with pytest.raises(ValueError, match="to name a number that was measured"):
-            page.fill(f"{{{{{place}}}}}")
