@@ -72,6 +72,7 @@ def test_a_place_in_a_page_takes_a_measured_number():
     accuracy = page.fill("{{mnist tie | accuracy}}")
     assert re.fullmatch(r"9\d\.\d\d ± \d\.\d\d", accuracy)
     assert page.fill("as {{mnist tie | accuracy}} %, in {1}") == f"as {accuracy} %, in {{1}}"
+    assert page.fill("{{garbage-weight-10/fashionmnist@allx20 marginal | right at 0.01}}").startswith("92.")
     low, high = page.fill("{{fashionmnist tie | natural: garbage}}").split(" to ")
     assert 90 < float(low) < float(high) <= 100
 

@@ -6,7 +6,8 @@ WHAT is one of:
 
 * ``accuracy``, ``id garbage``, ``id rejected``, ``minutes``, ``seeds``, ``least confident``;
 * ``OOD SET: garbage``, ``rejected``, ``most confident``, or ``SCORE METRIC [through]``, as in ``fashionmnist: UE fpr95 through``;
-* ``OOD SET: at RULE``, rejected by a rule of threshold.json (``two levels``, ``0.01``, ``0.05``), as in ``mnist: at 0.01``;
+* ``OOD SET: at RULE``, rejected by a rule of threshold.json (``two levels``, ``0.01``, ``0.05``), as in ``mnist: at 0.01``; ``right at RULE``,
+  ID images accepted as what they are;
 * ``judged WHICH``, of agreement.json (METHOD is ``inversions``), as in ``{{mnist inversions | judged margin 0.5}}``.
 
 ``natural`` for an OOD set gives the smallest and the largest mean over those of CIFAR-10, CIFAR-100 and TinyImageNet that are OOD.
@@ -79,6 +80,8 @@ def _value(other: str, which: str) -> Callable[[str, dict], float]:
         return lambda key, cell: cell["numbers"][{"garbage": "garbage_rate"}.get(which, which)][other]
     if which == "most confident":
         return lambda key, cell: cell["level2"][other]["most_confident_through"]
+    if not other and which.startswith("right at "):
+        return lambda key, cell: _json("threshold.json")["results"][key][which.removeprefix("right at ")]["id"]["right"]
     if which.startswith("at "):
         return lambda key, cell: _json("threshold.json")["results"][key][which.removeprefix("at ")][other]["rejected"]
     read = re.fullmatch(r"(.+) (fpr95|auroc|aupr)( through)?", which)
@@ -94,7 +97,7 @@ def _json(name: str) -> dict:
 
 def _digits(value: float, which: str) -> int:
     """Two where a hundredth matters: accuracies, AUROC, ID images lost, and what is below 1 %; else one."""
-    return 2 if which in ("accuracy", "id garbage") or "auroc" in which or value < 0.01 else 1
+    return 2 if which in ("accuracy", "id garbage") or which.startswith("right") or "auroc" in which or value < 0.01 else 1
 
 
 def _percent(value: float, which: str) -> str:
