@@ -114,6 +114,18 @@ def test_without_cuda_is_undone_and_leaves_a_gpu_alone(monkeypatch):
     assert (torch.Tensor.cuda, nn.Module.cuda, torch.load) == before
 
 
+def test_without_cuda_reads_onto_the_cpu_what_runs_no_code_unless_a_caller_says_otherwise(monkeypatch):
+    from tie_ext.openood.cpu import without_cuda
+
+    asked = []
+    monkeypatch.setattr(torch, "load", lambda path, **how: asked.append(how))
+    own = {"map_location": "meta", "weights_only": False}
+    with without_cuda(wanted=False):
+        torch.load("network.ckpt")
+        torch.load("network.ckpt", **own)
+    assert asked == [{"map_location": "cpu", "weights_only": True}, own]
+
+
 # Registration.
 
 

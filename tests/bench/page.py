@@ -44,7 +44,7 @@ def _number(place: str) -> str:
     run, method = left.rsplit(" ", 1)
     of, _, which = what.rpartition(": ")
     if method == "inversions":
-        return _spread([r["shares"][what.removeprefix("judged ")]["judged"] for r in _json("agreement.json").values() if r["data"] == run], 1)
+        return percent([r["shares"][what.removeprefix("judged ")]["judged"] for r in _json("agreement.json").values() if r["data"] == run], 1)
     cells = _cells(run, method)
     if what == "seeds":
         return str(len(cells))
@@ -52,10 +52,10 @@ def _number(place: str) -> str:
         return f"{mean(cell['seconds'] for _, cell in cells) / 60:.1f}"
     if of == "natural":
         means = [mean(_value(other, which)(key, cell) for key, cell in cells) for other in NATURAL if other in cells[0][1]["ood_images"]]
-        ends = [_percent(value, which) for value in (min(means), max(means))]
+        ends = [percent([value], _digits(value, which)) for value in (min(means), max(means))]
         return ends[0] if ends[0] == ends[1] else " to ".join(ends)
     values = [_value(of, which)(key, cell) for key, cell in cells]
-    return _spread(values, _digits(mean(values), which))
+    return percent(values, _digits(mean(values), which))
 
 
 def _cells(run: str, method: str) -> list[tuple[str, dict]]:
@@ -84,7 +84,7 @@ def _value(other: str, which: str) -> Callable[[str, dict], float]:
         return lambda key, cell: _json("threshold.json")["results"][key][which.removeprefix("right at ")]["id"]["right"]
     if which.startswith("at "):
         return lambda key, cell: _json("threshold.json")["results"][key][which.removeprefix("at ")][other]["rejected"]
-    read = re.fullmatch(r"(.+) (fpr95|auroc|aupr)( through)?", which)
+    read = re.fullmatch(r"(.+) (fpr95|auroc)( through)?", which)
     if read is None:
         raise ValueError(f"nothing called {which!r}")
     score, metric, through = read.groups()
@@ -100,10 +100,7 @@ def _digits(value: float, which: str) -> int:
     return 2 if which in ("accuracy", "id garbage") or which.startswith("right") or "auroc" in which or value < 0.01 else 1
 
 
-def _percent(value: float, which: str) -> str:
-    return f"{100 * value:.{_digits(value, which)}f}"
-
-
-def _spread(values: list[float], digits: int) -> str:
+def percent(values: list[float], digits: int = 2) -> str:
+    """Mean of shares in percent, with the standard deviation where there are several."""
     scaled = [100 * v for v in values]
     return f"{mean(scaled):.{digits}f}" + (f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else "")

@@ -6,10 +6,10 @@ python tests/bench/tables.py
 import json
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 from cost import cost
-from page import fill
+from page import fill, percent
 
 from tie_ext.comparison import METHODS, OPENOOD, has_garbage, label
 from tie_ext.report import table
@@ -23,12 +23,6 @@ RUNS = ("reproduce", "lambda-5", "moved-garbage", "no-kl", "garbage-weight-10", 
 """Folders of cells, by what their settings have in common; the first has the defaults."""
 LONGER = (30, 65)
 """Epochs after which multi-scale noise without TIE and the plain network have trained as long as TIE has after 10 (20 000 MNIST images)."""
-
-
-def percent(values: list[float], digits: int = 2) -> str:
-    """Mean of shares in percent, with the standard deviation where there are several."""
-    scaled = [100 * v for v in values]
-    return f"{mean(scaled):.{digits}f}" + (f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else "")
 
 
 def trials() -> str:

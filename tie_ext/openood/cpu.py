@@ -11,6 +11,8 @@ from torch import Tensor, nn
 def without_cuda(wanted: bool) -> Iterator[None]:
     """Inside, ``.cuda()`` leaves tensors and modules where they are, and ``torch.load`` reads onto the CPU; outside, all is as before.
 
+    What is loaded so runs no code: tensors and plain containers alone are read, as torch from 2.6 on does by itself, unless a caller says otherwise.
+
     Arguments:
         wanted: Whether a GPU was asked for. Nothing is changed where one is there and was asked for.
     """
@@ -21,7 +23,7 @@ def without_cuda(wanted: bool) -> Iterator[None]:
     stand_ins = [
         (Tensor, "cuda", lambda self, *_, **__: self),
         (nn.Module, "cuda", lambda self, *_, **__: self),
-        (torch, "load", lambda *args, **kwargs: load(*args, **{"map_location": "cpu", **kwargs})),
+        (torch, "load", lambda *args, **kwargs: load(*args, **{"map_location": "cpu", "weights_only": True, **kwargs})),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
     for owner, name, stand_in in stand_ins:
