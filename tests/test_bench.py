@@ -68,6 +68,21 @@ def test_shares_of_a_decision():
     assert threshold.shares(decision, torch.tensor([0, 0, 0, 2])) == {"garbage": 0.25, "rejected": 0.5, "right": 0.25}
 
 
+@given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=40), st.floats(0.01, 1))
+def test_a_threshold_of_an_accuracy_is_the_smallest_that_has_it(images, share):
+    scores, right = torch.tensor([s for s, _ in images], dtype=torch.float64), torch.tensor([r for _, r in images])
+
+    def accuracy(threshold):
+        return (right & (scores <= threshold)).sum().item() / len(scores)
+
+    found = threshold.threshold_of_accuracy(scores, right, share)
+    if found is None:
+        assert accuracy(scores.max()) < share
+    else:
+        assert accuracy(found) >= share
+        assert all(accuracy(s) < share for s in scores if s < found)
+
+
 def test_a_place_in_a_page_takes_a_measured_number():
     accuracy = page.fill("{{mnist tie | accuracy}}")
     assert re.fullmatch(r"9\d\.\d\d ± \d\.\d\d", accuracy)

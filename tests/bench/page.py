@@ -6,8 +6,8 @@ WHAT is one of:
 
 * ``accuracy``, ``id garbage``, ``id rejected``, ``minutes``, ``seeds``, ``least confident``;
 * ``OOD SET: garbage``, ``rejected``, ``most confident``, or ``SCORE METRIC [through]``, as in ``fashionmnist: UE fpr95 through``;
-* ``OOD SET: at RULE``, rejected by a rule of threshold.json (``two levels``, ``0.01``, ``0.05``), as in ``mnist: at 0.01``; ``right at RULE``,
-  ID images accepted as what they are;
+* ``OOD SET: at RULE``, rejected by a rule of threshold.json (``two levels``, ``0.01``, ``0.05``, ``paper accuracy``), as in
+  ``mnist: at 0.01``; ``right at RULE``, ID images accepted as what they are;
 * ``judged WHICH``, of agreement.json (METHOD is ``inversions``), as in ``{{mnist inversions | judged margin 0.5}}``.
 
 ``natural`` for an OOD set gives the smallest and the largest mean over those of CIFAR-10, CIFAR-100 and TinyImageNet that are OOD.

@@ -4,12 +4,14 @@
 
 The networks are those of `tie-ext reproduce` that have a garbage class; folder and name say how each was trained; those
 under figures/ are copies of what the runs of docs/figures.md saved. Half of the ID test images,
-drawn at random, fits the threshold and the other half judges it; then the other way round; shares are the mean of both. Writes
-docs/results/threshold.json; tables.py makes docs/threshold.md of it.
+drawn at random, fits the threshold and the other half judges it; then the other way round; shares are the mean of both. Of networks trained
+on all images a threshold is also fitted to the paper's ID accuracy, where the network reaches it. Writes docs/results/threshold.json; tables.py
+makes docs/threshold.md of it.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -18,12 +20,16 @@ from torch import Tensor
 
 from tie_ext import TIENet, decide, ood_score
 from tie_ext.comparison import all_logits, has_garbage, provenance
+from tie_ext.data import NAMES
 from tie_ext.decision import Decision, conformal_threshold, decide_at
 from tie_ext.files import write_json
 from tie_ext.reproduce import image_sets
+from tie_ext.tables import PAPER_1
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "threshold.json"
 FALSE_ALARMS = (0.01, 0.05)
+AS_PAPER = "paper accuracy"
+"""The rule that accepts as many ID images as what they are as the paper's network classifies correctly."""
 
 
 def shares(decision: Decision, y: Tensor) -> dict[str, float]:
@@ -36,24 +42,39 @@ def shares(decision: Decision, y: Tensor) -> dict[str, float]:
     }
 
 
+def threshold_of_accuracy(scores: Tensor, right: Tensor, share: float) -> Tensor | None:
+    """Smallest threshold at which a share of all ID images is both accepted and right; none where fewer are right with every image accepted."""
+    order = scores.argsort()
+    enough = right[order].double().cumsum(0) / len(scores) >= share
+    return scores[order][enough][0] if enough.any() else None
+
+
 def judge(net: TIENet, name: str, images: int | None, seed: int, root: str) -> dict:
-    """Shares by rule (``two levels``, or the false alarms allowed) and set."""
+    """Shares by rule (``two levels``, the false alarms allowed, or the paper's accuracy) and set."""
     _, test, ood = image_sets(name, seed, images, root)
     logits, outside = all_logits(net, test), {other: (all_logits(net, of), of.y) for other, of in ood.items()}
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
     halves = order.chunk(2)
 
-    def every(rate: float | None) -> dict:
-        """Shares by set, of a threshold fitted on one half, or of the two levels."""
+    def every(fitted: Callable[[Tensor], Tensor | None] | None) -> dict | None:
+        """Shares by set, of a threshold fitted on one half, or of the two levels; none where a half cannot be fitted."""
         turns = []
         for fit, held in (halves, halves[::-1]):
-            threshold = None if rate is None else conformal_threshold(ood_score(logits[fit]), rate)
+            threshold = fitted(fit) if fitted else None
+            if fitted and threshold is None:
+                return None
             sets = {"id": (logits[held], test.y[held]), **outside}
             decided = {other: (decide(x, net.tau) if threshold is None else decide_at(x, threshold), y) for other, (x, y) in sets.items()}
             turns.append({other: shares(decision, y) for other, (decision, y) in decided.items()})
         return {other: {key: mean(turn[other][key] for turn in turns) for key in of} for other, of in turns[0].items()}
 
-    return {"two levels": every(None), **{str(rate): every(rate) for rate in FALSE_ALARMS}}
+    score, right = ood_score(logits), logits[:, :-1].argmax(1) == test.y
+    rules = {"two levels": every(None)}
+    rules |= {str(rate): every(lambda fit, rate=rate: conformal_threshold(score[fit], rate)) for rate in FALSE_ALARMS}
+    if images is None and name in PAPER_1:
+        accuracy = float(PAPER_1[name][NAMES.index(name)].split(" / ")[0]) / 100
+        rules[AS_PAPER] = every(lambda fit: threshold_of_accuracy(score[fit], right[fit], accuracy))
+    return {rule: found for rule, found in rules.items() if found}
 
 
 def main() -> None:
