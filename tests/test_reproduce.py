@@ -12,7 +12,7 @@ from conftest import TINY, make_batches, make_net
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tie_ext import TIETrainer, reproduce, tables
+from tie_ext import Conv3, TIETrainer, reproduce, tables
 from tie_ext.cli import main
 from tie_ext.comparison import ood_metrics, peak_memory
 from tie_ext.inversion import Inversion
@@ -205,6 +205,18 @@ def test_the_predecessor_expels_everything_and_its_record_says_so():
         make_trainer("plain", make_net(), CONFIG)
     assert method_config("ascood", CONFIG).objective == "uniform"
     assert method_config("vernekar", CONFIG).garbage_weight == 0.1
+
+
+@pytest.mark.parametrize("method", ["tie", "plain"])
+def test_every_method_computes_in_the_precision_of_the_settings(method, done):
+    from tie_ext.comparison import train
+
+    out, plan, _ = done
+    images, *_ = reproduce.image_sets("mnist", 0, None, plan.root)
+    config = replace(CONFIG, precision="bfloat16")
+    assert train(method, Conv3, images, config)[0].precision == "bfloat16"
+    with pytest.raises(ValueError, match="with precision 'float32' instead of 'bfloat16'"):
+        reproduce._check_settings(out / "cells" / f"mnist-allx1-{method}-seed0.json", method, replace(config, seed=0))
 
 
 @pytest.mark.parametrize("method", ["vernekar", "ascood"])

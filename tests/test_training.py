@@ -70,16 +70,17 @@ def test_without_synthesizers_the_pool_stays_as_it_began():
     assert log.agreement == [None] * 4
 
 
-def test_stop_and_resume_equals_uninterrupted(tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stop_and_resume_equals_uninterrupted(precision, tmp_path):
     batches = make_batches()
-    whole = make_trainer()
+    whole = make_trainer(precision=precision)
     for _ in range(3):
         whole.epoch(batches)
-    first = make_trainer()
+    first = make_trainer(precision=precision)
     first.epoch(batches)
     first.save(tmp_path / "run.safetensors")
     torch.rand(7)  # a resumed process has another random state
-    second = make_trainer()
+    second = make_trainer(precision=precision)
     second.load(tmp_path / "run.safetensors")
     for _ in range(2):
         second.epoch(batches)
@@ -160,6 +161,7 @@ def test_bad_data_is_refused_before_any_work(batches, message):
         {"objective": "energy"},
         {"garbage_shift": -1},
         {"code_margin": -0.1},
+        {"precision": "float16"},
         {"seed": -1},
         {"lam": float("nan")},
     ],
@@ -178,6 +180,19 @@ def test_the_trainer_moves_garbage_as_its_settings_say():
 
 def test_the_trainer_asks_for_inversions_as_its_settings_say():
     assert TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), replace(TINY, code_margin=0.25)).synthesizers[0].margin == 0.25
+
+
+def test_in_bfloat16_only_the_backbone_computes_so(tmp_path):
+    trainer = make_trainer(precision="bfloat16")
+    trainer.epoch(make_batches())
+    net, x = trainer.net.eval(), make_batches()[0][0]
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    logits, h = net(x, return_feature=True, garbage=True)
+    assert logits.dtype == h.dtype == torch.float32
+    net.save(tmp_path / "net.safetensors")
+    again = TIENet.load(tmp_path / "net.safetensors")(x, return_feature=True, garbage=True)
+    assert not torch.equal(h, again[1])  # a loaded network computes in float32
+    torch.testing.assert_close(logits, again[0], rtol=0.05, atol=0.05)
 
 
 def test_a_network_without_an_image_shape_is_refused():

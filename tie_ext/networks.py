@@ -74,10 +74,15 @@ class TIENet(nn.Module):
         self.garbage = nn.Linear(head.in_features, 1)
         # The largest UE of an accepted prediction. Infinite, which leaves level 2 off, until training has set it.
         self.register_buffer("tau", torch.tensor(math.inf))
+        # Of the backbone, as TIEConfig.precision says it; not saved, since the weights are float32 in any case.
+        self.precision = "float32"
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features ``(B, F)`` of images ``(B, C, H, W)``."""
-        return self.backbone(x).flatten(1)
+        if self.precision == "float32":
+            return self.backbone(x).flatten(1)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.backbone(x).flatten(1).float()
 
     @overload
     def forward(self, x: Tensor, *, garbage: bool = False) -> Tensor: ...

@@ -107,7 +107,7 @@ def _check_settings(path: Path, method: str, config: TIEConfig) -> None:
     if path.exists():
         wanted = settings_of(method, config)
         found = settings_of(method, TIEConfig()) | read_cell(path)["config"]  # a setting that came later had its default
-        matter = wanted.keys() if has_garbage(method) else {"epochs", "lr", "seed"}
+        matter = wanted.keys() if has_garbage(method) else {"epochs", "lr", "precision", "seed"}
         other = [f"{key} {found[key]!r} instead of {wanted[key]!r}" for key in matter if found[key] != wanted[key]]
         if other:
             raise ValueError(f"Expected a cell of these settings in {path}, but got one with {', '.join(sorted(other))}; give another --out")

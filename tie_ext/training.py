@@ -83,6 +83,9 @@ class TIEConfig:
     code_margin: float = 0.0
     """How clearly codes ask for a class: the largest of a code's normals leads by at least as much. Measured in ``docs/ledger.md``: with 0.5
     fewer of MNIST's ID images land in the garbage class, and fewer clothes; of FashionMNIST nothing is uncertain then, and nothing expelled."""
+    precision: str = "float32"
+    """Arithmetic inside the backbone: ``float32``, or ``bfloat16`` (autocast: weights, features and logits stay float32), which is faster on
+    GPUs and CPUs that have it, and slower on others."""
     seed: int = 0
     """Seed of all that is random inside an epoch."""
 
@@ -108,6 +111,8 @@ class TIEConfig:
             raise ValueError(f"Expected objective to be 'garbage', 'weighted' or 'uniform', but got {self.objective!r}")
         if self.prior not in ("multiscale", "white", "none"):
             raise ValueError(f"Expected prior to be 'multiscale', 'white' or 'none', but got {self.prior!r}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"Expected precision to be 'float32' or 'bfloat16', but got {self.precision!r}")
 
     def lr_in(self, epoch: int) -> float:
         """Learning rate of the classifier in an epoch, counted from 0; past the run's length it stays that of the last."""
@@ -189,6 +194,7 @@ class TIETrainer:
             raise ValueError("Expected a TIENet with an image_shape to invert, but got None; give it as TIENet(..., image_shape=(C, S, S))")
         self.image_shape = net.image_shape
         c = self.config
+        net.precision = c.precision
         self.device = next(net.parameters()).device
         broadcast(net)
         with seeded(c.seed + rank()):
