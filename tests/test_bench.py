@@ -88,12 +88,22 @@ def test_a_place_in_a_page_takes_a_measured_number():
     assert re.fullmatch(r"9\d\.\d\d ± \d\.\d\d", accuracy)
     assert page.fill("as {{mnist tie | accuracy}} %, in {1}") == f"as {accuracy} %, in {{1}}"
     assert page.fill("{{garbage-weight-10/fashionmnist@allx20 marginal | right at 0.01}}").startswith("92.")
+    assert "±" in page.fill("{{no-kl/mnist@allx20 tie | accuracy}}")
+    assert "±" not in page.fill("{{no-kl/mnist@allx20 tie#0 | accuracy}}")
     low, high = page.fill("{{fashionmnist tie | natural: garbage}}").split(" to ")
     assert 90 < float(low) < float(high) <= 100
 
 
 @pytest.mark.parametrize(
-    "place", ["mnist nobody | accuracy", "mnist tie | beauty", "mnist tie | svhn: garbage", "mnist inversions | judged margin 9", "mnist tie"]
+    "place",
+    [
+        "mnist nobody | accuracy",
+        "mnist tie | beauty",
+        "mnist tie | svhn: garbage",
+        "mnist inversions | judged margin 9",
+        "mnist tie",
+        "mnist tie#9 | accuracy",
+    ],
 )
 def test_a_place_that_names_no_measured_number_is_an_error(place):
     with pytest.raises(ValueError, match="to name a number that was measured"):

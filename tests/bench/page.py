@@ -1,7 +1,7 @@
 """Put measured numbers into a page's text, so that none of them is typed.
 
 A place for a number is ``{{RUN METHOD | WHAT}}``. RUN is ``[FOLDER/]DATA[@IMAGESxEPOCHS]`` (``reproduce`` and ``20000x10`` where nothing else
-is said) and METHOD as in the names of the cells: ``{{mnist tie | accuracy}}``, ``{{lambda-5/mnist@allx20 openood_ascood | seeds}}``.
+is said) and METHOD as in the names of the cells, of every seed or of one: ``{{mnist tie | accuracy}}``, ``{{no-kl/mnist@allx20 tie#0 | accuracy}}``.
 WHAT is one of:
 
 * ``accuracy``, ``id garbage``, ``id rejected``, ``minutes``, ``seeds``, ``least confident``;
@@ -16,6 +16,7 @@ WHAT is one of:
 import json
 import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -45,50 +46,56 @@ def _number(place: str) -> str:
     of, _, which = what.rpartition(": ")
     if method == "inversions":
         return percent([r["shares"][what.removeprefix("judged ")]["judged"] for r in _json("agreement.json").values() if r["data"] == run], 1)
-    cells = _cells(run, method)
+    records = _records(run, method)
     if what == "seeds":
-        return str(len(cells))
+        return str(len(records))
     if what == "minutes":
-        return f"{mean(cell['seconds'] for _, cell in cells) / 60:.1f}"
+        return f"{mean(record['seconds'] for record in records) / 60:.1f}"
     if of == "natural":
-        means = [mean(_value(other, which)(key, cell) for key, cell in cells) for other in NATURAL if other in cells[0][1]["ood_images"]]
+        own = run.rpartition("/")[2].partition("@")[0]
+        means = [mean(map(_value(other, which), records)) for other in NATURAL if other != own]
         ends = [percent([value], _digits(value, which)) for value in (min(means), max(means))]
         return ends[0] if ends[0] == ends[1] else " to ".join(ends)
-    values = [_value(of, which)(key, cell) for key, cell in cells]
+    values = list(map(_value(of, which), records))
     return percent(values, _digits(mean(values), which))
 
 
-def _cells(run: str, method: str) -> list[tuple[str, dict]]:
-    """Each seed's record, with its name in threshold.json."""
+def _records(run: str, method: str) -> list[dict]:
+    """Each seed's cell, with what threshold.json has of its network as ``threshold``; either may be missing."""
     folder, _, name = run.rpartition("/")
     data, _, size = name.partition("@")
     folder = folder or "reproduce"
-    found = sorted((RESULTS / folder / "cells").glob(f"{data.replace(':', '_')}-{size or '20000x10'}-{method}-seed*.json"))
+    method, _, seed = method.partition("#")
+    pattern = f"{data.replace(':', '_')}-{size or '20000x10'}-{method}-seed{seed or '*'}"
+    found = {path.stem: json.loads(path.read_text()) for path in (RESULTS / folder / "cells").glob(f"{pattern}.json")}
+    for key, of in _json("threshold.json")["results"].items():
+        if fnmatchcase(key, f"{folder}/{pattern}"):
+            found.setdefault(key.rpartition("/")[2], {})["threshold"] = of
     if not found:
-        raise ValueError(f"no cell of {run} by {method}")
-    return [(f"{folder}/{path.stem}", json.loads(path.read_text())) for path in found]
+        raise ValueError(f"no record of {run} by {method}")
+    return [found[stem] for stem in sorted(found)]
 
 
-def _value(other: str, which: str) -> Callable[[str, dict], float]:
+def _value(other: str, which: str) -> Callable[[dict], float]:
     """What to read from a record, as a share of 1."""
     own = {"accuracy": "accuracy", "id garbage": "id_garbage_rate", "id rejected": "id_rejected"}
     if not other and which in own:
-        return lambda key, cell: cell["numbers"][own[which]]
+        return lambda record: record["numbers"][own[which]]
     if not other and which == "least confident":
-        return lambda key, cell: cell["level2"]["least_confident_id"]
+        return lambda record: record["level2"]["least_confident_id"]
     if which in ("garbage", "rejected"):
-        return lambda key, cell: cell["numbers"][{"garbage": "garbage_rate"}.get(which, which)][other]
+        return lambda record: record["numbers"][{"garbage": "garbage_rate"}.get(which, which)][other]
     if which == "most confident":
-        return lambda key, cell: cell["level2"][other]["most_confident_through"]
+        return lambda record: record["level2"][other]["most_confident_through"]
     if not other and which.startswith("right at "):
-        return lambda key, cell: _json("threshold.json")["results"][key][which.removeprefix("right at ")]["id"]["right"]
+        return lambda record: record["threshold"][which.removeprefix("right at ")]["id"]["right"]
     if which.startswith("at "):
-        return lambda key, cell: _json("threshold.json")["results"][key][which.removeprefix("at ")][other]["rejected"]
+        return lambda record: record["threshold"][which.removeprefix("at ")][other]["rejected"]
     read = re.fullmatch(r"(.+) (fpr95|auroc)( through)?", which)
     if read is None:
         raise ValueError(f"nothing called {which!r}")
     score, metric, through = read.groups()
-    return lambda key, cell: cell["level2"][other][score]["through" if through else "all"][metric]
+    return lambda record: record["level2"][other][score]["through" if through else "all"][metric]
 
 
 def _json(name: str) -> dict:

@@ -338,6 +338,7 @@ def documents() -> dict[str, str]:
         "threshold.md": threshold(),
         "agreement.md": agreement(),
         "results.md": fill((BENCH / "results.md").read_text()),
+        "findings.md": fill((BENCH / "findings.md").read_text()),
         "../README.md": readme(),
         **{f"results/{folder}/tables.md": reproduced(DOCS / "results" / folder) for folder in RUNS},
     }

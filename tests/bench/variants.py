@@ -233,11 +233,11 @@ class DistanceNet(TIENet):
         super().__init__(*args, **kwargs)
         self.garbage = nn.Linear(self.feature_size + 1, 1)
         self.register_buffer("means", torch.zeros(self.num_classes, self.feature_size))
-        self.register_buffer("precision", torch.zeros(self.feature_size, self.feature_size))
+        self.register_buffer("inverse_covariance", torch.zeros(self.feature_size, self.feature_size))
 
     def head(self, h: Tensor) -> Tensor:
         offset = h[:, None] - self.means
-        squared = (offset @ self.precision * offset).sum(-1).amin(1, keepdim=True).clamp(min=0)
+        squared = (offset @ self.inverse_covariance * offset).sum(-1).amin(1, keepdim=True).clamp(min=0)
         return torch.cat([self.fc(h), self.garbage(torch.cat([h, squared.log1p()], dim=1))], dim=1)
 
 
@@ -252,7 +252,7 @@ class DistanceTrainer(NoiseTrainer):
         covariance = (h - means[y]).T.cov()
         floor = 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))  # features that are always 0 have no variance
         self.net.means.copy_(means)
-        self.net.precision.copy_(torch.linalg.inv(covariance + floor))
+        self.net.inverse_covariance.copy_(torch.linalg.inv(covariance + floor))
         return losses
 
 
