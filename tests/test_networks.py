@@ -120,6 +120,13 @@ def test_a_foreign_architecture_needs_its_backbone(tmp_path):
     assert torch.equal(TIENet.load(tmp_path / "net.safetensors", WithFc())(x), net.eval()(x))
 
 
+def test_a_file_that_asks_for_another_precision_is_refused(tmp_path, net):
+    net.precision = "float8"
+    net.save(tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"Expected a precision in .*, one of float32, bfloat16, but got 'float8'"):
+        TIENet.load(tmp_path / "net.safetensors")
+
+
 def test_standardized_features_have_mean_0_and_the_norm_of_proposition_2():
     net = TIENet(Standardized(Conv3(1, 10), sigma=0.5), 10, SHAPE).eval()
     logits, h = net(torch.rand(4, *SHAPE), return_feature=True, garbage=True)

@@ -19,6 +19,9 @@ from tie_ext.checks import check_images, check_number
 from tie_ext.decision import Decision, decide
 from tie_ext.files import load_state, save_state
 
+PRECISIONS = ("float32", "bfloat16")
+"""What a backbone can compute in; weights, features and logits are float32 in any case."""
+
 
 class TIENet(nn.Module):
     """An n-class network with one more output, the garbage class.
@@ -74,8 +77,7 @@ class TIENet(nn.Module):
         self.garbage = nn.Linear(head.in_features, 1)
         # The largest UE of an accepted prediction. Infinite, which leaves level 2 off, until training has set it.
         self.register_buffer("tau", torch.tensor(math.inf))
-        # Of the backbone, as TIEConfig.precision says it; not saved, since the weights are float32 in any case.
-        self.precision = "float32"
+        self.precision = "float32"  # one of PRECISIONS; training sets it, and it is saved, so that a threshold meets the scores it was fitted to
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features ``(B, F)`` of images ``(B, C, H, W)``."""
@@ -151,7 +153,7 @@ class TIENet(nn.Module):
         Raises:
             OSError: If it cannot be written; an earlier file is intact.
         """
-        about = {"num_classes": self.num_classes, "image_shape": self.image_shape, "classes": self.classes}
+        about = {"num_classes": self.num_classes, "image_shape": self.image_shape, "classes": self.classes, "precision": self.precision}
         names = [name for name, backbone in BACKBONES.items() if type(self.backbone) is backbone]
         save_state(path, "network", {**about, "backbone": names[0] if names else None, "weights": self.state_dict()})
 
@@ -177,6 +179,9 @@ class TIENet(nn.Module):
                 backbone = BACKBONES[name](shape[0], n)
             net = cls(backbone, n, shape, weights["low"].flatten().tolist(), weights["high"].flatten().tolist(), state["classes"])
             net.load_state_dict(weights)
+            net.precision = state.get("precision", "float32")  # earlier files had none other
+            if net.precision not in PRECISIONS:
+                raise ValueError(f"Expected a precision in {path}, one of {', '.join(PRECISIONS)}, but got {net.precision!r}")
         except (KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"Expected a network of this architecture in {path}, but got: {error}") from error
         return net.eval()

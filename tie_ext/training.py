@@ -23,7 +23,7 @@ from tie_ext.distributed import average_gradients, average_statistics, broadcast
 from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.files import load_state, save_state
 from tie_ext.metrics import CandidateTally
-from tie_ext.networks import TIENet
+from tie_ext.networks import PRECISIONS, TIENet
 from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.synthesis import Batches, Noise, Synthesizer, frozen
 
@@ -111,7 +111,7 @@ class TIEConfig:
             raise ValueError(f"Expected objective to be 'garbage', 'weighted' or 'uniform', but got {self.objective!r}")
         if self.prior not in ("multiscale", "white", "none"):
             raise ValueError(f"Expected prior to be 'multiscale', 'white' or 'none', but got {self.prior!r}")
-        if self.precision not in ("float32", "bfloat16"):
+        if self.precision not in PRECISIONS:
             raise ValueError(f"Expected precision to be 'float32' or 'bfloat16', but got {self.precision!r}")
 
     def lr_in(self, epoch: int) -> float:
