@@ -113,7 +113,7 @@ def test_the_tables_stand_beside_the_papers(done):
     assert "7.47 / 5.99 / 2.86 / 0.83" in text
     assert "| TIE, ODIN" in text
     assert "±" in text
-    assert "40 images, 1 epochs, seeds [0, 1]" in text
+    assert "## mnist: conv3, 40 images, 1 epochs, seeds [0, 1]" in text
 
 
 def test_the_tables_set_two_levels_beside_one_threshold(done):

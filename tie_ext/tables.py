@@ -100,7 +100,8 @@ def tables(out: Path) -> str:
         seeds = sorted({record["config"]["seed"] for record in _all(methods)})
         counts = sorted({count for record in _all(methods) for count in record["ood_images"].values()})
         of_each = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
-        parts.append(f"## {name}: {images} images, {epochs} epochs, seeds {seeds}; {of_each} images of each OOD set\n")
+        backbone = ", ".join(sorted({record["backbone"] for record in _all(methods)}))
+        parts.append(f"## {name}: {backbone}, {images} images, {epochs} epochs, seeds {seeds}; {of_each} images of each OOD set\n")
         parts += [f"    {command}" for command in sorted({record["command"] for record in _all(methods)})]
         parts += ["\n### Table 1: ID accuracy, and images in the garbage class\n", table(_garbage_rates(name, methods))]
         parts += ["\n### Scores over all OOD images: FPR@95 (AUROC)\n", table(_rankings(name, methods, "all"))]
