@@ -116,6 +116,17 @@ def test_the_tables_stand_beside_the_papers(done):
     assert "## mnist: conv3, 40 images, 1 epochs, seeds [0, 1]" in text
 
 
+def test_commands_that_differ_in_their_seeds_alone_stand_as_one():
+    made = [
+        ("--methods tie --seeds 2 --epochs 5", 2),
+        ("--methods tie --seeds 0 1 --epochs 5", 0),
+        ("--methods tie --epochs 5", 1),
+        ("--epochs 5", 0),
+    ]
+    records = [{"command": f"tie-ext reproduce {flags}", "config": {"seed": seed}} for flags, seed in made]
+    assert tables._commands(records) == ["tie-ext reproduce --epochs 5 --seeds 0", "tie-ext reproduce --methods tie --epochs 5 --seeds 0 1 2"]
+
+
 def test_the_tables_set_two_levels_beside_one_threshold(done):
     text = (done[0] / "tables.md").read_text().split("### Rejected at either level")[1].split("###")[0]
     header, row = ([part.strip() for part in line.split("|")] for line in (text.splitlines()[2], text.splitlines()[4]))

@@ -1,6 +1,7 @@
 """The tables of ``tie-ext reproduce``, made of its cells, beside the paper's own figures."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ def tables(out: Path) -> str:
         of_each = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
         backbone = ", ".join(sorted({record["backbone"] for record in _all(methods)}))
         parts.append(f"## {name}: {backbone}, {images} images, {epochs} epochs, seeds {seeds}; {of_each} images of each OOD set\n")
-        parts += [f"    {command}" for command in sorted({record["command"] for record in _all(methods)})]
+        parts += [f"    {command}" for command in _commands(_all(methods))]
         parts += ["\n### Table 1: ID accuracy, and images in the garbage class\n", table(_garbage_rates(name, methods))]
         parts += ["\n### Scores over all OOD images: FPR@95 (AUROC)\n", table(_rankings(name, methods, "all"))]
         parts += ["\n### Table 2: the same over OOD images that level 1 let through\n", table(_rankings(name, methods, "through"))]
@@ -117,6 +118,14 @@ def tables(out: Path) -> str:
     if missing := _json(out / "not_run.json"):
         parts += ["## Not run\n", *(f"- {name}: {reason}" for name, reason in sorted(missing.items())), ""]
     return "\n".join(parts)
+
+
+def _commands(records: Sequence[Mapping]) -> list[str]:
+    """What makes the records anew: their commands, those that differ in nothing but the seeds as one."""
+    seeds = defaultdict(set)
+    for record in records:
+        seeds[re.sub(r" --seeds( \d+)+", "", record["command"])].add(record["config"]["seed"])
+    return [f"{command} --seeds {' '.join(map(str, sorted(of)))}" for command, of in sorted(seeds.items())]
 
 
 def _json(path: Path) -> dict:
