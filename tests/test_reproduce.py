@@ -124,7 +124,9 @@ def test_commands_that_differ_in_their_seeds_alone_stand_as_one():
         ("--epochs 5", 0),
     ]
     records = [{"command": f"tie-ext reproduce {flags}", "config": {"seed": seed}} for flags, seed in made]
-    assert tables._commands(records) == ["tie-ext reproduce --epochs 5 --seeds 0", "tie-ext reproduce --methods tie --epochs 5 --seeds 0 1 2"]
+    other = {"command": "tie-ext reproduce --epochs 5", "config": {"seed": 0}}
+    expected = ["tie-ext reproduce --epochs 5 --seeds 0", "tie-ext reproduce --methods tie --epochs 5 --seeds 0 1 2"]
+    assert tables._commands([*records, other]) == expected
 
 
 def test_the_tables_set_two_levels_beside_one_threshold(done):
