@@ -11,10 +11,12 @@ from conftest import SHAPE, TINY, make_batches
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext import Conv3
+from tie_ext import Conv3, TIENet
+from tie_ext.cli import main
 from tie_ext.decision import Decision
 
 sys.path.append(str(Path(__file__).parent / "bench"))
+import agreement
 import page
 import threshold
 import variants
@@ -81,6 +83,26 @@ def test_a_threshold_of_an_accuracy_is_the_smallest_that_has_it(images, share):
     else:
         assert accuracy(found) >= share
         assert all(accuracy(s) < share for s in scores if s < found)
+
+
+def test_inversions_are_shared_out_by_how_they_were_asked_for(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for split in ("train", "test"):
+        for label in ("dark", "bright"):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for i in range(8):
+                Image.new("L", (28, 28), 20 * i + 40 * (label == "bright")).save(tmp_path / "images" / split / label / f"{i}.png")
+    fast = ["--epochs", "1", "--candidates-per-class", "5", "--pool-size", "40", "--generator-steps", "2", "--generator-width", "4"]
+    assert main(["train", "--data", f"folder:{tmp_path / 'images'}", "--size", "28", "--out", str(tmp_path / "run"), *fast]) == 0
+    judge = TIENet.load(tmp_path / "run" / "network.safetensors")
+    found = agreement.shares_of(tmp_path / "run", [judge], per_class=50)
+    assert sum(found[f"fifth {i}"]["inversions"] for i in range(1, 6)) == pytest.approx(1)
+    assert found["at most tau"]["inversions"] + found["above tau"]["inversions"] == pytest.approx(1)
+    leads = [found[name]["largest"] - found[name]["second"] for name in ("margin 0.0", "margin 0.25", "margin 0.5", "margin 1.0")]
+    assert leads == sorted(leads)
+    gaps = [found[f"fifth {i}"]["largest"] - found[f"fifth {i}"]["second"] for i in range(1, 6)]
+    assert gaps == sorted(gaps)
+    assert all(found[name]["judged"] >= found[name]["landed"] for name in ("margin 0.0", "margin 1.0"))  # it judges without the garbage class
 
 
 def test_a_place_in_a_page_takes_a_measured_number():

@@ -8,6 +8,7 @@ docs/agreement.md is made. Only inversions are looked at.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,19 +29,14 @@ MARGINS = (0.0, 0.25, 0.5, 1.0)
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("judges", type=Path, nargs="+")
-    a = parser.parse_args()
-    settings = read_settings(a.run)
-    net = TIENet.load(a.run / "network.safetensors").eval()
-    trainer = TIETrainer(net, settings.config)
-    trainer.load(a.run / "training.safetensors")
+def shares_of(run: Path, judges: Sequence[TIENet], per_class: int = PER_CLASS) -> dict[str, dict[str, float]]:
+    """Shares of a run's inversions by how they were asked for: ``landed`` in the output asked for, ``judged`` to be it, mean over the judges."""
+    net = TIENet.load(run / "network.safetensors")
+    trainer = TIETrainer(net, read_settings(run).config)
+    trainer.load(run / "training.safetensors")
     generator = trainer.synthesizers[0].generator
-    judges = [TIENet.load(judge).eval() for judge in a.judges]
-    y = torch.arange(net.num_classes).repeat(PER_CLASS)
-    found: dict[str, dict[str, float]] = {}
+    y = torch.arange(net.num_classes).repeat(per_class)
+    found = {}
     for margin in MARGINS:
         torch.manual_seed(0)
         code = soft_code(y, net.num_classes + 1, margin)
@@ -62,8 +58,19 @@ def main() -> None:
             found |= {"at most tau": shares(certain.argwhere()[:, 0]), "above tau": shares((~certain).argwhere()[:, 0])}
             fifths = (entries[:, 0] - entries[:, 1]).argsort().chunk(PARTS)
             found |= {f"fifth {i}": shares(fifth) for i, fifth in enumerate(fifths, start=1)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("judges", type=Path, nargs="+")
+    a = parser.parse_args()
+    settings = read_settings(a.run)
+    found = shares_of(a.run, [TIENet.load(judge) for judge in a.judges])
     record = json.loads(OUT.read_text()) if OUT.exists() else {}
-    run = {"data": settings.data, "images": settings.images, "epochs": settings.config.epochs, "seed": settings.config.seed, "tau": float(net.tau)}
+    tau = float(TIENet.load(a.run / "network.safetensors").tau)
+    run = {"data": settings.data, "images": settings.images, "epochs": settings.config.epochs, "seed": settings.config.seed, "tau": tau}
     command = f"python tests/bench/agreement.py RUN {' '.join(judge.name for judge in a.judges)}"
     key = f"{settings.data}-seed{settings.config.seed}"
     record[key] = {**run, "judges": [judge.stem for judge in a.judges], "shares": found, **provenance(), "command": command}
