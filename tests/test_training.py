@@ -8,6 +8,7 @@ import torch
 from conftest import SHAPE, TINY, make_batches, make_net, make_trainer
 
 from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer
+from tie_ext.files import load_state, save_state
 from tie_ext.training import GARBAGE_SHARE
 
 
@@ -213,8 +214,22 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
     trainer = make_trainer()
     trainer.epoch(make_batches())
     trainer.save(tmp_path / "run.safetensors")
-    with pytest.raises(ValueError, match="Expected a run with"):
-        make_trainer(lam=2.0).load(tmp_path / "run.safetensors")
+    with pytest.raises(ValueError, match=r"of a run with the settings of this one in .*, but got lam 0.5 instead of 2.0, precision"):
+        make_trainer(lam=2.0, precision="bfloat16").load(tmp_path / "run.safetensors")
+    with pytest.raises(ValueError, match="but got synthesizers 1 instead of 0"):
+        TIETrainer(make_net(), TINY, synthesizers=[]).load(tmp_path / "run.safetensors")
+
+
+def test_a_run_of_before_a_setting_existed_had_its_default(tmp_path):
+    trainer = make_trainer()
+    trainer.epoch(make_batches())
+    trainer.save(tmp_path / "run.safetensors")
+    state = load_state(tmp_path / "run.safetensors", "training")
+    del state["config"]["precision"]
+    save_state(tmp_path / "run.safetensors", "training", state)
+    make_trainer().load(tmp_path / "run.safetensors")
+    with pytest.raises(ValueError, match="but got precision 'float32' instead of 'bfloat16'"):
+        make_trainer(precision="bfloat16").load(tmp_path / "run.safetensors")
 
 
 def test_garbage_counts_by_how_unsure_the_id_outputs_are_of_it():

@@ -404,10 +404,12 @@ class TIETrainer:
         """
         state = load_state(path, "training")
         try:
-            mine = {"config": asdict(self.config), "synthesizers": len(self.synthesizers)}
-            theirs = {"config": state["config"], "synthesizers": len(state["synthesizers"])}
-            if str(_plain(mine)) != str(_plain(theirs)):
-                raise ValueError(f"Expected a run with {_plain(mine)}, but got one with {_plain(theirs)}")
+            mine = asdict(self.config) | {"synthesizers": len(self.synthesizers)}
+            # A setting that came after the file had its default.
+            theirs = asdict(TIEConfig()) | state["config"] | {"synthesizers": len(state["synthesizers"])}
+            other = [f"{key} {theirs[key]!r} instead of {mine[key]!r}" for key in mine if theirs[key] != mine[key]]
+            if other:
+                raise ValueError(f"Expected the training state of a run with the settings of this one in {path}, but got {', '.join(other)}")
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.pool.load_state_dict(state["pool"])
@@ -417,10 +419,3 @@ class TIETrainer:
             self.log = [EpochLog(**{f.name: entry[f.name] for f in fields(EpochLog)}) for entry in state["log"]]
         except (KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"Expected the training state of this network in {path}, but got: {error}") from error
-
-
-def _plain(value):
-    """Tuples as lists, as JSON gives them back."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
