@@ -161,7 +161,7 @@ def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root
     record = json.loads((tmp_path / "cells" / "mnist_0-4-20x1-shuffle+multiscale-seed0.json").read_text())
     assert record["config"]["synthesizer"] == "shuffle,multiscale"
     assert record["ood_images"] == dict.fromkeys(["other classes", "fashionmnist", *reproduce.NOISE], 2)
-    assert "## mnist:0-4: 20 images" in (tmp_path / "tables.md").read_text()
+    assert "## mnist:0-4: conv3, 20 images" in (tmp_path / "tables.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")
