@@ -196,6 +196,15 @@ def test_a_missing_openood_is_a_message(root, tmp_path, capsys, monkeypatch):
     assert "tie-ext: Expected the packages" in capsys.readouterr().err
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(root, tmp_path, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "run", stopped)
+    assert main(["reproduce", "--root", str(root), "--out", str(tmp_path)]) == 130
+    assert "kept, go on with the same command" in capsys.readouterr().err
+
+
 def test_the_papers_figures_are_whole():
     for paper in (tables.PAPER_1, tables.PAPER_2):
         assert {name: len(row) for name, row in paper.items()} == dict.fromkeys(tables.NAMES, 6)
@@ -288,3 +297,33 @@ def test_inversions_that_are_judged_are_asked_for_as_in_training(tmp_path, monke
         trainer = TIETrainer(make_net(), replace(TINY, code_margin=margin))
         reproduce._keep_inversions(tmp_path / "inversions.safetensors", trainer, per_class=2)
     assert margins == [0.0, 0.25]
+
+
+@pytest.mark.parametrize("method", ["tie", "predecessor", "white"])
+def test_a_cell_that_is_killed_goes_on_where_it_stood_and_ends_the_same(method, root, tmp_path, monkeypatch):
+    def plan(**changes):
+        return reproduce.Plan(root=str(root), sets=("mnist",), seeds=(0,), methods=(method,), config=replace(TINY, epochs=3, **changes))
+
+    def killed(self, batches):
+        if len(self.log) == 2:
+            raise KeyboardInterrupt
+        return epoch(self, batches)
+
+    epoch = TIETrainer.epoch
+    reproduce.run(plan(), tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(TIETrainer, "epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run(plan(), tmp_path / "killed")
+    with pytest.raises(ValueError, match=r"states.*, but got lr 0.001 instead of 0.1"):
+        reproduce.run(plan(lr=0.1), tmp_path / "killed")
+    reproduce.run(plan(), tmp_path / "killed")
+    whole, gone_on = (json.loads(next((tmp_path / name / "cells").iterdir()).read_text()) for name in ("whole", "killed"))
+    assert gone_on["numbers"] == whole["numbers"]
+    assert gone_on["level2"] == whole["level2"]
+    assert (whole["gone_on_after"], gone_on["gone_on_after"]) == (0, 2)
+    assert len(gone_on["log"]) == len(gone_on["peak_memory_mb"]) == 3
+    assert gone_on["seconds"] > sum(sum(entry["seconds"].values()) for entry in gone_on["log"])
+    networks = [next((tmp_path / name / "networks").iterdir()).read_bytes() for name in ("whole", "killed")]
+    assert networks[0] == networks[1]
+    assert not any((tmp_path / "killed" / "states").iterdir())

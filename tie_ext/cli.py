@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tie-ext: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = f"; finished epochs are kept, go on with: tie-ext train --resume {a.out or a.resume}" if a.name == "train" else ""
-        print(f"\ntie-ext: stopped{hint}", file=sys.stderr)
+        hints = {"reproduce": "; finished cells and epochs are kept, go on with the same command"}
+        if a.name == "train":
+            hints["train"] = f"; finished epochs are kept, go on with: tie-ext train --resume {a.out or a.resume}"
+        print(f"\ntie-ext: stopped{hints.get(a.name, '')}", file=sys.stderr)
         return 130
     return 0
 

@@ -124,8 +124,9 @@ def train(
     progress: bool = False,
     after_epoch: Callable[[TIETrainer], None] = lambda trainer: None,
     shift: int | None = None,
+    state: Path | None = None,
 ) -> tuple[TIENet, list[EpochLog]]:
-    """Train one method from the initial weights that ``config.seed`` gives.
+    """Train one method from the initial weights that ``config.seed`` gives, or go on where ``state`` stands.
 
     Arguments:
         method: One of :data:`METHODS` or :data:`OPENOOD`, or synthesizers by name.
@@ -137,6 +138,8 @@ def train(
         progress: Show progress bars.
         after_epoch: Called with the trainer after each epoch (where there is one).
         shift: Most pixels a training image is moved by; None for an eighth of its size.
+        state: Where the trainer is kept after each epoch; if the file is there, training goes on from it, and ends as if it had never
+            stopped. The n-class methods, which have no such trainer, begin anew.
 
     Returns:
         The network in evaluation mode, and the log (empty for ``plain`` and OpenOOD's).
@@ -155,9 +158,14 @@ def train(
         train_baseline(method.removeprefix("openood:"), net, batches, config.epochs, config.seed)
     else:
         trainer = make_trainer(method, net, config, progress)
-        for _ in range(config.epochs):
-            log.append(trainer.epoch(batches))
+        if state is not None and state.exists():
+            trainer.load(state)
+        while len(trainer.log) < config.epochs:
+            trainer.epoch(batches)
             after_epoch(trainer)
+            if state is not None:
+                trainer.save(state)
+        log = trainer.log
     return net.eval(), log
 
 
@@ -290,6 +298,7 @@ def cell(
     device: str | torch.device = "cpu",
     progress: bool = False,
     after_epoch: Callable[[TIETrainer], None] = lambda trainer: None,
+    state: Path | None = None,
 ) -> tuple[dict, TIENet]:
     """Train and evaluate one method, and say all that is needed to do it again.
 
@@ -299,7 +308,8 @@ def cell(
     The other arguments are those of :func:`train` and :func:`evaluate`.
 
     Returns:
-        A JSON-able record (numbers, log, seconds, peak memory after each epoch in MB, command, commit, versions, settings), and the network.
+        A JSON-able record (numbers, log, seconds, peak memory after each epoch in MB, command, commit, versions, settings; ``gone_on_after``,
+        the epochs that another process had trained before), and the network.
     """
     memory: list[float | None] = []
     start = time.perf_counter()
@@ -308,8 +318,9 @@ def cell(
         memory.append(peak_memory())
         after_epoch(trainer)
 
-    net, log = train(method, backbone, images, config, batch_size, device, progress, look)
-    seconds = time.perf_counter() - start
+    net, log = train(method, backbone, images, config, batch_size, device, progress, look, state=state)
+    before = log[: len(log) - len(memory)]
+    seconds = time.perf_counter() - start + sum(sum(entry.seconds.values()) for entry in before)
     numbers, _ = evaluate(method, net, test, ood, images)
     record = {
         "method": method,
@@ -321,7 +332,8 @@ def cell(
         "config": settings_of(method, config),
         "numbers": numbers,
         "seconds": seconds,
-        "peak_memory_mb": memory,
+        "gone_on_after": len(before),
+        "peak_memory_mb": [None] * len(before) + memory,
         "log": [asdict(entry) for entry in log],
         **provenance(),
     }

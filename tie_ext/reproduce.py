@@ -59,6 +59,8 @@ class Plan:
 def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> list[str]:
     """Run the cells of a plan that ``out/cells`` does not hold yet, and write ``out/tables.md`` from all that it then holds.
 
+    A cell that was stopped goes on after its last whole epoch, by ``out/states``.
+
     Returns:
         What was not run, with the reason.
 
@@ -87,10 +89,12 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         about = {"cell": stem, "data": name, "backbone": BACKBONE[_whole(name)]}
         backbone = partial(BACKBONES[about["backbone"]], images.shape[0], len(images.classes))
         keep = partial(_keep_inversions, out / "inversions" / f"{stem}.safetensors")
-        record, net = cell(method, backbone, images, test, ood, config, about, device=device, progress=progress, after_epoch=keep)
+        state = out / "states" / f"{stem}.safetensors"
+        record, net = cell(method, backbone, images, test, ood, config, about, device=device, progress=progress, after_epoch=keep, state=state)
         record["level2"] = level_2(net, {"id": test, **ood}, images, garbage=has_garbage(method))
         net.save(out / "networks" / f"{stem}.safetensors")
         write_json(path, record)
+        state.unlink(missing_ok=True)
     _judge_inversions(out)
     _note_missing(out / "not_run.json", plan.sets, missing)
     write_atomically(out / "tables.md", tables(out).encode())
