@@ -61,6 +61,13 @@ def test_some_classes_of_a_named_set(tmp_path):
     assert part.x[:, 0, 0, 0].tolist() == [10, 20]
 
 
+def test_a_set_that_is_known_and_not_there_is_told_from_one_that_is_not_known(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected train images of tinyimagenet, which torchvision does not have, in a folder, one of .*/tin/train"):
+        data.load("tinyimagenet", "train", tmp_path)
+    with pytest.raises(ValueError, match=r"Expected a data set, one of mnist.*, but got 'imagenette' and no folder"):
+        data.load("imagenette", "train", tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "uniform", "sphere"])
 def test_noise_is_the_same_for_the_same_seed(kind):
     x = data.noise(kind, 5, (3, 28, 28)).x

@@ -142,6 +142,8 @@ def load(name: str, split: str, root: str | os.PathLike = "data", shape: Sequenc
     if name in _TORCHVISION:
         return _torchvision(name, split, Path(root), channels, size, download)
     looked = ", ".join(str(p / split) for p in _places(Path(root), name))
+    if name in NAMES:
+        raise ValueError(f"Expected {split} images of {name}, which torchvision does not have, in a folder, one of {looked}, but got none")
     raise ValueError(f"Expected a data set, one of {', '.join(NAMES)} or folder:PATH, but got {name!r} and no folder {looked}")
 
 
