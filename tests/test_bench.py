@@ -85,13 +85,18 @@ def test_a_threshold_of_an_accuracy_is_the_smallest_that_has_it(images, share):
         assert all(accuracy(s) < share for s in scores if s < found)
 
 
-def test_inversions_are_shared_out_by_how_they_were_asked_for(tmp_path):
+def write_images(folder: Path) -> None:
+    """Two classes of eight grey images each, to train and to test on."""
     Image = pytest.importorskip("PIL.Image")
     for split in ("train", "test"):
         for label in ("dark", "bright"):
-            (tmp_path / "images" / split / label).mkdir(parents=True)
+            (folder / split / label).mkdir(parents=True)
             for i in range(8):
-                Image.new("L", (28, 28), 20 * i + 40 * (label == "bright")).save(tmp_path / "images" / split / label / f"{i}.png")
+                Image.new("L", (28, 28), 20 * i + 40 * (label == "bright")).save(folder / split / label / f"{i}.png")
+
+
+def test_inversions_are_shared_out_by_how_they_were_asked_for(tmp_path):
+    write_images(tmp_path / "images")
     fast = ["--epochs", "1", "--candidates-per-class", "5", "--pool-size", "40", "--generator-steps", "2", "--generator-width", "4"]
     assert main(["train", "--data", f"folder:{tmp_path / 'images'}", "--size", "28", "--out", str(tmp_path / "run"), *fast]) == 0
     judge = TIENet.load(tmp_path / "run" / "network.safetensors")
@@ -103,6 +108,20 @@ def test_inversions_are_shared_out_by_how_they_were_asked_for(tmp_path):
     gaps = [found[f"fifth {i}"]["largest"] - found[f"fifth {i}"]["second"] for i in range(1, 6)]
     assert gaps == sorted(gaps)
     assert all(found[name]["judged"] >= found[name]["landed"] for name in ("margin 0.0", "margin 1.0"))  # it judges without the garbage class
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_post_hoc_detectors_are_scored_on_every_set_at_hand(tmp_path):
+    pytest.importorskip("pytorch_ood")
+    import posthoc
+
+    write_images(tmp_path / "mnist")
+    write_images(tmp_path / "fashionmnist")
+    found = posthoc.scores_of(TIENet(Conv3(1, 2), 2, SHAPE).eval(), str(tmp_path), "mnist", 160, seed=0)  # a tenth as many OOD images
+    assert list(found) == ["ODIN", "i-ODIN", "B, single", "B, 5 mixed"]
+    assert all({"fashionmnist", "noise"} <= set(of) for of in found.values())
+    assert found["ODIN"]["fashionmnist"]["auroc"] == 0.5  # the same images
+    assert all(0 <= numbers["auroc"] <= 1 for of in found.values() for numbers in of.values())
 
 
 def test_a_place_in_a_page_takes_a_measured_number():
