@@ -48,7 +48,7 @@ def test_every_cell_with_data_is_there_and_says_how_it_was_made(done):
     names = sorted(path.name for path in (out / "cells").iterdir())
     assert names == [f"mnist-allx1-{method}-seed{seed}.json" for method in ("plain", "tie") for seed in (0, 1)]
     record = json.loads((out / "cells" / names[-1]).read_text())
-    assert {"command", "commit", "versions", "config", "numbers", "level2", "seconds"} <= set(record)
+    assert {"command", "commit", "versions", "processor", "threads", "config", "numbers", "level2", "seconds"} <= set(record)
     assert record["config"]["seed"] == 1
 
 

@@ -335,7 +335,7 @@ def cell(
         "gone_on_after": len(before),
         "peak_memory_mb": [None] * len(before) + memory,
         "log": [asdict(entry) for entry in log],
-        **provenance(),
+        **provenance(device),
     }
     return record, net
 
@@ -350,8 +350,10 @@ def peak_memory() -> float | None:
     return peak / (1024**2 if sys.platform == "darwin" else 1024)
 
 
-def provenance(packages: Sequence[str] = ("torch", "torchvision", "numpy", "pytorch-ood", "scikit-learn")) -> dict:
-    """Command, commit, versions and machine of this process."""
+def provenance(
+    device: str | torch.device = "cpu", packages: Sequence[str] = ("torch", "torchvision", "numpy", "pytorch-ood", "scikit-learn")
+) -> dict:
+    """Command, commit, versions, processor (that of ``device``) and threads of this process."""
     versions = {"python": platform.python_version()}
     for package in ("tie_ext", *packages):
         try:
@@ -364,4 +366,14 @@ def provenance(packages: Sequence[str] = ("torch", "torchvision", "numpy", "pyto
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit, "versions": versions, "threads": torch.get_num_threads()}
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": commit, "versions": versions, "processor": processor(device), "threads": torch.get_num_threads()}
+
+
+def processor(device: str | torch.device = "cpu") -> str:
+    """Name of what computes on ``device``; times are compared on one only, and sums differ from one to another in their last bits."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux, or names the architecture alone
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

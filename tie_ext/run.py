@@ -100,7 +100,7 @@ def train(folder: str | os.PathLike, settings: Settings | None = None, device: s
     trainer = TIETrainer(net, settings.config, progress=progress)
     if resume and (folder / "training.safetensors").exists():
         trainer.load(folder / "training.safetensors")
-    save_settings(folder, settings)
+    save_settings(folder, settings, trainer.device)
     batches = training_batches(images, settings.batch_size, settings.shift)
     while len(trainer.log) < settings.config.epochs:
         trainer.epoch(batches)
@@ -114,14 +114,15 @@ def train(folder: str | os.PathLike, settings: Settings | None = None, device: s
 
 def finish(folder: Path, settings: Settings, trainer: TIETrainer, numbers: Mapping) -> dict:
     """Write ``run.json`` with log and results."""
-    record = {"settings": _json(asdict(settings)), "numbers": numbers, "log": [asdict(entry) for entry in trainer.log], **provenance()}
+    record = {"settings": _json(asdict(settings)), "numbers": numbers, "log": [asdict(entry) for entry in trainer.log]}
+    record |= provenance(trainer.device)
     write_json(folder / "run.json", record)
     return record
 
 
-def save_settings(folder: Path, settings: Settings) -> None:
+def save_settings(folder: Path, settings: Settings, device: torch.device) -> None:
     """Write the settings, so that a run that is killed in its first epoch can be gone on with."""
-    write_json(folder / "run.json", {"settings": _json(asdict(settings)), **provenance()})
+    write_json(folder / "run.json", {"settings": _json(asdict(settings)), **provenance(device)})
 
 
 def read_settings(folder: Path) -> Settings:

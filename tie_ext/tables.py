@@ -222,6 +222,7 @@ def _cost(methods: Mapping[str, list[dict]]) -> list[dict]:
     for method in _order(methods):
         records = methods[method]
         row = {"": label(method), "minutes": f"{mean(r['seconds'] for r in records) / 60:.1f}", "threads": str(records[0]["threads"])}
+        row["processor"] = ", ".join(sorted({r.get("processor", "not recorded") for r in records}))
         for stage in ("train", "invert", "exclude"):
             seconds = [entry["seconds"][stage] for r in records for entry in r["log"]]
             row[f"{stage}, s an epoch"] = f"{median(seconds):.1f}" if seconds else "-"

@@ -88,7 +88,7 @@ def main() -> None:
     command = " ".join(["python", *sys.argv]).replace(str(a.openood), "OPENOOD").replace(str(a.data), "DATA").replace(str(a.work), "WORK")
     packages = ("torch", "torchvision", "numpy", "scikit-learn", "faiss-cpu")
     record = {"openood": "3c35632", "train": a.train, "test": a.test, "epochs": a.epochs, "seed": 0, "seconds": seconds, "numbers": numbers}
-    write_json(OUT / "mnist.json", {**record, **provenance(packages), "command": command})
+    write_json(OUT / "mnist.json", {**record, **provenance(packages=packages), "command": command})
     page()
 
 
