@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from conftest import SHAPE, TINY, make_batches, make_net, make_trainer
+from torch import nn
 
 from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer
 from tie_ext.files import load_state, save_state
+from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.training import GARBAGE_SHARE
 
 
@@ -181,6 +183,25 @@ def test_the_trainer_moves_garbage_as_its_settings_say():
 
 def test_the_trainer_asks_for_inversions_as_its_settings_say():
     assert TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), replace(TINY, code_margin=0.25)).synthesizers[0].margin == 0.25
+
+
+class Viewing(nn.Module):
+    """A network that, like many, takes its feature maps to lie one channel after the other."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(channels, 4, 3, stride=4), nn.Linear(4 * 7 * 7, 3)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().view(-1, 4 * 7 * 7))
+
+
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_backbone_keeps_its_memory_layout(channels, synthesizer):
+    trainer = TIETrainer(TIENet(Viewing(channels), 3, (channels, 28, 28)), replace(TINY, synthesizer=synthesizer))
+    trainer.epoch([(x.repeat(1, channels, 1, 1), y) for x, y in make_batches()])
+    assert all(p.is_contiguous() for p in trainer.net.parameters())
 
 
 def test_in_bfloat16_only_the_backbone_computes_so(tmp_path):

@@ -101,7 +101,7 @@ def settings_of(method: str, config: TIEConfig) -> dict:
 
 def train_plain(net: TIENet, batches: Batches, config: TIEConfig, progress: bool = False) -> None:
     """Train the n ID logits alone, by plain cross-entropy; the same optimiser, learning rates, epochs and seeds as TIE's."""
-    net.to(memory_format=torch.channels_last).train()
+    net.train()
     device = net.fc.weight.device
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
     for t in range(config.epochs):

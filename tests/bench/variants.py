@@ -138,7 +138,7 @@ class RestartTrainer(TIETrainer):
     """The generator starts anew in every epoch, so that each epoch's inversions are other ones."""
 
     def invert(self, batches, progress: float) -> dict[str, float]:
-        self.synthesizers = [self._synthesizer(name).to(memory_format=torch.channels_last) for name in self.config.synthesizer.split(",")]
+        self.synthesizers = [self._synthesizer(name) for name in self.config.synthesizer.split(",")]
         return super().invert(batches, progress)
 
 

@@ -51,6 +51,7 @@ class VAE(nn.Module):
         for cin, cout in ((image_shape[0] + num_classes, width), (width, 2 * width), (2 * width, 4 * width)):
             layers += [nn.Conv2d(cin, cout, 3, 2, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * width, 2 * latent_size))
+        self.encoder.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance ``(B, L)`` of the codes of images ``(B, C, S, S)`` with labels ``(B,)``."""
