@@ -57,6 +57,44 @@ def test_a_backbone_without_a_linear_layer_is_refused():
         TIENet(nn.Sequential(nn.Conv2d(1, 2, 3)), 2)
 
 
+class Softmaxed(Conv3):
+    def forward(self, x):
+        return super().forward(x).log_softmax(1)
+
+
+class Untidy(nn.Module):
+    """Its last linear layer by name is not the last one it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.first = nn.Linear(8, 10), nn.Linear(28 * 28, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)))
+
+
+@pytest.mark.parametrize("backbone", [Softmaxed(1, 10), Untidy()])
+def test_a_backbone_that_does_not_return_its_heads_output_is_refused(backbone):
+    with pytest.raises(ValueError, match=f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__}"):
+        TIENet(backbone, 10, SHAPE)
+
+
+def test_a_backbone_for_other_images_is_refused():
+    with pytest.raises(ValueError, match=r"Expected a backbone for images \(3, 28, 28\), but Conv3 fails on one: .*channels"):
+        TIENet(Conv3(1, 10), 10, (3, 28, 28))
+
+
+def test_trying_a_backbone_leaves_it_as_it_was():
+    backbone, drawn = Conv3(1, 10), torch.get_rng_state()
+    net = TIENet(backbone, 10, SHAPE)
+    assert torch.equal(net.backbone.conv[1].running_mean, torch.zeros(32))
+    assert net.training
+    assert net.backbone.training
+    assert not net.fc._forward_hooks
+    torch.set_rng_state(drawn)
+    assert torch.equal(net.garbage.weight, nn.Linear(net.feature_size, 1).weight)
+
+
 @pytest.mark.parametrize("size", [28, 29, 32, 57, 64, 96, 113, 128, 224])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_generator_makes_every_size_in_4_to_6_stages(size, channels):

@@ -31,9 +31,9 @@ class TIENet(nn.Module):
     linear layer of n+1 outputs; so ``fc`` is the ID head wherever a host looks for it.
 
     Arguments:
-        backbone: A classifier ``(B, C, H, W) -> (B, m)`` that ends in a linear layer: a torchvision model, a network with ``fc``, or one
-            of :data:`BACKBONES`. It is copied. Its last linear layer becomes ``fc`` if it has n outputs already (pre-trained weights are
-            kept), and is replaced by a new one if not.
+        backbone: A classifier ``(B, C, H, W) -> (B, m)`` that returns what its last linear layer gives, logits and no softmax: a
+            torchvision model, a network with ``fc``, or one of :data:`BACKBONES`. It is copied. Its last linear layer becomes ``fc`` if
+            it has n outputs already (pre-trained weights are kept), and is replaced by a new one if not.
         num_classes: n >= 2.
         image_shape: ``(C, S, S)`` of the images it is for; None to take any (such a network cannot be trained by TIE).
         low: Smallest value of the images, a number or one a channel (what ``Normalize`` makes of 0).
@@ -41,7 +41,8 @@ class TIENet(nn.Module):
         classes: Name of each ID class, by label.
 
     Raises:
-        ValueError: If the backbone has no linear layer to stand on, n < 2, or low is not below high.
+        ValueError: If the backbone has no linear layer to stand on, returns something else than its last one does, does not take images
+            of ``image_shape`` (the latter two are tried where it is given), n < 2, or low is not below high.
 
     Example:
         >>> net = TIENet(Conv3(in_channels=1, num_classes=10), num_classes=10, image_shape=(1, 28, 28))
@@ -71,6 +72,9 @@ class TIENet(nn.Module):
         self.image_shape = None if image_shape is None else tuple(image_shape)
         register_range(self, low, high)
         self.backbone = copy.deepcopy(backbone)  # cutting its head off must not change the caller's network
+        if self.image_shape is not None:
+            ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
+            _try(self.backbone, self.low + (self.high - self.low) * ramp)
         head = _cut_head(self.backbone)
         self.feature_size = head.in_features
         self.fc = head if head.out_features == num_classes else nn.Linear(head.in_features, num_classes)
@@ -212,15 +216,39 @@ def register_range(module: nn.Module, low: float | Sequence[float] | Tensor, hig
     module.register_buffer("high", bounds[1])
 
 
-def _cut_head(backbone: nn.Module) -> nn.Linear:
-    """Replace the last linear layer (``fc`` where there is one) by the identity, and give it back."""
-    linear = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+def _head(backbone: nn.Module) -> str:
+    """Name of the last linear layer, ``fc`` where there is one."""
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"Expected a backbone that ends in a linear layer, but got {type(backbone).__name__} without any")
-    name = "fc" if "fc" in linear else list(linear)[-1]
+    return "fc" if "fc" in linear else linear[-1]
+
+
+def _cut_head(backbone: nn.Module) -> nn.Linear:
+    """Replace the last linear layer by the identity, and give it back."""
+    name = _head(backbone)
+    head = backbone.get_submodule(name)
     parent, _, leaf = name.rpartition(".")
     setattr(backbone.get_submodule(parent), leaf, nn.Identity())
-    return linear[name]
+    return head  # type: ignore[return-value]
+
+
+def _try(backbone: nn.Module, x: Tensor) -> None:
+    """Run a backbone once: what follows its head would be taken for features without a word, and a wrong shape found late."""
+    name, outputs = _head(backbone), []
+    hook = backbone.get_submodule(name).register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
+    try:
+        with evaluating(backbone), torch.no_grad():
+            y = backbone(x.to(next(backbone.parameters()).device))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(f"Expected a backbone for images {tuple(x.shape[1:])}, but {type(backbone).__name__} fails on one: {error}") from error
+    finally:
+        hook.remove()
+    if not (outputs and isinstance(y, Tensor) and torch.equal(y, outputs[-1])):
+        raise ValueError(
+            f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__} returns something else than "
+            f"`{name}` does; return the logits, without a softmax, and call the last linear layer `fc`"
+        )
 
 
 def _conv(cin: int, cout: int, pool: bool) -> list[nn.Module]:
@@ -277,14 +305,14 @@ class Conv5(_PlainCNN):
 
 
 class Standardized(nn.Module):
-    r"""A backbone whose penultimate features are z-scored, image by image, and scaled: for :class:`TIENet` to stand on.
+    r"""A classifier whose penultimate features are z-scored, image by image, and scaled: for :class:`TIENet` to stand on.
 
     .. math:: \tilde h = \sigma \, (h - \mathrm{mean}(h)) / \mathrm{std}(h), \quad \|\tilde h\| = \sigma \sqrt{F - 1}
 
     A bounded norm keeps the network from being overconfident, so that it can learn ID labels and uncertainty about outliers together.
 
     Arguments:
-        backbone: A classifier that ends in a linear layer, as TIENet takes it.
+        backbone: A classifier as TIENet takes it. It is copied.
         sigma: Scale > 0 (the authors: 0.5).
 
     References:
@@ -294,12 +322,13 @@ class Standardized(nn.Module):
     def __init__(self, backbone: nn.Module, sigma: float = 0.5):
         super().__init__()
         check_number("sigma", sigma, 0, 1e6, above=True)
-        self.backbone, self.sigma = backbone, sigma
+        self.backbone, self.sigma = copy.deepcopy(backbone), sigma
+        self.fc = _cut_head(self.backbone)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Standardized features ``(B, F)`` of images, once TIENet has taken the last linear layer off the backbone."""
+        """Logits ``(B, m)`` of images ``(B, C, H, W)``."""
         h = self.backbone(x).flatten(1)
-        return self.sigma * (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6)
+        return self.fc(self.sigma * (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6))
 
 
 class _Residual(nn.Module):
