@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) train as one: same networks, generators and tau in both, and results close to a single process's."""
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -52,7 +53,9 @@ def work(rank: int, folder: str) -> None:
     assert torch.equal(again.pool.state_dict()["images"], trainer.pool.state_dict()["images"])
     with pytest.raises(ValueError, match="as many batches in every process"):
         TIETrainer(make_net(), trainer.config).epoch(batches(rank)[: 3 + rank])
+    group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
+    assert group() is None, "something still holds the process group: its threads live on and can abort the process at exit"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if dist.is_available():
+    # Its functions have the process group as a default argument. The first optimizer imports it; where that comes after
+    # init_process_group, the group outlives destroy_process_group, and its threads can abort the process as Python ends.
+    import torch.distributed.nn.functional
+
 
 def world() -> int:
     """How many processes train together."""
