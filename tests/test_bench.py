@@ -131,6 +131,9 @@ def test_a_place_in_a_page_takes_a_measured_number():
     assert page.fill("{{garbage-weight-10/fashionmnist@allx20 marginal | right at 0.01}}").startswith("92.")
     assert "±" in page.fill("{{no-kl/mnist@allx20 tie | accuracy}}")
     assert "±" not in page.fill("{{no-kl/mnist@allx20 tie#0 | accuracy}}")
+    assert 0 < float(page.fill("{{lambda-0.5/cifar10@20000x5 tie | tau}}")) < 1.1
+    few, many = page.fill("{{lambda-0.5/cifar10@20000x5 tie | expelled}}").split(" to ")
+    assert 0 < float(few) < float(many) < 50
     low, high = page.fill("{{fashionmnist tie | natural: garbage}}").split(" to ")
     assert 90 < float(low) < float(high) <= 100
 

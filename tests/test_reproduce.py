@@ -12,9 +12,9 @@ from conftest import TINY, make_batches, make_net
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tie_ext import Conv3, TIETrainer, reproduce, tables
+from tie_ext import Conv3, TIETrainer, cli, reproduce, tables
 from tie_ext.cli import main
-from tie_ext.comparison import ood_metrics, peak_memory
+from tie_ext.comparison import ood_metrics, peak_memory, provenance
 from tie_ext.inversion import Inversion
 
 Image = pytest.importorskip("PIL.Image")
@@ -114,6 +114,12 @@ def test_the_tables_stand_beside_the_papers(done):
     assert "| TIE, ODIN" in text
     assert "±" in text
     assert "## mnist: conv3, 40 images, 1 epochs, seeds [0, 1]" in text
+
+
+@pytest.mark.parametrize(("program", "name"), [(cli.__file__, "tie-ext"), ("/usr/bin/tie-ext", "tie-ext"), ("elsewhere/cli.py", "cli.py")])
+def test_a_record_names_a_command_that_can_be_typed(monkeypatch, program, name):
+    monkeypatch.setattr(sys, "argv", [program, "reproduce", "--seeds", "0"])
+    assert provenance()["command"] == f"{name} reproduce --seeds 0"
 
 
 def test_commands_that_differ_in_their_seeds_alone_stand_as_one():

@@ -366,7 +366,9 @@ def provenance(
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = "tie-ext" if program.resolve() == where / "cli.py" else program.name  # the former: `python -m tie_ext.cli`
+    command = " ".join([name, *sys.argv[1:]])
     return {"command": command, "commit": commit, "versions": versions, "processor": processor(device), "threads": torch.get_num_threads()}
 
 

@@ -124,8 +124,7 @@ def _commands(records: Sequence[Mapping]) -> list[str]:
     """What makes the records anew: their commands, those that differ in nothing but the seeds as one."""
     seeds = defaultdict(set)
     for record in records:
-        arguments = record["command"].partition(" ")[2]  # `python -m tie_ext.cli` leaves "cli.py" where "tie-ext" is
-        seeds[re.sub(r" --seeds( \d+)+", "", f"tie-ext {arguments}")].add(record["config"]["seed"])
+        seeds[re.sub(r" --seeds( \d+)+", "", record["command"])].add(record["config"]["seed"])
     return [f"{command} --seeds {' '.join(map(str, sorted(of)))}" for command, of in sorted(seeds.items())]
 
 

@@ -5,6 +5,7 @@ is said) and METHOD as in the names of the cells, of every seed or of one: ``{{m
 WHAT is one of:
 
 * ``accuracy``, ``id garbage``, ``id rejected``, ``minutes`` (the first seed's), ``seeds``, ``least confident``;
+* ``tau`` after the last epoch; ``expelled``, smallest and largest share of the inversions in each of the last five epochs;
 * ``OOD SET: garbage``, ``rejected``, ``most confident``, or ``SCORE METRIC [through]``, as in ``fashionmnist: UE fpr95 through``;
 * ``OOD SET: at RULE``, rejected by a rule of threshold.json (``two levels``, ``0.01``, ``0.05``, ``paper accuracy``), as in
   ``mnist: at 0.01``; ``right at RULE``, ID images accepted as what they are;
@@ -51,6 +52,11 @@ def _number(place: str) -> str:
         return str(len(records))
     if what == "minutes":
         return f"{records[0]['seconds'] / 60:.1f}"  # later seeds ran on other processors too
+    if what == "tau":
+        return f"{mean(record['log'][-1]['tau'] for record in records):.2f}"
+    if what == "expelled":
+        shares = [sum(epoch["excluded"]) / sum(epoch["proposed"]) for record in records for epoch in record["log"][-5:]]
+        return f"{percent([min(shares)], 1)} to {percent([max(shares)], 1)}"
     if of == "natural":
         own = run.rpartition("/")[2].partition("@")[0]
         means = [mean(map(_value(other, which), records)) for other in NATURAL if other != own]
