@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer
+from tie_ext import Conv3, Domain, Inversion, InversionSettings, TIEConfig, TIENet, TIETrainer
 
 settings.register_profile("slow machines are fine", deadline=None)
 settings.load_profile("slow machines are fine")
 
 SHAPE = (1, 28, 28)
-TINY = TIEConfig(epochs=2, lam=0.5, candidates_per_class=4, pool_size=40, generator_steps=2, generator_width=4)
+TINY = TIEConfig(epochs=2, lam=0.5, candidates_per_class=4, pool_size=40)
+FEW = InversionSettings(steps=2, width=4)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,10 @@ def make_net(classes: int = 3) -> TIENet:
     return TIENet(Conv3(1, classes), classes, SHAPE)
 
 
+def domain(classes: int = 3, shape: tuple[int, ...] = SHAPE, low: float = 0.0, high: float = 1.0) -> Domain:
+    return Domain(classes, shape, torch.tensor(low), torch.tensor(high))
+
+
 def make_batches(classes: int = 3, sizes: tuple[int, ...] = (8, 8)) -> list:
     rng = torch.Generator().manual_seed(1)
     return [(torch.rand(b, *SHAPE, generator=rng), torch.arange(b) % classes) for b in sizes]
@@ -36,7 +41,8 @@ def make_batches(classes: int = 3, sizes: tuple[int, ...] = (8, 8)) -> list:
 def make_trainer(**changes) -> TIETrainer:
     from dataclasses import replace
 
-    return TIETrainer(make_net(), replace(TINY, **changes))
+    net = make_net()
+    return TIETrainer(net, replace(TINY, **changes), [Inversion(net, FEW)])
 
 
 @pytest.fixture

@@ -55,17 +55,6 @@ def test_an_empty_pool_has_nothing_to_draw():
         GarbagePool(3, (1, 2, 2)).draw(1)
 
 
-def test_garbage_is_moved_whenever_it_is_drawn_and_what_moves_in_is_the_lowest_value():
-    pool = GarbagePool(1, (1, 9, 9), low=-1.0, high=1.0, shift=1)
-    dot = torch.full((1, 1, 9, 9), -1.0)
-    dot[..., 4, 4] = 1
-    pool.add(dot)
-    drawn = pool.draw(500)
-    assert drawn.unique().tolist() == [-1.0, 1.0]
-    assert {tuple(place) for place in (drawn > 0).nonzero()[:, 2:].tolist()} == {(row, column) for row in (3, 4, 5) for column in (3, 4, 5)}
-    assert torch.equal(pool.state_dict()["images"], (dot > 0).to(torch.uint8) * 255)
-
-
 def test_a_pool_of_another_shape_is_refused():
     pool = GarbagePool(3, (1, 2, 2))
     pool.add(torch.rand(3, 1, 2, 2))

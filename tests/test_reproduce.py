@@ -1,6 +1,7 @@
 """``tie-ext reproduce``: cells are run once, tables are made of cells, what has no data is said."""
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -8,17 +9,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_batches, make_net
+from conftest import TINY, make_batches, make_net, make_trainer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tie_ext import Conv3, TIETrainer, cli, reproduce, tables
-from tie_ext.cli import main
-from tie_ext.comparison import ood_metrics, peak_memory, provenance
-from tie_ext.inversion import Inversion
+from tie_ext import Conv3, Inversion, TIETrainer
+from tie_ext.app import cli
+from tie_ext.app.cli import main
+from tie_ext.app.data import ImageBatches
+from tie_ext.app.evaluation import ood_metrics
+from tie_ext.bench import reproduce, tables
+from tie_ext.bench.comparison import recipe_of, train_method
+from tie_ext.recipe import Recipe
+from tie_ext.support.provenance import peak_memory, provenance
 
 Image = pytest.importorskip("PIL.Image")
-CONFIG = replace(TINY, epochs=1)
+RECIPE = Recipe(replace(TINY, epochs=1), {"inversion": {"steps": 2, "width": 4}})
+
+
+def changed(**settings) -> Recipe:
+    return replace(RECIPE, config=replace(RECIPE.config, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    plan = reproduce.Plan(root=str(root), sets=("mnist", "svhn"), seeds=(0, 1), methods=("tie", "plain"), config=CONFIG)
+    plan = reproduce.Plan(root=str(root), sets=("mnist", "svhn"), seeds=(0, 1), methods=("tie", "plain"), recipe=RECIPE)
     return out, plan, reproduce.run(plan, out)
 
 
@@ -48,7 +58,7 @@ def test_every_cell_with_data_is_there_and_says_how_it_was_made(done):
     names = sorted(path.name for path in (out / "cells").iterdir())
     assert names == [f"mnist-allx1-{method}-seed{seed}.json" for method in ("plain", "tie") for seed in (0, 1)]
     record = json.loads((out / "cells" / names[-1]).read_text())
-    assert {"command", "commit", "versions", "processor", "threads", "config", "numbers", "level2", "seconds"} <= set(record)
+    assert {"command", "commit", "versions", "processor", "threads", "config", "synthesizers", "prior", "numbers", "level2", "seconds"} <= set(record)
     assert record["config"]["seed"] == 1
 
 
@@ -69,23 +79,12 @@ def test_what_was_not_run_stays_said_until_it_can_be(done, root, tmp_path):
     assert "- svhn: " not in text
 
 
-def test_a_cell_of_before_a_setting_existed_has_its_default(done, tmp_path):
-    out, plan, _ = done
-    (cell,) = (out / "cells").glob("*-tie-seed0.json")
-    record = json.loads(cell.read_text())
-    del record["config"]["garbage_shift"]
-    (tmp_path / "cell.json").write_text(json.dumps(record))
-    reproduce._check_settings(tmp_path / "cell.json", "tie", replace(plan.config, seed=0))
-    with pytest.raises(ValueError, match="with garbage_shift 0 instead of 3"):
-        reproduce._check_settings(tmp_path / "cell.json", "tie", replace(plan.config, seed=0, garbage_shift=3))
-
-
 def test_a_cell_of_other_settings_is_not_taken_for_one_of_these(done, monkeypatch):
     out, plan, _ = done
     monkeypatch.setattr(reproduce, "cell", lambda *_, **__: pytest.fail("a cell was run before the settings were looked at"))
     with pytest.raises(ValueError, match=r"Expected a cell of these settings in .*tie-seed0.json, but got one with lam 0.5 instead of 3.0"):
-        reproduce.run(replace(plan, methods=("predecessor", "tie"), config=replace(CONFIG, lam=3.0)), out)
-    reproduce.run(replace(plan, methods=("plain",), config=replace(CONFIG, lam=3.0)), out)  # which has no lambda
+        reproduce.run(replace(plan, methods=("predecessor", "tie"), recipe=changed(lam=3.0)), out)
+    reproduce.run(replace(plan, methods=("plain",), recipe=changed(lam=3.0)), out)  # which has no lambda
 
 
 def test_a_cell_is_not_run_twice(done, monkeypatch):
@@ -162,10 +161,10 @@ def test_what_was_judged_stays_when_networks_are_deleted(done, tmp_path):
 
 
 def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root, tmp_path):
-    plan = reproduce.Plan(root=str(root), sets=("mnist:0-4",), seeds=(0,), methods=("shuffle,multiscale",), images=20, config=CONFIG)
+    plan = reproduce.Plan(root=str(root), sets=("mnist:0-4",), seeds=(0,), methods=("shuffle,multiscale",), images=20, recipe=RECIPE)
     assert reproduce.run(plan, tmp_path) == []
     record = json.loads((tmp_path / "cells" / "mnist_0-4-20x1-shuffle+multiscale-seed0.json").read_text())
-    assert record["config"]["synthesizer"] == "shuffle,multiscale"
+    assert list(record["synthesizers"]) == ["shuffle", "multiscale"]
     assert record["ood_images"] == dict.fromkeys(["other classes", "fashionmnist", *reproduce.NOISE], 2)
     assert "## mnist:0-4: conv3, 20 images" in (tmp_path / "tables.md").read_text()
 
@@ -173,7 +172,7 @@ def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["logitnorm", "ascood"])
 def test_openoods_own_training_makes_a_cell(openood_root, root, tmp_path, name):
-    plan = reproduce.Plan(root=str(root), sets=("mnist",), seeds=(0,), methods=(f"openood:{name}",), config=CONFIG)
+    plan = reproduce.Plan(root=str(root), sets=("mnist",), seeds=(0,), methods=(f"openood:{name}",), recipe=RECIPE)
     assert reproduce.run(plan, tmp_path) == []
     record = json.loads((tmp_path / "cells" / f"mnist-allx1-openood_{name}-seed0.json").read_text())
     assert "garbage_rate" not in record["numbers"]
@@ -182,7 +181,7 @@ def test_openoods_own_training_makes_a_cell(openood_root, root, tmp_path, name):
 
 
 def test_the_command_line_runs_it(root, tmp_path, capsys):
-    small = ["--generator-steps", "1", "--generator-width", "4", "--candidates-per-class", "2", "--pool-size", "20", "--epochs", "1"]
+    small = ["--inversion-steps", "1", "--inversion-width", "4", "--candidates-per-class", "2", "--pool-size", "20", "--epochs", "1"]
     arguments = ["reproduce", "--root", str(root), "--out", str(tmp_path), "--data", "fashionmnist", "--methods", "white", "--seeds", "3", *small]
     assert main(arguments) == 0
     assert (tmp_path / "cells" / "fashionmnist-allx1-white-seed3.json").exists()
@@ -211,47 +210,50 @@ def test_ctrl_c_says_that_the_same_command_goes_on(root, tmp_path, capsys, monke
     assert "kept, go on with the same command" in capsys.readouterr().err
 
 
-def test_the_papers_figures_are_whole():
-    for paper in (tables.PAPER_1, tables.PAPER_2):
-        assert {name: len(row) for name, row in paper.items()} == dict.fromkeys(tables.NAMES, 6)
-    assert torch.tensor([len(f.split(" / ")) for row in tables.PAPER_2.values() for f in row if f != "-"]).eq(4).all()
+def test_methods_change_the_recipe_as_their_papers_say():
+    everything = -math.inf
+    assert recipe_of("tie", RECIPE) == RECIPE
+    assert recipe_of("predecessor", RECIPE) == changed(lam=everything)
+    assert recipe_of("white", RECIPE) == replace(RECIPE, synthesizers={}, prior=("white",))
+    assert recipe_of("ascood", RECIPE) == Recipe(changed(lam=everything).config, {"gradient": {}}, (), "uniform")
+    assert recipe_of("vernekar", RECIPE) == Recipe(changed(lam=everything, garbage_weight=0.1).config, {"boundary": {}}, ())
+    assert recipe_of("boundary,inversion", RECIPE) == replace(RECIPE, synthesizers={"boundary": {}, "inversion": {"steps": 2, "width": 4}})
+    with pytest.raises(ValueError, match="Expected a method, one of tie"):
+        recipe_of("magic", RECIPE)
 
 
-def test_the_predecessor_expels_everything_and_its_record_says_so():
-    import math
-
-    from tie_ext.comparison import make_trainer, method_config
-
-    assert method_config("predecessor", CONFIG).lam == -math.inf
-    assert method_config("white", CONFIG).prior == "white"
-    assert method_config("tie", CONFIG) == CONFIG
-    batches = make_batches()
-    log = make_trainer("predecessor", make_net(), CONFIG).epoch(batches)
+def test_the_predecessor_expels_everything_and_no_tie_nothing():
+    log = recipe_of("predecessor", RECIPE).trainer(make_net()).epoch(make_batches())
     assert log.excluded == log.proposed
-    assert sum(make_trainer("white", make_net(), CONFIG).epoch(batches).proposed) == 0
-    with pytest.raises(ValueError, match="with a garbage class, but got 'plain'"):
-        make_trainer("plain", make_net(), CONFIG)
-    assert method_config("ascood", CONFIG).objective == "uniform"
-    assert method_config("vernekar", CONFIG).garbage_weight == 0.1
+    assert sum(log.proposed) > 0
+    assert sum(recipe_of("white", RECIPE).trainer(make_net()).epoch(make_batches()).proposed) == 0
+
+
+def test_every_method_sees_the_first_epoch_in_the_same_order(done, monkeypatch):
+    images, *_ = reproduce.image_sets("mnist", 0, None, done[1].root)
+    orders = {}
+    for method in ("tie", "plain"):
+        seen, draw = [], ImageBatches._rows
+        monkeypatch.setattr(ImageBatches, "_rows", lambda self, seen=seen, draw=draw: seen.append(draw(self)) or seen[-1])
+        train_method(method, Conv3, images, changed(seed=3), batch_size=8)
+        orders[method] = seen
+        monkeypatch.setattr(ImageBatches, "_rows", draw)
+    assert torch.equal(orders["tie"][1], orders["plain"][0])  # the first of TIE's is that of the look at the data
 
 
 @pytest.mark.parametrize("method", ["tie", "plain"])
 def test_every_method_computes_in_the_precision_of_the_settings(method, done):
-    from tie_ext.comparison import train
-
     out, plan, _ = done
     images, *_ = reproduce.image_sets("mnist", 0, None, plan.root)
-    config = replace(CONFIG, precision="bfloat16")
-    assert train(method, Conv3, images, config)[0].precision == "bfloat16"
+    recipe = changed(precision="bfloat16")
+    assert train_method(method, Conv3, images, recipe)[0].precision == "bfloat16"
     with pytest.raises(ValueError, match="with precision 'float32' instead of 'bfloat16'"):
-        reproduce._check_settings(out / "cells" / f"mnist-allx1-{method}-seed0.json", method, replace(config, seed=0))
+        reproduce._check_settings(out / "cells" / f"mnist-allx1-{method}-seed0.json", method, recipe)
 
 
 @pytest.mark.parametrize("method", ["vernekar", "ascood"])
 def test_other_papers_training_sees_their_outliers_alone(method):
-    from tie_ext.comparison import make_trainer
-
-    trainer = make_trainer(method, make_net(), CONFIG)
+    trainer = recipe_of(method, RECIPE).trainer(make_net())
     assert len(trainer.pool) == 0  # the first epoch has ID images alone
     batches = make_batches()
     first = trainer.epoch(batches)
@@ -291,24 +293,22 @@ def test_networks_of_shorter_runs_judge_too_and_those_of_other_sets_do_not(done,
 
 
 def test_inversions_that_are_judged_are_asked_for_as_in_training(tmp_path, monkeypatch):
-    margins = []
+    asked = []
 
-    def spy(self, y, margin=0.5):
-        margins.append(margin)
-        return invert(self, y, margin)
+    def spy(self, y, clearly=True):
+        asked.append(clearly)
+        return invert(self, y, clearly)
 
     invert = Inversion.invert
     monkeypatch.setattr(Inversion, "invert", spy)
-    for margin in (0.0, 0.25):
-        trainer = TIETrainer(make_net(), replace(TINY, code_margin=margin))
-        reproduce._keep_inversions(tmp_path / "inversions.safetensors", trainer, per_class=2)
-    assert margins == [0.0, 0.25]
+    reproduce._keep_inversions(tmp_path / "inversions.safetensors", make_trainer(), per_class=2)
+    assert asked == [False]
 
 
 @pytest.mark.parametrize("method", ["tie", "predecessor", "white"])
 def test_a_cell_that_is_killed_goes_on_where_it_stood_and_ends_the_same(method, root, tmp_path, monkeypatch):
     def plan(**changes):
-        return reproduce.Plan(root=str(root), sets=("mnist",), seeds=(0,), methods=(method,), config=replace(TINY, epochs=3, **changes))
+        return reproduce.Plan(root=str(root), sets=("mnist",), seeds=(0,), methods=(method,), recipe=changed(epochs=3, **changes))
 
     def killed(self, batches):
         if len(self.log) == 2:

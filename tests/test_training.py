@@ -5,12 +5,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import SHAPE, TINY, make_batches, make_net, make_trainer
+from conftest import FEW, SHAPE, TINY, make_batches, make_net, make_trainer
 from torch import nn
 
-from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer
-from tie_ext.files import load_state, save_state
+from tie_ext import Conv3, Inversion, TIEConfig, TIENet, TIETrainer
 from tie_ext.outliers import SYNTHESIZERS
+from tie_ext.outliers.saliency import uniform_objective
+from tie_ext.recipe import Recipe
+from tie_ext.support.files import load_state, save_state
 from tie_ext.training import GARBAGE_SHARE
 
 
@@ -40,7 +42,7 @@ def test_tau_is_the_papers_and_stays_with_the_network():
 def test_class_weights_are_inverse_proportions():
     trainer = make_trainer()
     trainer.counts = torch.tensor([10, 20, 30])
-    weights = trainer.class_weights()
+    weights = trainer._class_weights()
     sizes = torch.tensor([10, 20, 30, 60 * GARBAGE_SHARE])
     torch.testing.assert_close(weights * sizes, torch.full((4,), sizes.sum().item() / 4))
 
@@ -54,7 +56,7 @@ def test_the_learning_rate_falls_along_half_a_cosine():
 
 
 def test_the_plain_network_trains_at_the_same_rates(monkeypatch):
-    from tie_ext.comparison import train_plain
+    from tie_ext.bench.comparison import train_plain
 
     net, asked = make_net(), []
     before = net.fc.weight.clone()
@@ -109,7 +111,7 @@ def test_a_last_batch_of_one_is_fine():
 def test_another_value_range_is_kept():
     net = TIENet(Conv3(3, 3), 3, (3, 28, 28), low=(-1.0, -2.0, 0.0), high=(1.0, 2.0, 3.0))
     x = torch.stack([torch.rand(6, 28, 28) * 2 - 1, torch.rand(6, 28, 28) * 4 - 2, torch.rand(6, 28, 28) * 3], dim=1)
-    trainer = TIETrainer(net, TINY)
+    trainer = TIETrainer(net, TINY, [Inversion(net, FEW)])
     trainer.epoch([(x, torch.arange(6) % 3)])
     garbage = trainer.pool.draw(50)
     assert (garbage >= net.low).all()
@@ -158,12 +160,8 @@ def test_bad_data_is_refused_before_any_work(batches, message):
         {"lr": float("nan")},
         {"pool_size": 0},
         {"candidates_per_class": -1},
-        {"generator_steps": 0},
-        {"gamma_end": -1.0},
-        {"prior": "pink"},
-        {"objective": "energy"},
-        {"garbage_shift": -1},
-        {"code_margin": -0.1},
+        {"candidates_per_class": 1.5},
+        {"garbage_weight": 0},
         {"precision": "float16"},
         {"seed": -1},
         {"lam": float("nan")},
@@ -172,17 +170,6 @@ def test_bad_data_is_refused_before_any_work(batches, message):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=f"Expected {next(iter(settings))} to be .*, but got"):
         TIEConfig(**settings)
-
-
-def test_the_trainer_moves_garbage_as_its_settings_say():
-    config = replace(TINY, garbage_shift=2)
-    assert TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), config).pool.shift == 2
-    with pytest.raises(ValueError, match="Expected garbage_shift to be"):
-        TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), replace(config, garbage_shift=29))
-
-
-def test_the_trainer_asks_for_inversions_as_its_settings_say():
-    assert TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), replace(TINY, code_margin=0.25)).synthesizers[0].margin == 0.25
 
 
 class Viewing(nn.Module):
@@ -199,7 +186,8 @@ class Viewing(nn.Module):
 @pytest.mark.parametrize("synthesizer", SYNTHESIZERS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_backbone_keeps_its_memory_layout(channels, synthesizer):
-    trainer = TIETrainer(TIENet(Viewing(channels), 3, (channels, 28, 28)), replace(TINY, synthesizer=synthesizer))
+    settings = {"steps": 2, "width": 4} if synthesizer == "inversion" else {}
+    trainer = Recipe(TINY, {synthesizer: settings}).trainer(TIENet(Viewing(channels), 3, (channels, 28, 28)))
     trainer.epoch([(x.repeat(1, channels, 1, 1), y) for x, y in make_batches()])
     assert all(p.is_contiguous() for p in trainer.net.parameters())
 
@@ -237,7 +225,7 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
     trainer.save(tmp_path / "run.safetensors")
     with pytest.raises(ValueError, match=r"of a run with the settings of this one in .*, but got lam 0.5 instead of 2.0, precision"):
         make_trainer(lam=2.0, precision="bfloat16").load(tmp_path / "run.safetensors")
-    with pytest.raises(ValueError, match="but got synthesizers 1 instead of 0"):
+    with pytest.raises(ValueError, match=r"but got synthesizers \['Inversion'\] instead of \[\]"):
         TIETrainer(make_net(), TINY, synthesizers=[]).load(tmp_path / "run.safetensors")
 
 
@@ -253,23 +241,12 @@ def test_a_run_of_before_a_setting_existed_had_its_default(tmp_path):
         make_trainer(precision="bfloat16").load(tmp_path / "run.safetensors")
 
 
-def test_garbage_counts_by_how_unsure_the_id_outputs_are_of_it():
-    trainer = make_trainer(objective="weighted")
-    logits = torch.tensor([[5.0, 0, 0, 1], [9.0, -9, -9, 0], [0.0, 0, 0, 0]], requires_grad=True)  # an ID image; sure garbage; unsure garbage
-    y, weights = torch.tensor([0, 3, 3]), torch.tensor([1.0, 1, 1, 2])
-    trainer._loss(logits, y, weights).backward()
-    each = torch.nn.functional.cross_entropy(logits.detach(), y, reduction="none")
-    assert logits.grad[1].abs().max() < 1e-6 < logits.grad[2].abs().max()  # UE 0 and 1
-    expected = (each[0] + 2 * each[2]) / 5
-    assert trainer._loss(logits, y, weights).item() == pytest.approx(expected.item(), rel=1e-4)
-
-
 def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
     torch.manual_seed(0)
     x = torch.zeros(24, *SHAPE)
     for i in range(24):
         x[i, :, 8 * (i % 3) : 8 * (i % 3) + 8] = 1
-    trainer = TIETrainer(make_net(), replace(TINY, objective="uniform", epochs=15), synthesizers=[])
+    trainer = TIETrainer(make_net(), replace(TINY, epochs=15), [], objective=uniform_objective)
     for _ in range(15):
         trainer.epoch([(x, torch.arange(24) % 3)])
     inside, outside = trainer.net.decide(x), trainer.net.decide(trainer.pool.draw(24))

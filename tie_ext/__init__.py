@@ -3,12 +3,27 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tie_ext.backbones import Conv3, Conv5, ResidualCNN
+from tie_ext.config import TIEConfig
 from tie_ext.decision import Decision, decide, ood_score, uncertainty
 from tie_ext.exclusion import GarbagePool
-from tie_ext.inversion import Inversion
-from tie_ext.networks import Conv3, Conv5, Generator, ResidualCNN, TIENet
-from tie_ext.synthesis import Candidates, Noise, Synthesizer
-from tie_ext.training import EpochLog, TIEConfig, TIETrainer
+from tie_ext.generator import Generator
+from tie_ext.log import EpochLog
+from tie_ext.network import TIENet
+from tie_ext.outliers import (
+    BoundarySettings,
+    Inversion,
+    InversionSettings,
+    ManifoldBoundary,
+    MarginalRepresentations,
+    MarginalSettings,
+    Noise,
+    NoiseSettings,
+    Saliency,
+    SaliencySettings,
+)
+from tie_ext.synthesis import Candidates, Domain, Prior, Synthesizer
+from tie_ext.training import TIETrainer
 
 if TYPE_CHECKING:
     from tie_ext.pytorch_ood import TIEDetector as TIEDetector
@@ -26,16 +41,26 @@ def __getattr__(name: str):  # so that `import tie_ext` needs torch and numpy on
 
 __version__ = "0.1.0"
 __all__ = [
+    "BoundarySettings",
     "Candidates",
     "Conv3",
     "Conv5",
     "Decision",
+    "Domain",
     "EpochLog",
     "GarbagePool",
     "Generator",
     "Inversion",
+    "InversionSettings",
+    "ManifoldBoundary",
+    "MarginalRepresentations",
+    "MarginalSettings",
     "Noise",
+    "NoiseSettings",
+    "Prior",
     "ResidualCNN",
+    "Saliency",
+    "SaliencySettings",
     "Synthesizer",
     "TIEConfig",
     "TIENet",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tie_ext.checks import check_finite, check_logits, check_number
+from tie_ext.support.checks import check_finite, check_logits, check_number
 
 
 class Decision(NamedTuple):
@@ -65,6 +65,11 @@ def ood_score(logits: Tensor, t: float = 1.0) -> Tensor:
     return logits[:, -1] - t * (logits[:, :-1] / t).logsumexp(dim=1)
 
 
+def widened(logits: Tensor) -> Tensor:
+    """Logits of half precision as float32, in which sums of their exponentials keep their digits; others as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def decide(logits: Tensor, tau: float | Tensor = 1.0, t: float = 1.0) -> Decision:
     """Reject at two levels: the garbage class first, uncertainty second.
 
@@ -83,6 +88,7 @@ def decide(logits: Tensor, tau: float | Tensor = 1.0, t: float = 1.0) -> Decisio
         TIE, algorithm 1, lines 24-32.
     """
     check_logits(logits)
+    logits = widened(logits)
     u = uncertainty(logits.softmax(dim=1))
     garbage = logits.argmax(dim=1) == logits.shape[1] - 1
     level = torch.where(garbage, 1, torch.where(u > tau, 2, 0))

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tie_ext.checks import check_number
+from tie_ext.support.checks import check_number
 
 
 def cutoff(u: Tensor, lam: float) -> float:
@@ -25,22 +24,6 @@ def cutoff(u: Tensor, lam: float) -> float:
     return float(u.mean() + lam * u.std(correction=0))
 
 
-def moved(x: Tensor, most: int) -> Tensor:
-    """Each image moved by up to ``most`` pixels in either direction: a random crop of the padded image, as OpenOOD trains with.
-
-    Arguments:
-        x: Images ``(B, C, H, W)`` on the CPU; what moves in is 0.
-        most: In pixels; 0 leaves them, and the random state, as they are.
-    """
-    if most == 0:
-        return x
-    B, _, H, W = x.shape
-    top, left = torch.randint(2 * most + 1, (2, B, 1))
-    rows, columns = top + torch.arange(H), left + torch.arange(W)
-    padded = F.pad(x, (most, most, most, most))
-    return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
 class GarbagePool:
     """A bounded sample of all garbage ever offered, kept as uint8.
 
@@ -52,19 +35,16 @@ class GarbagePool:
         image_shape: ``(C, H, W)``.
         low: Smallest value of the data, a number or ``(C, 1, 1)``; what uint8 0 stands for.
         high: Largest value of the data; what 255 stands for.
-        shift: Most pixels an image is moved by whenever it is drawn (:func:`moved`); what moves in is ``low``.
 
     Raises:
-        ValueError: If the capacity or the shift is out of range.
+        ValueError: If the capacity is out of range.
     """
 
-    def __init__(self, capacity: int, image_shape: Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0, shift: int = 0):
+    def __init__(self, capacity: int, image_shape: Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
         check_number("pool_size", capacity, 1, 10**9, integer=True)
-        check_number("garbage_shift", shift, 0, image_shape[-1], integer=True)
         self.images = torch.empty((capacity, *image_shape), dtype=torch.uint8)
         self.low = torch.as_tensor(low, dtype=torch.float32, device="cpu")
         self.high = torch.as_tensor(high, dtype=torch.float32, device="cpu")
-        self.shift = shift
         self.offered = 0
 
     def __len__(self) -> int:
@@ -72,12 +52,13 @@ class GarbagePool:
 
     def add(self, x: Tensor) -> None:
         """Offer images ``(M, C, H, W)`` in ``[low, high]``; a full pool keeps a fair share of them."""
-        x = ((x.detach().cpu() - self.low) / (self.high - self.low) * 255).round().clamp(0, 255).to(torch.uint8)
         count = torch.arange(self.offered, self.offered + len(x))
         slot = torch.where(count < len(self.images), count, (torch.rand(len(x), dtype=torch.float64) * (count + 1)).long())
         # Of two images for one slot the later wins, as if they had come one by one.
         winner = {s: i for i, s in enumerate(slot.tolist()) if s < len(self.images)}
-        self.images[list(winner)] = x[list(winner.values())]
+        if winner:  # only these are converted, as a full pool takes few
+            kept = x.detach()[list(winner.values())].float().cpu()
+            self.images[list(winner)] = ((kept - self.low) / (self.high - self.low) * 255).round().clamp(0, 255).to(torch.uint8)
         self.offered += len(x)
 
     def draw(self, k: int) -> Tensor:
@@ -88,7 +69,7 @@ class GarbagePool:
         """
         if k and len(self) == 0:
             raise ValueError("Expected a garbage pool that holds images to draw from, but got an empty one")
-        x = moved(self.images[torch.randint(max(1, len(self)), (k,))], self.shift)
+        x = self.images[torch.randint(max(1, len(self)), (k,))]
         return self.low + (self.high - self.low) * (x.float() / 255)
 
     def state_dict(self) -> dict:

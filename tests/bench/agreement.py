@@ -14,25 +14,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tie_ext import TIENet, TIETrainer, uncertainty
-from tie_ext.comparison import all_logits, provenance
-from tie_ext.data import ImageSet
-from tie_ext.files import write_json
-from tie_ext.inversion import soft_code
-from tie_ext.run import read_settings, to_bytes
-from tie_ext.synthesis import frozen
+from tie_ext import TIENet, uncertainty
+from tie_ext.app.data import ImageSet
+from tie_ext.app.evaluation import all_logits
+from tie_ext.app.run import read_settings, to_bytes
+from tie_ext.outliers.inversion import CLEAR, soft_code
+from tie_ext.support.files import write_json
+from tie_ext.support.modules import frozen
+from tie_ext.support.provenance import provenance
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "agreement.json"
 PER_CLASS, PARTS = 1000, 5
-MARGINS = (0.0, 0.25, 0.5, 1.0)
-"""Training asks at 0, `Inversion.invert` at 0.5."""
+MARGINS = (0.0, 0.25, CLEAR, 1.0)
+"""Training asks at 0."""
 
 
 @torch.no_grad()
 def shares_of(run: Path, judges: Sequence[TIENet], per_class: int = PER_CLASS) -> dict[str, dict[str, float]]:
     """Shares of a run's inversions by how they were asked for: ``landed`` in the output asked for, ``judged`` to be it, mean over the judges."""
     net = TIENet.load(run / "network.safetensors")
-    trainer = TIETrainer(net, read_settings(run).config)
+    trainer = read_settings(run).recipe.trainer(net)
     trainer.load(run / "training.safetensors")
     generator = trainer.synthesizers[0].generator
     y = torch.arange(net.num_classes).repeat(per_class)

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from statistics import median
 
-from tie_ext.report import table
+from tie_ext.app.report import table
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUNS = {

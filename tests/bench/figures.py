@@ -8,8 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
-from tie_ext.report import write_report
-from tie_ext.tables import table
+from tie_ext.app.report import write_report
+from tie_ext.bench.tables import table
 
 DOCS = Path(__file__).parents[2] / "docs"
 SHOWN = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR@95"}

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tie_ext.comparison import provenance
-from tie_ext.files import write_json
-from tie_ext.outliers.boundary import VAE, jacobian, normal
+from tie_ext.outliers.boundary import jacobian, normal
+from tie_ext.outliers.vae import VAE
+from tie_ext.support.files import write_json
+from tie_ext.support.provenance import provenance
+from tie_ext.synthesis import Domain
 
 BATCH, LATENT, REPEATS = 64, 8, 5
 OUT = Path(__file__).parents[2] / "docs" / "results" / "null_space.json"
@@ -47,7 +49,7 @@ def seconds(function: Callable, *arguments) -> float:
 @torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
-    vae = VAE((1, 28, 28), 10, LATENT).eval()
+    vae = VAE(Domain(10, (1, 28, 28), torch.tensor(0.0), torch.tensor(1.0)), LATENT).eval()
     x, y = torch.rand(BATCH, 1, 28, 28), torch.arange(BATCH) % 10
     z = vae.encode(x, y)
     J = jacobian(vae, z, y)

@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from tie_ext.comparison import provenance
-from tie_ext.files import write_json
-from tie_ext.report import table
+from tie_ext.app.report import table
+from tie_ext.support.files import write_json
+from tie_ext.support.provenance import provenance
 
 HOUSE = Path(__file__).parents[2]
 OUT = HOUSE / "docs" / "results" / "openood"

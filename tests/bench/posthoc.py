@@ -14,14 +14,15 @@ from pytorch_ood.detector import ODIN
 from torch import Tensor
 
 from tie_ext import TIENet
-from tie_ext.comparison import ood_metrics, provenance
-from tie_ext.data import Batches, training_batches
-from tie_ext.detectors import IODIN, RejectionNetwork
-from tie_ext.files import write_json
-from tie_ext.outliers.latent import MarginalRepresentations
-from tie_ext.reproduce import image_sets
-from tie_ext.synthesis import frozen
-from tie_ext.training import seeded
+from tie_ext.app.data import ImageBatches, training_batches
+from tie_ext.app.evaluation import ood_metrics
+from tie_ext.bench.reproduce import image_sets
+from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
+from tie_ext.pytorch_ood import IODIN, RejectionNetwork
+from tie_ext.support.files import write_json
+from tie_ext.support.modules import frozen
+from tie_ext.support.provenance import provenance
+from tie_ext.support.random import seeded
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "posthoc.json"
 
@@ -32,11 +33,11 @@ def scores_of(net: TIENet, root: str, name: str, count: int, seed: int) -> dict:
     detectors = {"ODIN": ODIN(net), "i-ODIN": IODIN(net)}
     with frozen(net), seeded(seed):
         for k, label in ((1, "B, single"), (5, "B, 5 mixed")):
-            outliers = MarginalRepresentations(images.shape, len(images.classes), k=k)
-            detectors[label] = RejectionNetwork(net.features, outliers, len(images.classes)).fit(training_batches(images, 128))
+            outliers = MarginalRepresentations(net, MarginalSettings(k=k))
+            detectors[label] = RejectionNetwork(net.features, outliers).fit(training_batches(images, 128))
 
         def scores(detector, of) -> Tensor:
-            return torch.cat([detector.predict(x).detach() for x, _ in Batches(of, 500)])
+            return torch.cat([detector.predict(x).detach() for x, _ in ImageBatches(of, 500)])
 
         found = {}
         for label, detector in detectors.items():

@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tie_ext import Noise, TIENet, data, ood_score, uncertainty
-from tie_ext.comparison import all_logits, ood_metrics, provenance
-from tie_ext.data import ImageSet
-from tie_ext.files import write_json
-from tie_ext.report import table
+from tie_ext import Domain, Noise, TIENet, ood_score, uncertainty
+from tie_ext.app import data
+from tie_ext.app.data import ImageSet
+from tie_ext.app.evaluation import all_logits, ood_metrics
+from tie_ext.app.report import table
+from tie_ext.support.files import write_json
+from tie_ext.support.provenance import provenance
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -55,7 +57,7 @@ def tiles(x: Tensor) -> Tensor:
 
 def positives(test: ImageSet) -> dict[str, ImageSet]:
     count, shape = len(test), test.shape
-    multiscale = (Noise().draw((count, *shape)) * 255).round().to(torch.uint8)
+    multiscale = (Noise(Domain(10, shape, torch.tensor(0.0), torch.tensor(1.0))).draw((count, *shape)) * 255).round().to(torch.uint8)
     other = torch.randperm(count)
     mixed = ((test.x.int() + test.x[other].int()) // 2).to(torch.uint8)[test.y != test.y[other]]
     made = {"multi-scale noise": multiscale, "shuffled tiles": tiles(test.x), "mixtures": mixed}

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from tie_ext import TIENet, decide, ood_score
-from tie_ext.comparison import all_logits, has_garbage, provenance
-from tie_ext.data import NAMES
+from tie_ext.app.data import NAMES
+from tie_ext.app.evaluation import all_logits
+from tie_ext.bench.comparison import has_garbage
+from tie_ext.bench.reproduce import image_sets
+from tie_ext.bench.tables import PAPER_1
 from tie_ext.decision import Decision, conformal_threshold, decide_at
-from tie_ext.files import write_json
-from tie_ext.reproduce import image_sets
-from tie_ext.tables import PAPER_1
+from tie_ext.support.files import write_json
+from tie_ext.support.provenance import provenance
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "threshold.json"
 FALSE_ALARMS = (0.01, 0.05)

@@ -16,7 +16,6 @@ _ROOMS = {
     "TIEPostprocessor": "postprocessors",
     "TIEUEPostprocessor": "postprocessors",
     "DMRPostprocessor": "rejection",
-    "train_baseline": "baselines",
     "without_cuda": "cpu",
 }
 __all__ = ["check_requirements", *_ROOMS]

@@ -3,7 +3,8 @@
 from openood.preprocessors.transform import normalization_dict
 from torch import Tensor, nn
 
-from tie_ext.networks import BACKBONES, TIENet
+from tie_ext.backbones import BACKBONES
+from tie_ext.network import TIENet
 
 
 class OpenOODTIENet(TIENet):

@@ -7,7 +7,7 @@ from openood.utils.config import Config
 from torch import Tensor, nn, no_grad
 
 from tie_ext.decision import ood_score, uncertainty
-from tie_ext.networks import TIENet
+from tie_ext.network import TIENet
 
 
 class TIEPostprocessor(BasePostprocessor):

@@ -23,7 +23,7 @@ from openood.networks.ash_net import ASHNet
 from openood.networks.scale_net import ScaleNet
 from openood.utils.config import Config
 
-from tie_ext.networks import TIENet
+from tie_ext.network import TIENet
 from tie_ext.openood.network import tie_net
 from tie_ext.openood.postprocessors import TIEPostprocessor, TIEUEPostprocessor
 from tie_ext.openood.rejection import DMRPostprocessor
@@ -129,7 +129,7 @@ def _with_network(original: Callable) -> Callable:
         net = tie_net(network_config)
         if network_config.pretrained:
             net.load_state_dict(torch.load(network_config.checkpoint, map_location="cpu", weights_only=True))
-        # Not wrapped in DistributedDataParallel: TIE's trainer keeps the processes in step itself (tie_ext.distributed).
+        # Not wrapped in DistributedDataParallel: TIE's trainer keeps the processes in step itself (tie_ext.support.distributed).
         return net.to("cuda" if network_config.num_gpus > 0 and torch.cuda.is_available() else "cpu")
 
     return get_network

@@ -2,13 +2,15 @@
 
 from typing import ClassVar
 
+import torch
 from openood.postprocessors import BasePostprocessor
 from openood.preprocessors.transform import normalization_dict
 from openood.utils.config import Config
 from torch import Tensor, nn, no_grad
 
 from tie_ext.openood.trainer import Pairs
-from tie_ext.outliers.latent import MarginalRepresentations, fit_rejection, marginal_features
+from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings, fit_rejection, marginal_features
+from tie_ext.synthesis import Domain
 
 
 class DMRPostprocessor(BasePostprocessor):
@@ -40,9 +42,9 @@ class DMRPostprocessor(BasePostprocessor):
             num_classes = net(x.to(device)).shape[1]
         low = [-m / s for m, s in zip(*self.normalization, strict=True)]
         high = [(1 - m) / s for m, s in zip(*self.normalization, strict=True)]
-        settings = {"k": self.settings["k"], "vae_epochs": self.settings["vae_epochs"]}
-        synthesizer = MarginalRepresentations(x.shape[1:], num_classes, low, high, **settings)
-        features, outlier = marginal_features(lambda x: net(x, return_feature=True)[1].flatten(1), synthesizer, batches, num_classes, device)
+        domain = Domain(num_classes, tuple(x.shape[1:]), *(torch.tensor(bound).view(-1, 1, 1) for bound in (low, high)))
+        synthesizer = MarginalRepresentations(domain, MarginalSettings(k=self.settings["k"], vae_epochs=self.settings["vae_epochs"]))
+        features, outlier = marginal_features(lambda x: net(x, return_feature=True)[1].flatten(1), synthesizer, batches, device)
         self.network = fit_rejection(features, outlier, epochs=self.settings["epochs"])
 
     @no_grad()

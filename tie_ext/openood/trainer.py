@@ -1,6 +1,7 @@
 """OpenOOD's trainer contract around TIE's epoch."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import openood.utils.comm as comm
 from torch import Tensor, nn
@@ -8,15 +9,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tie_ext.networks import TIENet
-from tie_ext.training import TIEConfig, TIETrainer
+from tie_ext.config import TIEConfig
+from tie_ext.network import TIENet
+from tie_ext.recipe import Recipe, names
 
 
 class OpenOODTIETrainer:
     """Trainer ``tie``: one call of ``train_epoch`` is one epoch of :class:`tie_ext.TIETrainer`.
 
-    ``optimizer.num_epochs``, ``optimizer.lr`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``, where every other
-    setting of :class:`tie_ext.TIEConfig` may stand by its name. The optimiser is Adam, as in the paper.
+    ``optimizer.num_epochs``, ``optimizer.lr`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``: every other setting
+    of :class:`tie_ext.TIEConfig` by its name; ``synthesizers`` by name, the settings of each below it; ``prior``, names with commas between, or
+    ``none``; and ``objective``, as :class:`tie_ext.recipe.Recipe` has it. The optimiser is Adam, as in the paper.
 
     Arguments:
         net: A ``tie_net``.
@@ -30,16 +33,18 @@ class OpenOODTIETrainer:
     def __init__(self, net: TIENet | DistributedDataParallel, train_loader: DataLoader, config):
         if config.optimizer.name not in (None, "adam"):
             raise ValueError(f"Expected optimizer.name to be adam for trainer tie (the paper's), but got {config.optimizer.name}")
-        settings = dict(config.trainer.trainer_args or {})
-        known = set(TIEConfig.__dataclass_fields__) - {"epochs", "lr", "seed"}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"Expected trainer.trainer_args among {', '.join(sorted(known))}, but got {', '.join(unknown)}")
-        if "lam" in settings:
-            settings["lam"] = float(settings["lam"])  # YAML writes -inf as a word
+        arguments = dict(config.trainer.trainer_args or {})
+        loop = {f.name for f in fields(TIEConfig)} - {"epochs", "lr", "seed"}
+        if unknown := sorted(set(arguments) - loop - {"synthesizers", "prior", "objective"}):
+            known = ", ".join([*sorted(loop), "synthesizers", "prior", "objective"])
+            raise ValueError(f"Expected trainer.trainer_args among {known}, but got {', '.join(unknown)}")
+        settings = {name: value for name, value in arguments.items() if name in loop}
         tie = TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, seed=config.seed, **settings)
+        proposed = {name: dict(changed or {}) for name, changed in dict(arguments.get("synthesizers", {"inversion": {}}) or {}).items()}
+        recipe = Recipe(tie, proposed, names(arguments.get("prior", "multiscale")), arguments.get("objective", "garbage"))
         self.net, self.batches = net, Pairs(train_loader)
         # DistributedDataParallel, where someone put it around: TIE's trainer keeps the processes in step itself.
-        self.trainer = TIETrainer(net.module if isinstance(net, DistributedDataParallel) else net, tie, progress=comm.is_main_process())
+        self.trainer = recipe.trainer(net.module if isinstance(net, DistributedDataParallel) else net, progress=comm.is_main_process())
 
     def train_epoch(self, epoch_idx: int) -> tuple[nn.Module, dict]:
         """Train, invert, exclude.

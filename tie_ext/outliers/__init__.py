@@ -1,39 +1,42 @@
-"""Other papers' outliers behind TIE's interface, one paper a file; :data:`SYNTHESIZERS` has all of them by name."""
+"""Who proposes outliers: TIE's inversion, noise, and other papers' methods, one paper a file; :data:`SYNTHESIZERS` has all of them by name."""
 
-from tie_ext.inversion import Inversion
-from tie_ext.networks import TIENet
-from tie_ext.outliers.boundary import ManifoldBoundary
-from tie_ext.outliers.latent import MarginalRepresentations
-from tie_ext.outliers.saliency import Saliency
-from tie_ext.synthesis import Noise, Synthesizer
+from dataclasses import replace
 
-SYNTHESIZERS: dict[str, tuple[type[Synthesizer], dict]] = {
-    "inversion": (Inversion, {}),
-    "boundary": (ManifoldBoundary, {}),
-    "marginal": (MarginalRepresentations, {}),
-    "gradient": (Saliency, {"kind": "gradient"}),
-    "shuffle": (Saliency, {"kind": "shuffle"}),
-    "white": (Noise, {"multiscale": False}),
-    "multiscale": (Noise, {"multiscale": True}),
+from tie_ext.network import TIENet
+from tie_ext.outliers.boundary import BoundarySettings, ManifoldBoundary
+from tie_ext.outliers.inversion import Inversion, InversionSettings
+from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
+from tie_ext.outliers.noise import Noise, NoiseSettings
+from tie_ext.outliers.saliency import Saliency, SaliencySettings
+from tie_ext.support.settings import Settings
+from tie_ext.synthesis import Domain, Synthesizer
+
+SYNTHESIZERS: dict[str, tuple[type[Synthesizer], Settings]] = {
+    "inversion": (Inversion, InversionSettings()),
+    "boundary": (ManifoldBoundary, BoundarySettings()),
+    "marginal": (MarginalRepresentations, MarginalSettings()),
+    "gradient": (Saliency, SaliencySettings(kind="gradient")),
+    "shuffle": (Saliency, SaliencySettings(kind="shuffle")),
+    "white": (Noise, NoiseSettings(kind="white")),
+    "multiscale": (Noise, NoiseSettings(kind="multiscale")),
 }
-"""What ``--synthesizer`` takes: TIE's inversion, Vernekar et al., DMR, ASCOOD (two kinds), and noise (two kinds); class and settings."""
+"""By the name that command lines and configs use: TIE's inversion, Vernekar et al., DMR, ASCOOD (two kinds), and noise (two kinds)."""
 
 
-def make(name: str, net: TIENet, **settings) -> Synthesizer:
-    """A synthesizer for a network's images.
+def make(name: str, domain: TIENet | Domain, **settings) -> Synthesizer:
+    """A synthesizer by name.
 
     Arguments:
         name: One of :data:`SYNTHESIZERS`.
-        net: The network it is to propose outliers for.
-        settings: What else its class takes.
+        domain: The network it is to propose outliers for, or the :class:`~tie_ext.synthesis.Domain` of its data.
+        settings: Settings that differ from the defaults of the name.
 
     Raises:
-        ValueError: If there is no such name.
+        ValueError: If there is no such name, or a setting is unknown or out of range.
     """
     if name not in SYNTHESIZERS:
         raise ValueError(f"Expected a synthesizer, one of {', '.join(SYNTHESIZERS)}, but got {name!r}")
-    cls, fixed = SYNTHESIZERS[name]
-    settings = {**fixed, **settings, "low": net.low.cpu(), "high": net.high.cpu()}
-    if cls not in (Noise, Saliency):  # which take images as they come
-        settings |= {"image_shape": net.image_shape, "num_classes": net.num_classes}
-    return cls(**settings)
+    cls, defaults = SYNTHESIZERS[name]
+    if unknown := sorted(set(settings) - set(defaults.__dataclass_fields__)):
+        raise ValueError(f"Expected settings of {name} among {', '.join(defaults.__dataclass_fields__)}, but got {', '.join(unknown)}")
+    return cls(domain, replace(defaults, **settings))

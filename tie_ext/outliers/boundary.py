@@ -8,107 +8,19 @@ on it and leaves the data: ``g(z)`` with z on the ellipsoid, of its class, that 
 
 import math
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp, vmap
 
-from tie_ext.checks import check_number
-from tie_ext.networks import Generator, TIENet, evaluating
-from tie_ext.synthesis import Batches, Candidates, Synthesizer
-
-
-class VAE(nn.Module):
-    """A variational auto-encoder of ID images; an encoder/decoder pair for everything that works in a latent space.
-
-    Arguments:
-        image_shape: ``(C, S, S)``, S in [28, 224].
-        num_classes: n.
-        latent_size: L.
-        conditional: Encoder and decoder know the class, so that the code holds what is left of the image; else the code holds it all.
-        width: Channels of the first layer of the encoder and the last stage of the decoder.
-        low: Smallest value of the data, a number or one a channel.
-        high: Largest value of the data.
-    """
-
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        num_classes: int,
-        latent_size: int = 8,
-        conditional: bool = True,
-        width: int = 16,
-        low: float | Sequence[float] | Tensor = 0.0,
-        high: float | Sequence[float] | Tensor = 1.0,
-    ):
-        super().__init__()
-        check_number("latent_size", latent_size, 1, 4096, integer=True)
-        self.num_classes, self.latent_size, self.conditional = num_classes, latent_size, conditional
-        self.decoder = Generator(image_shape, num_classes, latent_size, width, low, high)
-        layers: list[nn.Module] = []
-        for cin, cout in ((image_shape[0] + num_classes, width), (width, 2 * width), (2 * width, 4 * width)):
-            layers += [nn.Conv2d(cin, cout, 3, 2, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
-        self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * width, 2 * latent_size))
-        self.encoder.to(memory_format=torch.channels_last)
-
-    def posterior(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance ``(B, L)`` of the codes of images ``(B, C, S, S)`` with labels ``(B,)``."""
-        low, high = self.decoder.low, self.decoder.high
-        planes = self.code(y)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        mean, log_variance = self.encoder(torch.cat([(x - low) / (high - low), planes], dim=1)).chunk(2, dim=1)
-        return mean, log_variance.clamp(-10, 10)
-
-    def encode(self, x: Tensor, y: Tensor) -> Tensor:
-        """Codes ``(B, L)``: the posterior's mean."""
-        return self.posterior(x, y)[0]
-
-    def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """Images ``(B, C, S, S)`` in ``[low, high]`` of codes ``(B, L)`` and labels ``(B,)``."""
-        return self.decoder(z, self.code(y))
-
-    def code(self, y: Tensor) -> Tensor:
-        """What encoder and decoder are told of the class ``(B, n)``: one-hot, or nothing."""
-        known = F.one_hot(y, self.num_classes).float()
-        return known if self.conditional else torch.full_like(known, 1 / self.num_classes)
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Negative evidence lower bound an image: squared error, as of a Gaussian with standard deviation 0.1 of the range, plus KL; nats."""
-        low, high = self.decoder.low, self.decoder.high
-        mean, log_variance = self.posterior(x, y)
-        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        error = ((self.decode(z, y) - x) / (high - low)).square().flatten(1).sum(1) / (2 * 0.1**2)
-        divergence = 0.5 * (log_variance.exp() + mean.square() - 1 - log_variance).sum(1)
-        return (error + divergence).mean()
-
-
-def fit_vae(vae: VAE, batches: Batches, epochs: int, lr: float = 1e-3) -> float:
-    """Train a VAE on ID data.
-
-    Arguments:
-        vae: The VAE; left in evaluation mode.
-        batches: The ID data.
-        epochs: Passes over it.
-        lr: Adam's learning rate.
-
-    Returns:
-        Mean loss of the last pass, nats an image.
-    """
-    optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
-    device = vae.decoder.low.device
-    for _ in range(epochs):
-        losses = []
-        for x, y in batches:
-            if len(x) < 2:
-                continue  # BatchNorm cannot learn from one image
-            loss = vae.train().loss(x.to(device), y.to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-    vae.eval()
-    return float(torch.stack(losses).mean())
+from tie_ext.network import TIENet
+from tie_ext.outliers.vae import VAE, encoded, fit_vae
+from tie_ext.support.modules import evaluating
+from tie_ext.support.settings import Settings, setting
+from tie_ext.synthesis import Batches, Candidates, Domain, Synthesizer
 
 
 def tangent(vae: VAE, x: Tensor, y: Tensor) -> Tensor:
@@ -137,56 +49,47 @@ def normal(basis: Tensor, v: Tensor) -> Tensor:
     return F.normalize(left, dim=1)
 
 
+@dataclass(frozen=True)
+class BoundarySettings(Settings):
+    """How the VAE is trained, and how far off the manifold and the data the outliers lie."""
+
+    latent_size: int = setting(8, "Length of the VAE's codes (the paper: 8 for MNIST, 10 for FashionMNIST).", low=1, high=4096)
+    vae_epochs: int = setting(10, 'Passes of the VAE over the data; the paper trains "till convergence".', low=1, high=10**6)
+    beta: tuple[float, float] = setting((0.1, 1.0), "Range of type I's step, as a share of the value range, as in the paper.", low=0, high=1e6)
+    inside: float = setting(0.95, "Share of a class's codes inside its ellipsoid.", low=0, high=1, above=True)
+
+
 class ManifoldBoundary(Synthesizer):
     """Half of the candidates of type I, half of type II, from a class-conditional VAE that is trained once, at the first ``fit``.
 
     Arguments:
-        image_shape: ``(C, S, S)`` of the images.
-        num_classes: n.
-        low: Smallest value of the data, a number or one a channel.
-        high: Largest value of the data.
-        latent_size: L (the paper: 8 for MNIST, 10 for FashionMNIST).
-        vae_epochs: Passes over the data; the paper trains "till convergence".
-        beta: Range of type I's step, as a share of the value range (the paper: [0.1, 1] of [0, 1]).
-        inside: Share of a class's codes inside its ellipsoid.
+        domain: The network the outliers are for, or the :class:`~tie_ext.synthesis.Domain` of its data.
+        settings: How they are made.
 
     References:
         S. Vernekar et al. *Out-of-distribution Detection in Classifiers via Generation*, arXiv:1910.04241, section 3.
     """
 
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        num_classes: int,
-        low: float | Sequence[float] | Tensor = 0.0,
-        high: float | Sequence[float] | Tensor = 1.0,
-        latent_size: int = 8,
-        vae_epochs: int = 10,
-        beta: tuple[float, float] = (0.1, 1.0),
-        inside: float = 0.95,
-    ):
-        super().__init__()
-        check_number("vae_epochs", vae_epochs, 1, 10**6, integer=True)
-        check_number("inside", inside, 0, 1, above=True)
-        self.vae = VAE(image_shape, num_classes, latent_size, low=low, high=high)
-        self.vae_epochs, self.beta, self.inside = vae_epochs, beta, inside
-        self.register_buffer("mean", torch.zeros(num_classes, latent_size))
-        self.register_buffer("factor", torch.eye(latent_size).repeat(num_classes, 1, 1))  # of the covariances: S = factor factor^T
-        self.register_buffer("radius", torch.full((num_classes,), math.nan))  # NaN until the VAE has been trained
-
+    settings_class: ClassVar = BoundarySettings
     mean: Tensor
     factor: Tensor
     radius: Tensor
+
+    def __init__(self, domain: TIENet | Domain, settings: BoundarySettings | None = None):
+        super().__init__(domain, settings)
+        n, L = self.num_classes, self.settings.latent_size
+        self.vae = VAE(domain, L)
+        self.register_buffer("mean", torch.zeros(n, L))
+        self.register_buffer("factor", torch.eye(L).repeat(n, 1, 1))  # of the covariances: S = factor factor^T
+        self.register_buffer("radius", torch.full((n,), math.nan))  # NaN until the VAE has been trained
 
     def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
         """Train the VAE and find each class's ellipsoid, the first time; the classifier plays no part in it."""
         if not self.radius.isnan().any():
             return {}
-        loss = fit_vae(self.vae, batches, self.vae_epochs)
-        device = self.mean.device
-        with torch.no_grad():
-            pairs = [(self.vae.encode(x.to(device), y.to(device)), y.to(device)) for x, y in batches]
-        codes, labels = torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs])
+        loss = fit_vae(self.vae, batches, self.settings.vae_epochs)
+        codes, labels = encoded(self.vae, batches)
+        device = codes.device
         for c in range(len(self.mean)):
             z = codes[labels == c]
             self.mean[c] = z.mean(0)
@@ -195,7 +98,7 @@ class ManifoldBoundary(Synthesizer):
             covariance = offset.T @ offset / max(1, len(z) - 1) + 1e-4 * torch.eye(z.shape[1], device=device)
             self.factor[c] = torch.linalg.cholesky(covariance)
             distance = torch.linalg.solve_triangular(self.factor[c], offset.T, upper=False).norm(dim=0)
-            self.radius[c] = distance.quantile(self.inside)
+            self.radius[c] = distance.quantile(self.settings.inside)
         return {"vae": loss}
 
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
@@ -204,18 +107,17 @@ class ManifoldBoundary(Synthesizer):
         half = len(x) // 2
         with evaluating(self.vae):
             images = torch.cat([self.off_manifold(x[:half], y[:half]), self.at_the_edge(y[half:])])
-        return Candidates(images, torch.full((len(x),), classifier.num_classes, device=x.device))
+        return self._garbage(images)
 
     @torch.no_grad()
     def off_manifold(self, x: Tensor, y: Tensor) -> Tensor:
         """Type I: images ``(B, C, S, S)`` moved along a random normal of the manifold, clipped to the value range."""
-        low, high = self.vae.decoder.low, self.vae.decoder.high
         if not len(x):
             return x
         v = normal(tangent(self.vae, x, y), torch.randn(len(x), x[0].numel(), device=x.device)).view_as(x)
-        beta = torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(*self.beta)
+        beta = torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(*self.settings.beta)
         # Paper: x + beta v with v a unit vector of all pixels. Here: clipped, because candidates stay in the value range.
-        return torch.minimum(torch.maximum(x + beta * (high - low) * v, low), high)
+        return self.clip(x + beta * (self.high - self.low) * v)
 
     @torch.no_grad()
     def at_the_edge(self, y: Tensor) -> Tensor:

@@ -1,18 +1,25 @@
-r"""ASCOOD's outliers: ID images whose most significant pixels are pushed along the gradient, or shuffled.
+r"""ASCOOD, wholly: outliers, objective and features of its training, and i-ODIN's perturbation.
+
+Its outliers are ID images whose most significant pixels are pushed along the gradient, or shuffled.
 
 Symbols: ``G (B, C, H, W)`` the gradient of the true class's logit by the image, ``p_inv`` the share of pixels that carry the class.
 
 .. math:: x_{out} = x + \alpha\, G_{inv}, \quad G_{inv} = G \text{ where } |G| \text{ is among the largest } p_{inv}, \text{ else } 0
 """
 
-from collections.abc import Sequence
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tie_ext.checks import check_number
-from tie_ext.networks import TIENet, register_range
-from tie_ext.synthesis import Candidates, Synthesizer, frozen
+from tie_ext.network import TIENet, cut_head
+from tie_ext.support.checks import check_number
+from tie_ext.support.modules import frozen
+from tie_ext.support.settings import Settings, setting
+from tie_ext.synthesis import Candidates, Synthesizer
 
 
 def saliency(classifier: TIENet, x: Tensor, y: Tensor) -> Tensor:
@@ -63,45 +70,97 @@ def shuffle(x: Tensor, G: Tensor, p_inv: float) -> Tensor:
     return flat.scatter(2, top[:, None].expand(-1, C, -1), pixels).view_as(x)
 
 
+@dataclass(frozen=True)
+class SaliencySettings(Settings):
+    """Which outliers, and how far they lie from their image."""
+
+    kind: str = setting(
+        "gradient", "Push the most significant values along the gradient, or shuffle the most significant pixels.", choices=("gradient", "shuffle")
+    )
+    alpha: float = setting(10.0, "Step along the gradient (the authors: 10, for normalised images).", low=0, high=1e6, above=True)
+    p_inv: float = setting(0.1, "Share of values or pixels that carry the class (the authors: 0.1).", low=0, high=1, above=True)
+
+
 class Saliency(Synthesizer):
     """ASCOOD's outliers as candidates, clipped to the value range.
 
     Arguments:
-        low: Smallest value of the data, a number or one a channel.
-        high: Largest value of the data.
-        kind: ``gradient`` or ``shuffle``.
-        alpha: Step of the gradient (the authors: 10, for normalised images).
-        p_inv: Share of values or pixels that carry the class (the authors: 0.1).
-
-    Raises:
-        ValueError: If a setting is out of range.
+        domain: The network the outliers are for, or the :class:`~tie_ext.synthesis.Domain` of its data.
+        settings: Which outliers.
 
     References:
         S. Regmi. *Image-based Outlier Synthesis With Training Data* (ASCOOD), arXiv:2411.10794, section 3.1.
     """
 
-    low: Tensor
-    high: Tensor
-
-    def __init__(
-        self,
-        low: float | Sequence[float] | Tensor = 0.0,
-        high: float | Sequence[float] | Tensor = 1.0,
-        kind: str = "gradient",
-        alpha: float = 10.0,
-        p_inv: float = 0.1,
-    ):
-        super().__init__()
-        if kind not in ("gradient", "shuffle"):
-            raise ValueError(f"Expected kind to be 'gradient' or 'shuffle', but got {kind!r}")
-        check_number("alpha", alpha, 0, 1e6, above=True)
-        check_number("p_inv", p_inv, 0, 1, above=True)
-        self.kind, self.alpha, self.p_inv = kind, alpha, p_inv
-        register_range(self, low, high)
+    settings_class: ClassVar = SaliencySettings
 
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """One outlier an image, aimed at the garbage class."""
         G = saliency(classifier, x, y)
-        images = push(x, G, self.alpha, self.p_inv) if self.kind == "gradient" else shuffle(x, G, self.p_inv)
-        images = torch.minimum(torch.maximum(images, self.low), self.high)
-        return Candidates(images, torch.full((len(x),), classifier.num_classes, device=x.device))
+        alpha, p_inv = self.settings.alpha, self.settings.p_inv
+        return self._garbage(self.clip(push(x, G, alpha, p_inv) if self.settings.kind == "gradient" else shuffle(x, G, p_inv)))
+
+
+def uniform_objective(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """ASCOOD's loss: cross-entropy on ID images, and on outliers the divergence of all outputs from the uniform distribution, up to a constant.
+
+    A network trained so does not call an outlier garbage, but is unsure of it: it is level 2 that rejects.
+
+    Arguments:
+        logits: ``(B, n+1)``.
+        y: ``(B,)`` in ``[0, n]``; n marks an outlier.
+        weights: Class weights ``(n+1,)``; that of the garbage class is the paper's w.
+
+    Returns:
+        A scalar.
+
+    References:
+        ASCOOD, equation 5. Paper: a sum over n outputs. Here: over n+1, because the network has as many.
+    """
+    outlier = y == logits.shape[1] - 1
+    exposed = -logits[outlier].log_softmax(1).mean() if outlier.any() else 0.0
+    return F.cross_entropy(logits[~outlier], y[~outlier], weights) + weights[-1] * exposed
+
+
+class Standardized(nn.Module):
+    r"""A classifier whose penultimate features are z-scored, image by image, and scaled: for :class:`~tie_ext.network.TIENet` to stand on.
+
+    .. math:: \tilde h = \sigma \, (h - \mathrm{mean}(h)) / \mathrm{std}(h), \quad \|\tilde h\| = \sigma \sqrt{F - 1}
+
+    A bounded norm keeps the network from being overconfident, so that it can learn ID labels and uncertainty about outliers together.
+
+    Arguments:
+        backbone: A classifier as TIENet takes it. It is copied.
+        sigma: Scale > 0 (the authors: 0.5).
+
+    References:
+        ASCOOD, section 3.2 and proposition 2.
+    """
+
+    def __init__(self, backbone: nn.Module, sigma: float = 0.5):
+        super().__init__()
+        check_number("sigma", sigma, 0, 1e6, above=True)
+        self.backbone, self.sigma = copy.deepcopy(backbone), sigma
+        self.fc = cut_head(self.backbone)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, m)`` of images ``(B, C, H, W)``."""
+        h = self.backbone(x).flatten(1)
+        return self.fc(self.sigma * (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6))
+
+
+def perturb(x: Tensor, gradient: Tensor, eps: float | Tensor, values: int) -> Tensor:
+    """i-ODIN's perturbation: images moved by ``-eps`` times the sign of the gradient in those values where it is largest in size.
+
+    Arguments:
+        x: Images ``(B, C, H, W)``.
+        gradient: Of the loss by the images, of the same shape.
+        eps: Step, a number or ``(C, 1, 1)``, in units of value.
+        values: How many of the C*H*W values move.
+
+    References:
+        ASCOOD, section B.
+    """
+    size = gradient.abs().flatten(1)
+    mask = torch.zeros_like(size).scatter_(1, size.topk(values, dim=1).indices, 1).view_as(x)
+    return x - eps * mask * gradient.sign()

@@ -1,0 +1,608 @@
+"""TIE in a real OpenOOD: names, training, scoring, configs, and what surrounds them.
+
+A checkout is looked for as an importable ``openood``, else at $OPENOOD_ROOT (default ~/OpenOOD); without one, or without the packages it
+imports, these tests are skipped and say so.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tie_ext import ood_score, uncertainty
+from tie_ext.openood.requirements import PACKAGES
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CONFIGS = Path(__file__).parents[2] / "openood_configs"
+
+
+@pytest.fixture(scope="session")
+def root(openood_root) -> Path:
+    return openood_root
+
+
+@pytest.fixture
+def openood(root, monkeypatch):
+    """OpenOOD imported, with TIE registered, without CUDA; all undone afterwards."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import openood
+        import openood.evaluation_api
+        import openood.pipelines
+
+        import tie_ext.openood as ours
+    with ours.without_cuda(wanted=False):
+        ours.register()
+        yield openood
+        ours.unregister()
+
+
+def network_config(**changes):
+    from openood.utils.config import Config
+
+    inner = {"name": "lenet", "num_classes": 10, "num_gpus": 1, "pretrained": False}
+    whole = {"name": "tie_net", "num_classes": 10, "image_size": 28, "normalization_type": "mnist", "num_gpus": 1, "pretrained": False}
+    return Config({**whole, **changes, "backbone": {**inner, "name": changes.get("backbone", "lenet")}})
+
+
+def build(**changes):
+    from openood.networks import get_network
+
+    torch.manual_seed(0)
+    return get_network(network_config(**changes))
+
+
+# What is said where something is missing (no OpenOOD needed).
+
+
+def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
+    import tie_ext.openood.requirements as requirements
+
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name in ("imgaug", "faiss", "libmr", "openood") else object())
+    monkeypatch.setattr(requirements, "version", lambda package: "2.1.0" if package == "numpy" else "1.0")
+    with pytest.raises(ImportError) as error:
+        requirements.check_requirements()
+    said = str(error.value)
+    assert "no imgaug, faiss, libmr, openood" in said
+    assert "numpy 2.1.0 where numpy<2 is needed" in said
+    assert "pip install 'imgaug' 'faiss-cpu' 'numpy<2'" in said
+    assert "--no-build-isolation libmr" in said
+    assert "git+https://github.com/Jingkang50/OpenOOD" in said
+
+
+def test_nothing_is_said_where_nothing_is_missing(monkeypatch):
+    import tie_ext.openood.requirements as requirements
+
+    monkeypatch.setattr(requirements, "find_spec", lambda name: object())
+    monkeypatch.setattr(requirements, "version", lambda package: "1.26.4" if package == "numpy" else "0.1")
+    requirements.check_requirements()
+
+
+def test_the_extra_in_pyproject_names_the_same_packages():
+    text = (CONFIGS.parent / "pyproject.toml").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("openood = "))
+    for package, bound in PACKAGES.values():
+        assert f'"{package}{bound}' in line or package in ("torch", "numpy"), package
+
+
+def test_the_launcher_says_what_it_wants():
+    for arguments in ([], ["no_such_script.py"]):
+        run = subprocess.run([sys.executable, "-m", "tie_ext.openood", *arguments], capture_output=True, text=True)
+        assert run.returncode
+        assert "Expected one of OpenOOD's scripts" in run.stderr
+
+
+def test_without_cuda_is_undone_and_leaves_a_gpu_alone(monkeypatch):
+    from tie_ext.openood.cpu import without_cuda
+
+    before = torch.Tensor.cuda, nn.Module.cuda, torch.load
+    with without_cuda(wanted=False):
+        assert torch.zeros(2).cuda().device.type == nn.Linear(1, 1).cuda().weight.device.type == "cpu"
+    assert (torch.Tensor.cuda, nn.Module.cuda, torch.load) == before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with without_cuda(wanted=True):
+        assert (torch.Tensor.cuda, nn.Module.cuda, torch.load) == before
+    with pytest.raises(KeyError), without_cuda(wanted=False):
+        raise KeyError
+    assert (torch.Tensor.cuda, nn.Module.cuda, torch.load) == before
+
+
+def test_without_cuda_reads_onto_the_cpu_what_runs_no_code_unless_a_caller_says_otherwise(monkeypatch):
+    from tie_ext.openood.cpu import without_cuda
+
+    asked = []
+    monkeypatch.setattr(torch, "load", lambda path, **how: asked.append(how))
+    own = {"map_location": "meta", "weights_only": False}
+    with without_cuda(wanted=False):
+        torch.load("network.ckpt")
+        torch.load("network.ckpt", **own)
+    assert asked == [{"map_location": "cpu", "weights_only": True}, own]
+
+
+# Registration.
+
+
+def test_registering_reaches_every_place_that_holds_a_name(openood):
+    import openood.evaluation_api.evaluator
+    import openood.networks.utils
+    import openood.pipelines.test_ood_pipeline
+    import openood.pipelines.train_pipeline as pipeline
+    import openood.postprocessors.utils
+    import openood.trainers.utils
+
+    assert pipeline.get_trainer is openood.trainers.get_trainer is openood.trainers.utils.get_trainer
+    assert pipeline.get_network is openood.networks.get_network is openood.networks.utils.get_network
+    assert openood.pipelines.test_ood_pipeline.get_postprocessor is openood.postprocessors.utils.get_postprocessor
+    assert openood.evaluation_api.evaluator.get_postprocessor is openood.evaluation_api.postprocessor.get_postprocessor
+    for function in (pipeline.get_trainer, pipeline.get_network, openood.postprocessors.get_postprocessor):
+        assert function.__wrapped__.__module__ == function.__module__
+    assert {"tie", "tie_ue", "dmr"} <= set(openood.evaluation_api.postprocessor.postprocessors)
+
+
+def test_registering_twice_is_registering_once_and_can_be_undone(openood):
+    import openood.postprocessors.info as info
+    import openood.trainers as trainers
+
+    import tie_ext.openood as ours
+
+    once = trainers.get_trainer
+    ours.register()
+    assert trainers.get_trainer is once
+    ours.unregister()
+    assert not ours.registered()
+    assert not hasattr(trainers.get_trainer, "__wrapped__")
+    assert "tie" not in openood.evaluation_api.postprocessor.postprocessors
+    assert set(info.num_classes_dict) == {"cifar10", "cifar100", "imagenet200", "imagenet"}
+    ours.unregister()
+
+
+def test_built_ins_stay_what_they_were(openood):
+    from openood.networks import get_network
+    from openood.networks.lenet import LeNet
+    from openood.postprocessors import BasePostprocessor, get_postprocessor
+    from openood.utils.config import Config
+
+    assert type(get_network(Config(name="lenet", num_classes=10, num_gpus=1))) is LeNet
+    assert type(get_postprocessor(Config({"postprocessor": {"name": "msp"}}))) is BasePostprocessor
+    with pytest.raises(KeyError):
+        get_postprocessor(Config({"postprocessor": {"name": "no_such_method"}}))
+    with pytest.raises(Exception, match="Unexpected Network"):
+        get_network(Config(name="no_such_net", num_classes=10))
+
+
+# Network.
+
+
+@pytest.mark.parametrize(("backbone", "size"), [("lenet", 28), ("resnet18_32x32", 32), ("resnet18_64x64", 64), ("wrn", 32), ("conv3", 28)])
+def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, size):
+    net, x = build(backbone=backbone, image_size=size).eval(), torch.rand(2, 3, size, size)
+    logits, h = net(x, return_feature=True)
+    assert net(x).shape == logits.shape == (2, 10)
+    assert net(x, garbage=True).shape == (2, 11)
+    assert h.shape == (2, net.feature_size)
+    weight, bias = net.get_fc()
+    torch.testing.assert_close(h @ torch.tensor(weight).T + torch.tensor(bias), logits, rtol=1e-4, atol=1e-5)
+    assert net.get_fc_layer() is net.fc
+    torch.testing.assert_close(net.forward_threshold(x, 1e9), logits)
+    if backbone not in ("conv3", "wrn"):  # whose own forward has no return_feature_list
+        again, maps = net(x, return_feature_list=True)
+        torch.testing.assert_close(again, logits)
+        torch.testing.assert_close(maps[-1].flatten(1), h)
+    if backbone.startswith("resnet18_32"):
+        assert net.intermediate_forward(x, 4).shape[:2] == (2, 512)
+        assert isinstance(net.avgpool, nn.AdaptiveAvgPool2d)
+    with pytest.raises(AttributeError):
+        net.no_such_layer  # noqa: B018
+
+
+def test_a_networks_value_range_is_that_of_the_normalised_images(openood):
+    net = build(backbone="resnet18_32x32", image_size=32, normalization_type="cifar10")
+    torch.testing.assert_close(net.low.flatten(), torch.tensor([-0.4914 / 0.2470, -0.4822 / 0.2435, -0.4465 / 0.2616]))
+    torch.testing.assert_close(net.high.flatten(), torch.tensor([(1 - 0.4914) / 0.2470, (1 - 0.4822) / 0.2435, (1 - 0.4465) / 0.2616]))
+    assert build().low.flatten().tolist() == [-1, -1, -1]
+
+
+def test_a_checkpoint_is_read_without_running_code(openood, tmp_path):
+    import pickle
+
+    net = build()
+    net.tau.fill_(0.25)
+    torch.save(net.state_dict(), tmp_path / "best.ckpt")
+    again = build(pretrained=True, checkpoint=str(tmp_path / "best.ckpt"))
+    assert again.tau == 0.25
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+    (tmp_path / "hostile.ckpt").write_bytes(pickle.dumps({"x": print}))
+    with pytest.raises(pickle.UnpicklingError):
+        build(pretrained=True, checkpoint=str(tmp_path / "hostile.ckpt"))
+
+
+# Postprocessors.
+
+
+def test_conf_is_the_negative_score(openood):
+    from openood.postprocessors import get_postprocessor
+    from openood.utils.config import Config
+
+    net, x = build().eval(), torch.rand(5, 3, 28, 28)
+    logits = net(x, garbage=True)
+    for t in (0.5, 1.0):
+        settings = {"name": "tie", "APS_mode": False, "postprocessor_args": {"t": t}, "postprocessor_sweep": {"t": [1.0]}}
+        pred, conf = get_postprocessor(Config({"postprocessor": settings})).postprocess(net, x)
+        torch.testing.assert_close(conf, -ood_score(logits, t))
+        assert torch.equal(pred, net(x).argmax(1))
+    pred, conf = get_postprocessor(Config({"postprocessor": {"name": "tie_ue", "APS_mode": False}})).postprocess(net, x)
+    torch.testing.assert_close(conf, -uncertainty(net(x).softmax(1)))
+
+
+def test_tie_asks_for_a_tie_net_and_tie_ue_does_not(openood):
+    from openood.networks.lenet import LeNet
+
+    from tie_ext.openood import TIEPostprocessor, TIEUEPostprocessor
+
+    with pytest.raises(TypeError, match="Expected network tie_net"):
+        TIEPostprocessor().postprocess(LeNet(10), torch.rand(1, 3, 28, 28))
+    assert TIEUEPostprocessor().postprocess(LeNet(10), torch.rand(2, 3, 28, 28))[1].shape == (2,)
+
+
+def test_dmr_learns_a_rejection_network_and_leaves_the_classifier_as_it_is(openood):
+    from openood.networks.lenet import LeNet
+
+    from tie_ext.openood import DMRPostprocessor
+
+    torch.manual_seed(0)
+    net = LeNet(3).eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x, y = torch.rand(24, 3, 28, 28), torch.arange(24) % 3
+    post = DMRPostprocessor()
+    with pytest.raises(RuntimeError, match="set up"):
+        post.postprocess(net, x)
+    post.setup(net, {"train": [{"data": x[:12], "label": y[:12]}, {"data": x[12:], "label": y[12:]}]}, {})
+    pred, conf = post.postprocess(net, x)
+    assert torch.equal(pred, net(x).argmax(1))
+    assert conf.shape == (24,)
+    assert conf.isfinite().all()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["logitnorm", "ascood"])
+def test_its_own_training_methods_train_the_id_logits_alone(openood, name):
+    from tie_ext import Conv3, TIENet
+    from tie_ext.bench.openood_baselines import train_baseline
+    from tie_ext.outliers.saliency import Standardized
+
+    torch.manual_seed(0)
+    x = torch.zeros(24, 1, 28, 28)
+    for i in range(24):
+        x[i, :, 8 * (i % 3) : 8 * (i % 3) + 8] = 1
+    batches = [(x[:12], torch.arange(12) % 3), (x[12:], torch.arange(12, 24) % 3)]
+    backbone = Conv3(1, 3)
+    net = TIENet(Standardized(backbone) if name == "ascood" else backbone, 3, (1, 28, 28))
+    garbage = net.garbage.weight.clone()
+    train_baseline(name, net, batches, epochs=8)
+    net.eval()
+    assert torch.equal(net(x).argmax(1), torch.arange(24) % 3)
+    assert torch.equal(net.garbage.weight, garbage)
+    with pytest.raises(ValueError, match="one of logitnorm, ascood, but got 'magic'"):
+        train_baseline("magic", net, batches, epochs=1)
+
+
+def test_both_hosts_measure_the_same_on_the_same_scores(openood):
+    from openood.evaluators.metrics import compute_all_metrics
+    from pytorch_ood.metrics import OODMetrics
+
+    score = torch.randn(400) + torch.arange(400).ge(300) * 1.5
+    label = torch.where(torch.arange(400) < 300, 1, -1)
+    fpr, auroc, aupr_in, aupr_out, _ = compute_all_metrics(-score.numpy(), label.numpy(), label.numpy())
+    theirs = OODMetrics()
+    theirs.update(score, label)
+    found = theirs.compute()
+    assert found["AUROC"] == pytest.approx(auroc, abs=1e-5)
+    assert found["AUPR-IN"] == pytest.approx(aupr_in, abs=1e-5)
+    assert found["AUPR-OUT"] == pytest.approx(aupr_out, abs=1e-5)
+    assert found["FPR95TPR"] == pytest.approx(fpr, abs=1e-5)
+
+
+def test_the_evaluation_api_takes_the_postprocessor_by_name_and_by_instance(openood, monkeypatch):
+    import openood.evaluation_api.evaluator as evaluator
+
+    from tie_ext.openood import TIEPostprocessor
+
+    def loader(offset, label):
+        rng = torch.Generator().manual_seed(offset)
+        return [{"data": torch.rand(20, 3, 32, 32, generator=rng) * (1 - offset / 9), "label": torch.full((20,), label)} for _ in range(2)]
+
+    loaders = {
+        "id": {split: loader(0, 3) for split in ("train", "val", "test")},
+        "csid": {},
+        "ood": {"val": loader(1, -1), "near": {"a": loader(2, -1)}, "far": {"b": loader(3, -1)}},
+    }
+    monkeypatch.setattr(evaluator, "data_setup", lambda *_: None)
+    monkeypatch.setattr(evaluator, "get_id_ood_dataloader", lambda *_, **__: loaders)
+    net = build(backbone="resnet18_32x32", image_size=32, normalization_type="cifar10")
+    by_name = evaluator.Evaluator(net, "cifar10", config_root="nowhere", postprocessor_name="tie").eval_ood(progress=False)
+    by_instance = evaluator.Evaluator(net, "cifar10", postprocessor=TIEPostprocessor()).eval_ood(progress=False)
+    assert by_name.equals(by_instance)
+    assert list(by_name.index) == ["a", "nearood", "b", "farood"]
+    assert by_name.AUROC.between(0, 100).all()
+
+
+# Trainer.
+
+
+def trainer_config(**changes):
+    from openood.utils.config import Config
+
+    args = {"synthesizers": {"inversion": {"steps": 1}}, "candidates_per_class": 2, "pool_size": 30, **changes}
+    return Config({"trainer": {"name": "tie", "trainer_args": args}, "optimizer": {"name": "adam", "lr": 1e-3, "num_epochs": 2}, "seed": 5})
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return {"data": torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(i)) * 2 - 1, "label": i % 10, "index": i}
+
+
+class Pairs(list):
+    """A loader's dictionaries as pairs, read anew each time, as a DataLoader draws a random number at each start."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return ((batch["data"], batch["label"]) for batch in self.loader)
+
+
+def test_an_epoch_is_the_cores(openood):
+    from openood.trainers import get_trainer
+
+    from tie_ext import TIEConfig, TIETrainer
+
+    loader = torch.utils.data.DataLoader(Images(), batch_size=20)
+    theirs = get_trainer(build(), loader, None, trainer_config(lam="-inf"))
+    net, metrics = theirs.train_epoch(1)
+    settings = TIEConfig(epochs=2, lr=1e-3, seed=5, candidates_per_class=2, pool_size=30, lam=-float("inf"))
+    core = TIETrainer(build(), settings)
+    log = core.epoch(Pairs(loader))
+    assert metrics["loss"] == log.losses["classifier"]
+    assert metrics["epoch_idx"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), core.net.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"generator_step": 3}, "generator_step"), ({"lr": 1.0}, "got lr"), ({"pool_size": 0}, "pool_size")]
+)
+def test_wrong_settings_are_refused(openood, changes, message):
+    from openood.trainers import get_trainer
+
+    with pytest.raises(ValueError, match=message):
+        get_trainer(build(), torch.utils.data.DataLoader(Images()), None, trainer_config(**changes))
+
+
+def test_another_optimiser_is_refused(openood):
+    from openood.trainers import get_trainer
+
+    config = trainer_config()
+    config.optimizer.name = "sgd"
+    with pytest.raises(ValueError, match=r"adam .* got sgd"):
+        get_trainer(build(), torch.utils.data.DataLoader(Images()), None, config)
+
+
+# Configs.
+
+
+def test_the_postprocessor_files_hold_the_defaults(openood):
+    from openood.utils.config import Config
+
+    from tie_ext.openood import DMRPostprocessor, TIEPostprocessor, TIEUEPostprocessor
+
+    for name, cls in (("tie", TIEPostprocessor), ("tie_ue", TIEUEPostprocessor), ("dmr", DMRPostprocessor)):
+        assert Config(str(CONFIGS / "postprocessors" / f"{name}.yml")) == Config({"postprocessor": cls.DEFAULTS})
+
+
+def test_the_training_file_holds_the_defaults(openood):
+    from openood.utils.config import Config
+
+    from tie_ext import TIEConfig
+
+    config = Config(str(CONFIGS / "pipelines/train/train_tie.yml"))
+    assert TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, **config.trainer.trainer_args) == TIEConfig()
+
+
+IDS = sorted(path.name for path in (CONFIGS / "datasets").iterdir())
+
+
+def test_the_papers_six_sets_are_there():
+    assert IDS == ["cifar10", "cifar100", "fashionmnist", "mnist", "svhn", "tinyimagenet"]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_every_config_builds(openood, root, tmp_path, monkeypatch, name):
+    from openood.datasets import get_dataloader, get_ood_dataloader
+    from openood.networks import get_network
+    from openood.postprocessors import get_postprocessor
+    from openood.trainers import get_trainer
+    from openood.utils.config import Config, merge_configs
+
+    def first(*relative):
+        return next(str(base / "/".join(relative)) for base in (CONFIGS, root / "configs") if (base / "/".join(relative)).exists())
+
+    files = [
+        first("datasets", name, f"{name}.yml"),
+        first("datasets", name, f"{name}_tie_ood.yml"),
+        first("networks", "tie_net.yml"),
+        first("pipelines", "train", "train_tie.yml"),
+        first("preprocessors", "base_preprocessor.yml"),
+        first("postprocessors", "tie.yml"),
+    ]
+    config = merge_configs(*map(Config, files))
+    config.num_workers, config.trainer.trainer_args.pool_size = 0, 100
+    config.network.backbone.name = {28: "lenet", 32: "resnet18_32x32", 64: "resnet18_64x64"}[config.dataset.image_size]
+    config.parse_refs()
+    lists = [config.dataset[split].imglist_pth for split in config.dataset.split_names]
+    for split in config.ood_dataset.split_names:
+        lists += [config.ood_dataset[split][ood].imglist_pth for ood in config.ood_dataset[split].datasets]
+    assert len(lists) == 3 + 5
+    monkeypatch.chdir(tmp_path)
+    for path in lists:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("a.png 0\n")
+    loaders = get_dataloader(config)
+    assert {len(loader) for split in get_ood_dataloader(config).values() for loader in split.values()} == {1}
+    net = get_network(config.network)
+    assert net.num_classes == config.dataset.num_classes
+    assert net.image_shape == (3, config.dataset.image_size, config.dataset.image_size)
+    assert get_trainer(net, loaders["train"], loaders["val"], config).trainer.config.epochs == 20
+    assert get_postprocessor(config).t == 1.0
+
+
+# Its own main.py, as a user runs it.
+
+METHODS = [  # with what ten pixels' worth of training images and the 84 features of a LeNet call for
+    *("tie", "tie_ue", "dmr", "msp", "ebo", "odin", "mls", "klm", "gen", "react", "dice", "ash", "scale", "mds", "rmds", "knn", "vim"),
+    *("she", "nnguide", "fdbd", "gradnorm", "relation", "nci", "iodin", "gram", "vra"),
+]
+ARGUMENTS = {"vim": ["--postprocessor.postprocessor_args.dim", "20"], "knn": ["--postprocessor.postprocessor_args.K", "5"]}
+OURS = ("tie", "tie_ue", "dmr")
+
+
+def training_configs(root: Path) -> list[Path]:
+    theirs = root / "configs"
+    ours = [CONFIGS / "networks/tie_net.yml", CONFIGS / "pipelines/train/train_tie.yml"]
+    return [theirs / "datasets/mnist/mnist.yml", *ours, theirs / "preprocessors/base_preprocessor.yml"]
+
+
+def run_openood(root: Path, place: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-W", "ignore", "-m", "tie_ext.openood", *arguments]
+    run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(root, workplace) -> Path:
+    """A tie_net around OpenOOD's LeNet, trained through its own main.py, pipeline, recorder and evaluator."""
+    configs = training_configs(root)
+    # Enough for every class to be right sometimes: SHE averages over the correctly predicted images of a class.
+    small = ["--optimizer.num_epochs", "12", "--optimizer.lr", "0.003", "--num_workers", "0", "--network.backbone.name", "lenet"]
+    less = ["--trainer.trainer_args.synthesizers.inversion.steps", "3", "--trainer.trainer_args.candidates_per_class", "10"]
+    said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less)
+    assert "Training Completed!" in said
+    assert said.count("expelled") == 12
+    return workplace / "results" / "mnist_tie_net_tie_e12_lr0.003_default" / "s0" / "best.ckpt"
+
+
+def test_training_leaves_a_checkpoint_with_tau(checkpoint):
+    assert torch.load(checkpoint, weights_only=True)["tau"].isfinite()
+
+
+def test_its_postprocessors_score_the_checkpoint(root, workplace, checkpoint):
+    import json
+
+    theirs, ours = root / "configs", CONFIGS
+
+    def arguments(name):
+        post = (ours if name in OURS else theirs) / "postprocessors" / f"{name}.yml"
+        configs = [
+            theirs / "datasets/mnist/mnist.yml",
+            ours / "datasets/mnist/mnist_tie_ood.yml",
+            workplace / "two.yml",
+            ours / "networks/tie_net.yml",
+            theirs / "pipelines/test/test_ood.yml",
+            theirs / "preprocessors/base_preprocessor.yml",
+            post,
+        ]
+        options = ["--network.backbone.name", "lenet", "--network.checkpoint", str(checkpoint), "--num_workers", "0", "--merge_option", "merge"]
+        return ["--config", *map(str, configs), *options, "--postprocessor.APS_mode", "False", *ARGUMENTS.get(name, [])]
+
+    (workplace / "many.json").write_text(json.dumps([str(root / "main.py"), *map(arguments, METHODS)]))
+    run_openood(root, workplace, "many.py")
+    for name in METHODS:
+        rows = (workplace / f"results/mnist_tie_net_test_ood_ood_{name}_default/s0/ood/ood.csv").read_text().split()
+        assert [row.split(",")[0] for row in rows] == ["dataset", "fashionmnist", "nearood", "cifar10", "farood"], name
+        assert all(0 <= float(value) <= 100 for row in rows[1:] for value in row.split(",")[1:]), name
+
+
+def test_scores_it_saved_are_the_cores(root, openood, workplace, checkpoint):
+    import numpy as np
+    from PIL import Image
+
+    scores = workplace / "results/mnist_tie_net_test_ood_ood_tie_default/s0/ood/scores/fashionmnist.npz"
+    if not scores.exists():
+        pytest.skip("the run before did not get so far")
+    net = build(pretrained=True, checkpoint=str(checkpoint)).eval()
+    folder = workplace / "data/images_classic/test_fashionmnist"
+    x = torch.stack([torch.tensor(np.asarray(Image.open(folder / f"{i}.png"))).float() / 255 for i in range(40)])
+    x = (x[:, None].expand(-1, 3, -1, -1) - 0.5) / 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(np.load(scores)["conf"]), -ood_score(net(x, garbage=True)), rtol=1e-4, atol=1e-4)
+        assert F.cross_entropy(net(x), torch.zeros(40).long()).isfinite()
+
+
+MANY = """
+import os, sys
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+def work(rank, folder, arguments):
+    import openood.utils.comm as comm
+    from openood.pipelines import get_pipeline
+    from openood.utils import setup_config
+    import tie_ext.openood as ours
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
+    sys.argv = arguments
+    with ours.without_cuda(wanted=False):
+        ours.register()
+        get_pipeline(setup_config()).run()
+
+if __name__ == "__main__":
+    mp.spawn(work, args=(os.getcwd(), sys.argv), nprocs=2)
+"""
+
+
+def test_its_train_pipeline_runs_in_two_processes(root, workplace):
+    (workplace / "two_processes.py").write_text(MANY)
+    configs = training_configs(root)
+    options = ["--optimizer.num_epochs", "1", "--num_workers", "0", "--num_gpus", "2", "--mark", "two", "--network.backbone.name", "lenet"]
+    less = ["--trainer.trainer_args.synthesizers.inversion.steps", "2", "--trainer.trainer_args.candidates_per_class", "10"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-W", "ignore", "two_processes.py", "--config", *map(str, configs), *options, *less]
+    run = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("Training Completed!") == 1  # the first process speaks for both
+    assert (workplace / "results/mnist_tie_net_tie_e1_lr0.001_two/s0/best.ckpt").exists()
+
+
+PROBE = """
+import os, sys
+from openood.utils import launch
+
+def main(word):
+    from openood.pipelines.train_pipeline import get_trainer
+    with open(f"{word}{os.getpid()}", "w") as f:
+        f.write(str(hasattr(get_trainer, "__wrapped__")))
+
+def worker(local_rank, main_func, world_size, num_gpus, machine_rank, dist_url, args, timeout):
+    main_func(*args)
+
+if __name__ == "__main__":
+    sys.modules["openood.utils.launch"]._distributed_worker = worker  # the real one asks for two GPUs
+    launch(main, 2, dist_url="auto", args=("process",))
+"""
+
+
+def test_processes_that_openoods_launcher_starts_know_tie(root, tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE)
+    run_openood(root, tmp_path, "probe.py")
+    assert [path.read_text() for path in tmp_path.glob("process*")] == ["True", "True"]

@@ -1,0 +1,191 @@
+"""The wrapper over any backbone, and the generator at every size."""
+
+import pytest
+import torch
+from conftest import SHAPE, make_net
+from torch import nn
+
+from tie_ext import Conv3, Conv5, Generator, ResidualCNN, TIENet
+from tie_ext.outliers.saliency import Standardized
+from tie_ext.support.files import load_state, save_state
+
+
+def resnet18():
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.resnet18(num_classes=5)
+
+
+class WithFc(nn.Module):
+    feature_size = 12
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3 * 32 * 32, 12)
+        self.fc = nn.Linear(12, 7)
+
+    def forward(self, x):
+        return self.fc(self.body(x.flatten(1)))
+
+
+@pytest.mark.parametrize("make", [lambda: Conv3(3, 5), lambda: Conv5(3, 5), lambda: ResidualCNN(3, 5), WithFc, resnet18])
+@pytest.mark.parametrize("n", [5, 9])
+def test_any_backbone_gives_n_or_n_plus_1_logits_and_features(make, n):
+    net = TIENet(make(), n).eval()
+    x = torch.rand(2, 3, 32, 32)
+    logits, h = net(x, return_feature=True)
+    assert logits.shape == (2, n)
+    assert h.shape == (2, net.feature_size)
+    every = net(x, garbage=True)
+    assert every.shape == (2, n + 1)
+    assert torch.equal(every[:, :n], logits)
+    weight, bias = net.get_fc()
+    assert weight.shape == (n, net.feature_size)
+    assert bias.shape == (n,)
+    torch.testing.assert_close(net.forward_threshold(x, float("inf")), logits)
+
+
+def test_pre_trained_weights_are_kept_and_the_backbone_is_left_alone():
+    backbone = Conv3(1, 10).eval()
+    x = torch.rand(2, *SHAPE)
+    before = backbone(x)
+    net = TIENet(backbone, 10).eval()
+    assert torch.equal(net(x), before)
+    assert torch.equal(backbone(x), before)
+
+
+def test_a_backbone_without_a_linear_layer_is_refused():
+    with pytest.raises(ValueError, match="Expected a backbone that ends in a linear layer, but got Sequential"):
+        TIENet(nn.Sequential(nn.Conv2d(1, 2, 3)), 2)
+
+
+class Softmaxed(Conv3):
+    def forward(self, x):
+        return super().forward(x).log_softmax(1)
+
+
+class Untidy(nn.Module):
+    """Its last linear layer by name is not the last one it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.first = nn.Linear(8, 10), nn.Linear(28 * 28, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)))
+
+
+@pytest.mark.parametrize("backbone", [Softmaxed(1, 10), Untidy()])
+def test_a_backbone_that_does_not_return_its_heads_output_is_refused(backbone):
+    with pytest.raises(ValueError, match=f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__}"):
+        TIENet(backbone, 10, SHAPE)
+
+
+def test_a_backbone_for_other_images_is_refused():
+    with pytest.raises(ValueError, match=r"Expected a backbone for images \(3, 28, 28\), but Conv3 fails on one: .*channels"):
+        TIENet(Conv3(1, 10), 10, (3, 28, 28))
+
+
+def test_trying_a_backbone_leaves_it_as_it_was():
+    backbone, drawn = Conv3(1, 10), torch.get_rng_state()
+    net = TIENet(backbone, 10, SHAPE)
+    assert torch.equal(net.backbone.conv[1].running_mean, torch.zeros(32))
+    assert net.training
+    assert net.backbone.training
+    assert not net.fc._forward_hooks
+    torch.set_rng_state(drawn)
+    assert torch.equal(net.garbage.weight, nn.Linear(net.feature_size, 1).weight)
+
+
+@pytest.mark.parametrize("size", [28, 29, 32, 57, 64, 96, 113, 128, 224])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_generator_makes_every_size_in_4_to_6_stages(size, channels):
+    generator = Generator((channels, size, size), 11, width=2, low=-2.0, high=3.0)
+    x = generator(torch.randn(2, 64), torch.rand(2, 11).softmax(1))
+    assert x.shape == (2, channels, size, size)
+    assert -2 <= x.min() < x.max() <= 3
+    assert 4 <= sum(isinstance(m, nn.ConvTranspose2d) for m in generator.modules()) <= 6
+
+
+@pytest.mark.parametrize("shape", [(1, 27, 27), (1, 225, 225), (2, 32, 32), (1, 28, 32), (28, 28)])
+def test_generator_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match="Expected a square image shape"):
+        Generator(shape, 11)
+
+
+def test_decide_takes_one_image_and_keeps_the_mode(net):
+    net.train()
+    decision = net.decide(torch.rand(1, *SHAPE))
+    assert all(field.shape == (1,) for field in decision)
+    assert net.training
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.rand(2, 3, 28, 28),
+        torch.rand(2, 1, 32, 32),
+        torch.rand(1, 28, 28),
+        torch.zeros(2, 1, 28, 28, dtype=torch.uint8),
+        torch.full((1, 1, 28, 28), float("nan")),
+        torch.full((1, 1, 28, 28), float("inf")),
+        torch.rand(0, 1, 28, 28),
+        torch.rand(2, 1, 28, 28) * 255,
+    ],
+    ids=["channels", "size", "dimensions", "dtype", "nan", "inf", "empty", "range"],
+)
+def test_bad_images_are_refused(net, x):
+    with pytest.raises(ValueError, match=r"Expected .* but got"):
+        net.decide(x)
+
+
+def test_save_and_load_give_the_same_decisions(tmp_path):
+    net = make_net().eval()
+    net.tau.fill_(0.25)
+    net.save(tmp_path / "net.safetensors")
+    again = TIENet.load(tmp_path / "net.safetensors")
+    x = torch.rand(4, *SHAPE)
+    assert all(torch.equal(a, b) for a, b in zip(net.decide(x), again.decide(x), strict=True))
+    assert (again.image_shape, again.tau.item()) == (SHAPE, 0.25)
+
+
+def test_a_foreign_architecture_needs_its_backbone(tmp_path):
+    net = TIENet(WithFc(), 4, (3, 32, 32))
+    net.save(tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="Expected a `backbone`"):
+        TIENet.load(tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="Expected a network of this architecture"):
+        TIENet.load(tmp_path / "net.safetensors", Conv3(3, 4))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(TIENet.load(tmp_path / "net.safetensors", WithFc())(x), net.eval()(x))
+
+
+def test_a_file_that_asks_for_another_precision_is_refused(tmp_path, net):
+    with pytest.raises(ValueError, match="Expected a precision, one of float32, bfloat16, but got 'float8'"):
+        net.precision = "float8"
+    net.save(tmp_path / "net.safetensors")
+    state = load_state(tmp_path / "net.safetensors", "network")
+    save_state(tmp_path / "net.safetensors", "network", {**state, "precision": "float8"})
+    with pytest.raises(ValueError, match=r"Expected a precision in .*, one of float32, bfloat16, but got 'float8'"):
+        TIENet.load(tmp_path / "net.safetensors")
+
+
+def test_standardized_features_have_mean_0_and_the_norm_of_proposition_2():
+    net = TIENet(Standardized(Conv3(1, 10), sigma=0.5), 10, SHAPE).eval()
+    logits, h = net(torch.rand(4, *SHAPE), return_feature=True, garbage=True)
+    assert logits.shape == (4, 11)
+    torch.testing.assert_close(h.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(h.norm(dim=1), torch.full((4,), 0.5 * (128 - 1) ** 0.5), rtol=1e-4, atol=0)
+
+
+def test_standardized_features_are_openoods(openood_root):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from openood.networks.ascood_net import ASCOODNet
+        from openood.networks.lenet import LeNet
+    theirs = ASCOODNet(LeNet(10)).eval()
+    theirs.set_params(0.5)
+    ours = TIENet(Standardized(theirs.backbone, sigma=0.5), 10).eval()
+    x = torch.rand(3, 3, 28, 28)
+    torch.testing.assert_close(ours(x), theirs(x))

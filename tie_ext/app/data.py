@@ -1,0 +1,322 @@
+"""Image sets as tensors in memory: the named ones from disk, folders of images, noise, and a small set that needs no download.
+
+Images are uint8 ``(N, C, S, S)`` and leave as float in [0, 1]. OOD images are brought to the ID data's size (bilinear) and channels
+(grey to colour by repeating, colour to grey by ITU-R 601 luma).
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tie_ext.support.checks import check_number
+
+NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
+"""The paper's six sets."""
+_TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+_FOLDERS = {"tinyimagenet": ("tinyimagenet", "tin", "tiny-imagenet-200")}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+_SHAPES = {"mnist": (1, 28, 28), "fashionmnist": (1, 28, 28), "tinyimagenet": (3, 64, 64)}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels, in memory."""
+
+    x: Tensor
+    """uint8 ``(N, C, S, S)``."""
+    y: Tensor
+    """int64 ``(N,)``; -1 where there are no labels."""
+    classes: tuple[str, ...] = ()
+    """Name of each class, by label."""
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image ``(C, S, S)`` as float in [0, 1], and its label: so that it is a data set for torch's DataLoader."""
+        return self.x[index].float() / 255, int(self.y[index])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(C, S, S)``."""
+        return tuple(self.x.shape[1:])
+
+    def first(self, count: int | None, seed: int = 0) -> "ImageSet":
+        """A random subset of ``count`` images, the same for the same seed; all of them for None or too large a count."""
+        if count is None or count >= len(self):
+            return self
+        check_number("count", count, 1, len(self), integer=True)
+        keep = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return ImageSet(self.x[keep], self.y[keep], self.classes)
+
+    def classes_between(self, first: int, last: int) -> "ImageSet":
+        """The images of the classes ``first`` to ``last``, relabelled from 0.
+
+        Raises:
+            ValueError: If there are no such classes.
+        """
+        if not 0 <= first <= last < len(self.classes):
+            raise ValueError(f"Expected classes among 0 to {len(self.classes) - 1}, but got {first} to {last}")
+        keep = (self.y >= first) & (self.y <= last)
+        return ImageSet(self.x[keep], self.y[keep] - first, self.classes[first : last + 1])
+
+    def without(self, labels: Sequence[int]) -> "ImageSet":
+        """The images of all other classes, unlabelled: OOD for a network that knows these."""
+        keep = ~torch.isin(self.y, torch.tensor(labels))
+        return ImageSet(self.x[keep], torch.full((int(keep.sum()),), -1))
+
+
+def moved(x: Tensor, most: int) -> Tensor:
+    """Each image moved by up to ``most`` pixels in either direction: a random crop of the padded image, as OpenOOD trains with.
+
+    Arguments:
+        x: Images ``(B, C, H, W)`` on the CPU; what moves in is 0.
+        most: In pixels; 0 leaves them, and the random state, as they are.
+    """
+    if most == 0:
+        return x
+    B, _, H, W = x.shape
+    top, left = torch.randint(2 * most + 1, (2, B, 1))
+    rows, columns = top + torch.arange(H), left + torch.arange(W)
+    padded = F.pad(x, (most, most, most, most))
+    # Contiguous, as indexing leaves the channels last, and backbones that view their maps as rows fail on that.
+    return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+class ImageBatches:
+    """Re-iterable batches ``(x, y)`` of an :class:`ImageSet`: float in [0, 1], int64; a DataLoader's work without its overhead.
+
+    Arguments:
+        images: The set.
+        batch_size: Images a batch; the last one may be smaller.
+        shuffle: A new order at each iteration, from torch's global random state.
+        shift: Most pixels each image is moved by, in either direction, anew at each iteration; what moves in is black. Random crops of
+            the padded image, as OpenOOD trains with.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int = 128, shuffle: bool = False, shift: int = 0):
+        check_number("batch_size", batch_size, 1, 10**6, integer=True)
+        check_number("shift", shift, 0, images.shape[-1], integer=True)
+        self.images, self.batch_size, self.shuffle, self.shift = images, batch_size, shuffle, shift
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def _rows(self) -> Tensor:
+        return torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in self._rows().split(self.batch_size):
+            yield moved(self.images.x[rows], self.shift).float() / 255, self.images.y[rows]
+
+
+def training_batches(images: ImageSet, batch_size: int = 128, shift: int | None = None) -> ImageBatches:
+    """What every method trains on: shuffled, and each image moved a little.
+
+    Not only for accuracy: tau comes from the uncertainty of training images, which falls to 0 for images that are learned by heart.
+
+    Arguments:
+        images: The set.
+        batch_size: Images a batch.
+        shift: Most pixels an image is moved by; None for an eighth of its size (28 pixels: 3; 32: 4, as OpenOOD's crops).
+    """
+    return ImageBatches(images, batch_size, shuffle=True, shift=images.shape[-1] // 8 if shift is None else shift)
+
+
+def load(name: str, split: str, root: str | os.PathLike = "data", shape: Sequence[int] | None = None, download: bool = False) -> ImageSet:
+    """A named set, or ``folder:PATH``, brought to a shape.
+
+    Arguments:
+        name: One of :data:`NAMES`, any folder ``root/NAME/SPLIT/CLASS/*.png``, or ``folder:PATH`` (``PATH/SPLIT/CLASS/*`` or, without
+            splits, ``PATH/CLASS/*``). ``NAME:A-B`` is its classes A to B alone, relabelled from 0 (``mnist:0-4``).
+        split: ``train`` or ``test``.
+        root: Where the sets lie: as torchvision keeps them (``root/MNIST/raw``), or as image folders (``root/mnist/train/0/*.png``, also
+            below ``root/images_classic``, as OpenOOD keeps them).
+        shape: ``(C, S, S)`` to bring the images to; None for the set's own, 3 channels and 64 pixels for a folder.
+        download: Let torchvision download what is missing.
+
+    Raises:
+        ValueError: If the name is unknown, or there are no images, saying where they were looked for.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"Expected split to be 'train' or 'test', but got {split!r}")
+    channels, size = (shape or own_shape(name))[:2]
+    if part := re.fullmatch(r"(\w+):(\d+)-(\d+)", name):
+        return load(part[1], split, root, shape, download).classes_between(int(part[2]), int(part[3]))
+    if name.startswith("folder:"):
+        path = Path(name.removeprefix("folder:"))
+        return _folder(path / split if (path / split).is_dir() else path, channels, size)
+    folder = next((p for p in _places(Path(root), name) if (p / split).is_dir()), None)
+    if folder is not None:
+        return _folder(folder / split, channels, size)
+    if name in _TORCHVISION:
+        return _torchvision(name, split, Path(root), channels, size, download)
+    looked = ", ".join(str(p / split) for p in _places(Path(root), name))
+    if name in NAMES:
+        raise ValueError(f"Expected {split} images of {name}, which torchvision does not have, in a folder, one of {looked}, but got none")
+    raise ValueError(f"Expected a data set, one of {', '.join(NAMES)} or folder:PATH, but got {name!r} and no folder {looked}")
+
+
+def own_shape(name: str) -> tuple[int, int, int]:
+    """``(C, S, S)`` a set is loaded at unless told otherwise; 3 channels and 64 pixels for a folder."""
+    name = name if name.startswith("folder:") else name.partition(":")[0]
+    return _SHAPES.get(name, (3, 32, 32) if name in NAMES else (3, 64, 64))
+
+
+def _places(root: Path, name: str) -> list[Path]:
+    return [base / n for base in (root, root / "images_classic") for n in _FOLDERS.get(name, (name,))]
+
+
+def _torchvision(name: str, split: str, root: Path, channels: int, size: int, download: bool) -> ImageSet:
+    import torchvision  # only here, so that everything else works without it
+
+    cls = getattr(torchvision.datasets, _TORCHVISION[name])
+    which = {"split": split} if name == "svhn" else {"train": split == "train"}
+    try:
+        data = cls(str(root), download=download, **which)
+    except RuntimeError as error:
+        raise ValueError(f"Expected {name} in {root} as torchvision or an image folder keeps it, but got none ({error})") from error
+    x = torch.as_tensor(np.asarray(data.data))
+    if x.ndim == 3:
+        x = x[:, None]
+    elif name != "svhn":
+        x = x.permute(0, 3, 1, 2)
+    y = torch.as_tensor(np.asarray(data.labels if name == "svhn" else data.targets)).long()
+    classes = tuple(getattr(data, "classes", map(str, range(10))))
+    return ImageSet(reshape(x, channels, size), y, classes)
+
+
+def _folder(path: Path, channels: int, size: int) -> ImageSet:
+    """All images below ``path/CLASS/``, one class a folder, in sorted order (numbers by value)."""
+    if not path.is_dir():
+        raise ValueError(f"Expected a folder with one folder of images a class at {path}, but got no folder")
+    classes = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
+    files = [(file, label) for label, folder in enumerate(classes) for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES]
+    if not files:
+        raise ValueError(f"Expected images in folders, one a class, below {path}, but got none ({', '.join(sorted(_SUFFIXES))})")
+    x = torch.empty((len(files), channels, size, size), dtype=torch.uint8)
+    for i, (file, _) in enumerate(files):
+        x[i] = read_image(file, channels, size)
+    return ImageSet(x, torch.tensor([label for _, label in files]), tuple(p.name for p in classes))
+
+
+def read_image(path: str | os.PathLike, channels: int, size: int) -> Tensor:
+    """One image file as uint8 ``(C, S, S)``.
+
+    Raises:
+        ValueError: If it is not an image that Pillow can read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            mode = image.convert("L" if channels == 1 else "RGB")
+            if mode.size != (size, size):
+                mode = mode.resize((size, size), Image.Resampling.BILINEAR)
+            array = np.array(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Expected an image file at {path}, but got: {error}") from error
+    return torch.from_numpy(array).reshape(size, size, channels).permute(2, 0, 1)
+
+
+def reshape(x: Tensor, channels: int, size: int) -> Tensor:
+    """Bring uint8 images ``(N, C, H, W)`` to ``(N, channels, size, size)``: luma or repetition, then bilinear."""
+    if x.shape[1] == 3 and channels == 1:
+        luma = torch.tensor([0.299, 0.587, 0.114])
+        x = torch.cat([(part.float() * luma.view(1, 3, 1, 1)).sum(1, keepdim=True).round().to(torch.uint8) for part in x.split(4096)])
+    elif x.shape[1] == 1 and channels == 3:
+        x = x.expand(-1, 3, -1, -1)
+    if x.shape[-2:] != (size, size):
+        parts = [F.interpolate(part.float(), (size, size), mode="bilinear", align_corners=False, antialias=True) for part in x.split(4096)]
+        x = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+    return x.contiguous()
+
+
+def noise(kind: str, count: int, shape: Sequence[int], seed: int = 0) -> ImageSet:
+    """Noise as an OOD set.
+
+    Arguments:
+        kind: ``gaussian`` (N(0, 1) around mid-grey for data in [-1, 1], clipped), ``uniform``, or ``sphere`` (every direction from black,
+            at the length of a white image, clipped to what an image can show).
+        count: Images.
+        shape: ``(C, S, S)``.
+        seed: Of the noise.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    if kind == "uniform":
+        x = torch.rand((count, *shape), generator=rng)
+    elif kind == "gaussian":
+        x = (torch.randn((count, *shape), generator=rng) / 2 + 0.5).clamp(0, 1)
+    elif kind == "sphere":
+        x = F.normalize(torch.randn((count, *shape), generator=rng).flatten(1), dim=1).view(count, *shape)
+        x = (x * math.prod(shape) ** 0.5).clamp(0, 1)
+    else:
+        raise ValueError(f"Expected kind to be 'gaussian', 'uniform' or 'sphere', but got {kind!r}")
+    return ImageSet((x * 255).round().to(torch.uint8), torch.full((count,), -1))
+
+
+def demo() -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+    """Real images that ship with scikit-learn and matplotlib: nothing to download.
+
+    ID are scikit-learn's handwritten digits, 8x8 pixels. All OOD images go through the same 8x8 pixels, so that blur does not give them away:
+    patches of scikit-learn's two photographs, printed letters (those that look like no digit) in matplotlib's fonts, and Gaussian noise.
+
+    Returns:
+        ID training set, ID test set (one image in four), OOD sets by name; grey, 28x28.
+    """
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    images = _through_8x8(torch.as_tensor(x).reshape(-1, 1, 8, 8) * (255 / 16))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    classes = tuple(map(str, range(10)))
+    labels = torch.as_tensor(y).long()
+    train, test = (ImageSet(images[rows], labels[rows], classes) for rows in (order[len(order) // 4 :], order[: len(order) // 4]))
+    return train, test, {"photographs": _photographs(450), "letters": _letters(), "noise": noise("gaussian", 450, (1, 28, 28))}
+
+
+def _through_8x8(x: Tensor) -> Tensor:
+    small = F.interpolate(x.float(), (8, 8), mode="bilinear", align_corners=False, antialias=True)
+    return reshape(small.round().clamp(0, 255).to(torch.uint8), 1, 28)
+
+
+def _unlabelled(x: Tensor) -> ImageSet:
+    return ImageSet(x, torch.full((len(x),), -1))
+
+
+def _photographs(count: int) -> ImageSet:
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    photographs = [reshape(torch.tensor(p).permute(2, 0, 1)[None], 1, 416)[0] for p in load_sample_images().images]
+    patches = []
+    for i in range(count):
+        top, left = rng.integers(0, 416 - 64, 2)
+        patches.append(photographs[i % 2][:, top : top + 64, left : left + 64])
+    return _unlabelled(_through_8x8(torch.stack(patches)))
+
+
+def _letters() -> ImageSet:
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    drawn = []
+    for face in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral"):
+        font = ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", f"{face}.ttf"), 56)
+        for letter in "ACEFHJKLMNPRTUVWXYadehkmnprtuvwxy":
+            page = Image.new("L", (128, 128))
+            ImageDraw.Draw(page).text((32, 24), letter, fill=255, font=font)
+            box = page.getbbox()  # as the digits: the mark fills the image's height
+            mark = page.crop(box).resize((max(1, round(64 * (box[2] - box[0]) / (box[3] - box[1]))), 64)) if box else page
+            canvas = Image.new("L", (64, 64))
+            canvas.paste(mark.resize((min(64, mark.width), 64)), (max(0, (64 - mark.width) // 2), 0))
+            drawn.append(torch.from_numpy(np.array(canvas))[None])
+    return _unlabelled(_through_8x8(torch.stack(drawn)))

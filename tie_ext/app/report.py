@@ -1,0 +1,246 @@
+"""The paper's figures of a run, and one HTML page that holds them all.
+
+Every figure is drawn on the axes given, or on new ones; none of them shows or saves anything by itself.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tie_ext.app.run import load_snapshots
+from tie_ext.support.files import load_state, write_atomically
+
+
+def _axes(ax: Axes | None, width: float = 5.0, height: float = 3.5) -> Axes:
+    return ax if ax is not None else Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def _figure(ax: Axes) -> Figure:
+    figure = ax.figure
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def inversion_grid(inversions: Tensor, names: Sequence[str], ax: Axes | None = None) -> Figure:
+    """What each output looks like to the network: one row an output, garbage last (the paper's Figure 2).
+
+    Arguments:
+        inversions: uint8 ``(n+1, k, C, S, S)``.
+        names: Name of each row.
+        ax: Where to draw.
+    """
+    rows, k, C, S, _ = inversions.shape
+    ax = _axes(ax, 0.55 * k + 1, 0.55 * rows + 0.5)
+    picture = inversions.permute(0, 3, 1, 4, 2).reshape(rows * S, k * S, C).numpy()
+    ax.imshow(picture.squeeze(-1) if C == 1 else picture, cmap="gray", vmin=0, vmax=255)
+    ax.set_yticks([S * (i + 0.5) for i in range(rows)], names)
+    ax.set_xticks([])
+    return _figure(ax)
+
+
+def inversions_over_epochs(snapshots: Mapping[int, Mapping[str, Tensor]], names: Sequence[str], columns: int = 8) -> Figure:
+    """One inversion of every output at up to ``columns`` epochs, side by side (the paper's Figure 2)."""
+    epochs = [e for e, snapshot in snapshots.items() if "inversions" in snapshot]
+    chosen = sorted({epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, min(columns, len(epochs)))})
+    ax = _axes(None, 0.55 * len(chosen) + 1.2, 0.55 * len(names) + 0.6)
+    S = snapshots[chosen[0]]["inversions"].shape[-1]
+    inversion_grid(torch.stack([snapshots[e]["inversions"][:, 0] for e in chosen], dim=1), names, ax)
+    ax.set_xticks([S * (i + 0.5) for i in range(len(chosen))], [str(e) for e in chosen])
+    ax.set_xlabel("epoch")
+    return _figure(ax)
+
+
+def metric_curves(log: Sequence[Mapping], names: Sequence[str]) -> Figure:
+    """Entropy, confidence, margin and uncertainty of the inversions, a line an output, over the epochs (the paper's Figure 3)."""
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    epochs = [entry["epoch"] for entry in log]
+    for ax, metric in zip(figure.subplots(2, 2).flat, ("entropy", "confidence", "margin", "uncertainty"), strict=True):
+        for i, name in enumerate(names):
+            values = [np.nan if entry[metric][i] is None else entry[metric][i] for entry in log]
+            ax.plot(epochs, values, "k--" if i == len(names) - 1 else "-", label=name, linewidth=1.2)
+        if metric == "uncertainty":
+            ax.plot(epochs, [np.nan if entry["tau"] is None else entry["tau"] for entry in log], "r:", label="tau")
+        ax.set(xlabel="epoch", title=metric)
+    if len(names) <= 21:
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    return figure
+
+
+def feature_map(snapshots: Mapping[int, Mapping[str, Tensor]], names: Sequence[str], panels: int = 3) -> Figure:
+    """t-SNE of penultimate features of test images and garbage at the first, middle and last epoch (the paper's Figure 4)."""
+    from sklearn.manifold import TSNE
+
+    epochs = list(snapshots)
+    chosen = sorted({epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, min(panels, len(epochs)))})
+    figure = Figure(figsize=(4 * len(chosen), 3.8), layout="constrained")
+    for ax, epoch in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
+        h, y = snapshots[epoch]["features"].numpy(), snapshots[epoch]["labels"].numpy()
+        points = TSNE(perplexity=min(30, (len(h) - 1) / 3), init="pca", random_state=0).fit_transform(h)
+        garbage = y == len(names) - 1
+        ax.scatter(*points[~garbage].T, c=y[~garbage], cmap="tab10" if len(names) <= 11 else "hsv", s=5)
+        ax.scatter(*points[garbage].T, c="k", s=5, marker="x", linewidths=0.6, label="garbage")
+        ax.set(xticks=[], yticks=[], title=f"epoch {epoch}")
+    ax.legend(loc="lower right", fontsize=7)
+    return figure
+
+
+def roc_and_pr(scores: Mapping[str, Tensor]) -> Figure:
+    """ROC and precision-recall of each OOD set against the ID set called ``id``; OOD is positive (the paper's Figures 5 and 6, top)."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    roc, pr = figure.subplots(1, 2)
+    for name, values in scores.items():
+        if name == "id":
+            continue
+        truth = np.r_[np.zeros(len(scores["id"])), np.ones(len(values))]
+        score = np.r_[scores["id"].numpy(), values.numpy()]
+        fpr, tpr, _ = roc_curve(truth, score)
+        precision, recall, _ = precision_recall_curve(truth, score)
+        roc.plot(fpr, tpr, label=name)
+        pr.plot(recall, precision, label=name)
+    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    pr.set(xlabel="recall", ylabel="precision", title="precision-recall")
+    pr.legend(loc="lower left")
+    return figure
+
+
+def histograms(scores: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
+    """Scores of the ID set and of each OOD set; larger = more OOD (the paper's Figures 5 and 6, bottom)."""
+    ax = _axes(ax, 8, 3.5)
+    every = torch.cat(list(scores.values()))
+    edges = np.linspace(float(every.quantile(0.001)), float(every.quantile(0.999)) + 1e-6, 60)
+    for name, values in scores.items():
+        ax.hist(
+            values.numpy(),
+            edges.tolist(),
+            density=True,
+            histtype="stepfilled" if name == "id" else "step",
+            alpha=0.4 if name == "id" else 1,
+            label=name,
+        )
+    ax.axvline(0, color="k", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="score (log-odds of garbage; larger = more OOD)", ylabel="density")
+    ax.legend()
+    return _figure(ax)
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as an aligned Markdown table; numbers as given, columns in the order of the first row."""
+    columns = list(rows[0])
+    cells = [columns, *([str(row.get(c, "-")) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def result_rows(label: str, numbers: Mapping) -> list[dict[str, object]]:
+    """The rows of a results table, in percent: one for each score and OOD set."""
+    rows = []
+    for score, sets in numbers["scores"].items():
+        for name, m in sets.items():
+            garbage = f"{100 * numbers['garbage_rate'][name]:.1f}" if "garbage_rate" in numbers else "-"
+            rows.append(
+                {
+                    "method": label if score == "score" else f"{label}, {score}",
+                    "OOD": name,
+                    "AUROC": f"{100 * m['auroc']:.2f}",
+                    "AUPR": f"{100 * m['aupr']:.2f}",
+                    "FPR@95": f"{100 * m['fpr95']:.2f}",
+                    "garbage rate": garbage,
+                    "ID accuracy": f"{100 * numbers['accuracy']:.2f}",
+                    "ID rejected": f"{100 * numbers['id_rejected']:.1f}" if "id_rejected" in numbers else "-",
+                }
+            )
+    return rows
+
+
+def write_report(folder: Path) -> Path:
+    """Draw all figures of a run into ``RUN/figures`` and put them, the table and the settings on ``RUN/report.html``.
+
+    Returns:
+        The page, which needs no other file and no network.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If no epoch of it is finished.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        raise FileNotFoundError(f"Expected a run with a run.json at {folder}, but got none")
+    record = json.loads((folder / "run.json").read_text())
+    snapshots = load_snapshots(folder)
+    if not snapshots:
+        raise ValueError(f"Expected a run with at least one finished epoch at {folder}, but got none")
+    training = load_state(folder / "training.safetensors", "training")
+    names = [*load_state(folder / "network.safetensors", "network")["classes"], "garbage"]
+    log = training["log"]
+    figures: dict[str, tuple[str, Figure]] = {}
+    last = snapshots[max(snapshots)]
+    if "inversions" in last:
+        figures["inversions"] = ("Inversions over the epochs: what each class looks like to the network", inversions_over_epochs(snapshots, names))
+        figures["inversion_grid"] = ("Inversions after the last epoch", inversion_grid(last["inversions"], names))
+    for i, name in enumerate(record["settings"].get("recipe", {}).get("synthesizers", ())):
+        if f"outliers_{i}" in last:
+            row = inversion_grid(last[f"outliers_{i}"][None], [""])
+            figures[f"outliers_{name}"] = (f"Outliers that {name} proposes after the last epoch", row)
+    figures |= {
+        "metrics": ("Proposed outliers by the output they were aimed at: entropy, confidence, margin, uncertainty", metric_curves(log, names)),
+        "features": ("Features of test images and garbage (t-SNE)", feature_map(snapshots, names)),
+    }
+    if (folder / "scores.safetensors").is_file():
+        for label, scores in load_state(folder / "scores.safetensors", "scores").items():
+            figures[f"curves_{label}"] = (f"{label}: ROC and precision-recall, OOD positive", roc_and_pr(scores))
+            figures[f"scores_{label}"] = (f"{label}: scores", histograms(scores))
+    body = []
+    for name, (caption, figure) in figures.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
+        write_atomically(folder / "figures" / f"{name}.png", picture.getvalue())
+        source = base64.b64encode(picture.getvalue()).decode()
+        body.append(f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{source}"><figcaption>{html.escape(caption)}')
+        body.append("</figcaption></figure>")
+    page = _PAGE.format(title=html.escape(folder.resolve().name), table=_results(record), figures="\n".join(body), settings=_settings(record))
+    write_atomically(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+def _results(record: Mapping) -> str:
+    rows = [row for label, numbers in _methods(record).items() for row in result_rows(label, numbers)]
+    if not rows:
+        return "<p>The run has not reached its last epoch; there are no test scores yet.</p>"
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
+    lines = ["<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows]
+    note = (
+        "All numbers in percent. OOD is the positive class; garbage rate is the share of OOD images that level 1 rejects, "
+        "ID rejected the share of ID images that either level rejects."
+    )
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table><p>{note}</p>"
+
+
+def _methods(record: Mapping) -> Mapping[str, Mapping]:
+    if "comparison" in record:
+        return record["comparison"]
+    return {"TIE": record["numbers"]} if "numbers" in record else {}
+
+
+def _settings(record: Mapping) -> str:
+    return html.escape(json.dumps({k: v for k, v in record.items() if k not in ("log", "numbers", "comparison")}, indent=1))
+
+
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>TIE: {title}</title><style>
+body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}}
+table{{border-collapse:collapse}}td,th{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}}
+td:nth-child(-n+2),th:nth-child(-n+2){{text-align:left}}figure{{margin:1.5rem 0}}img{{max-width:100%}}
+figcaption{{color:#555}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}</style></head><body>
+<h1>TIE: {title}</h1>{table}{figures}<h2>Settings</h2><pre>{settings}</pre></body></html>
+"""

@@ -1,0 +1,186 @@
+"""A run folder: what was asked for, where training stands, the network to score with, and what the report shows.
+
+RUN/run.json               settings, versions, log, results: for people and for the report
+RUN/network.safetensors    the network with its tau: what ``tie-ext score`` and :meth:`TIENet.load` read
+RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead of the others
+RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the pictures
+RUN/scores.safetensors     test scores of the ID set and each OOD set
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tie_ext.app import data
+from tie_ext.app.data import ImageSet, training_batches
+from tie_ext.app.evaluation import evaluate
+from tie_ext.backbones import BACKBONES
+from tie_ext.network import TIENet
+from tie_ext.outliers.inversion import Inversion
+from tie_ext.recipe import Recipe
+from tie_ext.support.files import load_state, locked, save_state, write_json
+from tie_ext.support.modules import frozen
+from tie_ext.support.provenance import provenance
+from tie_ext.support.random import seeded
+from tie_ext.training import TIETrainer
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is asked to do; together with the images it determines the result."""
+
+    data: str
+    """A named set or ``folder:PATH``; ``demo`` for the built-in digits."""
+    root: str = "data"
+    """Where the named sets lie."""
+    backbone: str = "conv3"
+    """One of the paper's CNNs."""
+    images: int | None = None
+    """Train on a random subset of this many images; None for all."""
+    size: int | None = None
+    """Image size; None for the set's own."""
+    batch_size: int = 128
+    """ID images a batch."""
+    shift: int | None = None
+    """Most pixels a training image is moved by; None for an eighth of its size."""
+    ood: tuple[str, ...] = ()
+    """Sets to score at the end, beside noise."""
+    download: bool = False
+    """Let torchvision download what is missing."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """The method."""
+
+    def record(self) -> dict:
+        """The settings as JSON has them."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "recipe": self.recipe.record()}
+
+
+def load_images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+    """ID training set, ID test set and OOD sets of a run.
+
+    Raises:
+        ValueError: If a set is missing or unknown.
+    """
+    if settings.data == "demo":
+        return data.demo()
+    shape = None if settings.size is None else (data.own_shape(settings.data)[0], settings.size, settings.size)
+    train = data.load(settings.data, "train", settings.root, shape, settings.download).first(settings.images, settings.recipe.config.seed)
+    test = data.load(settings.data, "test", settings.root, train.shape, settings.download)
+    if test.classes != train.classes:
+        raise ValueError(f"Expected the same classes in training and test images, but got {train.classes} and {test.classes}")
+    ood = {name: data.load(name, "test", settings.root, train.shape, settings.download) for name in settings.ood}
+    return train, test, ood | {"noise": data.noise("gaussian", min(len(test), 10_000), train.shape)}
+
+
+def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, device: str = "cpu", progress: bool = False) -> dict:
+    """Start a run, or go on with one, to its last epoch, and score the test images.
+
+    Arguments:
+        folder: The run folder.
+        settings: What to do; None to go on with the run in the folder.
+        device: Where to train.
+        progress: Show progress bars.
+
+    Returns:
+        The content of ``run.json``.
+
+    Raises:
+        ValueError: If a setting, the data or a file is not as expected, the folder holds a run already, or another process is at it.
+        FileNotFoundError: If there is no run to go on with.
+        OSError: If a file cannot be written; earlier results are intact.
+    """
+    folder = Path(folder)
+    if settings is None:
+        settings = read_settings(folder)
+    elif (folder / "training.safetensors").exists():
+        raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
+    if settings.backbone not in BACKBONES:
+        raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, but got {settings.backbone!r}")
+    images, test, ood = load_images(settings)
+    with locked(folder):
+        return _train(folder, settings, images, test, ood, device, progress)
+
+
+def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str, progress: bool) -> dict:
+    with seeded(settings.recipe.config.seed):
+        backbone = BACKBONES[settings.backbone](images.shape[0], len(images.classes))
+        net = TIENet(backbone, len(images.classes), images.shape, classes=images.classes).to(device)
+    trainer = settings.recipe.trainer(net, progress)
+    if (folder / "training.safetensors").exists():
+        trainer.load(folder / "training.safetensors")
+    save_settings(folder, settings, trainer.device)
+    batches = training_batches(images, settings.batch_size, settings.shift)
+    while len(trainer.log) < settings.recipe.config.epochs:
+        trainer.epoch(batches)
+        save_snapshot(folder, trainer, test)
+        net.save(folder / "network.safetensors")
+        trainer.save(folder / "training.safetensors")
+    numbers, scores = evaluate(net.eval(), test, ood, images)
+    save_state(folder / "scores.safetensors", "scores", {"TIE": scores["score"]})
+    return finish(folder, settings, trainer, numbers)
+
+
+def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping) -> dict:
+    """Write ``run.json`` with log and results."""
+    record = {"settings": settings.record(), "numbers": numbers, "log": [asdict(entry) for entry in trainer.log]}
+    record |= provenance(trainer.device)
+    write_json(folder / "run.json", record)
+    return record
+
+
+def save_settings(folder: Path, settings: RunSettings, device: torch.device) -> None:
+    """Write the settings, so that a run that is killed in its first epoch can be gone on with."""
+    write_json(folder / "run.json", {"settings": settings.record(), **provenance(device)})
+
+
+def read_settings(folder: Path) -> RunSettings:
+    """Settings of the run in a folder.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If its ``run.json`` is not one.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a run with a run.json at {folder}, but got none")
+    try:
+        raw = json.loads(path.read_text())["settings"]
+        known = {f.name: raw[f.name] for f in fields(RunSettings) if f.name in raw}
+        return RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected the settings of a run in {path}, but got: {error!r}") from error
+
+
+@torch.no_grad()
+def save_snapshot(folder: Path, trainer: TIETrainer, test: ImageSet, per_class: int = 8, points: int = 500) -> None:
+    """Keep what the pictures show of this epoch: inversions of every output or proposed outliers, and features of test images and garbage."""
+    net, n, epoch = trainer.net, trainer.net.num_classes, len(trainer.log)
+    state: dict[str, Tensor] = {}
+    some = test.first(points)
+    with seeded(epoch), frozen(net):
+        for i, synthesizer in enumerate(trainer.synthesizers):
+            if isinstance(synthesizer, Inversion):
+                x = synthesizer.invert(torch.arange(n + 1).repeat_interleave(per_class)).x
+                state["inversions"] = to_bytes(net, x).reshape(n + 1, per_class, *x.shape[1:])
+            else:
+                x = (some.x[: 2 * per_class].float() / 255).to(trainer.device)
+                state[f"outliers_{i}"] = to_bytes(net, synthesizer.sample(net, x, some.y[: 2 * per_class].to(trainer.device)).x)
+        garbage = trainer.pool.draw(points // 5 if len(trainer.pool) else 0)
+        state["features"] = net.features(torch.cat([some.x.float() / 255, garbage]).to(trainer.device))
+        state["labels"] = torch.cat([some.y, torch.full((len(garbage),), n)])
+    save_state(folder / "epochs" / f"{epoch:04d}.safetensors", "snapshot", dict(state))
+
+
+def to_bytes(net: TIENet, x: Tensor) -> Tensor:
+    """Images in the network's value range as uint8."""
+    return (net.unit(x) * 255).round().to(torch.uint8)
+
+
+def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
+    """Snapshots by epoch."""
+    return {int(path.stem): load_state(path, "snapshot") for path in sorted((Path(folder) / "epochs").glob("*.safetensors"))}

@@ -1,0 +1,261 @@
+"""The wrapper that gives any classifier one more output, the garbage class.
+
+Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``n`` ID classes, ``logits (B, n)`` or ``(B, n+1)`` with garbage last.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from tie_ext.backbones import BACKBONES
+from tie_ext.decision import Decision, decide
+from tie_ext.support.checks import check_images, check_number
+from tie_ext.support.files import load_state, save_state
+from tie_ext.support.modules import Ranged, evaluating
+
+PRECISIONS = ("float32", "bfloat16")
+"""What a backbone can compute in while weights, features and logits stay as they are."""
+_EXTRA = "_extra_state"  # torch's name for what get_extra_state gives
+
+
+class TIENet(Ranged):
+    """An n-class network with one more output, the garbage class.
+
+    ``forward(x)`` gives the n ID logits, so that every OOD score made for an n-class network reads it unchanged;
+    ``forward(x, garbage=True)`` gives all n+1. The head is split in two, ``fc`` (n outputs) and ``garbage`` (one), which together are one
+    linear layer of n+1 outputs; so ``fc`` is the ID head wherever a host looks for it.
+
+    Arguments:
+        backbone: A classifier ``(B, C, H, W) -> (B, m)`` that returns what its last linear layer gives, logits and no softmax: a
+            torchvision model, a network with ``fc``, or one of :data:`BACKBONES`. It is copied. Its last linear layer becomes ``fc`` if
+            it has n outputs already (pre-trained weights are kept), and is replaced by a new one if not.
+        num_classes: n >= 2.
+        image_shape: ``(C, S, S)`` of the images it is for; None to take any (such a network cannot be trained by TIE).
+        low: Smallest value of the images, a number or one a channel (what ``Normalize`` makes of 0).
+        high: Largest value of the images (what it makes of 1).
+        classes: Name of each ID class, by label.
+
+    Raises:
+        ValueError: If the backbone has no linear layer to stand on, returns something else than its last one does, does not take images
+            of ``image_shape`` (the latter two are tried where it is given), n < 2, or low is not below high.
+
+    Example:
+        >>> net = TIENet(Conv3(in_channels=1, num_classes=10), num_classes=10, image_shape=(1, 28, 28))
+        >>> x = torch.rand(2, 1, 28, 28)
+        >>> net(x).shape, net(x, garbage=True).shape
+        (torch.Size([2, 10]), torch.Size([2, 11]))
+    """
+
+    tau: Tensor
+    exact: ClassVar[tuple[str, ...]] = ("low", "high", "tau")
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        image_shape: Sequence[int] | None = None,
+        low: float | Sequence[float] = 0.0,
+        high: float | Sequence[float] = 1.0,
+        classes: Sequence[str] = (),
+    ):
+        super().__init__(low, high)
+        check_number("num_classes", num_classes, 2, math.inf, integer=True)
+        if classes and len(classes) != num_classes:
+            raise ValueError(f"Expected {num_classes} class names, but got {len(classes)}")
+        self.num_classes, self.classes = num_classes, tuple(classes)
+        self.image_shape = None if image_shape is None else tuple(image_shape)
+        self.backbone = copy.deepcopy(backbone)  # cutting its head off must not change the caller's network
+        if self.image_shape is not None:
+            ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
+            _try(self.backbone, self.scaled(ramp))
+        head = cut_head(self.backbone)
+        self.feature_size = head.in_features
+        like: dict[str, Any] = {"device": head.weight.device, "dtype": head.weight.dtype}
+        self.fc = head if head.out_features == num_classes else nn.Linear(head.in_features, num_classes, **like)
+        self.garbage = nn.Linear(head.in_features, 1, **like)
+        # The largest UE of an accepted prediction. Infinite, which leaves level 2 off, until training has set it.
+        self.register_buffer("tau", torch.tensor(math.inf))
+        self._precision = "float32"
+        for name in self.exact:
+            setattr(self, name, getattr(self, name).to(head.weight.device))
+
+    @property
+    def precision(self) -> str:
+        """What the backbone computes in, one of :data:`PRECISIONS`. Training sets it, and it is saved, so that a threshold meets the scores it
+        was fitted to.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        if value not in PRECISIONS:
+            raise ValueError(f"Expected a precision, one of {', '.join(PRECISIONS)}, but got {value!r}")
+        self._precision = value
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate features ``(B, F)`` of images ``(B, C, H, W)`` of any floating-point type."""
+        x = x.to(self.fc.weight.dtype)
+        if self.precision == "float32":
+            return self.backbone(x).flatten(1)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.backbone(x).flatten(1).to(self.fc.weight.dtype)
+
+    @overload
+    def forward(self, x: Tensor, *, garbage: bool = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, return_feature: bool, *, garbage: bool = False) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x, return_feature=False, *, garbage=False):
+        """Logits, and features where asked.
+
+        Arguments:
+            x: Images ``(B, C, H, W)``.
+            return_feature: Give ``(logits, features)``, as OpenOOD's networks do.
+            garbage: Give n+1 logits, the garbage class last, instead of n.
+
+        Returns:
+            Logits ``(B, n)`` or ``(B, n+1)``; with ``return_feature`` also features ``(B, F)``.
+        """
+        h = self.features(x)
+        logits = self.head(h) if garbage else self.fc(h)
+        return (logits, h) if return_feature else logits
+
+    def head(self, h: Tensor) -> Tensor:
+        """All n+1 logits ``(B, n+1)`` of features ``(B, F)``."""
+        return torch.cat([self.fc(h), self.garbage(h)], dim=1)
+
+    def forward_threshold(self, x: Tensor, threshold: float) -> Tensor:
+        """ID logits ``(B, n)`` of features cut off above ``threshold``, as ReAct asks for."""
+        return self.fc(self.features(x).clip(max=threshold))
+
+    def get_fc(self) -> tuple:
+        """Weight ``(n, F)`` and bias ``(n,)`` (zeros, where it has none) of the ID head as numpy arrays, as OpenOOD's networks give them."""
+        bias = self.fc.weight.new_zeros(self.num_classes) if self.fc.bias is None else self.fc.bias
+        return tuple(part.detach().cpu().float().numpy() for part in (self.fc.weight, bias))
+
+    def get_fc_layer(self) -> nn.Linear:
+        """The ID head itself."""
+        return self.fc
+
+    @torch.no_grad()
+    def decide(self, x: Tensor) -> Decision:
+        """Label, uncertainty, score and level of images, by one forward pass in evaluation mode.
+
+        Arguments:
+            x: Images ``(B, C, H, W)`` in the value range of training; B = 1 is fine.
+
+        Returns:
+            The :class:`~tie_ext.decision.Decision`; the mode of the network is left as it was.
+
+        Raises:
+            ValueError: If ``x`` is not a finite floating-point batch of images of the shape and value range of training.
+        """
+        self.check(x)
+        with evaluating(self):
+            return decide(self(x, garbage=True), self.tau)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what :meth:`decide` refuses.
+
+        Raises:
+            ValueError: If ``x`` is not a finite floating-point batch of images of the shape and value range of training.
+        """
+        check_images(x, self.image_shape, self.low.to(x.device), self.high.to(x.device))
+
+    def get_extra_state(self) -> Tensor:
+        """Place of the precision in :data:`PRECISIONS`: with it in the ``state_dict``, a checkpoint of any program keeps it."""
+        return torch.tensor(PRECISIONS.index(self.precision))  # a tensor, as is all else that people expect of a state_dict
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put the precision back."""
+        self.precision = PRECISIONS[int(state)]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.setdefault(prefix + _EXTRA, torch.tensor(0))  # earlier checkpoints had float32 alone
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the network with its tau, image shape, value range and class names; atomically, as safetensors + JSON.
+
+        Raises:
+            OSError: If it cannot be written; an earlier file is intact.
+        """
+        about = {"num_classes": self.num_classes, "image_shape": self.image_shape, "classes": self.classes, "precision": self.precision}
+        names = [name for name, backbone in BACKBONES.items() if type(self.backbone) is backbone]
+        weights = {name: value for name, value in self.state_dict().items() if name != _EXTRA}  # the precision, which stands in ``about``
+        save_state(path, "network", {**about, "backbone": names[0] if names else None, "weights": weights})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, backbone: nn.Module | None = None) -> "TIENet":
+        """Read what :meth:`save` wrote, on the CPU, in evaluation mode.
+
+        Arguments:
+            path: The file.
+            backbone: The architecture, where it is not one of :data:`BACKBONES`; its weights come from the file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is truncated, foreign, of another architecture, or needs a ``backbone``.
+        """
+        state = load_state(path, "network")
+        try:
+            weights, shape, name = state["weights"], state["image_shape"], state["backbone"]
+            n = len(weights["fc.weight"])  # of the weights, not of what the header claims: a network is no larger than its file
+            if backbone is None and name not in BACKBONES:
+                raise ValueError(f"Expected a `backbone` for {path}, whose architecture is not one of {', '.join(BACKBONES)}, but got None")
+            if backbone is None:
+                first = next(w for key, w in weights.items() if key.startswith("backbone.") and w.ndim == 4)
+                backbone = BACKBONES[name](first.shape[1], n)
+            net = cls(backbone, n, shape, weights["low"].flatten().tolist(), weights["high"].flatten().tolist(), state["classes"])
+            net.to(weights["fc.weight"].dtype).load_state_dict(weights)
+            precision = state.get("precision", "float32")  # earlier files had none other
+            if precision not in PRECISIONS:
+                raise ValueError(f"Expected a precision in {path}, one of {', '.join(PRECISIONS)}, but got {precision!r}")
+            net.precision = precision
+        except (KeyError, RuntimeError, TypeError, AttributeError, StopIteration) as error:
+            raise ValueError(f"Expected a network of this architecture in {path}, but got: {error}") from error
+        return net.eval()
+
+
+def _head(backbone: nn.Module) -> str:
+    """Name of the last linear layer, ``fc`` where there is one."""
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"Expected a backbone that ends in a linear layer, but got {type(backbone).__name__} without any")
+    return "fc" if "fc" in linear else linear[-1]
+
+
+def cut_head(backbone: nn.Module) -> nn.Linear:
+    """Replace the last linear layer of a network by the identity, and give it back.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    name = _head(backbone)
+    head = backbone.get_submodule(name)
+    parent, _, leaf = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), leaf, nn.Identity())
+    return head  # type: ignore[return-value]
+
+
+def _try(backbone: nn.Module, x: Tensor) -> None:
+    """Run a backbone once: what follows its head would be taken for features without a word, and a wrong shape found late."""
+    name, outputs = _head(backbone), []
+    hook = backbone.get_submodule(name).register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
+    try:
+        with evaluating(backbone), torch.no_grad():
+            y = backbone(x.to(next(backbone.parameters())))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(f"Expected a backbone for images {tuple(x.shape[1:])}, but {type(backbone).__name__} fails on one: {error}") from error
+    finally:
+        hook.remove()
+    if not (outputs and isinstance(y, Tensor) and y.shape == outputs[-1].shape and torch.allclose(y, outputs[-1], 0, 0, equal_nan=True)):
+        raise ValueError(
+            f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__} returns something else than "
+            f"`{name}` does; return the logits, without a softmax, and call the last linear layer `fc`"
+        )

@@ -1,0 +1,161 @@
+r"""Disentangled marginal representations (DMR): what is left of ID images when their class is taken out, decoded.
+
+Symbols: ``E`` encoder, ``G`` decoder, ``mu_y`` mean code of class y, ``w = E(x) - mu_y`` an image's marginal representation.
+
+.. math:: x_{out} = G\Big(\lambda \cdot \frac{1}{k} \sum_{i=1}^{k} w_i\Big), \quad \lambda \sim U[1, 3], \text{ the k images of different classes}
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tie_ext.network import TIENet
+from tie_ext.outliers.vae import VAE, fit_vae
+from tie_ext.support.distributed import total
+from tie_ext.support.modules import evaluating
+from tie_ext.support.settings import Settings, setting
+from tie_ext.synthesis import Batches, Candidates, Domain, Synthesizer
+
+
+class Codec(Protocol):
+    """An encoder/decoder pair, as a module; the paper's is StyleGAN-XL with an inversion encoder."""
+
+    latent_size: int
+
+    def encode(self, x: Tensor, y: Tensor) -> Tensor:
+        """Codes ``(B, L)`` of images ``(B, C, S, S)`` with labels ``(B,)``."""
+        ...
+
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """Images ``(B, C, S, S)`` in the value range of codes ``(B, L)``; a codec that is not conditional ignores the labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class MarginalSettings(Settings):
+    """What is mixed, how far it is pushed, and how the built-in VAE is trained."""
+
+    k: int = setting(5, "Images mixed, of different classes (the paper: 5); fewer where there are fewer classes. 1 for no mixing.", low=1, high=10**6)
+    scale: tuple[float, float] = setting((1.0, 3.0), "Range of lambda, as in the paper.", low=0, high=1e6)
+    vae_epochs: int = setting(10, "Passes of the built-in VAE over the data.", low=1, high=10**6)
+
+
+class MarginalRepresentations(Synthesizer):
+    """Outliers from marginal representations.
+
+    Arguments:
+        domain: The network the outliers are for, or the :class:`~tie_ext.synthesis.Domain` of its data.
+        settings: How they are made.
+        codec: A trained :class:`Codec`; None for a VAE that is trained once, at the first ``fit``.
+
+    References:
+        DMR, equations 5 to 7.
+    """
+
+    settings_class: ClassVar = MarginalSettings
+    mean: Tensor
+
+    def __init__(self, domain: TIENet | Domain, settings: MarginalSettings | None = None, codec: nn.Module | None = None):
+        super().__init__(domain, settings)
+        self.own = codec is None
+        # Not conditional: were the class told, the code would not hold it, and taking its mean away would take nothing.
+        self.codec = VAE(domain, 32, conditional=False) if codec is None else codec
+        size = int(self.codec.latent_size)  # type: ignore[arg-type]
+        self.register_buffer("mean", torch.full((self.num_classes, size), torch.nan))  # mu_y; NaN until fit
+
+    def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
+        """Train the built-in VAE and find the mean code of each class, the first time; the classifier plays no part in it."""
+        if not self.mean.isnan().any():
+            return {}
+        losses = {"vae": fit_vae(self.codec, batches, self.settings.vae_epochs)} if self.own else {}  # type: ignore[arg-type]
+        device = self.mean.device
+        sums, counts = torch.zeros_like(self.mean), torch.zeros(len(self.mean), device=device)
+        with evaluating(self.codec), torch.no_grad():
+            for x, y in batches:
+                y = y.to(device).long()
+                sums.index_add_(0, y, self.codec.encode(x.to(self.low), y))  # type: ignore[operator]
+                counts += y.bincount(minlength=len(counts))
+        sums, counts = total(sums, device), total(counts, device)
+        self.mean.copy_(sums / counts[:, None])
+        return losses
+
+    @torch.no_grad()
+    def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
+        """One outlier an image of the batch, each mixed of k images of different classes; all aimed at the garbage class."""
+        if self.mean.isnan().any():
+            raise RuntimeError("Expected a fitted codec to sample from, but got one without class means; call fit first")
+        with evaluating(self.codec):
+            w = self.codec.encode(x, y) - self.mean[y]  # type: ignore[operator]
+            mixed = w[self.partners(y)].mean(1)
+            factor = torch.empty(len(x), 1, device=x.device).uniform_(*self.settings.scale)
+            images = self.codec.decode(factor * mixed, y)  # type: ignore[operator]
+        return self._garbage(self.clip(images))
+
+    def partners(self, y: Tensor) -> Tensor:
+        """For each of ``B`` outliers the rows ``(B, k)`` of a batch to mix: a random image of each of k random classes that it has."""
+        present = y.unique()
+        member = y[None, :] == present[:, None]  # (classes, B)
+        draw = torch.rand(len(y), *member.shape, device=y.device).masked_fill(~member, -1).argmax(2)  # (B, classes)
+        chosen = torch.rand(len(y), len(present), device=y.device).argsort(1)[:, : self.settings.k]
+        return draw.gather(1, chosen)
+
+
+@torch.no_grad()
+def marginal_features(encoder: Callable[[Tensor], Tensor], synthesizer: Synthesizer, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features of ID images and of one outlier for each, which the rejection network is to tell apart.
+
+    Arguments:
+        encoder: Penultimate features ``(B, C, S, S) -> (B, F)`` of the frozen classifier, in evaluation mode.
+        synthesizer: Who proposes the outliers, without the help of a classifier; fitted here.
+        batches: The ID data.
+        device: Where to compute.
+
+    Returns:
+        Features ``(N, F)``, and which of them are an outlier's ``(N,)``, bool.
+    """
+    with torch.enable_grad():
+        synthesizer.to(device).fit(None, batches, 0.0)  # type: ignore[arg-type]  # it plays no part in what works in a latent space
+    features, outlier = [], []
+    for x, y in batches:
+        x, y = x.to(device), y.to(device)
+        proposed = synthesizer.sample(None, x, y).x  # type: ignore[arg-type]
+        features += [encoder(x), encoder(proposed)]
+        outlier += [torch.zeros(len(x), device=device), torch.ones(len(proposed), device=device)]
+    return torch.cat(features), torch.cat(outlier).bool()
+
+
+def fit_rejection(features: Tensor, outlier: Tensor, hidden: int = 128, epochs: int = 10, lr: float = 0.01) -> nn.Module:
+    """DMR's rejection network B: tells features of outliers from those of ID images.
+
+    Arguments:
+        features: ``(N, F)``.
+        outlier: Which are an outlier's ``(N,)``, bool.
+        hidden: Width of the hidden layer.
+        epochs: Passes over the features (the paper: 10).
+        lr: Learning rate of SGD with momentum 0.9 (the paper: 0.01).
+
+    Returns:
+        B, ``(B, F) -> (B, 1)``: log-odds of being an outlier.
+
+    Raises:
+        ValueError: If either kind is missing.
+
+    References:
+        DMR, section 3.4, equation 8.
+    """
+    target = outlier.float()
+    if target.mean() in (0, 1):
+        raise ValueError(f"Expected features of ID images and of outliers, but got {int(target.sum())} outliers of {len(target)}")
+    network = nn.Sequential(nn.Linear(features.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1)).to(features.device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(features), device=features.device).split(128):
+            loss = F.binary_cross_entropy_with_logits(network(features[rows]).squeeze(1), target[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return network

@@ -1,0 +1,91 @@
+"""DMR's rejection network as a pytorch-ood detector. Larger score = more OOD."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from pytorch_ood.api import DetectorInfo, FeaturesDetector, ModelNotSetException, RequiresFittingException, Task
+from torch import Tensor, nn
+
+from tie_ext.outliers.marginal import fit_rejection, marginal_features
+from tie_ext.support.checks import check_number
+from tie_ext.synthesis import Batches, Synthesizer
+
+
+class RejectionNetwork(FeaturesDetector):
+    """DMR's rejection network B: a small network on the frozen features of a classifier tells ID images from synthesized outliers.
+
+    Arguments:
+        encoder: Penultimate features ``(B, C, H, W) -> (B, F)`` of the classifier, in evaluation mode; None to use features alone.
+        synthesizer: Who proposes the outliers, such as :class:`tie_ext.outliers.marginal.MarginalRepresentations`; None to use features alone.
+        hidden: Width of the hidden layer.
+        epochs: Passes over the ID data (the paper: 10).
+        lr: Learning rate of SGD with momentum 0.9 (the paper: 0.01).
+
+    References:
+        DMR, section 3.4, equation 8.
+    """
+
+    info: ClassVar = DetectorInfo(tasks={Task.CLASSIFICATION}, ai_coded=True)
+    requires_fit: ClassVar = True
+
+    def __init__(
+        self,
+        encoder: Callable[[Tensor], Tensor] | None,
+        synthesizer: Synthesizer | None = None,
+        hidden: int = 128,
+        epochs: int = 10,
+        lr: float = 0.01,
+    ):
+        super().__init__()
+        check_number("epochs", epochs, 1, 10**6, integer=True)
+        check_number("hidden", hidden, 1, 10**6, integer=True)
+        check_number("lr", lr, 0, 10, above=True)
+        self.encoder, self.synthesizer = encoder, synthesizer
+        self.hidden, self.epochs, self.lr = hidden, epochs, lr
+        self.network: nn.Module | None = None  #: B, once fitted
+
+    def fit(self, data_loader: Batches) -> "RejectionNetwork":
+        """Fit the synthesizer, draw one outlier for each ID image, and train B on the features of both.
+
+        Arguments:
+            data_loader: Batches ``(x, y)`` of ID images; those with y < 0 are left out.
+
+        Raises:
+            ModelNotSetException: If there is no encoder or no synthesizer.
+            ValueError: If the loader has no ID images.
+        """
+        if self.encoder is None or self.synthesizer is None:
+            raise ModelNotSetException
+        device = self.device or torch.device("cpu")
+        batches = [(x[y >= 0], y[y >= 0]) for x, y in data_loader]
+        if not sum(len(x) for x, _ in batches):
+            raise ValueError("Expected ID images (labels >= 0) to fit on, but got none from the loader")
+        features, outlier = marginal_features(self.encoder, self.synthesizer, batches, device)
+        return self.fit_features(features, -outlier.long())
+
+    def fit_features(self, x: Tensor, y: Tensor) -> "RejectionNetwork":
+        """Train B on features ``(N, F)`` with labels ``(N,)``: outliers where y < 0.
+
+        Raises:
+            ValueError: If either kind is missing.
+        """
+        self.network = fit_rejection(x, y < 0, self.hidden, self.epochs, self.lr)
+        return self
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores ``(B,)`` of images; see :meth:`predict_features`."""
+        if self.encoder is None:
+            raise ModelNotSetException
+        with torch.no_grad():
+            return self.predict_features(self.encoder(x if self.device is None else x.to(self.device)))
+
+    def predict_features(self, x: Tensor) -> Tensor:
+        """Log-odds ``(B,)`` of being an outlier, of features ``(B, F)``; larger = more OOD.
+
+        Raises:
+            RequiresFittingException: If it has not been fitted.
+        """
+        if self.network is None:
+            raise RequiresFittingException
+        return self.network(x).squeeze(1)

@@ -1,0 +1,39 @@
+"""The paper's uncertainty estimate as a pytorch-ood detector for any n-class network."""
+
+from typing import ClassVar
+
+from pytorch_ood.api import DetectorInfo, LogitsDetector, Task
+from torch import Tensor, nn
+
+from tie_ext.decision import uncertainty
+from tie_ext.pytorch_ood.detector import PAPER
+from tie_ext.support.checks import describe
+
+
+class UncertaintyEstimate(LogitsDetector):
+    """The paper's uncertainty estimate (UE) of any n-class network: how far its softmax is from one-hot, in [0, 1].
+
+    On a :class:`tie_ext.TIENet` this is UE over the n ID outputs, the garbage logit left out, as the paper's Table 2 has it.
+
+    Arguments:
+        model: A classifier ``(B, ...) -> (B, n)``; None to use :meth:`predict_logits` alone.
+
+    References:
+        TIE, section 4.4 (P. Suhail, R. Afroz, A. Sethi, arXiv:2512.00229).
+    """
+
+    info: ClassVar = DetectorInfo(paper=PAPER, tasks={Task.CLASSIFICATION}, ai_coded=True)
+
+    def __init__(self, model: nn.Module | None):
+        super().__init__()
+        self.model = model
+
+    def predict_logits(self, logits: Tensor) -> Tensor:
+        """UE ``(B,)`` in [0, 1] of logits ``(B, n)``, n >= 2; larger = more OOD.
+
+        Raises:
+            ValueError: If the logits are not a floating-point matrix of two or more columns.
+        """
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+            raise ValueError(f"Expected floating-point logits of shape (B, n) with n >= 2, but got {describe(logits)}")
+        return uncertainty(logits.softmax(dim=1))

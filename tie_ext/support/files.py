@@ -1,0 +1,168 @@
+"""Files that cannot run code: nested state as one safetensors file whose header holds the rest as JSON, written atomically.
+
+A file either holds the whole of what was saved or does not exist: it is written beside its place, flushed to disk and moved there.
+"""
+
+import json
+import math
+import numbers
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = "tie_ext"
+VERSION = 1
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file whole or not at all; what was there before stays until the new content is on disk.
+
+    Raises:
+        OSError: If it cannot be written (full disk, no permission), saying that the earlier file is intact.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # of its own, as another process may be writing the same file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):  # a folder that is no folder, or has just gone
+            part.unlink()
+        kept = "the earlier file there is intact" if path.exists() else "nothing was left there"
+        reason = f"Expected to write {len(content)} bytes to {path}, but got: {error.strerror or error}; {kept}"
+        raise OSError(error.errno, reason) from error
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """One process at a time inside, for each folder; the lock goes with its process, however that ends.
+
+    What an earlier process that was killed had half written is cleared away.
+
+    Raises:
+        ValueError: If another process is inside.
+        OSError: If the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Expected {folder} to be free, but got a folder that another process is writing a run to; wait for it, or stop it"
+        ) from None
+    try:
+        for part in folder.rglob(".*.part"):
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Write a value as readable JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
+    """Save nested dicts, lists, numbers, strings and tensors.
+
+    Arguments:
+        path: The file.
+        kind: What it holds (``"network"``, ``"training"``); :func:`load_state` asks for the same.
+        state: The state.
+
+    Raises:
+        OSError: If the file cannot be written; an earlier one is intact.
+        TypeError: If the state holds anything else.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(state, "", tensors)
+    # One entry, because safetensors writes several in an order that differs between processes, and equal runs shall give equal files.
+    header = {FORMAT: json.dumps({"kind": kind, "version": VERSION, "state": skeleton})}
+    write_atomically(path, safetensors.torch.save(tensors, metadata=header))
+
+
+def load_state(path: str | os.PathLike, kind: str) -> dict:
+    """Load what :func:`save_state` saved; tensors on the CPU.
+
+    Raises:
+        ValueError: If the file is truncated, of another program, of another kind or of a newer major version, saying which.
+        FileNotFoundError: If there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a {FORMAT} {kind} file at {path}, but got no file")
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a truncated or foreign one: {error}") from error
+    if FORMAT not in metadata:
+        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a safetensors file of another program")
+    try:
+        header = json.loads(metadata[FORMAT])
+        found, version, skeleton = header["kind"], header["version"], header["state"]
+        if found != kind:
+            raise _Unfit(f"Expected a {FORMAT} {kind} file at {path}, but got a {found!r} file")
+        if version != VERSION:
+            raise _Unfit(f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it")
+        state = _unflatten(skeleton, tensors)
+    except _Unfit:
+        raise
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a damaged header: {error!r}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a {type(state).__name__} where its state should be")
+    return state
+
+
+class _Unfit(ValueError):
+    """A sound file, but not the one that is needed."""
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON skeleton of a state; its tensors go into ``tensors``."""
+    if isinstance(value, Tensor):
+        while name in tensors:  # {"a/b": ...} beside {"a": {"b": ...}}, or the keys 1 and "1"
+            name += "'"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"$tensor": name}
+    if isinstance(value, dict):  # as pairs, because JSON would turn an optimiser's integer keys into strings
+        return {"$items": [[key, _flatten(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_flatten(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, numbers.Integral | numbers.Real):  # numpy's
+        return _flatten(value.item(), name, tensors) if hasattr(value, "item") else float(value)
+    raise TypeError(f"Expected tensors, numbers, strings, lists and dicts to save, but got {type(value).__name__} at {name}")
+
+
+def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unflatten(inner, tensors) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    (tag, content), *_ = value.items()
+    if tag == "$tensor":
+        return tensors[content]
+    if tag == "$float":
+        return float(content)
+    return {key: _unflatten(inner, tensors) for key, inner in content}
