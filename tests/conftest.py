@@ -2,12 +2,16 @@
 
 import os
 import sys
+from dataclasses import replace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # images are small, and threads that wait for one another cost more than they give
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 
 from tie_ext import Conv3, Domain, Inversion, InversionSettings, TIEConfig, TIENet, TIETrainer
 
@@ -24,9 +28,27 @@ def _seed():
     torch.manual_seed(0)
 
 
+class Small(nn.Module):
+    """Two convolutions with BatchNorm: a network that trains in a moment."""
+
+    def __init__(self, classes: int = 3, channels: int = 1):
+        super().__init__()
+        layers = [nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU()]
+        self.conv = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.fc = nn.Linear(48, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x))
+
+
 def make_net(classes: int = 3) -> TIENet:
     torch.manual_seed(0)
     return TIENet(Conv3(1, classes), classes, SHAPE)
+
+
+def make_small(classes: int = 3) -> TIENet:
+    torch.manual_seed(0)
+    return TIENet(Small(classes), classes, SHAPE)
 
 
 def domain(classes: int = 3, shape: tuple[int, ...] = SHAPE, low: float = 0.0, high: float = 1.0) -> Domain:
@@ -38,10 +60,8 @@ def make_batches(classes: int = 3, sizes: tuple[int, ...] = (8, 8)) -> list:
     return [(torch.rand(b, *SHAPE, generator=rng), torch.arange(b) % classes) for b in sizes]
 
 
-def make_trainer(**changes) -> TIETrainer:
-    from dataclasses import replace
-
-    net = make_net()
+def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
+    net = make_net() if net is None else net
     return TIETrainer(net, replace(TINY, **changes), [Inversion(net, FEW)])
 
 

@@ -1,11 +1,13 @@
 """The wrapper over any backbone, and the generator at every size."""
 
+import copy
+
 import pytest
 import torch
-from conftest import SHAPE, make_net
+from conftest import SHAPE, Small, make_net
 from torch import nn
 
-from tie_ext import Conv3, Conv5, Generator, ResidualCNN, TIENet
+from tie_ext import Conv3, Conv5, Generator, ResidualCNN, TIENet, uncertainty
 from tie_ext.outliers.saliency import Standardized
 from tie_ext.support.files import load_state, save_state
 
@@ -189,3 +191,129 @@ def test_standardized_features_are_openoods(openood_root):
     ours = TIENet(Standardized(theirs.backbone, sigma=0.5), 10).eval()
     x = torch.rand(3, 3, 28, 28)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_the_head_takes_type_and_place_of_the_backbones():
+    for dtype in (torch.float64, torch.bfloat16):
+        net = TIENet(Small(3).to(dtype), 3, SHAPE, low=-1.123, high=2.345)
+        assert {p.dtype for p in net.parameters()} == {dtype}
+        assert TIENet(Small(7).to(dtype), 3).fc.weight.dtype == dtype  # a head of its own, too
+        assert net(torch.rand(2, *SHAPE), garbage=True).dtype == dtype
+    assert {p.device.type for p in TIENet(Small(7).to("meta"), 3).parameters()} == {"meta"}
+    assert TIENet(Small(3).to("meta"), 3).tau.device.type == TIENet(Small(3).to("meta"), 3).low.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_value_range_and_tau_stay_exact(dtype):
+    net = TIENet(Small(3), 3, SHAPE, low=-2.1179, high=2.64)
+    net.tau.fill_(0.123456)
+    low = net.low.clone()
+    assert net.to(dtype).low.dtype == net.tau.dtype == torch.float32
+    assert torch.equal(net.low, low)
+    assert net.tau == torch.tensor(0.123456)
+    net.check(torch.full((1, *SHAPE), -2.1179))
+    assert net.to("meta").low.is_meta
+    assert net.to_empty(device="cpu").low.device.type == "cpu"
+
+
+def test_a_double_network_comes_back_as_one(tmp_path):
+    net = TIENet(Small(3).double(), 3, SHAPE).eval()
+    net.save(tmp_path / "net")
+    again = TIENet.load(tmp_path / "net", Small(3))
+    x = torch.rand(2, *SHAPE)
+    assert torch.equal(again(x), net(x))
+    assert again(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", [Conv3, Conv5, ResidualCNN])
+def test_a_network_without_an_image_shape_comes_back(kind, tmp_path):
+    net = TIENet(kind(3, 4), 4).eval()
+    net.save(tmp_path / "net")
+    again = TIENet.load(tmp_path / "net")
+    x = torch.rand(2, 3, 32, 32)
+    assert again.image_shape is None
+    assert torch.equal(again(x, garbage=True), net(x, garbage=True))
+
+
+def test_a_head_without_bias_has_a_bias_of_zeros_for_hosts():
+    backbone = Small(3)
+    backbone.fc = nn.Linear(48, 3, bias=False)
+    weight, bias = TIENet(backbone, 3).get_fc()
+    assert (weight.shape, bias.tolist()) == ((3, 48), [0, 0, 0])
+
+
+def test_the_precision_goes_with_the_state_dict(tmp_path):
+    net, x = TIENet(Small(3), 3, SHAPE).eval(), torch.rand(2, *SHAPE)
+    net.precision = "bfloat16"
+    torch.save(net.state_dict(), tmp_path / "best.ckpt")  # as OpenOOD keeps networks
+    again = TIENet(Small(3), 3, SHAPE).eval()
+    again.load_state_dict(torch.load(tmp_path / "best.ckpt", weights_only=True))
+    assert again.precision == "bfloat16"
+    assert torch.equal(again(x, garbage=True), net(x, garbage=True))
+    assert all(isinstance(value, torch.Tensor) for value in net.state_dict().values())
+    earlier = {name: value for name, value in net.state_dict().items() if name != "_extra_state"}
+    again.load_state_dict(earlier)
+    assert again.precision == "float32"
+
+
+def test_the_score_cuts_features_off_where_it_is_told():
+    net, x = TIENet(Small(3), 3, SHAPE).eval(), torch.rand(2, *SHAPE)
+    h = net.features(x)
+    torch.testing.assert_close(net.forward_threshold(x, 0.1), net.fc(h.clamp(max=0.1)))
+    assert not torch.equal(net.forward_threshold(x, 0.1), net(x))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="Expected num_classes to be an integer in"):
+        TIENet(Small(1), 1)
+    with pytest.raises(ValueError, match="Expected 3 class names, but got 2"):
+        TIENet(Small(3), 3, classes=("a", "b"))
+    for low, high in ((1.0, 1.0), ((0.0, 0.0), 1.0)):
+        with pytest.raises(ValueError, match="Expected low < high, numbers or one for each channel"):
+            TIENet(Small(3), 3, low=low, high=high)
+
+
+@pytest.mark.parametrize("lam", [0.9, 1.0])
+def test_decide_rejects_above_the_networks_tau_and_in_evaluation_mode(lam):
+    net, x = TIENet(Small(3), 3, SHAPE).train(), torch.rand(6, *SHAPE)
+    with torch.no_grad():
+        u = uncertainty(copy.deepcopy(net).eval()(x, garbage=True).softmax(1))
+    net.tau.fill_(u.median().item() * lam)
+    decision = net.decide(x)
+    torch.testing.assert_close(decision.uncertainty, u)
+    garbage = decision.level == 1
+    assert torch.equal(decision.level[~garbage] == 2, u[~garbage] > net.tau)
+    assert (~garbage).any()
+    assert not decision.score.requires_grad
+
+
+def test_a_named_head_is_taken_before_the_last_linear_layer():
+    class Named(Small):
+        def __init__(self):
+            super().__init__(3)
+            self.unused = nn.Linear(2, 2)
+
+    net = TIENet(Named(), 3, SHAPE)
+    assert net.feature_size == 48
+    assert isinstance(net.backbone.fc, nn.Identity)
+    nested = TIENet(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(784, 5), nn.Linear(5, 3))), 3, SHAPE)
+    assert nested.feature_size == 5
+    assert nested.features(torch.rand(2, *SHAPE)).shape == (2, 5)
+
+
+def test_what_is_saved_says_what_it_is(tmp_path):
+    net = TIENet(Conv5(3, 4), 4, (3, 32, 32), low=(-1.0, -2.0, -3.0), high=(1.0, 2.0, 3.0), classes=("a", "b", "c", "d"))
+    net.precision = "bfloat16"
+    net.save(tmp_path / "net")
+    state = load_state(tmp_path / "net", "network")
+    assert {k: v for k, v in state.items() if k != "weights"} == {
+        "num_classes": 4,
+        "image_shape": [3, 32, 32],
+        "classes": ["a", "b", "c", "d"],
+        "precision": "bfloat16",
+        "backbone": "conv5",
+    }
+    again = TIENet.load(tmp_path / "net")
+    assert (again.low.flatten().tolist(), again.high.flatten().tolist()) == ([-1, -2, -3], [1, 2, 3])
+    assert (again.classes, again.image_shape, again.num_classes) == (("a", "b", "c", "d"), (3, 32, 32), 4)
+    assert (again.precision, again.training, type(again.backbone)) == ("bfloat16", False, Conv5)

@@ -1,19 +1,27 @@
 """The loop: what an epoch does, what it refuses, and that stopping changes nothing."""
 
+import copy
 import math
 from dataclasses import asdict, replace
 
+import conftest
+import numpy as np
 import pytest
 import torch
-from conftest import FEW, SHAPE, TINY, make_batches, make_net, make_trainer
+from conftest import FEW, SHAPE, TINY, Small, make_batches
+from conftest import make_small as make_net
 from torch import nn
 
-from tie_ext import Conv3, Inversion, TIEConfig, TIENet, TIETrainer
+from tie_ext import Candidates, Conv3, Inversion, Noise, NoiseSettings, Synthesizer, TIEConfig, TIENet, TIETrainer, uncertainty
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import uniform_objective
 from tie_ext.recipe import Recipe
 from tie_ext.support.files import load_state, save_state
 from tie_ext.training import GARBAGE_SHARE
+
+
+def make_trainer(**changes):
+    return conftest.make_trainer(make_net(), **changes)
 
 
 def test_an_epoch_trains_inverts_and_excludes():
@@ -200,7 +208,7 @@ def test_in_bfloat16_only_the_backbone_computes_so(tmp_path):
     logits, h = net(x, return_feature=True, garbage=True)
     assert logits.dtype == h.dtype == torch.float32
     net.save(tmp_path / "net.safetensors")
-    again = TIENet.load(tmp_path / "net.safetensors")
+    again = TIENet.load(tmp_path / "net.safetensors", Small())
     assert torch.equal(again(x, garbage=True), logits)  # a threshold fitted before it was saved meets the same scores
     again.precision = "float32"
     assert not torch.equal(again(x, garbage=True), logits)
@@ -246,7 +254,7 @@ def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
     x = torch.zeros(24, *SHAPE)
     for i in range(24):
         x[i, :, 8 * (i % 3) : 8 * (i % 3) + 8] = 1
-    trainer = TIETrainer(make_net(), replace(TINY, epochs=15), [], objective=uniform_objective)
+    trainer = TIETrainer(conftest.make_net(), replace(TINY, epochs=15), [], objective=uniform_objective)
     for _ in range(15):
         trainer.epoch([(x, torch.arange(24) % 3)])
     inside, outside = trainer.net.decide(x), trainer.net.decide(trainer.pool.draw(24))
@@ -262,3 +270,260 @@ def test_batches_have_the_same_share_of_garbage_while_the_pool_fills():
         seen.append([int((y == 3).sum()) for _, y in trainer._with_garbage(make_batches(sizes=(12, 9)), "train")])
         trainer.pool.add(torch.rand(10, *SHAPE))
     assert seen == [[4, 3]] * 3
+
+
+# What a broken loop would not pass.
+
+
+def some_images(count):
+    """ID images of many contrasts, so that a network is sure of some of them and not of others."""
+    rng = torch.Generator().manual_seed(4)
+    x = torch.cat([x for x, _ in make_batches()])
+    return x.repeat(-(-count // len(x)), 1, 1, 1)[:count] * (0.8 + 0.2 * torch.rand(count, 1, 1, 1, generator=rng))
+
+
+class Fixed(Synthesizer):
+    """Proposes images that were made beforehand, one after the other, and keeps what it was told."""
+
+    def __init__(self, net, images=None):
+        super().__init__(net)
+        self.images = some_images(400) if images is None else images
+        self.progress, self.fitted, self.given = [], [], 0
+
+    def fit(self, classifier, batches, progress):
+        self.progress.append(progress)
+        self.fitted.append([(x.dtype, y.dtype, len(x)) for x, y in batches])
+        return {"fixed": 1.5}
+
+    def sample(self, classifier, x, y):
+        first, self.given = self.given, self.given + len(x)
+        return Candidates(self.images[first : first + len(x)], torch.arange(first, first + len(x)) % (self.num_classes + 1))
+
+
+def seen_by(net):
+    """Every batch of images that reaches the backbone, from now on."""
+    seen = []
+    net.backbone.register_forward_pre_hook(lambda module, args: seen.append((module.training, args[0].clone())))
+    return seen
+
+
+def test_garbage_images_reach_the_network_beside_every_id_batch():
+    net = make_net()
+    trainer = TIETrainer(net, TINY, [], [])
+    pooled = torch.rand(20, *SHAPE).mul(255).round() / 255
+    trainer.pool.add(pooled)
+    seen, batches = seen_by(net), make_batches(sizes=(12, 9))
+    trainer.epoch(batches)
+    training = [x for mode, x in seen if mode]
+    assert [len(x) for x in training] == [16, 12, 16, 12]  # trained on, then BatchNorm's statistics
+    for given, (x, _) in zip(training, batches * 2, strict=True):
+        assert torch.equal(given[: len(x)], x)
+        distance = torch.cdist(given[len(x) :].flatten(1), pooled.flatten(1)).amin(1)
+        assert distance.max() < 1e-3
+    scored = [x for mode, x in seen if not mode]
+    assert [len(x) for x in scored] == [12, 9]  # tau is that of ID images alone
+
+
+@pytest.mark.parametrize("lam", [-1.0, 0.0, 0.5])
+def test_what_is_expelled_is_what_is_more_uncertain_than_tau(lam):
+    net = make_net()
+    proposals = Fixed(net)
+    trainer = TIETrainer(net, replace(TINY, lam=lam, candidates_per_class=60, pool_size=300), [proposals], [])
+    batches = make_batches()
+    log = trainer.epoch(batches)
+    with torch.no_grad():
+        net.eval()
+        u, inside = (uncertainty(net(x, garbage=True).softmax(1)) for x in (proposals.images[:240], torch.cat([x for x, _ in batches])))
+    tau = (inside.double().mean() + lam * inside.double().std(correction=0)).item()
+    assert log.tau == pytest.approx(tau, rel=1e-5)
+    out = u > log.tau
+    assert 0 < out.sum() < 240, "the test wants some of both"
+    aim = torch.arange(240) % 4
+    assert log.proposed == [60] * 4
+    assert log.excluded == aim[out].bincount(minlength=4).tolist()
+    assert log.pool == len(trainer.pool) == out.sum()
+    expelled = (proposals.images[:240][out] * 255).round().to(torch.uint8)
+    assert torch.equal(trainer.pool.state_dict()["images"], expelled)
+
+
+def test_how_candidates_were_answered_is_told_by_the_output_they_were_aimed_at():
+    net = make_net()
+    proposals = Fixed(net)
+    log = TIETrainer(net, replace(TINY, candidates_per_class=10), [proposals], []).epoch(make_batches())
+    with torch.no_grad():
+        p = net.eval()(proposals.images[:40], garbage=True).softmax(1)
+    aim = torch.arange(40) % 4
+    for c in range(4):
+        of, top = p[aim == c], p[aim == c].topk(2, dim=1).values
+        assert log.agreement[c] == pytest.approx((of.argmax(1) == c).float().mean().item(), abs=1e-6)
+        assert log.entropy[c] == pytest.approx(-(of * of.log()).sum(1).mean().item(), rel=1e-4)
+        assert log.confidence[c] == pytest.approx(top[:, 0].mean().item(), rel=1e-4)
+        assert log.margin[c] == pytest.approx((top[:, 0] - top[:, 1]).mean().item(), rel=1e-3)
+        assert log.uncertainty[c] == pytest.approx(uncertainty(of).mean().item(), rel=1e-4)
+
+
+def test_accuracy_is_that_of_the_n_plus_1_outputs():
+    trainer, batches = make_trainer(), make_batches(sizes=(12, 7))
+    log = trainer.epoch(batches)
+    with torch.no_grad():
+        right = [trainer.net.eval()(x, garbage=True).argmax(1) == y for x, y in batches]
+    assert log.accuracy == pytest.approx(torch.cat(right).float().mean().item())
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1, [0.0]), (3, [0.0, 0.5, 1.0])])
+def test_synthesizers_are_told_how_far_the_run_has_come(epochs, expected):
+    net = make_net()
+    proposals = Fixed(net)
+    trainer = TIETrainer(net, replace(TINY, epochs=epochs), [proposals], [])
+    logs = [trainer.epoch(make_batches()) for _ in range(epochs)]
+    assert proposals.progress == expected
+    assert [log.epoch for log in logs] == list(range(1, epochs + 1))
+    assert logs[0].losses["fixed"] == 1.5
+    assert set(logs[0].seconds) == {"train", "invert", "exclude"}
+    assert all(0 <= second < 60 for second in logs[0].seconds.values())
+
+
+@pytest.mark.parametrize("garbage_weight", [1.0, 0.1])
+def test_the_loss_weighs_classes_by_the_inverse_of_their_counts(garbage_weight):
+    net = make_net()
+    x, y = torch.rand(9, *SHAPE), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2])
+    trainer = TIETrainer(net, replace(TINY, garbage_weight=garbage_weight), [], [])
+    trainer.pool.add(torch.rand(1, *SHAPE))  # the one that is drawn
+    before = copy.deepcopy(net).train()
+    whole = torch.cat([x, trainer.pool.draw(3)])
+    target = torch.cat([y, torch.full((3,), 3)])
+    with torch.no_grad():
+        nll = -before(whole, garbage=True).log_softmax(1)[torch.arange(12), target]
+    weight = torch.tensor([12 / (4 * 6), 12 / (4 * 2), 12 / (4 * 1), garbage_weight * 12 / (4 * 3)])[target]
+    log = trainer.epoch([(x, y)])
+    assert log.losses["classifier"] == pytest.approx(((weight * nll).sum() / weight.sum()).item(), rel=1e-4)
+    assert abs(log.losses["classifier"] - nll.mean().item()) > 1e-3
+
+
+def test_unequal_classes_change_the_gradient():
+    def first_step(counts):
+        trainer = TIETrainer(make_net(), TINY, [], [])
+        trainer.counts, trainer._surveyed = torch.tensor(counts), True
+        trainer._train(make_batches(sizes=(9,)))
+        return torch.cat([p.grad.flatten() for p in trainer.net.parameters()])
+
+    assert torch.equal(first_step([3, 3, 3]), first_step([5, 5, 5]))
+    assert not torch.allclose(first_step([3, 3, 3]), first_step([1, 3, 5]), atol=1e-4)
+
+
+def test_the_pool_begins_with_as_much_as_an_epoch_proposes_and_at_most_half_full():
+    net = make_net()
+    assert len(TIETrainer(net, replace(TINY, candidates_per_class=4, pool_size=100), []).pool) == 16
+    assert len(TIETrainer(net, replace(TINY, candidates_per_class=400, pool_size=101), []).pool) == 51
+    assert len(TIETrainer(net, TINY, [], []).pool) == 0
+    white, multi = Noise(net, NoiseSettings(kind="white")), Noise(net)
+    both = TIETrainer(net, replace(TINY, pool_size=41), [], [white, multi]).pool.state_dict()["images"].float()
+    rough = (both[..., 1:] - both[..., :-1]).abs().mean((1, 2, 3))
+    assert len(both) == 16
+    assert (rough[:8] > 60).all()  # eight of each
+    assert (rough[8:] < 60).any()
+
+
+def test_candidates_are_asked_for_with_id_batches_over_and_over():
+    net = make_net()
+    asked = []
+
+    class Asking(Fixed):
+        def sample(self, classifier, x, y):
+            asked.append((x.clone(), y.clone()))
+            return super().sample(classifier, x, y)
+
+    batches = make_batches(sizes=(8, 5))
+    TIETrainer(net, replace(TINY, candidates_per_class=8), [Asking(net)], []).epoch(batches)
+    assert [len(x) for x, _ in asked] == [8, 5, 8, 5, 6]
+    for (x, y), (wanted, label) in zip(asked, [*batches, *batches, batches[0]], strict=True):
+        assert torch.equal(x, wanted[: len(x)])
+        assert torch.equal(y, label[: len(y)])
+
+
+# Defects that were found on reading.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS)
+def test_images_of_any_floating_point_type_train(dtype, synthesizer):
+    settings = {"inversion": {"steps": 1, "width": 4}, "boundary": {"vae_epochs": 1}, "marginal": {"vae_epochs": 1}}
+    recipe = Recipe(TINY, {synthesizer: settings.get(synthesizer, {})})
+    log = recipe.trainer(make_net()).epoch([(x.to(dtype), y.int()) for x, y in make_batches()])  # and int32 labels
+    assert math.isfinite(log.losses["classifier"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS)
+def test_networks_of_other_types_train_and_decide(dtype, synthesizer):
+    settings = {"inversion": {"steps": 1, "width": 4}, "boundary": {"vae_epochs": 1}, "marginal": {"vae_epochs": 1}}
+    net = make_net().to(dtype)
+    log = Recipe(TINY, {synthesizer: settings.get(synthesizer, {})}).trainer(net).epoch(make_batches())
+    assert math.isfinite(log.losses["classifier"])
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    decision = net.decide(make_batches()[0][0])
+    assert decision.score.isfinite().all()
+    assert decision.score.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+
+
+def test_a_last_batch_of_one_is_fine_without_garbage_too():
+    trainer = TIETrainer(make_net(), TINY, [], [])
+    log = trainer.epoch(make_batches(sizes=(8, 1)))
+    assert log.pool == 0
+    with pytest.raises(ValueError, match="Expected batches of two or more images in every epoch"):
+        TIETrainer(make_net(), TINY, [], []).epoch([(x[None], torch.tensor([i])) for i, x in enumerate(make_batches()[0][0][:3])])
+
+
+def test_a_batchnorm_layer_that_was_frozen_stays_as_it_was():
+    net = make_net()
+    frozen_layer, other = (m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.num_features in (8, 12))
+    frozen_layer.eval()
+    before = {k: v.clone() for k, v in frozen_layer.state_dict().items() if "running" in k}
+    trainer = TIETrainer(net, TINY, [], None)
+    for _ in range(2):
+        trainer.epoch(make_batches())
+        assert net.training
+        assert not frozen_layer.training
+        assert other.training
+        net.eval()  # as one who looks at the network between epochs leaves it
+    assert all(torch.equal(frozen_layer.state_dict()[k], v) for k, v in before.items())
+    assert not torch.equal(other.running_mean, torch.zeros(12))
+    assert other.momentum == 0.1
+
+
+def test_batchnorm_statistics_are_the_mean_over_the_mixture():
+    net = make_net()
+    trainer = TIETrainer(net, TINY, [], None)
+    seen = seen_by(net)
+    trainer.epoch(make_batches())
+    inputs = [x for mode, x in seen if mode][2:]  # the first two were trained on
+    first = net.backbone.conv[0]
+    with torch.no_grad():
+        means = torch.stack([first(x).mean((0, 2, 3)) for x in inputs])
+    torch.testing.assert_close(net.backbone.conv[1].running_mean, means.mean(0), rtol=1e-4, atol=1e-5)
+    assert net.backbone.conv[1].num_batches_tracked == 2
+
+
+def test_batches_that_can_be_read_once_are_refused():
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="Expected batches that can be read again and again, such as a DataLoader or a list, but got list_iterator"):
+        trainer.epoch(iter(make_batches()))
+
+
+def test_a_run_that_goes_on_with_other_data_is_told(tmp_path):
+    trainer = make_trainer()
+    trainer.epoch(make_batches())
+    trainer.save(tmp_path / "run")
+    again = make_trainer()
+    again.load(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"Expected the data this run began with, \[6, 6, 4\] images of each class, but got \[3, 3, 2\]"):
+        again.epoch(make_batches(sizes=(8,)))
+
+
+def test_numpys_numbers_are_settings():
+    config = TIEConfig(epochs=np.int64(3), lr=np.float32(0.5), seed=np.uint8(4))
+    assert (config.epochs, config.lr, config.seed) == (3, 0.5, 4)
+    assert {type(value) for value in (config.epochs, config.seed)} == {int}
+    for bad_value in (np.int64(0), np.float64(2.5), True, "3"):
+        with pytest.raises(ValueError, match="Expected epochs to be an integer"):
+            TIEConfig(epochs=bad_value)

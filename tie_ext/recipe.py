@@ -62,7 +62,7 @@ class Recipe:
         Raises:
             ValueError: If a setting is unknown or out of range, or the network has no image shape.
         """
-        with seeded(self.config.seed, 0, rank(), 3):  # generators and VAEs begin as the seed says, whatever was drawn before
+        with seeded(self.config.seed, 0, rank(), 1):  # generators and VAEs begin as the seed says, whatever was drawn before
             synthesizers = [make(name, net, **settings) for name, settings in self.synthesizers.items()]
             prior = [make(name, net) for name in self.prior]
         return TIETrainer(net, self.config, synthesizers, prior, OBJECTIVES[self.objective], progress)  # type: ignore[arg-type]

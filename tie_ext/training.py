@@ -82,9 +82,10 @@ class TIETrainer:
         net.precision = self.config.precision
         self.device = next(net.parameters()).device
         broadcast(net)
-        with seeded(self.config.seed, 0, rank(), 1):
+        with seeded(self.config.seed, 0, rank(), 1):  # the stream of Recipe.trainer too
             self.synthesizers: list[Synthesizer] = [Inversion(net)] if synthesizers is None else list(synthesizers)
             self.prior: list[Prior] = [Noise(net)] if prior is None else list(prior)
+        with seeded(self.config.seed, 0, rank(), 2):
             self.pool = self._first_pool()
         for synthesizer in self.synthesizers:
             synthesizer.to(self.device)
@@ -121,7 +122,7 @@ class TIETrainer:
         """
         t, batches = len(self.log), _Uniform(batches)
         if not self._surveyed:
-            with seeded(self.config.seed, 0, rank(), 2):  # a stream of its own, so that the first epoch's order is that of any other method
+            with seeded(self.config.seed, 0, rank(), 3):  # a stream of its own, so that the first epoch's order is that of any other method
                 self._survey(batches)
         with seeded(self.config.seed, t + 1, rank()):
             start = time.perf_counter()

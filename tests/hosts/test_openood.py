@@ -364,13 +364,14 @@ class Pairs(list):
 def test_an_epoch_is_the_cores(openood):
     from openood.trainers import get_trainer
 
-    from tie_ext import TIEConfig, TIETrainer
+    from tie_ext import TIEConfig
+    from tie_ext.recipe import Recipe
 
     loader = torch.utils.data.DataLoader(Images(), batch_size=20)
     theirs = get_trainer(build(), loader, None, trainer_config(lam="-inf"))
     net, metrics = theirs.train_epoch(1)
     settings = TIEConfig(epochs=2, lr=1e-3, seed=5, candidates_per_class=2, pool_size=30, lam=-float("inf"))
-    core = TIETrainer(build(), settings)
+    core = Recipe(settings, {"inversion": {"steps": 1}}).trainer(build())
     log = core.epoch(Pairs(loader))
     assert metrics["loss"] == log.losses["classifier"]
     assert metrics["epoch_idx"] == 1
@@ -411,10 +412,10 @@ def test_the_postprocessor_files_hold_the_defaults(openood):
 def test_the_training_file_holds_the_defaults(openood):
     from openood.utils.config import Config
 
-    from tie_ext import TIEConfig
+    from tie_ext.openood.trainer import recipe_of
+    from tie_ext.recipe import Recipe
 
-    config = Config(str(CONFIGS / "pipelines/train/train_tie.yml"))
-    assert TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, **config.trainer.trainer_args) == TIEConfig()
+    assert recipe_of(Config(str(CONFIGS / "pipelines/train/train_tie.yml"))).record() == Recipe().record()
 
 
 IDS = sorted(path.name for path in (CONFIGS / "datasets").iterdir())

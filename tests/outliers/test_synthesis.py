@@ -1,10 +1,11 @@
 """The law book over all synthesizers, and what is particular to noise and inversion."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
-from conftest import SHAPE, domain, make_net
+from conftest import SHAPE, domain, make_net, make_small
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -210,3 +211,122 @@ def test_inversion_learns_to_land_where_it_is_asked():
     inversion.fit(net, [], 0.0)
     assert max(before) < 0.5
     assert min(agreement()) > 0.8
+
+
+def spread(h):
+    """Mean cosine similarity of different rows, pair by pair."""
+    pairs = [torch.cosine_similarity(h[i], h[j], dim=0) for i in range(len(h)) for j in range(len(h)) if i != j]
+    return torch.stack(pairs).mean()
+
+
+@pytest.mark.parametrize(("progress", "gamma"), [(0.0, 1.0), (0.25, 3.0), (1.0, 9.0)])
+def test_the_generators_gradient_is_that_of_the_weighted_terms(progress, gamma):
+    net = make_small()
+    settings = InversionSettings(steps=1, batch_size=6, width=4, alpha=0.3, beta=2.0, gamma_start=1.0, gamma_end=9.0)
+    inversion = Inversion(net, settings)
+    by_hand = copy.deepcopy(inversion.generator)
+    torch.manual_seed(7)
+    losses = inversion.fit(net, [], progress)
+    torch.manual_seed(7)
+    y = torch.randint(4, (6,))
+    code = soft_code(y, 4)
+    x = by_hand.train()(torch.randn(6, by_hand.latent_size), code)
+    with frozen(net):
+        logits, h = net(x, return_feature=True, garbage=True)
+    log_p = logits.log_softmax(1)
+    kl = (code * (code.log() - log_p)).sum(1).mean()
+    ce = -log_p[range(6), y].mean()
+    (0.3 * kl + 2.0 * ce + gamma * spread(h)).backward()
+    for ours, theirs in zip(inversion.generator.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    assert losses["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert losses["ce"] == pytest.approx(ce.item(), rel=1e-4)
+    assert losses["cosine"] == pytest.approx(spread(h).item(), rel=1e-3)
+    assert losses["agreement"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+
+
+def test_the_cosine_term_spreads_the_features():
+    def spread_after(gamma):
+        net = make_small()
+        inversion = Inversion(net, InversionSettings(steps=60, batch_size=16, width=4, alpha=0.0, beta=0.0, gamma_start=gamma, gamma_end=gamma))
+        inversion.fit(net, [], 0.0)
+        with torch.no_grad(), frozen(net):
+            return spread(net.features(inversion.invert(torch.arange(16) % 4).x))
+
+    assert spread_after(10.0) < spread_after(0.0) - 0.02
+
+
+def test_losses_are_means_over_the_steps():
+    net = make_small()
+    settings = InversionSettings(steps=3, batch_size=5, width=4, lr=1e-9)  # so that nothing changes but the draws
+    inversion = Inversion(net, settings)
+    terms = []
+
+    def kept(*args):
+        terms.append(loss_terms(*args))
+        return terms[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tie_ext.outliers.inversion.loss_terms", kept)
+        losses = inversion.fit(net, [], 0.0)
+    assert len(terms) == 3
+    for name in ("kl", "ce", "cosine"):
+        assert losses[name] == pytest.approx(sum(each[name].item() for each in terms) / 3, rel=1e-5)
+
+
+def test_sampling_asks_for_every_output_equally_often_and_short_batches_for_none_first():
+    inversion = Inversion(make_small(), InversionSettings(steps=1, width=4))
+    assert inversion.sample(None, torch.zeros(8, *SHAPE), None).y.bincount(minlength=4).tolist() == [2, 2, 2, 2]
+    firsts = torch.cat([inversion.sample(None, torch.zeros(1, *SHAPE), None).y for _ in range(60)])
+    assert (firsts.bincount(minlength=4) > 4).all()
+
+
+def test_inverting_leaves_the_generator_as_it_was():
+    inversion = Inversion(make_small(), InversionSettings(steps=1, width=4))
+    inversion.generator.train()
+    before = {k: v.clone() for k, v in inversion.generator.state_dict().items()}
+    x, y = inversion.invert(torch.arange(4))
+    assert inversion.generator.training
+    assert not x.requires_grad
+    assert y.tolist() == [0, 1, 2, 3]
+    assert all(torch.equal(v, before[k]) for k, v in inversion.generator.state_dict().items())
+
+
+def test_the_optimiser_goes_with_the_state_and_shares_nothing_with_it():
+    net = make_small()
+    first, second = (Inversion(net, InversionSettings(steps=2, batch_size=4, width=4, lr=0.1)) for _ in range(2))
+    first.fit(net, [], 0.0)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    assert second.optimizer.state_dict()["state"][0]["step"] == 2
+    kept = state["_extra_state"]["state"][0]["exp_avg"].clone()
+    second.fit(net, [], 0.0)
+    assert torch.equal(state["_extra_state"]["state"][0]["exp_avg"], kept)
+    assert first.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_the_gamma_of_a_run_goes_from_its_start_to_its_end():
+    settings = InversionSettings(gamma_start=10.0, gamma_end=100.0)
+    assert [settings.gamma(progress) for progress in (0.0, 0.5, 1.0)] == [10.0, 55.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 0}, {"batch_size": 1}, {"lr": 0.0}, {"lr": 1.5}, {"alpha": -1}, {"beta": -1}, {"gamma_end": -1}, {"width": 0}]
+)
+def test_inversions_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"Expected {next(iter(settings))} to be"):
+        InversionSettings(**settings)
+
+
+def test_another_methods_settings_are_refused():
+    with pytest.raises(TypeError, match="Expected InversionSettings for Inversion, but got NoiseSettings"):
+        Inversion(make_small(), NoiseSettings())
+
+
+def test_noise_of_any_shape_has_no_doubled_lines():
+    for H, W in ((28, 56), (56, 28), (30, 47)):
+        x = Noise(domain()).draw((60, 1, H, W))
+        inside = ((x > 0.02) & (x < 0.98)).double().mean((1, 2, 3)) > 0.9  # those that are not clipped to shapes
+        columns, rows = x[inside].diff(dim=3).abs(), x[inside].diff(dim=2).abs()
+        assert columns.mean((0, 1, 2)).min() > 0.2 * columns.mean()
+        assert rows.mean((0, 1, 3)).min() > 0.2 * rows.mean()

@@ -31,20 +31,10 @@ class OpenOODTIETrainer:
     """
 
     def __init__(self, net: TIENet | DistributedDataParallel, train_loader: DataLoader, config):
-        if config.optimizer.name not in (None, "adam"):
-            raise ValueError(f"Expected optimizer.name to be adam for trainer tie (the paper's), but got {config.optimizer.name}")
-        arguments = dict(config.trainer.trainer_args or {})
-        loop = {f.name for f in fields(TIEConfig)} - {"epochs", "lr", "seed"}
-        if unknown := sorted(set(arguments) - loop - {"synthesizers", "prior", "objective"}):
-            known = ", ".join([*sorted(loop), "synthesizers", "prior", "objective"])
-            raise ValueError(f"Expected trainer.trainer_args among {known}, but got {', '.join(unknown)}")
-        settings = {name: value for name, value in arguments.items() if name in loop}
-        tie = TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, seed=config.seed, **settings)
-        proposed = {name: dict(changed or {}) for name, changed in dict(arguments.get("synthesizers", {"inversion": {}}) or {}).items()}
-        recipe = Recipe(tie, proposed, names(arguments.get("prior", "multiscale")), arguments.get("objective", "garbage"))
         self.net, self.batches = net, Pairs(train_loader)
         # DistributedDataParallel, where someone put it around: TIE's trainer keeps the processes in step itself.
-        self.trainer = recipe.trainer(net.module if isinstance(net, DistributedDataParallel) else net, progress=comm.is_main_process())
+        inner = net.module if isinstance(net, DistributedDataParallel) else net
+        self.trainer = recipe_of(config).trainer(inner, progress=comm.is_main_process())
 
     def train_epoch(self, epoch_idx: int) -> tuple[nn.Module, dict]:
         """Train, invert, exclude.
@@ -57,6 +47,25 @@ class OpenOODTIETrainer:
         if comm.is_main_process():
             tqdm.write(f"tau {log.tau}, expelled {100 * share:.0f} % of {sum(log.proposed)} candidates, pool {log.pool}")
         return self.net, {"epoch_idx": epoch_idx, "loss": log.losses["classifier"], "tau": log.tau, "accuracy": log.accuracy, "pool": log.pool}
+
+
+def recipe_of(config) -> Recipe:
+    """The method that one of OpenOOD's configs asks for.
+
+    Raises:
+        ValueError: If a setting is unknown or out of range, or the optimiser is not Adam.
+    """
+    if config.optimizer.name not in (None, "adam"):
+        raise ValueError(f"Expected optimizer.name to be adam for trainer tie (the paper's), but got {config.optimizer.name}")
+    arguments = dict(config.trainer.trainer_args or {})
+    loop = {f.name for f in fields(TIEConfig)} - {"epochs", "lr", "seed"}
+    if unknown := sorted(set(arguments) - loop - {"synthesizers", "prior", "objective"}):
+        known = ", ".join([*sorted(loop), "synthesizers", "prior", "objective"])
+        raise ValueError(f"Expected trainer.trainer_args among {known}, but got {', '.join(unknown)}")
+    settings = {name: value for name, value in arguments.items() if name in loop}
+    tie = TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, seed=config.seed or 0, **settings)
+    proposed = {name: dict(changed or {}) for name, changed in dict(arguments.get("synthesizers", {"inversion": {}}) or {}).items()}
+    return Recipe(tie, proposed, names(arguments.get("prior", "multiscale")), arguments.get("objective", "garbage"))
 
 
 class Pairs:
