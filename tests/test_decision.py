@@ -1,12 +1,15 @@
 """The formulas: UE, the score and the two levels."""
 
+from fractions import Fraction
+
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tie_ext import decide, ood_score, uncertainty
+from tie_ext.decision import conformal_threshold, decide_at, widened
 
 logit_rows = hnp.arrays("float32", st.tuples(st.integers(1, 5), st.integers(3, 12)), elements=st.floats(-30, 30, width=32)).map(torch.from_numpy)
 
@@ -75,3 +78,82 @@ def test_score_still_ranks_where_probabilities_are_rounded_to_1():
 def test_bad_logits_are_refused(bad):
     with pytest.raises(ValueError, match=r"Expected .* but got"):
         decide(bad)
+
+
+@given(logit_rows, st.sampled_from([0.5, 2.0]))
+def test_the_temperature_is_that_of_the_id_classes_energy(logits, t):
+    energy = -t * (logits[:, :-1].double() / t).exp().sum(1).log()
+    torch.testing.assert_close(ood_score(logits.double(), t), logits[:, -1].double() + energy, rtol=1e-6, atol=1e-6)
+    assert torch.equal(decide(logits, t=t).score, ood_score(logits, t))
+
+
+def test_a_decision_says_what_is_likeliest_how_unsure_it_is_and_why_it_rejects():
+    decision = decide(torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.9, 0.0], [0.0, 0.0, 1.0, 1.5]]), tau=0.5)
+    assert decision.label.tolist() == [0, 1, 2]
+    assert decision.level.tolist() == [0, 2, 1]
+    assert decision.uncertainty[0] < 0.01 < 0.5 < decision.uncertainty[1]
+    assert decide(torch.tensor([[0.0, 1.0, 0.9, 0.0]])).level.tolist() == [0]
+
+
+def test_an_input_as_uncertain_as_tau_is_accepted():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    u = uncertainty(logits.softmax(1))
+    assert decide(logits, u).level.item() == 0
+    assert decide(logits, u - 1e-4).level.item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_decided_in_float32(dtype):
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.5]])
+    decision = decide(logits.to(dtype), 0.9)
+    assert decision.score.dtype == decision.uncertainty.dtype == torch.float32
+    assert torch.equal(decision.score, ood_score(logits))
+    assert widened(logits.double()).dtype == torch.float64
+
+
+@given(logit_rows, st.floats(-20, 20))
+def test_a_threshold_decides_by_the_score_alone_and_the_level_says_which_it_is(logits, threshold):
+    decision = decide_at(logits, threshold, 2.0)
+    plain = decide(logits, t=2.0)
+    rejected = ood_score(logits, 2.0) > threshold
+    garbage = logits.argmax(1) == logits.shape[1] - 1
+    assert torch.equal(decision.level > 0, rejected)
+    assert torch.equal(decision.level == 1, rejected & garbage)
+    assert torch.equal(decision.level == 2, rejected & ~garbage)
+    assert all(torch.equal(a, b) for a, b in zip(decision[:3], plain[:3], strict=True))
+
+
+@pytest.mark.parametrize(("count", "false_alarm", "place"), [(9, 0.1, 8), (19, 0.1, 17), (99, 0.29, 70), (3, 0.5, 1), (4, 0.99, 0), (1, 0.5, 0)])
+def test_the_threshold_is_the_conformal_quantile(count, false_alarm, place):
+    scores = torch.arange(float(count))[torch.randperm(count)]
+    assert conformal_threshold(scores, false_alarm) == place
+
+
+def test_a_rate_of_one_accepts_what_is_no_worse_than_the_best():
+    assert conformal_threshold(torch.tensor([3.0, 1.0, 2.0]), 1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "false_alarm", "message"),
+    [
+        (torch.zeros(8), 0.1, "Expected at least 9 ID images to guarantee a false-alarm rate of 0.1, but got 8"),
+        (torch.zeros(98), 0.01, "Expected at least 99 ID images to guarantee a false-alarm rate of 0.01, but got 98"),
+        (torch.zeros(8), 0.0, r"Expected false_alarm to be a number in \(0, 1\], but got 0.0"),
+        (torch.zeros(8), 1.1, r"Expected false_alarm to be a number in \(0, 1\], but got 1.1"),
+        (torch.tensor([0.0] * 9 + [float("nan")]), 0.2, "Expected finite scores, but got 1 NaN or infinite values, the first in row 9"),
+    ],
+)
+def test_scores_that_guarantee_nothing_are_refused(scores, false_alarm, message):
+    with pytest.raises(ValueError, match=message):
+        conformal_threshold(scores, false_alarm)
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=60), st.sampled_from([0.01, 0.05, 0.1, 0.29, 0.5, 0.99]))
+def test_of_exchangeable_inputs_the_threshold_accepts_the_share_it_promises(values, false_alarm):
+    # Each of the N+1 is as likely as any other to be the new one. Averaging over them all is the guarantee itself, for any values and ties.
+    s = torch.tensor(values)
+    assume(int(Fraction(str(false_alarm)) * len(s)) >= 1)
+    accepted = sum(bool(s[i] <= conformal_threshold(torch.cat([s[:i], s[i + 1 :]]), false_alarm)) for i in range(len(s)))
+    assert accepted >= (1 - Fraction(str(false_alarm))) * len(s)
+    if len(set(values)) == len(values):  # and, where there are no ties, no more than one input above it
+        assert accepted <= (1 - Fraction(str(false_alarm))) * len(s) + 1

@@ -60,3 +60,68 @@ def test_a_pool_of_another_shape_is_refused():
     pool.add(torch.rand(3, 1, 2, 2))
     with pytest.raises(ValueError, match="Expected 3 uint8 garbage images"):
         GarbagePool(3, (1, 4, 4)).load_state_dict(pool.state_dict())
+
+
+def test_the_pool_keeps_what_it_is_given_in_its_order_and_says_how_many_were_offered():
+    pool = GarbagePool(4, (1, 2, 2))
+    assert len(pool) == 0
+    first, second = torch.rand(3, 1, 2, 2), torch.rand(1, 1, 2, 2)
+    pool.add(first)
+    assert (len(pool), pool.offered) == (3, 3)
+    pool.add(second)
+    state = pool.state_dict()
+    assert torch.equal(state["images"], (torch.cat([first, second]) * 255).round().to(torch.uint8))
+    pool.add(torch.rand(5, 1, 2, 2))
+    assert (len(pool), pool.offered, pool.state_dict()["offered"]) == (4, 9, 9)
+    pool.add(torch.rand(0, 1, 2, 2))
+    assert pool.offered == 9
+
+
+def test_a_full_pool_takes_an_image_with_its_share_and_the_later_of_two_for_one_slot():
+    torch.manual_seed(0)
+    taken = 0
+    for _ in range(300):
+        pool = GarbagePool(2, (1, 1, 1))
+        pool.add(torch.zeros(2, 1, 1, 1))
+        pool.add(torch.ones(1, 1, 1, 1))
+        taken += int((pool.state_dict()["images"] == 255).sum())
+    assert 150 < taken < 250  # two in three
+    pool = GarbagePool(1, (1, 1, 1))
+    shades = [0.0, 0.25, 0.5, 0.75, 1.0]
+    pool.add(torch.tensor(shades).view(5, 1, 1, 1))
+    assert pool.state_dict()["images"].item() in {round(255 * shade) for shade in shades}
+
+
+def test_values_outside_the_range_are_cut_off_and_any_type_is_kept():
+    pool = GarbagePool(6, (1, 1, 1), low=-1.0, high=3.0)
+    pool.add(torch.tensor([-2.0, 4.0, 1.0]).view(3, 1, 1, 1).requires_grad_())
+    pool.add(torch.tensor([-1.0, 3.0, 1.0], dtype=torch.float64).view(3, 1, 1, 1))
+    assert pool.state_dict()["images"].flatten().tolist() == [0, 255, 128, 0, 255, 128]
+    assert {round(v, 2) for v in pool.draw(200).flatten().tolist()} == {-1.0, 3.0, 1.01}
+    assert pool.draw(0).shape == (0, 1, 1, 1)
+
+
+def test_drawing_is_with_replacement_from_what_is_held():
+    pool = GarbagePool(10, (1, 1, 1))
+    pool.add(torch.tensor([0.2, 0.8]).view(2, 1, 1, 1))
+    drawn = pool.draw(300).flatten()
+    assert drawn.unique().numel() == 2
+    assert 100 < (drawn > 0.5).sum() < 200
+
+
+def test_a_pool_goes_on_where_its_state_was_taken():
+    pool, other = GarbagePool(3, (1, 2, 2)), GarbagePool(3, (1, 2, 2))
+    pool.add(torch.rand(7, 1, 2, 2))
+    other.load_state_dict(pool.state_dict())
+    assert (len(other), other.offered) == (3, 7)
+    assert torch.equal(other.state_dict()["images"], pool.state_dict()["images"])
+    with pytest.raises(ValueError, match=r"Expected 3 uint8 garbage images of shape \(1, 2, 2\), but got torch.float32"):
+        other.load_state_dict({"images": torch.zeros(3, 1, 2, 2), "offered": 7})
+    with pytest.raises(ValueError, match="Expected 2 uint8 garbage images"):
+        other.load_state_dict({"images": pool.state_dict()["images"], "offered": 2})
+
+
+@pytest.mark.parametrize("capacity", [0, 2.5, 10**10])
+def test_a_pool_of_no_size_is_refused(capacity):
+    with pytest.raises(ValueError, match="Expected pool_size to be an integer in"):
+        GarbagePool(capacity, (1, 2, 2))
