@@ -19,6 +19,8 @@ from tie_ext.outliers import (
     MarginalSettings,
     Noise,
     NoiseSettings,
+    Procedural,
+    ProceduralSettings,
     Saliency,
     SaliencySettings,
 )
@@ -58,6 +60,8 @@ __all__ = [
     "Noise",
     "NoiseSettings",
     "Prior",
+    "Procedural",
+    "ProceduralSettings",
     "ResidualCNN",
     "Saliency",
     "SaliencySettings",

@@ -1,4 +1,4 @@
-"""Who proposes outliers: TIE's inversion, noise, and other papers' methods, one paper a file; :data:`SYNTHESIZERS` has all of them by name."""
+"""Who proposes outliers: TIE's inversion, noise, procedural images, and other papers, one a file; :data:`SYNTHESIZERS` has all by name."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ from tie_ext.outliers.boundary import BoundarySettings, ManifoldBoundary
 from tie_ext.outliers.inversion import Inversion, InversionSettings
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
 from tie_ext.outliers.noise import Noise, NoiseSettings
+from tie_ext.outliers.procedural import Procedural, ProceduralSettings
 from tie_ext.outliers.saliency import Saliency, SaliencySettings
 from tie_ext.support.settings import Settings
 from tie_ext.synthesis import Domain, Synthesizer
@@ -19,8 +20,9 @@ SYNTHESIZERS: dict[str, tuple[type[Synthesizer], Settings]] = {
     "shuffle": (Saliency, SaliencySettings(kind="shuffle")),
     "white": (Noise, NoiseSettings(kind="white")),
     "multiscale": (Noise, NoiseSettings(kind="multiscale")),
+    "procedural": (Procedural, ProceduralSettings()),
 }
-"""By the name that command lines and configs use: TIE's inversion, Vernekar et al., DMR, ASCOOD (two kinds), and noise (two kinds)."""
+"""By the name that command lines and configs use: TIE's inversion, Vernekar et al., DMR, ASCOOD and noise (two kinds each), procedural images."""
 
 
 def make(name: str, domain: TIENet | Domain, **settings) -> Synthesizer:

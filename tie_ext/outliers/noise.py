@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tie_ext.outliers.drawing import Dice, clouds
 from tie_ext.support.settings import Settings, setting
 from tie_ext.synthesis import Prior
 
@@ -36,24 +35,5 @@ class Noise(Prior):
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Noise images of shape ``(M, C, H, W)`` in ``[low, high]``, on the device of the range."""
-        noise = self._toned(self._mixture(shape)) if self.settings.kind == "multiscale" else torch.randn(*shape, device=self.low.device)
-        return self.scaled((noise / 2 + 0.5).clamp(0, 1))
-
-    def _mixture(self, shape: Sequence[int]) -> Tensor:
-        M, C, H, W = shape
-        device = self.low.device
-        sizes = [(H, W)]
-        while max(sizes[-1]) > 2:
-            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-        # Squared uniforms make weights uneven, so that most images are dominated by a scale or two.
-        weights = F.normalize(torch.rand(M, len(sizes), device=device).square(), dim=1)
-        noise = torch.zeros(M, C, H, W, device=device)
-        for weight, size in zip(weights.T, sizes, strict=True):
-            layer = torch.randn(M, C, *size, device=device)
-            noise += weight.view(-1, 1, 1, 1) * (layer if size == (H, W) else F.interpolate(layer, (H, W), mode="bilinear"))
-        return noise
-
-    def _toned(self, noise: Tensor) -> Tensor:
-        uniform, level, brightness = (f(len(noise), 1, 1, 1, device=noise.device) for f in (torch.rand, torch.randn, torch.randn))
-        # Contrast from 0.1, nearly flat, to 10, black and white: where it ends at 2, a tenth of black and white noise passes for ID images.
-        return 10 ** (2 * uniform - 1) * (noise + level) + brightness
+        dice = Dice(self.low.device)
+        return self.scaled(clouds(shape, dice) if self.settings.kind == "multiscale" else (dice.normal(*shape) / 2 + 0.5).clamp(0, 1))
