@@ -223,6 +223,18 @@ def test_strokes_have_the_width_asked_for_and_one_or_two_curves(monkeypatch):
     assert curved.norm(dim=1).median() > 0.1
 
 
+def test_strokes_are_distances_to_their_curves(monkeypatch):
+    lines, real = drawing.polyline(6, DICE), drawing.grid
+    monkeypatch.setattr(drawing, "polyline", lambda count, dice: lines)
+    monkeypatch.setattr(drawing, "grid", lambda shape, dice, spread: real(shape, dice))
+    monkeypatch.setattr(Dice, "log_uniform", lambda self, low, high, *size: torch.full(size, 0.1))
+    dense = F.interpolate(lines.transpose(1, 2), 20 * 100 + 1, mode="linear", align_corners=True).transpose(1, 2)
+    x, y = real((1, 24, 32), DICE)
+    pixels = torch.stack(torch.broadcast_tensors(x, y), dim=-1).reshape(1, -1, 2).expand(6, -1, -1)
+    nearest = torch.cdist(pixels, dense).amin(2).view(6, 24, 32)
+    torch.testing.assert_close(drawing.strokes((6, 24, 32), DICE), nearest - 0.1, atol=2e-3, rtol=0)
+
+
 def test_all_kinds_of_silhouettes_are_used_and_edges_are_a_pixel_wide(monkeypatch):
     kinds = []
     spies = [lambda shape, dice, i=i, real=real: kinds.extend([i] * shape[0]) or real(shape, dice) for i, real in enumerate(drawing.SILHOUETTES)]
