@@ -312,6 +312,7 @@ def test_what_is_saved_says_what_it_is(tmp_path):
         "classes": ["a", "b", "c", "d"],
         "precision": "bfloat16",
         "backbone": "conv5",
+        "head": None,
     }
     again = TIENet.load(tmp_path / "net")
     assert (again.low.flatten().tolist(), again.high.flatten().tolist()) == ([-1, -2, -3], [1, 2, 3])

@@ -3,11 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tie_ext.attach import attach
 from tie_ext.backbones import Conv3, Conv5, ResidualCNN
 from tie_ext.config import TIEConfig
 from tie_ext.decision import Decision, decide, ood_score, uncertainty
 from tie_ext.exclusion import GarbagePool
 from tie_ext.generator import Generator
+from tie_ext.head import GarbageHead
 from tie_ext.log import EpochLog
 from tie_ext.network import TIENet
 from tie_ext.outliers import (
@@ -50,6 +52,7 @@ __all__ = [
     "Decision",
     "Domain",
     "EpochLog",
+    "GarbageHead",
     "GarbagePool",
     "Generator",
     "Inversion",
@@ -69,6 +72,7 @@ __all__ = [
     "TIEConfig",
     "TIENet",
     "TIETrainer",
+    "attach",
     "decide",
     "ood_score",
     "uncertainty",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tie_ext.backbones import BACKBONES
 from tie_ext.decision import Decision, decide
+from tie_ext.head import GarbageHead
 from tie_ext.support.checks import check_images, check_number
 from tie_ext.support.files import load_state, save_state
 from tie_ext.support.modules import Ranged, evaluating
@@ -39,6 +40,8 @@ class TIENet(Ranged):
         low: Smallest value of the images, a number or one a channel (what ``Normalize`` makes of 0).
         high: Largest value of the images (what it makes of 1).
         classes: Name of each ID class, by label.
+        head: What gives the garbage logit, a head on every layer (:mod:`tie_ext.attach`); None for the paper's, a linear function of the
+            penultimate features. It is copied.
 
     Raises:
         ValueError: If the backbone has no linear layer to stand on, returns something else than its last one does, does not take images
@@ -62,6 +65,7 @@ class TIENet(Ranged):
         low: float | Sequence[float] = 0.0,
         high: float | Sequence[float] = 1.0,
         classes: Sequence[str] = (),
+        head: GarbageHead | None = None,
     ):
         super().__init__(low, high)
         check_number("num_classes", num_classes, 2, math.inf, integer=True)
@@ -73,16 +77,16 @@ class TIENet(Ranged):
         if self.image_shape is not None:
             ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
             _try(self.backbone, self.scaled(ramp))
-        head = cut_head(self.backbone)
-        self.feature_size = head.in_features
-        like: dict[str, Any] = {"device": head.weight.device, "dtype": head.weight.dtype}
-        self.fc = head if head.out_features == num_classes else nn.Linear(head.in_features, num_classes, **like)
-        self.garbage = nn.Linear(head.in_features, 1, **like)
+        cut = cut_head(self.backbone)
+        self.feature_size = cut.in_features
+        like: dict[str, Any] = {"device": cut.weight.device, "dtype": cut.weight.dtype}
+        self.fc = cut if cut.out_features == num_classes else nn.Linear(cut.in_features, num_classes, **like)
+        self.garbage = nn.Linear(cut.in_features, 1, **like) if head is None else copy.deepcopy(head).to(**like)
         # The largest UE of an accepted prediction. Infinite, which leaves level 2 off, until training has set it.
         self.register_buffer("tau", torch.tensor(math.inf))
         self._precision = "float32"
         for name in self.exact:
-            setattr(self, name, getattr(self, name).to(head.weight.device))
+            setattr(self, name, getattr(self, name).to(cut.weight.device))
 
     @property
     def precision(self) -> str:
@@ -121,13 +125,30 @@ class TIENet(Ranged):
         Returns:
             Logits ``(B, n)`` or ``(B, n+1)``; with ``return_feature`` also features ``(B, F)``.
         """
-        h = self.features(x)
-        logits = self.head(h) if garbage else self.fc(h)
+        if garbage:
+            h, statistics = self.statistics(x)
+            logits = self.head(h, statistics)
+        else:
+            h = self.features(x)
+            logits = self.fc(h)
         return (logits, h) if return_feature else logits
 
-    def head(self, h: Tensor) -> Tensor:
-        """All n+1 logits ``(B, n+1)`` of features ``(B, F)``."""
-        return torch.cat([self.fc(h), self.garbage(h)], dim=1)
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``(B, F)``, and what the garbage logit is a function of: the statistics ``(B, S)`` of every layer, or the features themselves."""
+        if not isinstance(self.garbage, GarbageHead):
+            h = self.features(x)
+            return h, h
+        with self.garbage.reading(self.backbone) as outputs:
+            h = self.features(x)
+        return h, self.garbage.statistics(outputs, h)
+
+    def head(self, h: Tensor, statistics: Tensor) -> Tensor:
+        """All n+1 logits ``(B, n+1)`` of features ``(B, F)`` and what :meth:`statistics` gives beside them."""
+        logits = self.fc(h)
+        if not isinstance(self.garbage, GarbageHead):
+            return torch.cat([logits, self.garbage(statistics)], dim=1)
+        # The softmax over n+1 outputs then gives the head's own odds of garbage, whatever the ID logits are.
+        return torch.cat([logits, logits.logsumexp(1, keepdim=True) + self.garbage(statistics)], dim=1)
 
     def forward_threshold(self, x: Tensor, threshold: float) -> Tensor:
         """ID logits ``(B, n)`` of features cut off above ``threshold``, as ReAct asks for."""
@@ -188,7 +209,8 @@ class TIENet(Ranged):
         about = {"num_classes": self.num_classes, "image_shape": self.image_shape, "classes": self.classes, "precision": self.precision}
         names = [name for name, backbone in BACKBONES.items() if type(self.backbone) is backbone]
         weights = {name: value for name, value in self.state_dict().items() if name != _EXTRA}  # the precision, which stands in ``about``
-        save_state(path, "network", {**about, "backbone": names[0] if names else None, "weights": weights})
+        head = {"layers": self.garbage.layers, "hidden": self.garbage.hidden} if isinstance(self.garbage, GarbageHead) else None
+        save_state(path, "network", {**about, "backbone": names[0] if names else None, "head": head, "weights": weights})
 
     @classmethod
     def load(cls, path: str | os.PathLike, backbone: nn.Module | None = None) -> "TIENet":
@@ -211,7 +233,9 @@ class TIENet(Ranged):
             if backbone is None:
                 first = next(w for key, w in weights.items() if key.startswith("backbone.") and w.ndim == 4)
                 backbone = BACKBONES[name](first.shape[1], n)
-            net = cls(backbone, n, shape, weights["low"].flatten().tolist(), weights["high"].flatten().tolist(), state["classes"])
+            low, high, read = weights["low"].flatten().tolist(), weights["high"].flatten().tolist(), state.get("head")
+            head = GarbageHead(read["layers"], weights["fc.weight"].shape[1], read["hidden"]) if read else None
+            net = cls(backbone, n, shape, low, high, state["classes"], head)
             net.to(weights["fc.weight"].dtype).load_state_dict(weights)
             precision = state.get("precision", "float32")  # earlier files had none other
             if precision not in PRECISIONS:

@@ -4,6 +4,7 @@ from openood.preprocessors.transform import normalization_dict
 from torch import Tensor, nn
 
 from tie_ext.backbones import BACKBONES
+from tie_ext.head import GarbageHead
 from tie_ext.network import TIENet
 
 
@@ -25,9 +26,14 @@ class OpenOODTIENet(TIENet):
         """
         if not return_feature_list:
             return super().forward(x, return_feature, garbage=garbage)
+        if isinstance(self.garbage, GarbageHead) and garbage:
+            with self.garbage.reading(self.backbone) as outputs:
+                _, maps = self.backbone(x, return_feature_list=True)
+            h = maps[-1].flatten(1)
+            return self.head(h, self.garbage.statistics(outputs, h)), maps
         _, maps = self.backbone(x, return_feature_list=True)
         h = maps[-1].flatten(1)
-        return (self.head(h) if garbage else self.fc(h)), maps
+        return (self.head(h, h) if garbage else self.fc(h)), maps
 
     def intermediate_forward(self, x: Tensor, layer_index: int) -> Tensor:
         """The backbone's feature maps after one of its layers, as OpenOOD counts them."""

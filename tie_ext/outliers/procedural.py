@@ -131,7 +131,7 @@ def shuffled_tiles(x: Tensor, dice: Dice) -> Tensor:
     rows, columns = min(TILES, H), min(TILES, W)
     h, w = H // rows, W // columns
     inner = (..., slice(rows * h), slice(columns * w))
-    tiles = x[inner].reshape(M, C, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5).reshape(M, rows * columns, -1)
+    tiles = x[inner].reshape(M, C, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5).reshape(M, rows * columns, C * h * w)
     order = dice.uniform(M, rows * columns).argsort(1)
     tiles = tiles.gather(1, order[..., None].expand_as(tiles)).view(M, rows, columns, C, h, w)
     out = x.clone()

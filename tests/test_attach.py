@@ -1,0 +1,215 @@
+"""A garbage class for a trained classifier: any backbone, its own logits to the last bit, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from conftest import SHAPE, Small, make_batches
+from torch import nn
+
+from tie_ext import Conv3, Conv5, GarbageHead, ResidualCNN, TIENet, attach
+from tie_ext.attach import _Sample
+from tie_ext.head import MOST_CHANNELS, MOST_LAYERS, find_layers, pooled
+from tie_ext.outliers import make
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(request, monkeypatch):
+    if "told" not in request.node.name:  # where what was learned counts
+        monkeypatch.setattr("tie_ext.attach.STEPS", 30)
+
+
+def stripes(count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three easy classes."""
+    x = 0.1 * torch.rand(count, *SHAPE)
+    y = torch.arange(count) % 3
+    for i, label in enumerate(y.tolist()):
+        x[i, :, 9 * label : 9 * label + 9] += 0.8
+    return x, y
+
+
+def torchvision_model(name: str):
+    models = pytest.importorskip("torchvision").models
+    if name == "vit":
+        return models.VisionTransformer(32, 8, 3, 2, 24, 48, num_classes=4)
+    return getattr(models, name)(num_classes=4)
+
+
+BACKBONES = {
+    "Conv3": (lambda: Conv3(3, 4), 3),
+    "Conv5": (lambda: Conv5(3, 4), 5),
+    "ResidualCNN": (lambda: ResidualCNN(3, 4), 16),
+    "resnet18": (lambda: torchvision_model("resnet18"), 15),  # at 32 pixels its last maps are single points
+    "mobilenet_v3_small": (lambda: torchvision_model("mobilenet_v3_small"), 16),
+    "vit": (lambda: torchvision_model("vit"), 3),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_any_backbone_takes_a_head_and_keeps_its_logits(name, tmp_path):
+    make_one, layers = BACKBONES[name]
+    torch.manual_seed(0)
+    model, x = make_one().eval(), torch.rand(6, 3, 32, 32)
+    if name == "mobilenet_v3_small":
+        x = torch.rand(6, 3, 64, 64)
+    before = model(x)
+    net = attach(model, [x], 4)
+    assert torch.equal(net(x), before)
+    assert torch.equal(model(x), before)
+    every = net(x, garbage=True)
+    assert torch.equal(every[:, :4], before)
+    assert len(net.garbage.layers) == layers
+    torch.testing.assert_close(torch.cat([net(one[None], garbage=True) for one in x]), every, rtol=1e-3, atol=1e-3)
+    net.save(tmp_path / "net")
+    again = TIENet.load(tmp_path / "net", None if name in ("Conv3", "Conv5", "ResidualCNN") else make_one())
+    assert torch.equal(again(x, garbage=True), every)
+    assert again.tau == net.tau
+    exported = torch.export.export(net, (x,), kwargs={"garbage": True}).module()
+    torch.testing.assert_close(exported(x, garbage=True), every)
+
+
+def test_the_softmax_over_all_outputs_gives_the_heads_odds():
+    x, y = stripes()
+    net = attach(Small().eval(), [(x, y)], 3)
+    h, statistics = net.statistics(x)
+    odds = net.garbage(statistics).squeeze(1)
+    torch.testing.assert_close(net(x, garbage=True).softmax(1)[:, -1], odds.sigmoid())
+    torch.testing.assert_close(net.decide(x).score, odds, rtol=1e-4, atol=1e-4)
+    assert torch.equal(h, net.features(x))
+
+
+def test_statistics_are_mean_and_deviation_of_every_layer_standardised_on_id_images():
+    x, y = stripes()
+    model = Small().eval()
+    net = attach(model, [(x[:30], y[:30]), (x[30:], y[30:])], 3)
+    assert net.garbage.layers == {"conv.0": 8, "conv.3": 12}
+    first = model.conv[0](x)
+    second = model.conv[1:4](first)
+    parts = [model.conv(x)]
+    for maps in (first, second):
+        parts += [maps.mean((2, 3)), maps.var((2, 3), correction=0).sqrt()]
+    want = torch.cat(parts, dim=1)
+    _, statistics = net.statistics(x)
+    torch.testing.assert_close(statistics, want, rtol=1e-4, atol=1e-5)
+    standard = (statistics - net.garbage.mean) / net.garbage.deviation
+    torch.testing.assert_close(standard.mean(0), torch.zeros(len(want[0])), atol=1e-3, rtol=0)
+    live = statistics.std(0) > 1e-3
+    torch.testing.assert_close(standard.std(0)[live], torch.ones(int(live.sum())), atol=1e-2, rtol=0)
+
+
+def test_a_statistic_that_never_changes_is_no_noise():
+    head = GarbageHead({}, 3)
+    head.standardise(torch.tensor([[1.0, 5.0, 0.0], [3.0, 5.0, 0.0]]))
+    assert head.deviation.tolist()[1:] == [6.0, 1.0]
+
+
+def test_the_number_of_statistics_is_bounded():
+    wide = nn.Sequential(*[m for _ in range(20) for m in (nn.LazyConv2d(150, 3, padding=1), nn.ReLU())], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layers = find_layers(wide, torch.rand(1, 3, 8, 8))
+    assert len(layers) == MOST_LAYERS
+    assert next(iter(layers)) == "0"
+    assert list(layers)[-1] == "38"
+    assert GarbageHead(layers, 7).mean.numel() == 7 + 2 * MOST_LAYERS * MOST_CHANNELS
+    assert pooled(torch.rand(2, 150, 4, 4)).shape == (2, 2 * MOST_CHANNELS)
+    assert pooled(torch.rand(2, 9, 24)).shape == (2, 48)
+
+
+def test_outliers_that_were_not_taught_are_told_and_the_same_seed_gives_the_same_head(monkeypatch):
+    x, y = stripes(300)
+    torch.manual_seed(0)
+    model = Small().eval()
+    batches = list(zip(x.split(50), y.split(50), strict=True))
+    net = attach(model, batches, 3)
+    white = torch.randn(100, *SHAPE).div(2).add(0.5).clamp(0, 1)
+    assert (net.decide(stripes(100)[0]).level == 1).float().mean() < 0.1
+    assert (net.decide(white).level == 1).float().mean() > 0.9
+    monkeypatch.setattr("tie_ext.attach.STEPS", 30)
+    net = attach(model, batches, 3)
+    torch.rand(5)
+    again = attach(model, batches, 3)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+    other = attach(model, batches, 3, seed=1)
+    assert not torch.equal(other.garbage.network[0].weight, net.garbage.network[0].weight)
+
+
+def test_images_without_labels_and_other_outliers_will_do():
+    x, _ = stripes()
+    model = Small().eval()
+    net = TIENet(model, 3, SHAPE)
+    white = attach(model, [x], 3, outliers=[make("white", net), make("shuffle", net)])
+    assert white.tau.isfinite()
+    assert not torch.equal(white.garbage.network[0].weight, attach(model, [x], 3).garbage.network[0].weight)
+
+
+def test_normalised_images_have_their_range():
+    x, y = stripes()
+    net = attach(Small().eval(), [(x * 4 - 2, y)], 3, low=-2.0, high=2.0, classes=("a", "b", "c"))
+    assert (net.low.item(), net.high.item(), net.classes) == (-2.0, 2.0, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_networks_of_other_types_take_a_head(dtype):
+    x, y = stripes()
+    model = Small().to(dtype).eval()
+    net = attach(model, [(x, y)], 3)
+    assert torch.equal(net(x), model(x.to(dtype)))
+    assert net(x, garbage=True).isfinite().all()
+    assert {p.dtype for p in net.parameters()} == {dtype}
+
+
+def test_channels_last_changes_nothing():
+    x, y = stripes()
+    torch.manual_seed(0)
+    model = Small().eval()
+    net = attach(model, [(x, y)], 3)
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x.to(memory_format=torch.channels_last), garbage=True), net(x, garbage=True), rtol=1e-3, atol=1e-4)
+
+
+class Softmaxed(Small):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+class Flat(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 9), nn.ReLU(), nn.Linear(9, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "message"),
+    [
+        (Small(), make_batches(), "Expected a trained model in evaluation mode, but got Small in training mode; call model.eval()"),
+        (Small(5).eval(), make_batches(), "Expected a model with 3 outputs, as num_classes says, but got one with 5"),
+        (Softmaxed().eval(), make_batches(), "Expected a backbone that returns what its last linear layer gives"),
+        (Flat().eval(), make_batches(), "Expected a backbone with convolutions or transformer blocks"),
+        (nn.Conv2d(1, 3, 28).eval(), make_batches(), "Expected a backbone that ends in a linear layer"),
+        (Small(3, channels=3).eval(), make_batches(), r"Expected a backbone for images \(1, 28, 28\), but Small fails on one"),
+        (Small().eval(), [], "Expected at least one batch of ID images, but got an empty loader"),
+        (Small().eval(), [{"data": 1}], "Expected batches of images, or of .images, labels., but got dict"),
+        (Small().eval(), [torch.rand(8, *SHAPE) * 255], "Expected images in the value range"),
+        (Small().eval(), [torch.rand(8, *SHAPE), torch.rand(8, 1, 32, 32)], "Expected images of shape"),
+        (Small().eval(), [torch.full((8, *SHAPE), float("nan"))], "Expected finite images"),
+        (Small().eval(), [torch.rand(1, *SHAPE)], "Expected at least two ID images, but got 1"),
+        (Small().eval(), [(torch.rand(4, *SHAPE), torch.tensor([0, 0, 1, 1]))], r"Expected samples of all 3 classes, but got none of class \[2\]"),
+        (Small().eval(), [(torch.rand(4, *SHAPE), torch.tensor([0, 1, 2, 3]))], r"Expected labels in \[0, 3\)"),
+        (Small().eval(), [(torch.rand(4, *SHAPE), torch.rand(4))], "Expected integer labels"),
+    ],
+)
+def test_what_cannot_be_attached_to_is_refused(model, batches, message):
+    with pytest.raises(ValueError, match=message):
+        attach(model, batches, 3)
+
+
+def test_a_sample_is_a_uniform_one_of_all_rows():
+    torch.manual_seed(0)
+    held = torch.zeros(40)
+    for _ in range(400):
+        sample = _Sample(10)
+        for part in torch.arange(40.0)[:, None].split((3, 9, 1, 20, 7)):
+            sample.add(part)
+        assert len(sample.rows) == 10
+        held += torch.bincount(sample.rows.flatten().long(), minlength=40)
+    assert held.sum() == 4000
+    assert held.min() > 65  # 100 expected, deviation 8.7
+    assert held.max() < 135

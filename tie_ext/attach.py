@@ -1,0 +1,180 @@
+"""A garbage class for a trained classifier, which stays as it is: a head on every layer, taught by outliers made from nothing.
+
+Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.head`), ``t (N,)`` 1 where an image is an outlier, else 0.
+
+One look at the ID images, one at as many outliers, and the head learns ``t`` of ``s`` by binary cross-entropy. Its log-odds become the (n+1)-th
+logit, ``logsumexp(ID logits) + head(s)``, so that the softmax over n+1 outputs gives the head's odds of garbage; no ID logit changes by a bit.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tie_ext.decision import uncertainty, widened
+from tie_ext.exclusion import cutoff
+from tie_ext.head import GarbageHead, find_layers
+from tie_ext.network import TIENet
+from tie_ext.outliers.procedural import Procedural
+from tie_ext.support.checks import check_images, check_labels, describe
+from tie_ext.support.modules import frozen
+from tie_ext.support.random import seeded
+from tie_ext.synthesis import Synthesizer
+
+MEMORY = 2**28
+"""Bytes of statistics kept of ID images, and as many of outliers; of more images a random sample of this size is kept."""
+STEPS, BATCH, RATE = 1600, 512, 1e-3
+"""How the head learns: steps, images a step, Adam's learning rate, which falls along half a cosine. As many steps for few images as for many:
+some seconds on a CPU."""
+LAM = 2.0
+"""lambda of level 2, as the loop's default."""
+
+
+def attach(
+    model: nn.Module,
+    batches: Iterable,
+    num_classes: int,
+    low: float | Sequence[float] = 0.0,
+    high: float | Sequence[float] = 1.0,
+    classes: Sequence[str] = (),
+    outliers: Sequence[Synthesizer] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> TIENet:
+    """Give a trained classifier a garbage class, without training it again and without any OOD image.
+
+    Arguments:
+        model: A classifier ``(B, C, S, S) -> (B, n)`` in evaluation mode that returns what its last linear layer gives; it is copied. The
+            batches are brought to its device.
+        batches: ID images, each batch ``(x, y)`` or ``x`` alone, as the model takes them: floating-point ``(B, C, S, S)`` in ``[low, high]``.
+            Its training images will do.
+        num_classes: n.
+        low: Smallest value of the images, a number or one a channel (what ``Normalize`` makes of 0).
+        high: Largest value of the images (what it makes of 1).
+        classes: Name of each ID class, by label.
+        outliers: Who proposes outliers; None for procedural images.
+        seed: Of the outliers and of the head.
+        progress: Show progress bars.
+
+    Returns:
+        The network in evaluation mode, with tau set: ``net(x)`` gives the model's own logits, ``net.decide(x)`` decides.
+
+    Raises:
+        ValueError: If the model is in training mode, has not n outputs, no linear layer to end in, none with a map to read, or returns
+            something else than its logits; or if there are no images, or they are not finite, of one shape and in the value range, or a class
+            has no samples. Nothing has been trained then.
+    """
+    if model.training:
+        raise ValueError(f"Expected a trained model in evaluation mode, but got {type(model).__name__} in training mode; call model.eval()")
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("Expected at least one batch of ID images, but got an empty loader")
+    x, _ = _pair(first)
+    check_images(x)
+    image_shape = tuple(x.shape[1:])
+    with seeded(seed):
+        net = TIENet(model, num_classes, image_shape, low, high, classes)
+        outputs = model(x[:1].to(next(model.parameters()))).shape[1]
+        if outputs != num_classes:
+            raise ValueError(f"Expected a model with {num_classes} outputs, as num_classes says, but got one with {outputs}")
+        head = GarbageHead(find_layers(net.backbone, x[:1].to(net.fc.weight)), net.feature_size)
+        net = TIENet(model, num_classes, image_shape, low, high, classes, head).eval()
+        proposers = [Procedural(net)] if outliers is None else list(outliers)
+        for proposer in proposers:
+            proposer.to(net.low.device)
+        head = cast(GarbageHead, net.garbage)
+        inside, outside, logits = _look(net, head, batches, proposers, progress)
+        head.standardise(inside)
+        _teach(head, inside, outside, progress)
+        net.tau.fill_(_tau(net, inside, logits))
+    return net
+
+
+def _pair(batch: object) -> tuple[Tensor, Tensor | None]:
+    """Images and, where there are any, labels of a batch."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1].long() if not batch[1].is_floating_point() else batch[1]
+    raise ValueError(f"Expected batches of images, or of (images, labels), but got {describe(batch)}")
+
+
+@torch.no_grad()
+def _look(net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence[Synthesizer], progress: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics ``(N, S)`` of ID images and ``(M, S)`` of outliers, and the ID logits ``(N, n)``; each image is read and passed once."""
+    device, low, high = net.low.device, net.low.cpu(), net.high.cpu()
+    counts = torch.zeros(net.num_classes, dtype=torch.long)
+    size = head.mean.numel()
+    inside, outside = _Sample(MEMORY // (4 * (size + net.num_classes))), _Sample(MEMORY // (4 * size))
+    labelled = False
+    with frozen(net):
+        for batch in tqdm(batches, desc="attach: images", leave=False, disable=not progress):
+            x, y = _pair(batch)
+            check_images(x.cpu(), net.image_shape, low, high)
+            x = x.to(device)
+            h, s = net.statistics(x)
+            logits = net.fc(h)
+            if y is None:
+                y = logits.argmax(1)
+            else:
+                check_labels(y, len(x), net.num_classes)
+                counts, labelled = counts + y.cpu().bincount(minlength=net.num_classes), True
+            inside.add(torch.cat([s, logits], dim=1))
+            for proposer in proposers:
+                outside.add(net.statistics(proposer.sample(net, x, y.to(device)).x)[1])
+    if labelled and (counts == 0).any():
+        missing = (counts == 0).nonzero().flatten().tolist()
+        raise ValueError(f"Expected samples of all {net.num_classes} classes, but got none of class {missing}")
+    if len(inside.rows) < 2:
+        raise ValueError(f"Expected at least two ID images, but got {len(inside.rows)}")
+    return inside.rows[:, :size], outside.rows, inside.rows[:, size:]
+
+
+def _teach(head: GarbageHead, inside: Tensor, outside: Tensor, progress: bool) -> None:
+    """Binary cross-entropy of outliers against ID images, both of the same weight in sum."""
+    statistics = torch.cat([inside, outside])
+    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).to(statistics)
+    weight = torch.where(target == 1, len(target) / (2 * len(outside)), len(target) / (2 * len(inside)))
+    optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
+    for step in tqdm(range(STEPS), desc="attach: head", leave=False, disable=not progress):
+        optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+        rows = torch.randint(len(target), (min(BATCH, len(target)),))
+        loss = F.binary_cross_entropy_with_logits(head(statistics[rows]).squeeze(1), target[rows], weight[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def _tau(net: TIENet, inside: Tensor, logits: Tensor) -> float:
+    """The paper's threshold of the ID images' uncertainty."""
+    odds = torch.cat([net.garbage(rows) for rows in inside.split(4096)])
+    every = torch.cat([logits, logits.logsumexp(1, keepdim=True) + odds], dim=1)
+    return cutoff(uncertainty(widened(every).softmax(1)), LAM)
+
+
+class _Sample:
+    """A uniform random sample of at most ``most`` of all rows ``(M, S)`` that were added, by Vitter's algorithm R."""
+
+    def __init__(self, most: int):
+        self.most, self.seen = most, 0
+        self.parts: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        free = self.most - min(self.seen, self.most)
+        self.parts.append(rows[:free])
+        if rest := rows[free:].shape[0]:
+            self.parts = [torch.cat(self.parts)]
+            place = (torch.rand(rest, dtype=torch.float64) * torch.arange(self.seen + free + 1, self.seen + len(rows) + 1)).long()
+            taken = place < self.most
+            self.parts[0][place[taken].to(rows.device)] = rows[free:][taken.to(rows.device)]
+        self.seen += len(rows)
+
+    @property
+    def rows(self) -> Tensor:
+        """The sample."""
+        return torch.cat(self.parts) if self.parts else torch.empty(0, 0)

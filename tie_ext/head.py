@@ -1,0 +1,128 @@
+"""The garbage head: what every layer of a classifier says of an image, made into the log-odds of garbage.
+
+Symbols: ``a (B, C, H, W)`` or ``(B, T, C)`` a layer's output; ``h (B, F)`` penultimate features; ``s (B, S)`` the statistics of an image: ``h``
+beside mean and deviation, over space or tokens, of the chosen channels of each chosen layer.
+
+The layers of a network leave what an image looks like behind as they find out what it is; an image that is nothing of what they have learned
+is seen to be so early, and often only there.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tie_ext.support.modules import evaluating
+
+MOST_LAYERS = 16
+"""Layers read at most, evenly spaced from the first to the last."""
+MOST_CHANNELS = 128
+"""Channels read of each at most, evenly spaced: with 16 layers the statistics are no more than 4096 beside the penultimate features."""
+
+
+class GarbageHead(nn.Module):
+    """One hidden layer on the standardised statistics of an image.
+
+    Arguments:
+        layers: Channels of each layer that is read, by the layer's name in the backbone.
+        feature_size: F.
+        hidden: Width of the hidden layer.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, layers: Mapping[str, int], feature_size: int, hidden: int = 128):
+        super().__init__()
+        self.layers, self.feature_size, self.hidden = dict(layers), feature_size, hidden
+        size = feature_size + 2 * sum(min(channels, MOST_CHANNELS) for channels in self.layers.values())
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("deviation", torch.ones(size))
+        self.network = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, statistics: Tensor) -> Tensor:
+        """Log-odds of garbage ``(B, 1)`` of statistics ``(B, S)``; larger = more OOD."""
+        return self.network((statistics.to(self.mean.dtype) - self.mean) / self.deviation)
+
+    @torch.no_grad()
+    def standardise(self, statistics: Tensor) -> None:
+        """Take the mean and the deviation of ID images ``(N, S)``, N >= 2, as 0 and 1 from now on."""
+        self.mean.copy_(statistics.mean(0))
+        deviation = statistics.std(0)
+        # A statistic that is the same for all ID images would make noise of its last bits; it counts in units of its own size.
+        self.deviation.copy_(torch.where(deviation > 1e-4 * (1 + self.mean.abs()), deviation, 1 + self.mean.abs()))
+
+    @contextmanager
+    def reading(self, backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Inside, a forward pass of the backbone leaves the output of each layer that is read in the dict that is given."""
+        outputs: dict[str, Tensor] = {}
+        hooks = [
+            backbone.get_submodule(name).register_forward_hook(lambda module, args, output, name=name: outputs.__setitem__(name, output))
+            for name in self.layers
+        ]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def statistics(self, outputs: Mapping[str, Tensor], h: Tensor) -> Tensor:
+        """The statistics ``(B, S)`` of what the layers gave and of features ``h (B, F)``."""
+        return torch.cat([h.to(self.mean.dtype), *(pooled(outputs[name]).to(self.mean.dtype) for name in self.layers)], dim=1)
+
+
+def pooled(a: Tensor) -> Tensor:
+    """Mean and deviation ``(B, 2c)`` over space or tokens of a layer's output ``(B, C, H, W)`` or ``(B, T, C)``, of at most 128 channels."""
+    a = (a.flatten(2) if a.ndim == 4 else a.transpose(1, 2)).float()  # (B, C, places)
+    if a.shape[1] > MOST_CHANNELS:
+        a = a[:, torch.linspace(0, a.shape[1] - 1, MOST_CHANNELS).round().long().to(a.device)]
+    mean = a.mean(2)
+    return torch.cat([mean, (a - mean[:, :, None]).square().mean(2).clamp_min(1e-12).sqrt()], dim=1)
+
+
+def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
+    """The layers whose statistics tell most, of any backbone: its convolutions, or where it has none on a map, the blocks of a transformer.
+
+    Arguments:
+        backbone: The network; left as it was.
+        x: An image ``(1, C, H, W)`` to try it on.
+
+    Returns:
+        The channels of at most :data:`MOST_LAYERS` of them by name, in the order in which they are called.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    convolutions: dict[str, int] = {}
+    blocks: dict[str, int] = {}
+
+    def look(name: str, module: nn.Module, output: object) -> None:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        if output.ndim == 4 and isinstance(module, nn.Conv2d) and output.shape[2] * output.shape[3] > 1:
+            convolutions[name] = output.shape[1]
+        if output.ndim == 3 and isinstance(backbone.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList):
+            blocks[name] = output.shape[2]
+
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, name=name: look(name, module, output))
+        for name, module in backbone.named_modules()
+        if name
+    ]
+    try:
+        with evaluating(backbone), torch.no_grad():
+            backbone(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outer = {name: channels for name, channels in blocks.items() if not any(name.startswith(f"{other}.") for other in blocks)}
+    # A transformer has one convolution, which cuts the image into patches.
+    found = outer if len(outer) >= len(convolutions) else convolutions
+    if not found:
+        raise ValueError(
+            f"Expected a backbone with convolutions or transformer blocks, whose maps tell OOD images, but got {type(backbone).__name__}"
+        )
+    names = list(found)
+    chosen = dict.fromkeys(names[round(i)] for i in torch.linspace(0, len(names) - 1, min(MOST_LAYERS, len(names))).tolist())
+    return {name: found[name] for name in chosen}
