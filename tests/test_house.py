@@ -163,3 +163,49 @@ def test_the_tables_in_docs_are_those_of_the_records(monkeypatch):
     assert "synthesizers.md" in documents
     stale = [name for name, text in documents.items() if (tables.DOCS / name).read_text() != text]
     assert not stale, "run `python tests/bench/tables.py`"
+
+
+EXTRAS = ["pytorch_ood", "openood", "torchvision", "matplotlib", "sklearn", "PIL", "scipy", "pandas"]
+
+
+def test_the_core_works_without_extras():
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({EXTRAS})); runpy.run_path('tests/minimal.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE.parent)
+    assert done.returncode == 0, done.stderr
+    assert "no extras" in done.stdout
+
+
+def project_file(name: str) -> str:
+    return (HOUSE.parent / name).read_text()
+
+
+def test_the_wheel_holds_every_room():
+    (listed,) = re.findall(r"^\[tool\.setuptools\]\npackages = (\[.*?\])", project_file("pyproject.toml"), re.M | re.S)
+    folders = {path.parent.relative_to(HOUSE.parent).as_posix().replace("/", ".") for path in ROOMS}
+    assert set(ast.literal_eval(listed)) == folders
+    assert all((HOUSE.parent / folder.replace(".", "/") / "__init__.py").is_file() for folder in folders)
+
+
+def test_citation_and_changelog_are_of_this_version():
+    (cited,) = re.findall(r"^version: (\S+)$", project_file("CITATION.cff"), re.M)
+    changes = re.findall(r"^## \[(\S+)\]", project_file("CHANGELOG.md"), re.M)
+    assert cited == tie_ext.__version__
+    assert changes[:2] == ["Unreleased", tie_ext.__version__]
+
+
+def test_the_changelog_sends_to_what_exists():
+    for name in re.findall(r"`(tie_ext(?:\.\w+)+)`", "".join(re.findall(r"^\|[^|]*\|(.*)\|$", project_file("CHANGELOG.md"), re.M))):
+        module = name if is_room(name) else name.rpartition(".")[0]
+        assert is_room(module), name
+        assert module == name or re.search(rf"^(class|def) {name.rpartition('.')[2]}\b", room_file(module), re.M), name
+
+
+def room_file(module: str) -> str:
+    return project_file(f"{module.replace('.', '/')}.py")
+
+
+def test_the_rooms_in_contributing_are_those_there_are():
+    table = project_file("CONTRIBUTING.md").partition("## The rooms")[2].partition("\n## ")[0]
+    named = {word.strip("/") for word in re.findall(r"`([\w/]+?)`", table)}
+    front = {path.stem for path in HOUSE.glob("*.py")} - {"__init__"}
+    assert {path.name for path in HOUSE.iterdir() if (path / "__init__.py").is_file()} | front <= named
