@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from tie_ext import TIENet, TIETrainer
+from tie_ext.app import data
 from tie_ext.app.cli import main
+from tie_ext.support.files import load_state
 
 Image = pytest.importorskip("PIL.Image")
 FAST = ["--epochs", "3", "--candidates-per-class", "5", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
@@ -34,6 +37,10 @@ def folder(tmp_path_factory):
 
 def train(folder, out, *more):
     return ["train", "--data", f"folder:{folder}", "--size", "28", "--out", str(out), "--backbone", "conv3", *FAST, *more]
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +206,6 @@ def test_a_threshold_is_found_beside_the_networks_file_too(run, folder, capsys):
 
 
 def test_the_demo_set_is_real_and_split(recwarn):
-    from tie_ext.app import data
-
     train, test, ood = data.demo()
     assert train.shape == test.shape == (1, 28, 28)
     assert len(train) + len(test) == 1797
@@ -209,10 +214,33 @@ def test_the_demo_set_is_real_and_split(recwarn):
 
 
 def test_mnist_loads_from_where_it_lies(data_root):
-    from tie_ext.app import data
-
     train = data.load("mnist", "train", data_root)
     assert (len(train), train.shape, len(train.classes)) == (60_000, (1, 28, 28), 10)
     colour = data.load("mnist", "test", data_root, (3, 32, 32))
     assert colour.shape == (3, 32, 32)
     assert torch.equal(colour.x[:, 0], colour.x[:, 1])
+
+
+def test_images_are_held_out_of_a_folder_without_splits_and_the_same_on_resume(tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(0)
+    for label, low in (("dark", 0), ("bright", 128)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(rng.integers(low, low + 128, (28, 28), dtype=np.uint8)).save(tmp_path / "images" / label / f"{i}.png")
+    path, epoch = tmp_path / "images", TIETrainer.epoch
+    line = f"{path} has no train/ and test/: 16 images to train on, 4 held out (one in five of each class, seed 3)"
+    assert main(train(path, tmp_path / "whole", "--seed", "3")) == 0
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    held_out = data.load(f"folder:{path}", "test", shape=(3, 28, 28), seed=3)
+    net = TIENet.load(tmp_path / "whole" / "network.safetensors")
+    kept = load_state(tmp_path / "whole" / "scores.safetensors", "scores")["TIE"]["id"]
+    assert torch.allclose(kept, net.decide(held_out.x.float() / 255).score, atol=1e-5)
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["test_images"] == line
+    with monkeypatch.context() as patched:
+        patched.setattr(TIETrainer, "epoch", lambda self, batches: stop() if self.log else epoch(self, batches))
+        assert main(train(path, tmp_path / "stopped", "--seed", "3")) == 130
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "stopped")]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    for name in ("network.safetensors", "scores.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,4 +1,7 @@
-"""Image sets: parts of them, what training sees of them, noise."""
+"""Image sets: how folders are read and split, parts of them, what training sees of them, noise."""
+
+import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +9,8 @@ import torch.nn.functional as F
 
 from tie_ext.app import data
 from tie_ext.app.data import ImageBatches, ImageSet, training_batches
+
+Image = pytest.importorskip("PIL.Image")
 
 
 def images(count: int = 20, size: int = 28) -> ImageSet:
@@ -50,7 +55,6 @@ def test_some_classes_and_the_others_are_the_whole():
 
 
 def test_some_classes_of_a_named_set(tmp_path):
-    Image = pytest.importorskip("PIL.Image")
     for label in range(4):
         (tmp_path / "mnist" / "train" / str(label)).mkdir(parents=True)
         Image.new("L", (28, 28), 10 * label).save(tmp_path / "mnist" / "train" / str(label) / "0.png")
@@ -79,3 +83,107 @@ def test_noise_is_the_same_for_the_same_seed(kind):
 def test_unknown_noise_is_refused():
     with pytest.raises(ValueError, match="Expected kind to be 'gaussian', 'uniform' or 'sphere', but got 'pink'"):
         data.noise("pink", 1, (1, 28, 28))
+
+
+def write(folder: Path, counts: dict[str, int], size: int = 4) -> Path:
+    """Grey images in ``folder/CLASS/i.png``, each of a value of its own."""
+    value = itertools.count()
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (size, size), next(value)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def values(images: ImageSet) -> list[int]:
+    return images.x[:, 0, 0, 0].tolist()
+
+
+def parts(path: Path, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    train, test = (data.load(f"folder:{path}", split, shape=(1, 4, 4), seed=seed) for split in ("train", "test"))
+    return train, test
+
+
+def test_a_folder_without_splits_is_split_one_in_five_of_each_class(tmp_path):
+    train, test = parts(write(tmp_path / "set", {"a": 50, "b": 11, "c": 2}))
+    assert train.classes == test.classes == ("a", "b", "c")
+    assert train.y.bincount().tolist() == [40, 9, 1]
+    assert test.y.bincount().tolist() == [10, 2, 1]
+    assert sorted(values(train) + values(test)) == list(range(63))
+    said = f"{tmp_path / 'set'} has no train/ and test/: 50 images to train on, 13 held out (one in five of each class, seed 0)"
+    assert (train.note, test.note) == ("", said)
+
+
+def test_a_split_is_the_seeds_and_not_the_disks(tmp_path, monkeypatch):
+    path = write(tmp_path / "set", {"a": 20, "b": 20})
+    first = [values(part) for part in parts(path)]
+    for listing in ("iterdir", "rglob"):
+        ordered = getattr(Path, listing)
+        monkeypatch.setattr(Path, listing, lambda self, *a, ordered=ordered: iter(list(ordered(self, *a))[::-1]))
+    assert [values(part) for part in parts(path)] == first
+    assert [values(part) for part in parts(path.rename(tmp_path / "moved"))] == first
+    assert [values(part) for part in parts(tmp_path / "moved", seed=1)] != first
+    assert first[1] != list(range(4)) + list(range(20, 24))
+
+
+def test_a_class_of_one_image_is_trained_on_and_said(tmp_path):
+    train, test = parts(write(tmp_path / "set", {"a": 6, "one": 1, "two": 2}))
+    assert train.y.bincount().tolist() == [5, 1, 1]
+    assert test.y.tolist() == [0, 2]
+    assert test.note.endswith("(one in five of each class, seed 0); no test image of one, of which there is one image")
+    with pytest.raises(ValueError, match=r"Expected a class of two images or more below .*, to hold one out, but got one image of each"):
+        parts(write(tmp_path / "ones", {"a": 1, "b": 1}))
+
+
+def test_training_images_alone_are_split_too(tmp_path):
+    write(tmp_path / "train", {"a": 10, "b": 10})
+    write(tmp_path / "pictures", {"c": 3})
+    train, test = parts(tmp_path)
+    assert (len(train), len(test)) == (16, 4)
+    assert test.note.startswith(f"{tmp_path} has train/ and no test/: 16 images to train on, 4 held out")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("place", ["folder", "named"])
+def test_validation_images_are_the_test_set_where_there_is_no_other(name, place, tmp_path):
+    path = tmp_path / "birds"
+    write(path / "train", {"a": 3, "b": 2})
+    write(path / name, {"a": 1, "b": 2})
+    called = f"folder:{path}" if place == "folder" else "birds"
+    train, test = (data.load(called, split, tmp_path, (1, 4, 4)) for split in ("train", "test"))
+    assert train.classes == test.classes == ("a", "b")
+    assert (len(train), len(test)) == (5, 3)
+    assert test.note == f"{path} has no test/: the 3 images of {name}/ are the test set"
+    write(path / "test", {"a": 4, "b": 4})
+    assert len(test := data.load(called, "test", tmp_path, (1, 4, 4))) == 8
+    assert test.note == ""
+
+
+@pytest.mark.parametrize("place", ["folder", "named"])
+def test_test_images_alone_cannot_be_trained_on(place, tmp_path):
+    write(tmp_path / "birds" / "test", {"a": 2, "b": 2})
+    called = f"folder:{tmp_path / 'birds'}" if place == "folder" else "birds"
+    assert len(data.load(called, "test", tmp_path)) == 4
+    with pytest.raises(ValueError, match=r"Expected training images in .*birds/train, beside .*birds/test, but got no such folder"):
+        data.load(called, "train", tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    train, test = parts(write(tmp_path / "set", {"bus": 5, "train": 5}))
+    assert train.classes == test.classes == ("bus", "train")
+    with pytest.raises(ValueError, match=r"Expected images in folders, one a class, below .*/flat/train, but got none"):
+        parts(write(tmp_path / "flat", {"train": 5, "test": 5}))
+
+
+def test_of_an_ood_set_all_images_are_used_unless_it_has_a_test_set(tmp_path):
+    path = write(tmp_path / "set", {"a": 5, "b": 1})
+    assert len(data.load(f"folder:{path}", "ood")) == 6
+    write(tmp_path / "split" / "train", {"a": 3})
+    assert len(data.load(f"folder:{tmp_path / 'split'}", "ood")) == 3
+    write(tmp_path / "split" / "val", {"a": 2})
+    assert len(data.load(f"folder:{tmp_path / 'split'}", "ood")) == 2
+
+
+def test_parts_of_a_set_keep_what_is_said_of_it(tmp_path):
+    _, test = parts(write(tmp_path / "set", {"a": 10, "b": 10}))
+    assert test.first(2).note == test.classes_between(1, 1).note == test.note != ""

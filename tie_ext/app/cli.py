@@ -28,6 +28,8 @@ from tie_ext.support.settings import Settings
 # 1348 small images: fewer of everything. Digits of 8x8 pixels fill the image, so they are not shifted; without the shift garbage of full weight
 # costs ID accuracy, and tau, which comes from training images then known by heart, needs a larger lambda (docs/ledger.md).
 DEMO = Recipe(TIEConfig(epochs=10, lam=5.0, garbage_weight=0.1, candidates_per_class=100, pool_size=1000), {"inversion": {"steps": 40, "width": 16}})
+FOLDERS = """folder:PATH is a folder of images: PATH/train/CLASS/* and PATH/test/CLASS/* (or val, valid, validation). Without test images one image in
+five of each class is held out as such, also where the classes lie in PATH itself; the seed says which."""
 METHODS = {"inversion": InversionSettings}
 """Synthesizers whose settings are flags; those of the others are their defaults."""
 
@@ -75,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     # Flags that were not given are left out, so that --resume can tell.
-    train = commands.add_parser("train", help="train TIE on a data set", argument_default=argparse.SUPPRESS)
-    train.add_argument("--data", help="mnist, fashionmnist, svhn, cifar10, cifar100, tinyimagenet or folder:PATH")
+    train = commands.add_parser("train", help="train TIE on a data set", epilog=FOLDERS, argument_default=argparse.SUPPRESS)
+    train.add_argument("--data", help="mnist, fashionmnist, svhn, cifar10, cifar100, tinyimagenet or folder:PATH (see below)")
     train.add_argument("--out", type=Path, help="run folder")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
     train.add_argument("--root", help="where the named sets lie (default: data)")
@@ -218,7 +220,7 @@ def _train(a: argparse.Namespace) -> None:
         settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
         backbone = given.get("backbone") or ("conv3" if data.own_shape(settings.data)[0] == 1 else "conv5")
         settings = replace(settings, backbone=backbone, ood=tuple(settings.ood))
-    record = run.train_run(folder, settings, device, progress=_interactive())
+    record = run.train_run(folder, settings, device, progress=_interactive(), say=print)
     print(report.table(report.result_rows("TIE", record["numbers"])))
     print(f"run: {folder}; pictures: tie-ext report {folder}")
 

@@ -9,7 +9,7 @@ RUN/scores.safetensors     test scores of the ID set and each OOD set
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -69,15 +69,22 @@ def load_images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, Im
     if settings.data == "demo":
         return data.demo()
     shape = None if settings.size is None else (data.own_shape(settings.data)[0], settings.size, settings.size)
-    train = data.load(settings.data, "train", settings.root, shape, settings.download).first(settings.images, settings.recipe.config.seed)
-    test = data.load(settings.data, "test", settings.root, train.shape, settings.download)
+    root, download, seed = settings.root, settings.download, settings.recipe.config.seed
+    train = data.load(settings.data, "train", root, shape, download, seed).first(settings.images, seed)
+    test = data.load(settings.data, "test", root, train.shape, download, seed)
     if test.classes != train.classes:
         raise ValueError(f"Expected the same classes in training and test images, but got {train.classes} and {test.classes}")
-    ood = {name: data.load(name, "test", settings.root, train.shape, settings.download) for name in settings.ood}
+    ood = {name: data.load(name, "ood", root, train.shape, download) for name in settings.ood}
     return train, test, ood | {"noise": data.noise("gaussian", min(len(test), 10_000), train.shape)}
 
 
-def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, device: str = "cpu", progress: bool = False) -> dict:
+def train_run(
+    folder: str | os.PathLike,
+    settings: RunSettings | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> dict:
     """Start a run, or go on with one, to its last epoch, and score the test images.
 
     Arguments:
@@ -85,6 +92,7 @@ def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, de
         settings: What to do; None to go on with the run in the folder.
         device: Where to train.
         progress: Show progress bars.
+        say: Told before training how the test images were come by, where a person has to know; ``run.json`` says it too.
 
     Returns:
         The content of ``run.json``.
@@ -102,6 +110,8 @@ def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, de
     if settings.backbone not in BACKBONES:
         raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, but got {settings.backbone!r}")
     images, test, ood = load_images(settings)
+    if say is not None and test.note:
+        say(test.note)
     with locked(folder):
         return _train(folder, settings, images, test, ood, device, progress)
 
@@ -113,7 +123,8 @@ def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet
     trainer = settings.recipe.trainer(net, progress)
     if (folder / "training.safetensors").exists():
         trainer.load(folder / "training.safetensors")
-    save_settings(folder, settings, trainer.device)
+    about = {"test_images": test.note} if test.note else {}
+    save_settings(folder, settings, trainer.device, about)
     batches = training_batches(images, settings.batch_size, settings.shift)
     while len(trainer.log) < settings.recipe.config.epochs:
         trainer.epoch(batches)
@@ -122,20 +133,20 @@ def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet
         trainer.save(folder / "training.safetensors")
     numbers, scores = evaluate(net.eval(), test, ood, images)
     save_state(folder / "scores.safetensors", "scores", {"TIE": scores["score"]})
-    return finish(folder, settings, trainer, numbers)
+    return finish(folder, settings, trainer, numbers, about)
 
 
-def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping) -> dict:
-    """Write ``run.json`` with log and results."""
-    record = {"settings": settings.record(), "numbers": numbers, "log": [asdict(entry) for entry in trainer.log]}
+def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping, about: Mapping) -> dict:
+    """Write ``run.json`` with log, results, and what else is to be said about the run."""
+    record = {"settings": settings.record(), **about, "numbers": numbers, "log": [asdict(entry) for entry in trainer.log]}
     record |= provenance(trainer.device)
     write_json(folder / "run.json", record)
     return record
 
 
-def save_settings(folder: Path, settings: RunSettings, device: torch.device) -> None:
+def save_settings(folder: Path, settings: RunSettings, device: torch.device, about: Mapping) -> None:
     """Write the settings, so that a run that is killed in its first epoch can be gone on with."""
-    write_json(folder / "run.json", {"settings": settings.record(), **provenance(device)})
+    write_json(folder / "run.json", {"settings": settings.record(), **about, **provenance(device)})
 
 
 def read_settings(folder: Path) -> RunSettings:
