@@ -244,3 +244,23 @@ def test_images_are_held_out_of_a_folder_without_splits_and_the_same_on_resume(t
     assert line in capsys.readouterr().out.splitlines()
     for name in ("network.safetensors", "scores.safetensors"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("content", ["nothing", "one broken image", "broken images alone"])
+def test_images_that_cannot_be_read_are_named_before_any_training(split, content, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TIETrainer, "epoch", lambda *_: pytest.fail("training began"))
+    shutil.copytree(folder, tmp_path / "images")
+    place = tmp_path / "images" / split / "dark"
+    for i, file in enumerate(sorted(place.iterdir())):
+        if content == "nothing":
+            file.unlink()
+        elif content == "broken images alone" or i == 3:
+            file.write_bytes(b"no image")
+    named = {"nothing": place, "one broken image": place / "11.png" if split == "train" else place / "3.png", "broken images alone": place / "0.png"}
+    assert main(train(tmp_path / "images", tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("tie-ext: Expected image") or error.startswith("tie-ext: Expected an image file")
+    assert str(named[content]) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,3 +188,101 @@ def test_of_an_ood_set_all_images_are_used_unless_it_has_a_test_set(tmp_path):
 def test_parts_of_a_set_keep_what_is_said_of_it(tmp_path):
     _, test = parts(write(tmp_path / "set", {"a": 10, "b": 10}))
     assert test.first(2).note == test.classes_between(1, 1).note == test.note != ""
+
+
+GREY16 = np.array([[0, 257 * 10], [257 * 200 + 128, 65535]], dtype=np.uint16)
+"""0, 10, 200 and 255 of 255, in 16 bits."""
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("<u2", "png"), ("<u2", "tif"), (">u2", "tif"), ("<i4", "tif")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_eight(kind, suffix, channels, tmp_path):
+    Image.fromarray(GREY16.astype(kind)).save(tmp_path / f"x.{suffix}")
+    x = data.read_image(tmp_path / f"x.{suffix}", channels, 2)
+    assert x.dtype == torch.uint8
+    assert x.tolist() == [[[0, 10], [200, 255]]] * channels
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_every_mode_that_sixteen_bits_are_opened_in_is_known(mode, tmp_path, monkeypatch):
+    image = Image.fromarray(GREY16.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]))
+    assert image.mode == mode
+    monkeypatch.setattr(Image, "open", lambda _: image)
+    assert data.read_image("x.png", 1, 2).flatten().tolist() == [0, 10, 200, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            np.full((2, 2), 0.5, dtype=np.float32),
+            r"floating-point pixels \(mode F\), of which black and white are not known; save it",
+        ),
+        (np.full((2, 2), 65536, dtype=np.int32), r"pixels in \[65536, 65536\], outside \[0, 65535\]; save it with 8 or 16 bits"),
+        (np.full((2, 2), -1, dtype=np.int32), r"pixels in \[-1, -1\], outside \[0, 65535\]"),
+    ],
+)
+def test_pixels_of_no_known_range_are_refused(values, reason, tmp_path):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=rf"Expected an image file at .*x\.tif, but got: {reason}"):
+        data.read_image(tmp_path / "x.tif", 3, 2)
+
+
+def palette(alpha: int | bytes) -> tuple:
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image, "png", {"transparency": alpha}
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "options", "colour"),
+    [
+        (*palette(0), (200, 100, 50)),
+        (*palette(1), (200, 100, 50)),
+        (*palette(bytes([255, 128])), (200, 100, 50)),
+        (Image.new("RGBA", (2, 2), (200, 100, 50, 0)), "png", {}, (200, 100, 50)),
+        (Image.new("LA", (2, 2), (90, 0)), "png", {}, (90, 90, 90)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "tif", {}, (255, 0, 0)),
+        (Image.new("1", (2, 2), 1), "png", {}, (255, 255, 255)),
+        (Image.new("1", (2, 2), 0), "png", {}, (0, 0, 0)),
+    ],
+    ids=["palette", "clear palette", "half-clear palette", "RGBA", "LA", "CMYK", "white bit", "black bit"],
+)
+def test_every_kind_of_image_keeps_its_colour_and_loses_its_transparency(image, suffix, options, colour, tmp_path):
+    image.save(tmp_path / f"x.{suffix}", **options)
+    assert data.read_image(tmp_path / f"x.{suffix}", 3, 2)[:, 0, 0].tolist() == list(colour)
+    grey = round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
+    assert data.read_image(tmp_path / f"x.{suffix}", 1, 2)[0, 0, 0].item() == pytest.approx(grey, abs=1)
+
+
+def test_hidden_files_are_skipped_and_nested_folders_are_not(tmp_path):
+    write(tmp_path / "train", {"a": 3, "b/left": 2, "b/right/far": 2, "b/.thumbnails": 1, ".hidden": 2})
+    for name in (".DS_Store", "a/.DS_Store", "a/._0.png", "a/notes.txt", "b/left/._0.png"):
+        (tmp_path / "train" / name).write_bytes(b"no image")
+    write(tmp_path / "test", {"a": 1, "b": 1})
+    images, _ = parts(tmp_path)
+    assert images.classes == ("a", "b")
+    assert values(images) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_an_empty_class_is_named(tmp_path):
+    write(tmp_path, {"a": 3, "b": 3, "c": 0})
+    (tmp_path / "c" / ".DS_Store").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"Expected images in .*/c, one folder a class, but got none \(.*\); add some, or take the folder away"):
+        data.load(f"folder:{tmp_path}", "train")
+
+
+def broken_files(folder: Path) -> dict[str, bytes]:
+    """Files that begin as images do, and are none."""
+    found = {"empty.png": b"", "text.jpg": b"hello"}
+    for suffix in ("png", "jpg", "bmp", "tif", "webp"):
+        Image.effect_noise((40, 40), 60).convert("RGB").save(folder / f"whole.{suffix}")
+        found[f"half.{suffix}"] = (folder / f"whole.{suffix}").read_bytes()[: (folder / f"whole.{suffix}").stat().st_size // 2]
+    return found
+
+
+def test_a_broken_image_is_named(tmp_path):
+    for name, content in broken_files(tmp_path).items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"Expected an image file at {tmp_path / name}, but got: ."):
+            data.read_image(tmp_path / name, 3, 8)

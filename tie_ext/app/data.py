@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.support.checks import check_number
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """The paper's six sets."""
@@ -296,20 +300,42 @@ def _read(classes: tuple[str, ...], files: Sequence[tuple[Path, int]], channels:
 def read_image(path: str | os.PathLike, channels: int, size: int) -> Tensor:
     """One image file as uint8 ``(C, S, S)``.
 
+    16 bits become 8 over their full range. Transparency is dropped, as torchvision's and OpenOOD's loaders drop it: a clear pixel shows the
+    colour that it is stored with. Of an animation, or a file of several pages, the first image is taken.
+
+    Arguments:
+        path: The file.
+        channels: 1 (luma of colour images) or 3 (grey ones repeated).
+        size: Height and width to bring it to, bilinear.
+
     Raises:
-        ValueError: If it is not an image that Pillow can read.
+        ValueError: If it is not an image that Pillow can read, or its pixels are neither 8 nor 16 bits.
     """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            mode = image.convert("L" if channels == 1 else "RGB")
-            if mode.size != (size, size):
-                mode = mode.resize((size, size), Image.Resampling.BILINEAR)
-            array = np.array(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Expected an image file at {path}, but got: {error}") from error
+            eight = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+            if eight.size != (size, size):
+                eight = eight.resize((size, size), Image.Resampling.BILINEAR)
+            array = np.array(eight)
+    except Exception as error:  # which depends on the byte that Pillow trips over: OSError, SyntaxError, struct.error, KeyError, ...
+        raise ValueError(f"Expected an image file at {path}, but got: {error or type(error).__name__}") from error
     return torch.from_numpy(array).reshape(size, size, channels).permute(2, 0, 1)
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """An image that Pillow converts to grey or colour as it should."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("floating-point pixels (mode F), of which black and white are not known; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which older Pillows open as 32; its own conversion cuts all above 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixels in [{values.min()}, {values.max()}], outside [0, 65535]; save it with 8 or 16 bits")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGBA") if image.mode in ("P", "PA") else image  # else Pillow warns of a palette with transparency
 
 
 def reshape(x: Tensor, channels: int, size: int) -> Tensor:
