@@ -10,6 +10,7 @@ RUN/scores.safetensors     test scores of the ID set and each OOD set
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -28,6 +29,17 @@ from tie_ext.support.modules import frozen
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.training import TIETrainer
+
+_WRITTEN = (
+    "training.safetensors",
+    "network.safetensors",
+    "scores.safetensors",
+    "report.html",
+    "epochs/[0-9][0-9][0-9][0-9].safetensors",
+    *(f"figures/{name}.png" for name in ("inversions", "inversion_grid", "outliers_*", "metrics", "features", "curves_*", "scores_*")),
+    "run.json",
+)
+"""What a run and its report write."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +114,26 @@ def train_run(
         FileNotFoundError: If there is no run to go on with.
         OSError: If a file cannot be written; earlier results are intact.
     """
-    folder = Path(folder)
+    folder, new = Path(folder), settings is not None
     if settings is None:
         settings = read_settings(folder)
     elif (folder / "training.safetensors").exists():
-        raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
+        with locked(folder):  # as one that another process is at is not there to go on with
+            _refuse_a_run(folder)
     if settings.backbone not in BACKBONES:
         raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, but got {settings.backbone!r}")
     images, test, ood = load_images(settings)
     if say is not None and test.note:
         say(test.note)
     with locked(folder):
+        if new:
+            _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
         return _train(folder, settings, images, test, ood, device, progress)
+
+
+def _refuse_a_run(folder: Path) -> None:
+    if (folder / "training.safetensors").exists():
+        raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
 
 
 def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str, progress: bool) -> dict:
@@ -123,9 +143,9 @@ def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet
     trainer = settings.recipe.trainer(net, progress)
     if (folder / "training.safetensors").exists():
         trainer.load(folder / "training.safetensors")
+    batches = training_batches(images, settings.batch_size, settings.shift)  # before anything is written: it looks at the settings
     about = {"test_images": test.note} if test.note else {}
     save_settings(folder, settings, trainer.device, about)
-    batches = training_batches(images, settings.batch_size, settings.shift)
     while len(trainer.log) < settings.recipe.config.epochs:
         trainer.epoch(batches)
         save_snapshot(folder, trainer, test)
@@ -134,6 +154,29 @@ def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet
     numbers, scores = evaluate(net.eval(), test, ood, images)
     save_state(folder / "scores.safetensors", "scores", {"TIE": scores["score"]})
     return finish(folder, settings, trainer, numbers, about)
+
+
+def written(folder: str | os.PathLike) -> list[Path]:
+    """What a run and its report have written into a folder; ``run.json``, which says what the others are, last."""
+    return [file for pattern in _WRITTEN for file in sorted(Path(folder).glob(pattern))]
+
+
+def clear(folder: str | os.PathLike) -> None:
+    """Delete what a run and its report have written, and nothing else that lies there; the lock stays, as others may wait for it.
+
+    Arguments:
+        folder: The run folder.
+
+    Raises:
+        ValueError: If another process is at it.
+        OSError: If a file cannot be deleted.
+    """
+    with locked(folder):
+        for file in written(folder):
+            file.unlink()
+        for name in ("epochs", "figures"):
+            with suppress(OSError):  # not there, or somebody else's files are in it
+                (Path(folder) / name).rmdir()
 
 
 def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping, about: Mapping) -> dict:
@@ -154,7 +197,7 @@ def read_settings(folder: Path) -> RunSettings:
 
     Raises:
         FileNotFoundError: If the folder holds no run.
-        ValueError: If its ``run.json`` is not one.
+        ValueError: If its ``run.json`` is not one, or is of an earlier version.
     """
     path = folder / "run.json"
     if not path.is_file():
@@ -162,9 +205,14 @@ def read_settings(folder: Path) -> RunSettings:
     try:
         raw = json.loads(path.read_text())["settings"]
         known = {f.name: raw[f.name] for f in fields(RunSettings) if f.name in raw}
-        return RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
+        earlier = "config" in raw and "recipe" not in raw  # as 0.1.0 wrote them
+        settings = None if earlier else RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Expected the settings of a run in {path}, but got: {error!r}") from error
+    if settings is None:
+        hint = "finish it with that version, or begin anew in another folder"
+        raise ValueError(f"Expected a run of this version of tie_ext in {folder}, but got one that an earlier version made; {hint}")
+    return settings
 
 
 @torch.no_grad()
