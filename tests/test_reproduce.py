@@ -186,7 +186,7 @@ def test_the_command_line_runs_it(root, tmp_path, capsys):
     assert main(arguments) == 0
     assert (tmp_path / "cells" / "fashionmnist-allx1-white-seed3.json").exists()
     assert "tables.md" in capsys.readouterr().out
-    assert main([*arguments[: -len(small)], "--methods", "magic"]) == 1
+    assert main([*arguments[: -len(small)], "--methods", "magic"]) == 2
     (tmp_path / "cells" / "x.json").write_text("{}")
     assert main(arguments) == 1
     assert "Expected a cell" in capsys.readouterr().err

@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tie_ext.app.cli import main
+from tie_ext import TIENet, TIETrainer
+from tie_ext.app import cli, data, report
+from tie_ext.app.cli import DEMO, main
+from tie_ext.app.run import written
+from tie_ext.bench import comparison
+from tie_ext.support.files import load_state, locked, write_atomically
 
 Image = pytest.importorskip("PIL.Image")
 FAST = ["--epochs", "3", "--candidates-per-class", "5", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
@@ -34,6 +41,10 @@ def folder(tmp_path_factory):
 
 def train(folder, out, *more):
     return ["train", "--data", f"folder:{folder}", "--size", "28", "--out", str(out), "--backbone", "conv3", *FAST, *more]
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +92,7 @@ def test_score_by_a_threshold_rejects_no_more_test_images_than_asked(run, folder
 
 
 def test_report_is_one_page_that_needs_nothing_else(run, capsys):
+    assert (run / ".lock").exists()  # which a report passes over
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 6
@@ -88,6 +100,7 @@ def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert "AUROC" in page
     assert "ID rejected" in page
     assert {"inversions.png", "metrics.png", "features.png", "curves_TIE.png"} <= {p.name for p in (run / "figures").iterdir()}
+    assert {path for path in run.rglob("*") if path.is_file()} - {run / ".lock"} == set(written(run))
 
 
 @pytest.mark.parametrize("command", ["train", "reproduce"])
@@ -148,7 +161,6 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
         (["score", "RUN", "missing.png"], "Expected an image file at missing.png"),
         (["score", "nowhere", "x.png"], "Expected a tie_ext network file at"),
         (["score", "RUN", "x.png", "--false-alarm", "0.01"], "Expected at least 99 ID images"),
-        (["score", "RUN", "x.png", "--false-alarm", "2"], "Expected false_alarm to be a number in (0, 1]"),
         (["score", "ALONE", "x.png", "--false-alarm", "0.1"], "Expected a tie_ext scores file at"),
         (["report", "nowhere"], "Expected a run with a run.json"),
         (["train", "--resume", "nowhere"], "Expected a run with a run.json"),
@@ -171,21 +183,44 @@ def test_what_is_wrong_is_said_in_one_line(run, capsys, tmp_path, monkeypatch, a
     ("arguments", "message"),
     [
         (["train", "--data", "mnist"], "Expected --data and --out"),
+        (["train", "--data", "mnist", "--out", "new", "--images", "0"], "Expected --images to be an integer in [1, "),
+        (["train", "--data", "mnist", "--out", "new", "--size", "0"], "Expected --size to be an integer in [1, "),
+        (["train", "--data", "mnist", "--out", "new", "--batch-size", "0"], "Expected --batch-size to be an integer in [1, "),
+        (["train", "--data", "mnist", "--out", "new", "--shift", "-1"], "Expected --shift to be an integer in [0, "),
+        (
+            ["train", "--data", "mnist", "--out", "new", "--device", "abacus"],
+            "Expected --device to be one that torch has here, as cpu",
+        ),
         (["train", "--data", "mnist", "--out", "new", "--lr", "0"], "Expected lr to be a number in (0, 1]"),
         (["train", "--data", "mnist", "--out", "new", "--inversion-steps", "0"], "Expected steps to be an integer in [1, 1000000]"),
         (["train", "--data", "mnist", "--out", "new", "--synthesizer", "white", "--inversion-steps", "3"], "Expected --synthesizer inversion beside"),
         (["train", "--data", "mnist", "--out", "new", "--synthesizer", "magic"], "Expected a synthesizer, one of inversion"),
         (["train", "--resume", "RUN", "--epochs", "3"], "Expected --resume RUN alone or with --device, but got --epochs too"),
         (["train", "--resume", "RUN", "--data", "mnist", "--lr", "0.1"], "but got --data, --lr too"),
+        (["score", "RUN", "x.png", "--false-alarm", "2"], "Expected --false-alarm to be a number in (0, 1], but got 2.0"),
+        (["score", "RUN", "x.png", "--false-alarm", "0"], "Expected --false-alarm to be a number in (0, 1], but got 0.0"),
+        (["score", "RUN", "x.png", "--false-alarm", "nan"], "Expected --false-alarm to be a number in (0, 1], but got nan"),
+        (["demo", "--out", "new", "--seed", "-1"], "Expected --seed to be an integer in [0, "),
+        (["reproduce", "--out", "new", "--methods", "tie", "magic"], "Expected a method, one of tie, "),
+        (["reproduce", "--out", "new", "--data", "mnist", "imagenette"], "Expected a data set, one of mnist, "),
+        (["reproduce", "--out", "new", "--seeds", "0", "-1"], "Expected --seeds to be an integer in [0, "),
+        (["reproduce", "--out", "new", "--images", "0"], "Expected --images to be an integer in [1, "),
+        (["reproduce", "--out", "new", "--device", "abacus"], "Expected --device to be one that torch has here"),
     ],
 )
 def test_wrong_flags_exit_as_argparse_does(run, capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert main([a.replace("RUN", str(run)) for a in arguments]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["magic"], ["train", "--epochs", "many"], ["report"], ["score", "run"], ["score", "run", "x", "--no"]])
+def test_what_argparse_refuses_exits_so_too(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "--epochs", "many"])
+        main(arguments)
     assert stopped.value.code == 2
 
 
@@ -199,8 +234,6 @@ def test_a_threshold_is_found_beside_the_networks_file_too(run, folder, capsys):
 
 
 def test_the_demo_set_is_real_and_split(recwarn):
-    from tie_ext.app import data
-
     train, test, ood = data.demo()
     assert train.shape == test.shape == (1, 28, 28)
     assert len(train) + len(test) == 1797
@@ -209,10 +242,226 @@ def test_the_demo_set_is_real_and_split(recwarn):
 
 
 def test_mnist_loads_from_where_it_lies(data_root):
-    from tie_ext.app import data
-
     train = data.load("mnist", "train", data_root)
     assert (len(train), train.shape, len(train.classes)) == (60_000, (1, 28, 28), 10)
     colour = data.load("mnist", "test", data_root, (3, 32, 32))
     assert colour.shape == (3, 32, 32)
     assert torch.equal(colour.x[:, 0], colour.x[:, 1])
+
+
+def test_images_are_held_out_of_a_folder_without_splits_and_the_same_on_resume(tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(0)
+    for label, low in (("dark", 0), ("bright", 128)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(rng.integers(low, low + 128, (28, 28), dtype=np.uint8)).save(tmp_path / "images" / label / f"{i}.png")
+    path, epoch = tmp_path / "images", TIETrainer.epoch
+    line = f"{path} has no train/ and test/: 16 images to train on, 4 held out (one in five of each class, seed 3)"
+    assert main(train(path, tmp_path / "whole", "--seed", "3")) == 0
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    held_out = data.load(f"folder:{path}", "test", shape=(3, 28, 28), seed=3)
+    net = TIENet.load(tmp_path / "whole" / "network.safetensors")
+    kept = load_state(tmp_path / "whole" / "scores.safetensors", "scores")["TIE"]["id"]
+    assert torch.allclose(kept, net.decide(held_out.x.float() / 255).score, atol=1e-5)
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["test_images"] == line
+    with monkeypatch.context() as patched:
+        patched.setattr(TIETrainer, "epoch", lambda self, batches: stop() if self.log else epoch(self, batches))
+        assert main(train(path, tmp_path / "stopped", "--seed", "3")) == 130
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "stopped")]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    for name in ("network.safetensors", "scores.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("content", ["nothing", "one broken image", "broken images alone"])
+def test_images_that_cannot_be_read_are_named_before_any_training(split, content, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TIETrainer, "epoch", lambda *_: pytest.fail("training began"))
+    shutil.copytree(folder, tmp_path / "images")
+    place = tmp_path / "images" / split / "dark"
+    for i, file in enumerate(sorted(place.iterdir())):
+        if content == "nothing":
+            file.unlink()
+        elif content == "broken images alone" or i == 3:
+            file.write_bytes(b"no image")
+    named = {"nothing": place, "one broken image": place / "11.png" if split == "train" else place / "3.png", "broken images alone": place / "0.png"}
+    assert main(train(tmp_path / "images", tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("tie-ext: Expected image") or error.startswith("tie-ext: Expected an image file")
+    assert str(named[content]) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """A demo of two epochs on drawn stripes, and the command that runs it into a folder."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 100, (36, 1, 28, 28), dtype=torch.uint8, generator=rng)
+    y = torch.arange(36) % 3
+    for i, label in enumerate(y.tolist()):
+        x[i, :, 8 * label : 8 * label + 8] += 150
+    sets = {"noise": data.noise("gaussian", 12, (1, 28, 28))}
+    monkeypatch.setattr(data, "demo", lambda: (data.ImageSet(x[:24], y[:24], tuple("abc")), data.ImageSet(x[24:], y[24:], tuple("abc")), sets))
+    config = replace(DEMO.config, epochs=2, candidates_per_class=5, pool_size=40)
+    monkeypatch.setattr(cli, "DEMO", replace(DEMO, config=config, synthesizers={"inversion": {"steps": 2, "width": 4}}))
+
+    def page(out):
+        for name in ("figures/metrics.png", "report.html"):
+            write_atomically(out / name, b"drawn")
+
+    monkeypatch.setattr(report, "write_report", page)  # which takes longer than all else
+    return lambda out, *more: main(["demo", "--out", str(out), *more])
+
+
+def listed(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+def test_a_demo_gives_way_to_the_next_and_leaves_other_peoples_files(small_demo, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert small_demo(out) == 0
+    first = listed(out)
+    mine = ["notes.txt", "epochs/mine.safetensors", "epochs/0001.txt", "figures/holiday.png", "more/run.json", "network.safetensors.old"]
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    assert small_demo(out, "--seed", "1") == 0
+    second = listed(out)
+    assert {name: second.pop(name) for name in mine} == dict.fromkeys(mine, b"mine")
+    assert second.keys() == first.keys()
+    assert json.loads((out / "run.json").read_text())["settings"]["recipe"]["config"]["seed"] == 1
+    assert second["network.safetensors"] != first["network.safetensors"]
+
+
+@pytest.mark.parametrize("when", ["in the first epoch", "in the second epoch", "after training", "while the one before was cleared away"])
+def test_a_demo_that_was_stopped_can_be_run_again(when, small_demo, tmp_path, monkeypatch):
+    out, epoch, unlink = tmp_path / "demo", TIETrainer.epoch, Path.unlink
+    with monkeypatch.context() as patched:
+        if when == "while the one before was cleared away":
+            assert small_demo(out) == 0
+            patched.setattr(Path, "unlink", lambda self, **how: stop() if self.name == "report.html" else unlink(self, **how))
+        elif when == "after training":
+            patched.setattr(comparison, "train_method", stop)
+        else:
+            done = int(when == "in the second epoch")
+            patched.setattr(TIETrainer, "epoch", lambda self, batches: stop() if len(self.log) == done else epoch(self, batches))
+        assert small_demo(out) == 130
+    assert small_demo(out) == 0
+    assert "comparison" in json.loads((out / "run.json").read_text())
+
+
+@pytest.mark.parametrize("content", ["a run", "a run on the demo's images", "no run", "a run.json of something else", "an unreadable run.json"])
+def test_a_demo_touches_no_folder_of_anything_else(content, small_demo, run, tmp_path, capsys):
+    out = tmp_path / "precious"
+    if content == "a run":
+        shutil.copytree(run, out)
+    elif content == "a run on the demo's images":
+        assert main(["train", "--data", "demo", "--out", str(out), "--backbone", "conv3", *FAST]) == 0
+    else:
+        out.mkdir()
+        if content == "no run":
+            (out / "network.safetensors").write_text("mine")
+        else:
+            (out / "run.json").write_text('{"settings": {"data": "marathon"}}' if "else" in content else "42 km")
+    before = listed(out)
+    assert small_demo(out) == 1
+    error = capsys.readouterr().err
+    assert f"Expected a folder for the demo, but got {out}, which holds {'network.safetensors' if content == 'no run' else 'run.json'}" in error
+    assert error.count("\n") == 1
+    assert listed(out) == before
+
+
+def test_a_finished_demo_of_an_earlier_version_gives_way(small_demo, tmp_path):
+    out = tmp_path / "demo"
+    assert small_demo(out) == 0
+    of_earlier_version(out)
+    assert small_demo(out) == 0
+    assert "recipe" in json.loads((out / "run.json").read_text())["settings"]
+
+
+def test_a_demo_waits_for_nobody(small_demo, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert small_demo(out) == 0
+    before = listed(out)
+    with locked(out):
+        assert small_demo(out) == 1
+    assert f"Expected {out} to be free" in capsys.readouterr().err
+    assert listed(out) == before
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from tie_ext import TIETrainer
+from tie_ext.app.cli import main
+
+gate, epoch = Path(sys.argv[1]), TIETrainer.epoch
+
+def held(self, batches):
+    (gate / f"at {len(self.log)}").touch()
+    while not (gate / f"go {len(self.log)}").exists():
+        time.sleep(0.01)
+    return epoch(self, batches)
+
+TIETrainer.epoch = held
+sys.exit(main(sys.argv[2:]))
+"""
+"""The command line, which begins an epoch when it is told to."""
+
+
+def test_one_process_at_a_time_is_at_a_run(run, folder, tmp_path, capsys):
+    out, gate = tmp_path / "busy", tmp_path
+    first = subprocess.Popen([sys.executable, "-c", HELD, str(gate), *train(folder, out)], stdout=subprocess.PIPE, text=True)
+    try:
+        for done, attempts in enumerate([[train(folder, out)], [train(folder, out), ["train", "--resume", str(out)]], []]):
+            while not (gate / f"at {done}").exists() and first.poll() is None:
+                time.sleep(0.01)
+            for attempt in attempts:
+                assert main(attempt) == 1
+                said = f"Expected {out} to be free, but got a folder that another process is writing a run to; wait for it, or stop it"
+                assert capsys.readouterr().err == f"tie-ext: {said}\n"
+            (gate / f"go {done}").touch()
+        printed, _ = first.communicate(timeout=120)
+    finally:
+        first.kill()
+        first.wait()
+    assert first.returncode == 0
+    assert f"run: {out}" in printed
+    for name in ("network.safetensors", "scores.safetensors"):
+        assert (out / name).read_bytes() == (run / name).read_bytes()
+
+
+def of_earlier_version(run):
+    """Give a run the settings as 0.1.0 wrote them."""
+    record = json.loads((run / "run.json").read_text())
+    settings = {name: value for name, value in record["settings"].items() if name != "recipe"}
+    config = {"epochs": 3, "lr": 0.001, "lam": 2.0, "candidates_per_class": 5, "pool_size": 40, "prior": "multiscale", "synthesizer": "inversion"}
+    config |= {"garbage_weight": 1.0, "garbage_shift": 0, "objective": "garbage", "generator_steps": 2, "generator_lr": 0.001, "generator_width": 4}
+    config |= {"alpha": 0.1, "beta": 1.0, "gamma_start": 1.0, "gamma_end": 1.0, "code_margin": 0.0, "precision": "float32", "seed": 0}
+    (run / "run.json").write_text(json.dumps({**record, "settings": {**settings, "config": config}}))
+
+
+def test_a_run_of_an_earlier_version_is_read_and_not_gone_on_with(run, folder, tmp_path, capsys):
+    old = shutil.copytree(run, tmp_path / "old")
+    of_earlier_version(old)
+    image = str(folder / "test" / "dark" / "0.png")
+    for more in ([], ["--false-alarm", "0.25"]):
+        rows = []
+        for place in (old, run):
+            assert main(["score", str(place), image, *more]) == 0
+            rows.append(capsys.readouterr().out)
+        assert rows[0] == rows[1]
+    (old / "report.html").unlink(missing_ok=True)
+    assert main(["report", str(old)]) == 0
+    page = (old / "report.html").read_text()
+    assert "code_margin" in page
+    assert page.count("<figure>") == 6
+    before = listed(old)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(old)]) == 1
+    error = capsys.readouterr().err
+    assert "but got one that an earlier version made; finish it with that version, or begin anew in another folder" in error
+    assert error.count("\n") == 1
+    assert listed(old) == before

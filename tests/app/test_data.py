@@ -1,11 +1,17 @@
-"""Image sets: parts of them, what training sees of them, noise."""
+"""Image sets: how folders are read and split, parts of them, what training sees of them, noise."""
 
+import itertools
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tie_ext.app import data
 from tie_ext.app.data import ImageBatches, ImageSet, training_batches
+
+Image = pytest.importorskip("PIL.Image")
 
 
 def images(count: int = 20, size: int = 28) -> ImageSet:
@@ -50,7 +56,6 @@ def test_some_classes_and_the_others_are_the_whole():
 
 
 def test_some_classes_of_a_named_set(tmp_path):
-    Image = pytest.importorskip("PIL.Image")
     for label in range(4):
         (tmp_path / "mnist" / "train" / str(label)).mkdir(parents=True)
         Image.new("L", (28, 28), 10 * label).save(tmp_path / "mnist" / "train" / str(label) / "0.png")
@@ -79,3 +84,205 @@ def test_noise_is_the_same_for_the_same_seed(kind):
 def test_unknown_noise_is_refused():
     with pytest.raises(ValueError, match="Expected kind to be 'gaussian', 'uniform' or 'sphere', but got 'pink'"):
         data.noise("pink", 1, (1, 28, 28))
+
+
+def write(folder: Path, counts: dict[str, int], size: int = 4) -> Path:
+    """Grey images in ``folder/CLASS/i.png``, each of a value of its own."""
+    value = itertools.count()
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (size, size), next(value)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def values(images: ImageSet) -> list[int]:
+    return images.x[:, 0, 0, 0].tolist()
+
+
+def parts(path: Path, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    train, test = (data.load(f"folder:{path}", split, shape=(1, 4, 4), seed=seed) for split in ("train", "test"))
+    return train, test
+
+
+def test_a_folder_without_splits_is_split_one_in_five_of_each_class(tmp_path):
+    train, test = parts(write(tmp_path / "set", {"a": 50, "b": 11, "c": 2}))
+    assert train.classes == test.classes == ("a", "b", "c")
+    assert train.y.bincount().tolist() == [40, 9, 1]
+    assert test.y.bincount().tolist() == [10, 2, 1]
+    assert sorted(values(train) + values(test)) == list(range(63))
+    said = f"{tmp_path / 'set'} has no train/ and test/: 50 images to train on, 13 held out (one in five of each class, seed 0)"
+    assert (train.note, test.note) == ("", said)
+
+
+def test_a_split_is_the_seeds_and_not_the_disks(tmp_path, monkeypatch):
+    path = write(tmp_path / "set", {"a": 20, "b": 20})
+    first = [values(part) for part in parts(path)]
+    for listing in ("iterdir", "rglob"):
+        ordered = getattr(Path, listing)
+        monkeypatch.setattr(Path, listing, lambda self, *a, ordered=ordered: iter(list(ordered(self, *a))[::-1]))
+    assert [values(part) for part in parts(path)] == first
+    assert [values(part) for part in parts(path.rename(tmp_path / "moved"))] == first
+    assert [values(part) for part in parts(tmp_path / "moved", seed=1)] != first
+    assert first[1] != list(range(4)) + list(range(20, 24))
+
+
+def test_a_class_of_one_image_is_trained_on_and_said(tmp_path):
+    train, test = parts(write(tmp_path / "set", {"a": 6, "one": 1, "two": 2}))
+    assert train.y.bincount().tolist() == [5, 1, 1]
+    assert test.y.tolist() == [0, 2]
+    assert test.note.endswith("(one in five of each class, seed 0); no test image of one, of which there is one image")
+    with pytest.raises(ValueError, match=r"Expected a class of two images or more below .*, to hold one out, but got one image of each"):
+        parts(write(tmp_path / "ones", {"a": 1, "b": 1}))
+
+
+def test_training_images_alone_are_split_too(tmp_path):
+    write(tmp_path / "train", {"a": 10, "b": 10})
+    write(tmp_path / "pictures", {"c": 3})
+    train, test = parts(tmp_path)
+    assert (len(train), len(test)) == (16, 4)
+    assert test.note.startswith(f"{tmp_path} has train/ and no test/: 16 images to train on, 4 held out")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("place", ["folder", "named"])
+def test_validation_images_are_the_test_set_where_there_is_no_other(name, place, tmp_path):
+    path = tmp_path / "birds"
+    write(path / "train", {"a": 3, "b": 2})
+    write(path / name, {"a": 1, "b": 2})
+    called = f"folder:{path}" if place == "folder" else "birds"
+    train, test = (data.load(called, split, tmp_path, (1, 4, 4)) for split in ("train", "test"))
+    assert train.classes == test.classes == ("a", "b")
+    assert (len(train), len(test)) == (5, 3)
+    assert test.note == f"{path} has no test/: the 3 images of {name}/ are the test set"
+    write(path / "test", {"a": 4, "b": 4})
+    assert len(test := data.load(called, "test", tmp_path, (1, 4, 4))) == 8
+    assert test.note == ""
+
+
+@pytest.mark.parametrize("place", ["folder", "named"])
+def test_test_images_alone_cannot_be_trained_on(place, tmp_path):
+    write(tmp_path / "birds" / "test", {"a": 2, "b": 2})
+    called = f"folder:{tmp_path / 'birds'}" if place == "folder" else "birds"
+    assert len(data.load(called, "test", tmp_path)) == 4
+    with pytest.raises(ValueError, match=r"Expected training images in .*birds/train, beside .*birds/test, but got no such folder"):
+        data.load(called, "train", tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    train, test = parts(write(tmp_path / "set", {"bus": 5, "train": 5}))
+    assert train.classes == test.classes == ("bus", "train")
+    with pytest.raises(ValueError, match=r"Expected images in folders, one a class, below .*/flat/train, but got none"):
+        parts(write(tmp_path / "flat", {"train": 5, "test": 5}))
+
+
+def test_of_an_ood_set_all_images_are_used_unless_it_has_a_test_set(tmp_path):
+    path = write(tmp_path / "set", {"a": 5, "b": 1})
+    assert len(data.load(f"folder:{path}", "ood")) == 6
+    write(tmp_path / "split" / "train", {"a": 3})
+    assert len(data.load(f"folder:{tmp_path / 'split'}", "ood")) == 3
+    write(tmp_path / "split" / "val", {"a": 2})
+    assert len(data.load(f"folder:{tmp_path / 'split'}", "ood")) == 2
+
+
+def test_parts_of_a_set_keep_what_is_said_of_it(tmp_path):
+    _, test = parts(write(tmp_path / "set", {"a": 10, "b": 10}))
+    assert test.first(2).note == test.classes_between(1, 1).note == test.note != ""
+
+
+GREY16 = np.array([[0, 257 * 10], [257 * 200 + 128, 65535]], dtype=np.uint16)
+"""0, 10, 200 and 255 of 255, in 16 bits."""
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("<u2", "png"), ("<u2", "tif"), (">u2", "tif"), ("<i4", "tif")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_eight(kind, suffix, channels, tmp_path):
+    Image.fromarray(GREY16.astype(kind)).save(tmp_path / f"x.{suffix}")
+    x = data.read_image(tmp_path / f"x.{suffix}", channels, 2)
+    assert x.dtype == torch.uint8
+    assert x.tolist() == [[[0, 10], [200, 255]]] * channels
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_every_mode_that_sixteen_bits_are_opened_in_is_known(mode, tmp_path, monkeypatch):
+    image = Image.fromarray(GREY16.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]))
+    assert image.mode == mode
+    monkeypatch.setattr(Image, "open", lambda _: image)
+    assert data.read_image("x.png", 1, 2).flatten().tolist() == [0, 10, 200, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            np.full((2, 2), 0.5, dtype=np.float32),
+            r"floating-point pixels \(mode F\), of which black and white are not known; save it",
+        ),
+        (np.full((2, 2), 65536, dtype=np.int32), r"pixels in \[65536, 65536\], outside \[0, 65535\]; save it with 8 or 16 bits"),
+        (np.full((2, 2), -1, dtype=np.int32), r"pixels in \[-1, -1\], outside \[0, 65535\]"),
+    ],
+)
+def test_pixels_of_no_known_range_are_refused(values, reason, tmp_path):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=rf"Expected an image file at .*x\.tif, but got: {reason}"):
+        data.read_image(tmp_path / "x.tif", 3, 2)
+
+
+def palette(alpha: int | bytes) -> tuple:
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image, "png", {"transparency": alpha}
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "options", "colour"),
+    [
+        (*palette(0), (200, 100, 50)),
+        (*palette(1), (200, 100, 50)),
+        (*palette(bytes([255, 128])), (200, 100, 50)),
+        (Image.new("RGBA", (2, 2), (200, 100, 50, 0)), "png", {}, (200, 100, 50)),
+        (Image.new("LA", (2, 2), (90, 0)), "png", {}, (90, 90, 90)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "tif", {}, (255, 0, 0)),
+        (Image.new("1", (2, 2), 1), "png", {}, (255, 255, 255)),
+        (Image.new("1", (2, 2), 0), "png", {}, (0, 0, 0)),
+    ],
+    ids=["palette", "clear palette", "half-clear palette", "RGBA", "LA", "CMYK", "white bit", "black bit"],
+)
+def test_every_kind_of_image_keeps_its_colour_and_loses_its_transparency(image, suffix, options, colour, tmp_path):
+    image.save(tmp_path / f"x.{suffix}", **options)
+    assert data.read_image(tmp_path / f"x.{suffix}", 3, 2)[:, 0, 0].tolist() == list(colour)
+    grey = round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
+    assert data.read_image(tmp_path / f"x.{suffix}", 1, 2)[0, 0, 0].item() == pytest.approx(grey, abs=1)
+
+
+def test_hidden_files_are_skipped_and_nested_folders_are_not(tmp_path):
+    write(tmp_path / "train", {"a": 3, "b/left": 2, "b/right/far": 2, "b/.thumbnails": 1, ".hidden": 2})
+    for name in (".DS_Store", "a/.DS_Store", "a/._0.png", "a/notes.txt", "b/left/._0.png"):
+        (tmp_path / "train" / name).write_bytes(b"no image")
+    write(tmp_path / "test", {"a": 1, "b": 1})
+    images, _ = parts(tmp_path)
+    assert images.classes == ("a", "b")
+    assert values(images) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_an_empty_class_is_named(tmp_path):
+    write(tmp_path, {"a": 3, "b": 3, "c": 0})
+    (tmp_path / "c" / ".DS_Store").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"Expected images in .*/c, one folder a class, but got none \(.*\); add some, or take the folder away"):
+        data.load(f"folder:{tmp_path}", "train")
+
+
+def broken_files(folder: Path) -> dict[str, bytes]:
+    """Files that begin as images do, and are none."""
+    found = {"empty.png": b"", "text.jpg": b"hello"}
+    for suffix in ("png", "jpg", "bmp", "tif", "webp"):
+        Image.effect_noise((40, 40), 60).convert("RGB").save(folder / f"whole.{suffix}")
+        found[f"half.{suffix}"] = (folder / f"whole.{suffix}").read_bytes()[: (folder / f"whole.{suffix}").stat().st_size // 2]
+    return found
+
+
+def test_a_broken_image_is_named(tmp_path):
+    for name, content in broken_files(tmp_path).items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"Expected an image file at {tmp_path / name}, but got: ."):
+            data.read_image(tmp_path / name, 3, 8)

@@ -3,13 +3,13 @@
 import argparse
 import csv
 import json
-import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,18 +22,33 @@ from tie_ext.network import TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
 from tie_ext.recipe import PRIORS, Recipe, names
+from tie_ext.support.checks import check_number
 from tie_ext.support.files import load_state
 from tie_ext.support.settings import Settings
+
+if TYPE_CHECKING:
+    from tie_ext.app.run import RunSettings
 
 # 1348 small images: fewer of everything. Digits of 8x8 pixels fill the image, so they are not shifted; without the shift garbage of full weight
 # costs ID accuracy, and tau, which comes from training images then known by heart, needs a larger lambda (docs/ledger.md).
 DEMO = Recipe(TIEConfig(epochs=10, lam=5.0, garbage_weight=0.1, candidates_per_class=100, pool_size=1000), {"inversion": {"steps": 40, "width": 16}})
+FOLDERS = """folder:PATH is a folder of images: PATH/train/CLASS/* and PATH/test/CLASS/* (or val, valid, validation). Without test images one image in
+five of each class is held out as such, also where the classes lie in PATH itself; the seed says which."""
 METHODS = {"inversion": InversionSettings}
 """Synthesizers whose settings are flags; those of the others are their defaults."""
 
 
 class UsageError(ValueError):
     """Flags that do not go together, or have a value out of range."""
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What is refused inside is a flag's value."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(error) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     # Flags that were not given are left out, so that --resume can tell.
-    train = commands.add_parser("train", help="train TIE on a data set", argument_default=argparse.SUPPRESS)
-    train.add_argument("--data", help="mnist, fashionmnist, svhn, cifar10, cifar100, tinyimagenet or folder:PATH")
+    train = commands.add_parser("train", help="train TIE on a data set", epilog=FOLDERS, argument_default=argparse.SUPPRESS)
+    train.add_argument("--data", help="mnist, fashionmnist, svhn, cifar10, cifar100, tinyimagenet or folder:PATH (see below)")
     train.add_argument("--out", type=Path, help="run folder")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
     train.add_argument("--root", help="where the named sets lie (default: data)")
@@ -148,7 +163,7 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     Raises:
         UsageError: If a value is out of range.
     """
-    try:
+    with _usage():
         config = TIEConfig(**{f.name: given[f.name] for f in fields(TIEConfig) if f.name in given})
         proposed: dict[str, dict] = {name: {} for name in names(given.get("synthesizer", "inversion"))}
         for name, settings in METHODS.items():
@@ -159,13 +174,38 @@ def _recipe(given: dict[str, Any]) -> Recipe:
             if changed:
                 proposed[name] = changed
         return Recipe(config, proposed, names(given.get("prior", "multiscale")))
-    except ValueError as error:
-        raise UsageError(error) from error
+
+
+def _check_flags(given: Mapping[str, Any]) -> None:
+    """Refuse counts out of range and a device that is not there, before any data is read.
+
+    Raises:
+        UsageError: With the flag, its range and what came.
+    """
+    with _usage():
+        for name, least in (("images", 1), ("size", 1), ("batch_size", 1), ("shift", 0), ("seed", 0)):
+            if given.get(name) is not None:
+                check_number(f"--{name.replace('_', '-')}", given[name], least, 2**31 - 1, integer=True)
+        try:
+            torch.empty(0, device=given.get("device", "cpu"))
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"Expected --device to be one that torch has here, as cpu, but got {given['device']!r}: {reason}") from error
 
 
 def _reproduce(a: argparse.Namespace) -> None:
-    from tie_ext.bench import reproduce
+    from tie_ext.app import data
+    from tie_ext.bench import comparison, reproduce
 
+    _check_flags(vars(a))
+    with _usage():
+        for method in a.methods or ():
+            comparison.check_method(method)
+        for name in a.data or ():
+            if name.partition(":")[0] not in data.NAMES:
+                raise ValueError(f"Expected a data set, one of {', '.join(data.NAMES)} or some of its classes (NAME:0-4), but got {name!r}")
+        for seed in a.seeds:
+            check_number("--seeds", seed, 0, 2**31 - 1, integer=True)
     chosen = {name: tuple(value) for name, value in (("sets", a.data), ("methods", a.methods), ("seeds", a.seeds)) if value}
     plan = reproduce.Plan(root=a.root, images=a.images, download=a.download, recipe=_recipe(vars(a)), **chosen)
     missing = reproduce.run(plan, a.out, a.device, _interactive())
@@ -180,13 +220,14 @@ def _demo(a: argparse.Namespace) -> None:
     from tie_ext.bench import comparison
     from tie_ext.support.files import save_state, write_json
 
+    _check_flags(vars(a))
     start = time.perf_counter()
     settings = run.RunSettings(data="demo", batch_size=32, shift=0, recipe=replace(DEMO, config=replace(DEMO.config, seed=a.seed)))
-    if (a.out / "run.json").exists():  # the demo of before gives way, nothing else does
-        if run.read_settings(a.out).data != "demo":
-            raise ValueError(f"Expected a folder for the demo, but got {a.out}, which holds another run; give another --out")
-        shutil.rmtree(a.out)
     images, test, ood = run.load_images(settings)
+    if there := run.written(a.out):  # the demo of before gives way, nothing else does
+        if not _is_demo(a.out, settings):
+            raise ValueError(f"Expected a folder for the demo, but got {a.out}, which holds {there[-1].name} of something else; give another --out")
+        run.clear(a.out)
     print(f"{len(images)} digits to train on, {len(test)} to test; OOD: {', '.join(f'{len(s)} {name}' for name, s in ood.items())}")
     record = run.train_run(a.out, settings, progress=_interactive())
     numbers, scores = {"TIE": record["numbers"]}, load_state(a.out / "scores.safetensors", "scores")
@@ -201,9 +242,27 @@ def _demo(a: argparse.Namespace) -> None:
     print(f"report: {report.write_report(a.out)}\ndetector: {a.out / 'network.safetensors'}")
 
 
+def _is_demo(folder: Path, settings: "RunSettings") -> bool:
+    """Whether a folder holds a demo: a finished one, or one that was stopped and has these settings, whatever its seed."""
+    from tie_ext.app import run
+
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        if record["settings"]["data"] != "demo":
+            return False
+        if "comparison" in record:  # by whatever version
+            return True
+        theirs = run.read_settings(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    config = replace(theirs.recipe.config, seed=settings.recipe.config.seed)
+    return replace(theirs, recipe=replace(theirs.recipe, config=config)).record() == settings.record()
+
+
 def _train(a: argparse.Namespace) -> None:
     from tie_ext.app import data, report, run
 
+    _check_flags(vars(a))
     given = {name: value for name, value in vars(a).items() if name not in ("command", "name")}
     device = given.pop("device", "cuda" if torch.cuda.is_available() else "cpu")
     folder, settings = given.get("resume"), None
@@ -218,7 +277,7 @@ def _train(a: argparse.Namespace) -> None:
         settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
         backbone = given.get("backbone") or ("conv3" if data.own_shape(settings.data)[0] == 1 else "conv5")
         settings = replace(settings, backbone=backbone, ood=tuple(settings.ood))
-    record = run.train_run(folder, settings, device, progress=_interactive())
+    record = run.train_run(folder, settings, device, progress=_interactive(), say=print)
     print(report.table(report.result_rows("TIE", record["numbers"])))
     print(f"run: {folder}; pictures: tie-ext report {folder}")
 
@@ -226,6 +285,9 @@ def _train(a: argparse.Namespace) -> None:
 def _score(a: argparse.Namespace) -> None:
     from tie_ext.app import data
 
+    if a.false_alarm is not None:
+        with _usage():
+            check_number("--false-alarm", a.false_alarm, 0, 1, above=True)
     net = TIENet.load(a.run / "network.safetensors" if a.run.is_dir() else a.run)
     folder = a.run if a.run.is_dir() else a.run.parent
     decide = net.decide if a.false_alarm is None else _deciding_at(net, folder / "scores.safetensors", a.false_alarm)

@@ -4,12 +4,14 @@ Images are uint8 ``(N, C, S, S)`` and leave as float in [0, 1]. OOD images are b
 (grey to colour by repeating, colour to grey by ITU-R 601 luma).
 """
 
+import hashlib
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,10 +20,15 @@ from torch import Tensor
 
 from tie_ext.support.checks import check_number
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """The paper's six sets."""
 _TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 _FOLDERS = {"tinyimagenet": ("tinyimagenet", "tin", "tiny-imagenet-200")}
+_TEST = ("test", "val", "valid", "validation")
+"""What a folder of test images may be called; the first that is there is taken."""
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 _SHAPES = {"mnist": (1, 28, 28), "fashionmnist": (1, 28, 28), "tinyimagenet": (3, 64, 64)}
 
@@ -36,6 +43,8 @@ class ImageSet:
     """int64 ``(N,)``; -1 where there are no labels."""
     classes: tuple[str, ...] = ()
     """Name of each class, by label."""
+    note: str = ""
+    """How the test images were come by, where a person has to know."""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -55,7 +64,7 @@ class ImageSet:
             return self
         check_number("count", count, 1, len(self), integer=True)
         keep = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return ImageSet(self.x[keep], self.y[keep], self.classes)
+        return replace(self, x=self.x[keep], y=self.y[keep])
 
     def classes_between(self, first: int, last: int) -> "ImageSet":
         """The images of the classes ``first`` to ``last``, relabelled from 0.
@@ -66,7 +75,7 @@ class ImageSet:
         if not 0 <= first <= last < len(self.classes):
             raise ValueError(f"Expected classes among 0 to {len(self.classes) - 1}, but got {first} to {last}")
         keep = (self.y >= first) & (self.y <= last)
-        return ImageSet(self.x[keep], self.y[keep] - first, self.classes[first : last + 1])
+        return replace(self, x=self.x[keep], y=self.y[keep] - first, classes=self.classes[first : last + 1])
 
     def without(self, labels: Sequence[int]) -> "ImageSet":
         """The images of all other classes, unlabelled: OOD for a network that knows these."""
@@ -131,35 +140,42 @@ def training_batches(images: ImageSet, batch_size: int = 128, shift: int | None 
     return ImageBatches(images, batch_size, shuffle=True, shift=images.shape[-1] // 8 if shift is None else shift)
 
 
-def load(name: str, split: str, root: str | os.PathLike = "data", shape: Sequence[int] | None = None, download: bool = False) -> ImageSet:
+def load(
+    name: str, split: str, root: str | os.PathLike = "data", shape: Sequence[int] | None = None, download: bool = False, seed: int = 0
+) -> ImageSet:
     """A named set, or ``folder:PATH``, brought to a shape.
+
+    A folder without ``test/`` is tested on its ``val/`` (``valid/``, ``validation/``); without that too, one image in five of each class is
+    held out of training. The note of the test set says so.
 
     Arguments:
         name: One of :data:`NAMES`, any folder ``root/NAME/SPLIT/CLASS/*.png``, or ``folder:PATH`` (``PATH/SPLIT/CLASS/*`` or, without
             splits, ``PATH/CLASS/*``). ``NAME:A-B`` is its classes A to B alone, relabelled from 0 (``mnist:0-4``).
-        split: ``train`` or ``test``.
+        split: ``train``, ``test``, or ``ood``: the test images or, where a folder has none, all, as nobody trains on them.
         root: Where the sets lie: as torchvision keeps them (``root/MNIST/raw``), or as image folders (``root/mnist/train/0/*.png``, also
             below ``root/images_classic``, as OpenOOD keeps them).
         shape: ``(C, S, S)`` to bring the images to; None for the set's own, 3 channels and 64 pixels for a folder.
         download: Let torchvision download what is missing.
+        seed: Which images are held out where a folder has no test images; the same for the same seed and names of files.
 
     Raises:
-        ValueError: If the name is unknown, or there are no images, saying where they were looked for.
+        ValueError: If the name is unknown, a file is no image, or there are no images, saying where they were looked for.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"Expected split to be 'train' or 'test', but got {split!r}")
+    if split not in ("train", "test", "ood"):
+        raise ValueError(f"Expected split to be 'train', 'test' or 'ood', but got {split!r}")
     channels, size = (shape or own_shape(name))[:2]
-    if part := re.fullmatch(r"(\w+):(\d+)-(\d+)", name):
-        return load(part[1], split, root, shape, download).classes_between(int(part[2]), int(part[3]))
     if name.startswith("folder:"):
-        path = Path(name.removeprefix("folder:"))
-        return _folder(path / split if (path / split).is_dir() else path, channels, size)
-    folder = next((p for p in _places(Path(root), name) if (p / split).is_dir()), None)
-    if folder is not None:
-        return _folder(folder / split, channels, size)
+        return _split(Path(name.removeprefix("folder:")), split, seed, channels, size)
+    if part := re.fullmatch(r"(\w+):(\d+)-(\d+)", name):
+        return load(part[1], split, root, shape, download, seed).classes_between(int(part[2]), int(part[3]))
+    places = _places(Path(root), name)
+    # Test images alone may lie beside torchvision's training images: OpenOOD keeps SVHN so.
+    wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *_TEST)
+    if folder := next((place for place in places if any(_is_split(place, part) for part in wanted)), None):
+        return _split(folder, split, seed, channels, size)
     if name in _TORCHVISION:
-        return _torchvision(name, split, Path(root), channels, size, download)
-    looked = ", ".join(str(p / split) for p in _places(Path(root), name))
+        return _torchvision(name, "train" if split == "train" else "test", Path(root), channels, size, download)
+    looked = ", ".join(str(place / ("train" if split == "train" else "test")) for place in places)
     if name in NAMES:
         raise ValueError(f"Expected {split} images of {name}, which torchvision does not have, in a folder, one of {looked}, but got none")
     raise ValueError(f"Expected a data set, one of {', '.join(NAMES)} or folder:PATH, but got {name!r} and no folder {looked}")
@@ -194,37 +210,132 @@ def _torchvision(name: str, split: str, root: Path, channels: int, size: int, do
     return ImageSet(reshape(x, channels, size), y, classes)
 
 
-def _folder(path: Path, channels: int, size: int) -> ImageSet:
-    """All images below ``path/CLASS/``, one class a folder, in sorted order (numbers by value)."""
+def _split(path: Path, split: str, seed: int, channels: int, size: int) -> ImageSet:
+    """The images of a folder to train on, to test on, or of an OOD set; see :func:`load`."""
+    train, test = (next((path / name for name in names if _is_split(path, name)), None) for names in (("train",), _TEST))
+    if test is not None:
+        if split != "train":
+            images = _read(*_listed(test), channels, size)
+            known = test.name == "test"
+            return images if known else replace(images, note=f"{path} has no test/: the {len(images)} images of {test.name}/ are the test set")
+        if train is None:
+            raise ValueError(f"Expected training images in {path / 'train'}, beside {test}, but got no such folder")
+        return _read(*_listed(train), channels, size)
+    classes, files = _listed(train or path)
+    if split == "ood":
+        return _read(classes, files, channels, size)
+    out = held_out([(file.relative_to(train or path).as_posix(), label) for file, label in files], seed)
+    part = [file for i, file in enumerate(files) if (i in out) == (split == "test")]
+    if not part:
+        raise ValueError(f"Expected a class of two images or more below {train or path}, to hold one out, but got one image of each")
+    images = _read(classes, part, channels, size)
+    return images if split == "train" else replace(images, note=_said(path, train is not None, classes, files, out, seed))
+
+
+def held_out(files: Sequence[tuple[str, int]], seed: int) -> set[int]:
+    """Which files are kept for the test: one in five of each class, and of two or more at least one.
+
+    Arguments:
+        files: Name and label of each. The names decide, so that the order in which a disk lists them does not.
+        seed: Another one gives other files.
+
+    Returns:
+        Their indices.
+    """
+    rows: dict[int, list[int]] = {}
+    for i in sorted(range(len(files)), key=lambda i: hashlib.sha256(os.fsencode(f"{seed}/{files[i][0]}")).digest()):
+        rows.setdefault(files[i][1], []).append(i)
+    return {i for of in rows.values() for i in of[: max(len(of) // 5, int(len(of) > 1))]}
+
+
+def _said(path: Path, has_train: bool, classes: Sequence[str], files: Sequence[tuple[Path, int]], out: set[int], seed: int) -> str:
+    """That test images were held out, how many, and of which classes there are none."""
+    lacks = "train/ and no test/" if has_train else "no train/ and test/"
+    none = [name for label, name in enumerate(classes) if label not in {files[i][1] for i in out}]
+    names = ", ".join(none[:5]) + (f" and {len(none) - 5} more" if len(none) > 5 else "")
+    said = f"{path} has {lacks}: {len(files) - len(out)} images to train on, {len(out)} held out (one in five of each class, seed {seed})"
+    return f"{said}; no test image of {names}, of which there is one image" if none else said
+
+
+def _is_split(path: Path, name: str) -> bool:
+    """Whether ``path/name`` is a split and no class of that name: it holds folders, or stands beside none but other splits."""
+    if not (path / name).is_dir():
+        return False
+    return bool(_folders(path / name)) or all(folder.name in ("train", *_TEST) for folder in _folders(path))
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders in a folder, hidden ones left out, in sorted order (numbers by value)."""
+    found = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    return sorted(found, key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
+
+
+def _listed(path: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+    """Classes, and file and label of all images below ``path/CLASS/``, in sorted order; hidden files and folders are left out.
+
+    Raises:
+        ValueError: If there is no such folder, no class in it, or no image in a class.
+    """
     if not path.is_dir():
         raise ValueError(f"Expected a folder with one folder of images a class at {path}, but got no folder")
-    classes = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
-    files = [(file, label) for label, folder in enumerate(classes) for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES]
-    if not files:
-        raise ValueError(f"Expected images in folders, one a class, below {path}, but got none ({', '.join(sorted(_SUFFIXES))})")
+    classes, files, kinds = _folders(path), [], ", ".join(sorted(_SUFFIXES))
+    for label, folder in enumerate(classes):
+        below = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES]
+        seen = [(file, label) for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+        if not seen:
+            raise ValueError(f"Expected images in {folder}, one folder a class, but got none ({kinds}); add some, or take the folder away")
+        files += seen
+    if not classes:
+        raise ValueError(f"Expected images in folders, one a class, below {path}, but got none ({kinds})")
+    return tuple(p.name for p in classes), files
+
+
+def _read(classes: tuple[str, ...], files: Sequence[tuple[Path, int]], channels: int, size: int) -> ImageSet:
     x = torch.empty((len(files), channels, size, size), dtype=torch.uint8)
     for i, (file, _) in enumerate(files):
         x[i] = read_image(file, channels, size)
-    return ImageSet(x, torch.tensor([label for _, label in files]), tuple(p.name for p in classes))
+    return ImageSet(x, torch.tensor([label for _, label in files]), classes)
 
 
 def read_image(path: str | os.PathLike, channels: int, size: int) -> Tensor:
     """One image file as uint8 ``(C, S, S)``.
 
+    16 bits become 8 over their full range. Transparency is dropped, as torchvision's and OpenOOD's loaders drop it: a clear pixel shows the
+    colour that it is stored with. Of an animation, or a file of several pages, the first image is taken.
+
+    Arguments:
+        path: The file.
+        channels: 1 (luma of colour images) or 3 (grey ones repeated).
+        size: Height and width to bring it to, bilinear.
+
     Raises:
-        ValueError: If it is not an image that Pillow can read.
+        ValueError: If it is not an image that Pillow can read, or its pixels are neither 8 nor 16 bits.
     """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            mode = image.convert("L" if channels == 1 else "RGB")
-            if mode.size != (size, size):
-                mode = mode.resize((size, size), Image.Resampling.BILINEAR)
-            array = np.array(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Expected an image file at {path}, but got: {error}") from error
+            eight = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+            if eight.size != (size, size):
+                eight = eight.resize((size, size), Image.Resampling.BILINEAR)
+            array = np.array(eight)
+    except Exception as error:  # which depends on the byte that Pillow trips over: OSError, SyntaxError, struct.error, KeyError, ...
+        raise ValueError(f"Expected an image file at {path}, but got: {error or type(error).__name__}") from error
     return torch.from_numpy(array).reshape(size, size, channels).permute(2, 0, 1)
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """An image that Pillow converts to grey or colour as it should."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("floating-point pixels (mode F), of which black and white are not known; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which older Pillows open as 32; its own conversion cuts all above 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixels in [{values.min()}, {values.max()}], outside [0, 65535]; save it with 8 or 16 bits")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGBA") if image.mode in ("P", "PA") else image  # else Pillow warns of a palette with transparency
 
 
 def reshape(x: Tensor, channels: int, size: int) -> Tensor:

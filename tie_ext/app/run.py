@@ -9,7 +9,8 @@ RUN/scores.safetensors     test scores of the ID set and each OOD set
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -28,6 +29,17 @@ from tie_ext.support.modules import frozen
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.training import TIETrainer
+
+_WRITTEN = (
+    "training.safetensors",
+    "network.safetensors",
+    "scores.safetensors",
+    "report.html",
+    "epochs/[0-9][0-9][0-9][0-9].safetensors",
+    *(f"figures/{name}.png" for name in ("inversions", "inversion_grid", "outliers_*", "metrics", "features", "curves_*", "scores_*")),
+    "run.json",
+)
+"""What a run and its report write."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +81,22 @@ def load_images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, Im
     if settings.data == "demo":
         return data.demo()
     shape = None if settings.size is None else (data.own_shape(settings.data)[0], settings.size, settings.size)
-    train = data.load(settings.data, "train", settings.root, shape, settings.download).first(settings.images, settings.recipe.config.seed)
-    test = data.load(settings.data, "test", settings.root, train.shape, settings.download)
+    root, download, seed = settings.root, settings.download, settings.recipe.config.seed
+    train = data.load(settings.data, "train", root, shape, download, seed).first(settings.images, seed)
+    test = data.load(settings.data, "test", root, train.shape, download, seed)
     if test.classes != train.classes:
         raise ValueError(f"Expected the same classes in training and test images, but got {train.classes} and {test.classes}")
-    ood = {name: data.load(name, "test", settings.root, train.shape, settings.download) for name in settings.ood}
+    ood = {name: data.load(name, "ood", root, train.shape, download) for name in settings.ood}
     return train, test, ood | {"noise": data.noise("gaussian", min(len(test), 10_000), train.shape)}
 
 
-def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, device: str = "cpu", progress: bool = False) -> dict:
+def train_run(
+    folder: str | os.PathLike,
+    settings: RunSettings | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> dict:
     """Start a run, or go on with one, to its last epoch, and score the test images.
 
     Arguments:
@@ -85,6 +104,7 @@ def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, de
         settings: What to do; None to go on with the run in the folder.
         device: Where to train.
         progress: Show progress bars.
+        say: Told before training how the test images were come by, where a person has to know; ``run.json`` says it too.
 
     Returns:
         The content of ``run.json``.
@@ -94,16 +114,26 @@ def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, de
         FileNotFoundError: If there is no run to go on with.
         OSError: If a file cannot be written; earlier results are intact.
     """
-    folder = Path(folder)
+    folder, new = Path(folder), settings is not None
     if settings is None:
         settings = read_settings(folder)
     elif (folder / "training.safetensors").exists():
-        raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
+        with locked(folder):  # as one that another process is at is not there to go on with
+            _refuse_a_run(folder)
     if settings.backbone not in BACKBONES:
         raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, but got {settings.backbone!r}")
     images, test, ood = load_images(settings)
+    if say is not None and test.note:
+        say(test.note)
     with locked(folder):
+        if new:
+            _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
         return _train(folder, settings, images, test, ood, device, progress)
+
+
+def _refuse_a_run(folder: Path) -> None:
+    if (folder / "training.safetensors").exists():
+        raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
 
 
 def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str, progress: bool) -> dict:
@@ -113,8 +143,9 @@ def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet
     trainer = settings.recipe.trainer(net, progress)
     if (folder / "training.safetensors").exists():
         trainer.load(folder / "training.safetensors")
-    save_settings(folder, settings, trainer.device)
-    batches = training_batches(images, settings.batch_size, settings.shift)
+    batches = training_batches(images, settings.batch_size, settings.shift)  # before anything is written: it looks at the settings
+    about = {"test_images": test.note} if test.note else {}
+    save_settings(folder, settings, trainer.device, about)
     while len(trainer.log) < settings.recipe.config.epochs:
         trainer.epoch(batches)
         save_snapshot(folder, trainer, test)
@@ -122,20 +153,43 @@ def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet
         trainer.save(folder / "training.safetensors")
     numbers, scores = evaluate(net.eval(), test, ood, images)
     save_state(folder / "scores.safetensors", "scores", {"TIE": scores["score"]})
-    return finish(folder, settings, trainer, numbers)
+    return finish(folder, settings, trainer, numbers, about)
 
 
-def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping) -> dict:
-    """Write ``run.json`` with log and results."""
-    record = {"settings": settings.record(), "numbers": numbers, "log": [asdict(entry) for entry in trainer.log]}
+def written(folder: str | os.PathLike) -> list[Path]:
+    """What a run and its report have written into a folder; ``run.json``, which says what the others are, last."""
+    return [file for pattern in _WRITTEN for file in sorted(Path(folder).glob(pattern))]
+
+
+def clear(folder: str | os.PathLike) -> None:
+    """Delete what a run and its report have written, and nothing else that lies there; the lock stays, as others may wait for it.
+
+    Arguments:
+        folder: The run folder.
+
+    Raises:
+        ValueError: If another process is at it.
+        OSError: If a file cannot be deleted.
+    """
+    with locked(folder):
+        for file in written(folder):
+            file.unlink()
+        for name in ("epochs", "figures"):
+            with suppress(OSError):  # not there, or somebody else's files are in it
+                (Path(folder) / name).rmdir()
+
+
+def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping, about: Mapping) -> dict:
+    """Write ``run.json`` with log, results, and what else is to be said about the run."""
+    record = {"settings": settings.record(), **about, "numbers": numbers, "log": [asdict(entry) for entry in trainer.log]}
     record |= provenance(trainer.device)
     write_json(folder / "run.json", record)
     return record
 
 
-def save_settings(folder: Path, settings: RunSettings, device: torch.device) -> None:
+def save_settings(folder: Path, settings: RunSettings, device: torch.device, about: Mapping) -> None:
     """Write the settings, so that a run that is killed in its first epoch can be gone on with."""
-    write_json(folder / "run.json", {"settings": settings.record(), **provenance(device)})
+    write_json(folder / "run.json", {"settings": settings.record(), **about, **provenance(device)})
 
 
 def read_settings(folder: Path) -> RunSettings:
@@ -143,7 +197,7 @@ def read_settings(folder: Path) -> RunSettings:
 
     Raises:
         FileNotFoundError: If the folder holds no run.
-        ValueError: If its ``run.json`` is not one.
+        ValueError: If its ``run.json`` is not one, or is of an earlier version.
     """
     path = folder / "run.json"
     if not path.is_file():
@@ -151,9 +205,14 @@ def read_settings(folder: Path) -> RunSettings:
     try:
         raw = json.loads(path.read_text())["settings"]
         known = {f.name: raw[f.name] for f in fields(RunSettings) if f.name in raw}
-        return RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
+        earlier = "config" in raw and "recipe" not in raw  # as 0.1.0 wrote them
+        settings = None if earlier else RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Expected the settings of a run in {path}, but got: {error!r}") from error
+    if settings is None:
+        hint = "finish it with that version, or begin anew in another folder"
+        raise ValueError(f"Expected a run of this version of tie_ext in {folder}, but got one that an earlier version made; {hint}")
+    return settings
 
 
 @torch.no_grad()
