@@ -1,6 +1,7 @@
 """A garbage class for a trained classifier: any backbone, its own logits to the last bit, and what is refused."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tie_ext.outliers import make
 @pytest.fixture(autouse=True)
 def _few_steps(request, monkeypatch):
     if "told" not in request.node.name:  # where what was learned counts
-        monkeypatch.setattr("tie_ext.attach.STEPS", 30)
+        monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
 
 
 def stripes(count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +124,7 @@ def test_outliers_that_were_not_taught_are_told_and_the_same_seed_gives_the_same
     white = torch.randn(100, *SHAPE).div(2).add(0.5).clamp(0, 1)
     assert (net.decide(stripes(100)[0]).level == 1).float().mean() < 0.1
     assert (net.decide(white).level == 1).float().mean() > 0.9
-    monkeypatch.setattr("tie_ext.attach.STEPS", 30)
+    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
     net = attach(model, batches, 3)
     torch.rand(5)
     again = attach(model, batches, 3)
