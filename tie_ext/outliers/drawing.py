@@ -41,10 +41,10 @@ class Dice(NamedTuple):
         return torch.randint(high, size, device=self.device, generator=self.generator)
 
     def deal(self, count: int, shares: Sequence[float]) -> Tensor:
-        """Integers ``(count,)`` in random order, of which each share, in [0, 1], is met to within one."""
+        """Integers ``(count,)`` in random order, in which each has its share, relative to the sum of all, to within one."""
         order = torch.randperm(count, device=self.device, generator=self.generator)
-        edges = torch.tensor(shares, device=self.device).cumsum(0)[:-1]
-        return torch.bucketize((order + self.uniform(1)) / max(count, 1), edges, right=True)
+        edges = torch.tensor(shares, device=self.device).cumsum(0)
+        return torch.bucketize((order + self.uniform(1)) / max(count, 1), edges[:-1] / edges[-1], right=True)
 
 
 def multiscale(shape: Sequence[int], dice: Dice) -> Tensor:
