@@ -129,6 +129,13 @@ def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_pa
     assert {"outliers_gradient.png", "outliers_boundary.png"} <= {p.name for p in (tmp_path / "run" / "figures").iterdir()}
 
 
+def test_a_pool_that_stays_empty_is_no_trouble(folder, tmp_path):
+    assert main(train(folder, tmp_path / "run", "--prior", "none", "--lam", "1000", "--epochs", "2")) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [entry["pool"] for entry in record["log"]] == [0, 0]
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+
 def test_a_killed_run_resumes_and_ends_bit_identical(run, folder, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-m", "tie_ext.app.cli", *train(folder, out)])
