@@ -185,7 +185,7 @@ def test_a_folder_is_one_process_at_a_time_and_free_again_when_that_is_killed(tm
         part = tmp_path / "epochs" / ".0001.safetensors.0123.part"
         part.parent.mkdir()
         part.write_bytes(b"half")
-        with pytest.raises(ValueError, match="Expected .* to be free, but got a folder that another process"), locked(tmp_path):
+        with pytest.raises(ValueError, match=r"Expected .* to be free, but got a folder that another process"), locked(tmp_path):
             pass
         assert part.exists()  # it may be that process's
     finally:

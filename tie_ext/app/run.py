@@ -7,11 +7,11 @@ RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for t
 RUN/scores.safetensors     test scores of the ID set and each OOD set
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -20,19 +20,28 @@ from tie_ext.app import data
 from tie_ext.app.data import ImageSet, training_batches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.backbones import BACKBONES
+from tie_ext.checkpoint import check_settings
 from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.recipe import Recipe
-from tie_ext.support.files import load_state, locked, save_state, write_json
+from tie_ext.support.checks import check_number, describe
+from tie_ext.support.files import load_state, locked, read_json, reading, save_state, write_json
 from tie_ext.support.modules import frozen
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.training import TIETrainer
 
+LARGEST = 2048
+"""Pixels of a side."""
+
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is asked to do; together with the images it determines the result."""
+    """What a run is asked to do; together with the images it determines the result.
+
+    Raises:
+        ValueError: If a setting is of the wrong type or out of range.
+    """
 
     data: str
     """A named set or ``folder:PATH``; ``demo`` for the built-in digits."""
@@ -55,6 +64,16 @@ class RunSettings:
     recipe: Recipe = field(default_factory=Recipe)
     """The method."""
 
+    def __post_init__(self) -> None:
+        for name, kind in (("data", str), ("root", str), ("backbone", str), ("download", bool)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"Expected {name} to be a {kind.__name__}, but got {getattr(self, name)!r}")
+        if not isinstance(self.ood, tuple) or not all(isinstance(name, str) for name in self.ood):
+            raise ValueError(f"Expected ood to be names of image sets, but got {self.ood!r}")
+        for name, low, high in (("images", 1, 10**9), ("size", 1, LARGEST), ("batch_size", 1, 10**6), ("shift", 0, LARGEST)):
+            if getattr(self, name) is not None or name == "batch_size":
+                check_number(name, getattr(self, name), low, high, integer=True)
+
     def record(self) -> dict:
         """The settings as JSON has them."""
         return {**{f.name: getattr(self, f.name) for f in fields(self)}, "recipe": self.recipe.record()}
@@ -66,6 +85,13 @@ def load_images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, Im
     Raises:
         ValueError: If a set is missing or unknown.
     """
+    try:
+        return _images(settings)
+    except OSError as error:
+        raise ValueError(f"Expected to read the images of {shorten(settings.data, 80)}, but got: {error.strerror or error}") from error
+
+
+def _images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
     if settings.data == "demo":
         return data.demo()
     shape = None if settings.size is None else (data.own_shape(settings.data)[0], settings.size, settings.size)
@@ -107,6 +133,8 @@ def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, de
 
 
 def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str, progress: bool) -> dict:
+    if (folder / "training.safetensors").exists():
+        check_settings(folder / "training.safetensors", settings.recipe.config, settings.recipe.methods())
     with seeded(settings.recipe.config.seed):
         backbone = BACKBONES[settings.backbone](images.shape[0], len(images.classes))
         net = TIENet(backbone, len(images.classes), images.shape, classes=images.classes).to(device)
@@ -145,15 +173,29 @@ def read_settings(folder: Path) -> RunSettings:
         FileNotFoundError: If the folder holds no run.
         ValueError: If its ``run.json`` is not one.
     """
-    path = folder / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a run with a run.json at {folder}, but got none")
-    try:
-        raw = json.loads(path.read_text())["settings"]
+    record = read_record(folder)
+    with reading(f"the settings of a run in {folder / 'run.json'}"):
+        raw = record["settings"]
+        if not isinstance(raw["ood"], list):
+            raise TypeError(f"ood {raw['ood']!r}")
         known = {f.name: raw[f.name] for f in fields(RunSettings) if f.name in raw}
         return RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected the settings of a run in {path}, but got: {error!r}") from error
+
+
+def read_record(folder: Path) -> dict:
+    """The content of ``run.json``.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If its ``run.json`` is not one.
+    """
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a run with a run.json at {folder}, but got none")
+    record = read_json(path, "the record of a run")
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ValueError(f"Expected the record of a run with its settings in {path}, but got none")
+    return record
 
 
 @torch.no_grad()
@@ -182,5 +224,45 @@ def to_bytes(net: TIENet, x: Tensor) -> Tensor:
 
 
 def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
-    """Snapshots by epoch."""
-    return {int(path.stem): load_state(path, "snapshot") for path in sorted((Path(folder) / "epochs").glob("*.safetensors"))}
+    """Snapshots by epoch.
+
+    Raises:
+        ValueError: If one is damaged or foreign, or they are not of one run.
+    """
+    snapshots, first = {}, None
+    for path in sorted((Path(folder) / "epochs").glob("*.safetensors")):
+        with reading(f"the pictures of an epoch in {path}"):
+            snapshot = load_state(path, "snapshot")
+            first = snapshot if first is None else first
+            for name, x in snapshot.items():
+                picture = name not in ("features", "labels")
+                if picture and (x.dtype != torch.uint8 or x.ndim != (5 if name == "inversions" else 4) or x.shape[-3] not in (1, 3)):
+                    raise ValueError(f"Expected pictures of {name} in {path}, but got {describe(x)}")
+                if picture and (name not in first or x.shape != first[name].shape or x.numel() == 0):
+                    raise ValueError(f"Expected {name} in {path} to be as in the other epochs, but got {describe(x)}")
+            features, labels = snapshot["features"], snapshot["labels"]
+            if features.ndim != 2 or not features.is_floating_point() or not len(features) or not bool(features.isfinite().all()):
+                raise ValueError(f"Expected finite features of images in {path}, but got {describe(features)}")
+            if labels.dtype != torch.long or labels.shape != features.shape[:1] or bool((labels < 0).any()):
+                raise ValueError(f"Expected a label for each of {len(features)} images in {path}, but got {describe(labels)}")
+            snapshots[int(path.stem)] = snapshot
+    return snapshots
+
+
+def load_scores(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
+    """Test scores ``(N,)`` by method and image set; the ID set is called ``id``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or foreign.
+    """
+    scores = load_state(path, "scores")
+    with reading(f"the test scores of a run in {path}"):
+        for label, sets in scores.items():
+            if not isinstance(label, str) or {"/", "\\", "\0"} & set(label) or "id" not in sets:  # figures are called by it
+                raise ValueError(f"Expected the scores of a method in {path}, among them those of ID images, but got {label!r}")
+            for name, values in sets.items():
+                good = isinstance(name, str) and isinstance(values, Tensor) and values.ndim == 1 and values.is_floating_point()
+                if not good or not len(values) or not bool(values.isfinite().all()):
+                    raise ValueError(f"Expected finite scores of {name!r} in {path}, but got {describe(values)}")
+    return scores
