@@ -15,6 +15,7 @@ from tie_ext.exclusion import GarbagePool
 from tie_ext.log import EpochLog
 from tie_ext.network import TIENet
 from tie_ext.support.files import load_state, reading, save_state
+from tie_ext.support.modules import check_types
 from tie_ext.synthesis import Synthesizer
 
 
@@ -62,8 +63,11 @@ def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
         log = [EpochLog.of_record(entry) for entry in state["log"]]
         if [entry.epoch for entry in log] != list(range(1, len(log) + 1)):
             raise ValueError(f"Expected the epochs 1 to {len(log)} in {path}, but got {[entry.epoch for entry in log]}")
+        if state["optimizer"]["state"] and not log:
+            raise ValueError(f"Expected the epochs that the optimiser in {path} has seen, but got none")
         for module, saved in zip([trainer.net, *trainer.synthesizers], [state["net"], *state["synthesizers"]], strict=True):
             _check_range(module, saved)
+            check_types(module, saved)
             module.load_state_dict(saved)
         trainer.optimizer.load_state_dict(state["optimizer"])
         for optimizer in (trainer.optimizer, *(getattr(synthesizer, "optimizer", None) for synthesizer in trainer.synthesizers)):

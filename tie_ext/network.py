@@ -16,7 +16,7 @@ from tie_ext.backbones import BACKBONES
 from tie_ext.decision import Decision, decide
 from tie_ext.support.checks import check_images, check_number, check_shape
 from tie_ext.support.files import load_state, reading, save_state
-from tie_ext.support.modules import Ranged, evaluating
+from tie_ext.support.modules import FLOATS, Ranged, check_types, evaluating
 
 PRECISIONS = ("float32", "bfloat16")
 """What a backbone can compute in while weights, features and logits stay as they are."""
@@ -24,7 +24,6 @@ TRIED = 3 * 224 * 224
 """Largest images, in values, that a network from a file is tried on; those that a generator can make are no larger. A file that claims larger
 ones shall not take memory for them when it is read."""
 _EXTRA = "_extra_state"  # torch's name for what get_extra_state gives
-_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TIENet(Ranged):
@@ -241,7 +240,7 @@ def _own(path: str | os.PathLike, name: object, weights: dict[str, Tensor]) -> n
 def _filled(cls: type[TIENet], backbone: nn.Module, n: int, image_shape: Any, weights: dict[str, Tensor], classes: Sequence[str]) -> TIENet:
     """A network with the weights of a file."""
     kind, features = weights["fc.weight"].dtype, int(backbone.get_submodule(_head(backbone)).in_features)  # type: ignore[arg-type]
-    if kind not in _TYPES or weights["fc.weight"].shape != (n, features):
+    if kind not in FLOATS or weights["fc.weight"].shape != (n, features):
         raise ValueError(f"fc of {kind} {tuple(weights['fc.weight'].shape)} instead of floating-point {(n, features)}")
     if weights["tau"].isnan().any():
         raise ValueError("a tau that is no number")
@@ -252,6 +251,7 @@ def _filled(cls: type[TIENet], backbone: nn.Module, n: int, image_shape: Any, we
     small = shape is None or math.prod(shape) <= TRIED
     net = cls(backbone, n, shape if small else None, low.flatten().tolist(), high.flatten().tolist(), classes)
     net.image_shape = shape
+    check_types(net, weights)
     net.to(kind).load_state_dict(weights)
     return net
 

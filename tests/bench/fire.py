@@ -368,7 +368,11 @@ def full(place: Path, every: int = 1) -> dict:
     image = str(next((images / "test" / "dark").iterdir()))
     rows = {"train": Counter[str](), "report": Counter[str](), "detector": Counter[str](), "score": Counter[str](), "a small disk": Counter[str]()}
 
-    def enospc() -> None:
+    def enospc(folder: Path) -> None:
+        shutil.rmtree(place / "before", ignore_errors=True)
+        for name, content in _contents(folder):
+            (place / "before" / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / "before" / name).write_bytes(content)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def save() -> int:
@@ -380,16 +384,16 @@ def full(place: Path, every: int = 1) -> dict:
             shutil.rmtree(out, ignore_errors=True)
             folder = out if name == "train" else place / "shown"
             work = save if arguments is None else lambda a=arguments: cli(a)
-            old = dict(_contents(folder))
-            status = ended(start(lambda n=number, w=work: (at_write(n, "half", enospc), _said(w))[1], place / "said"))
+            failing = lambda n=number, f=folder, w=work: (at_write(n, "half", lambda: enospc(f)), _said(w))[1]  # noqa: E731
+            status = ended(start(failing, place / "said"))
             if status == 0:
                 break
-            new, said = dict(_contents(folder)), (place / "said").read_text()
+            old, new, said = dict(_contents(place / "before")), dict(_contents(folder)), (place / "said").read_text()
             rows[name].update(
                 {
                     "writes": 1,
                     "said so": int(status == 1 and said.startswith("tie-ext: Expected to write ") and os.strerror(errno.ENOSPC) in said),
-                    "earlier files intact": int(name == "train" or all(new.get(path) == content for path, content in old.items() if path in new)),
+                    "earlier files intact": int(new == old),
                     "files left half-written": len(parts(folder)),
                 }
             )
@@ -421,7 +425,7 @@ def _to(path: Path, arguments: list[str]) -> int:
 
 def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in folder.rglob("*"):
-        if path.is_file() and path.name != ".lock":
+        if path.is_file() and path.name != ".lock" and path.suffix != ".part":
             yield str(path.relative_to(folder)), path.read_bytes()
 
 

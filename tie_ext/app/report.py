@@ -201,8 +201,8 @@ def _check_outputs(folder: Path, snapshots: Mapping[int, Mapping[str, Tensor]], 
     for epoch, snapshot in snapshots.items():
         if len(snapshot.get("inversions", range(outputs))) != outputs or int(snapshot["labels"].max()) >= outputs:
             raise ValueError(f"Expected pictures of {outputs} outputs in epoch {epoch} of {folder}, but got those of another network")
-    if any(len(entry["proposed"]) != outputs for entry in log):
-        raise ValueError(f"Expected a log of {outputs} outputs at {folder}, but got that of another network")
+    if not log or any(len(entry["proposed"]) != outputs for entry in log):
+        raise ValueError(f"Expected a log of {outputs} outputs at {folder}, but got none or that of another network")
 
 
 def _figures(folder: Path, record: Mapping, snapshots: Mapping, log: Sequence[Mapping], names: Sequence[str]) -> dict[str, tuple[str, Figure]]:
