@@ -15,7 +15,7 @@ from tie_ext.exclusion import GarbagePool
 from tie_ext.log import EpochLog
 from tie_ext.network import TIENet
 from tie_ext.support.files import load_state, reading, save_state
-from tie_ext.support.modules import check_types
+from tie_ext.support.modules import check_state
 from tie_ext.synthesis import Synthesizer
 
 
@@ -67,7 +67,7 @@ def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
             raise ValueError(f"Expected the epochs that the optimiser in {path} has seen, but got none")
         for module, saved in zip([trainer.net, *trainer.synthesizers], [state["net"], *state["synthesizers"]], strict=True):
             _check_range(module, saved)
-            check_types(module, saved)
+            check_state(module, saved)
             module.load_state_dict(saved)
         trainer.optimizer.load_state_dict(state["optimizer"])
         for optimizer in (trainer.optimizer, *(getattr(synthesizer, "optimizer", None) for synthesizer in trainer.synthesizers)):
@@ -100,13 +100,11 @@ def check_settings(path: str | os.PathLike, config: TIEConfig, methods: Sequence
 
 
 def _check_range(module: torch.nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Refuse a state of other images, whose value range would be taken for this one's; and a tau that nothing is above."""
+    """Refuse a state of other images, whose value range would be taken for this one's."""
     for name in ("low", "high"):
         mine = getattr(module, name)
         if saved[name].shape != mine.shape or not torch.equal(saved[name], mine.to(saved[name])):
             raise ValueError(f"Expected images whose {name} is {mine.flatten().tolist()}, but got {saved[name].flatten().tolist()}")
-    if "tau" in saved and saved["tau"].isnan().any():
-        raise ValueError("Expected a tau, but got NaN")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,7 @@ from tie_ext.backbones import BACKBONES
 from tie_ext.decision import Decision, decide
 from tie_ext.support.checks import check_images, check_number, check_shape
 from tie_ext.support.files import load_state, reading, save_state
-from tie_ext.support.modules import FLOATS, Ranged, check_types, evaluating
+from tie_ext.support.modules import FLOATS, Ranged, check_state, evaluating
 
 PRECISIONS = ("float32", "bfloat16")
 """What a backbone can compute in while weights, features and logits stay as they are."""
@@ -242,8 +242,6 @@ def _filled(cls: type[TIENet], backbone: nn.Module, n: int, image_shape: Any, we
     kind, features = weights["fc.weight"].dtype, int(backbone.get_submodule(_head(backbone)).in_features)  # type: ignore[arg-type]
     if kind not in FLOATS or weights["fc.weight"].shape != (n, features):
         raise ValueError(f"fc of {kind} {tuple(weights['fc.weight'].shape)} instead of floating-point {(n, features)}")
-    if weights["tau"].isnan().any():
-        raise ValueError("a tau that is no number")
     low, high = (weights[name] for name in ("low", "high"))
     if max(low.numel(), high.numel()) > 1000 or not bool(low.isfinite().all() and high.isfinite().all()):
         raise ValueError(f"a value range that is not finite, or of {max(low.numel(), high.numel())} channels")
@@ -251,7 +249,7 @@ def _filled(cls: type[TIENet], backbone: nn.Module, n: int, image_shape: Any, we
     small = shape is None or math.prod(shape) <= TRIED
     net = cls(backbone, n, shape if small else None, low.flatten().tolist(), high.flatten().tolist(), classes)
     net.image_shape = shape
-    check_types(net, weights)
+    check_state(net, weights)
     net.to(kind).load_state_dict(weights)
     return net
 

@@ -11,11 +11,13 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from tie_ext import EpochLog
 from tie_ext.app.cli import main
 
 Image = pytest.importorskip("PIL.Image")
@@ -285,6 +287,24 @@ def test_a_record_that_is_none_is_refused(copied, capsys, content):
     for command in (["report", str(copied)], ["train", "--resume", str(copied)]):
         assert main(command) == 1
         assert capsys.readouterr().err.startswith("tie-ext: Expected ")
+
+
+def test_a_link_to_nowhere_is_no_reason_to_begin_anew(copied, capsys):
+    (copied / "training.safetensors").unlink()
+    (copied / "training.safetensors").symlink_to("nowhere")
+    assert main(["train", "--resume", str(copied)]) == 1
+    assert capsys.readouterr().err.startswith("tie-ext: Expected a tie_ext training file")
+
+
+def test_a_loss_that_overflowed_is_left_out_of_the_record(copied):
+    from dataclasses import replace
+
+    from tie_ext.app.run import finish, read_settings
+    from tie_ext.support.files import load_state
+
+    log = [EpochLog.of_record(entry) for entry in load_state(copied / "training.safetensors", "training")["log"]]
+    trainer = SimpleNamespace(log=[replace(log[0], losses={"classifier": 1.0, "kl": float("inf")})], device=torch.device("cpu"))
+    assert finish(copied, read_settings(copied), trainer, {})["log"][0]["losses"] == {"classifier": 1.0, "kl": None}
 
 
 def test_results_that_are_no_numbers_are_refused(copied, capsys):

@@ -210,7 +210,7 @@ def _killed(images: Path, out: Path, aim: str, duration: float, said: Path, rng:
         "kills": int(killed),
         "before the first file": int(killed and not (out / "run.json").exists()),
         "kills that left a half-written file": int(bool(parts(out))),
-        "epochs in progress lost": before + told["e"] - kept,
+        "epochs lost while they were saved": before + told["e"] - kept,
         "saved epochs lost": max(0, before + told["s"] - kept),
         "other epochs lost": max(0, before + told["e"] - kept - 1),
     }
@@ -281,7 +281,7 @@ def loaders(kind: str, out: Path, image: Path) -> dict[str, Callable[[], Any]]:
         net = TIENet(BACKBONES["conv3"](3, 2), 2, (3, 28, 28))
         trainer = settings.recipe.trainer(net)
         trainer.load(out / "training.safetensors")
-        trainer.epoch([(torch.rand(8, 3, 28, 28), torch.arange(8) % 2)])
+        trainer.epoch([(torch.rand(32, 3, 28, 28), torch.arange(32) % 2)])  # as many images as the run had
 
     path = out / PLACES[kind]
     state = {"load_state": lambda: load_state(path, kind) and None}
@@ -307,7 +307,10 @@ def damaged(place: Path, count: int, rng: np.random.Generator) -> dict:
     wrong, usual = [], {}
     for kind, share in SHARES.items():
         for name in loaders(kind, good, place):
-            usual[kind, name] = _fed(place, good, kind, name, whole[kind])["memory"]
+            of = _fed(place, good, kind, name, whole[kind])
+            if of["outcome"] != "loaded":
+                raise RuntimeError(f"Expected {name} to take a sound file, but got {of['said']}")
+            usual[kind, name] = of["memory"]
         others = {other: content for other, content in whole.items() if other != kind}
         for case, what in damage.cases(kind, whole[kind], others, round(share * count), rng):
             found[kind]["files"] += 1

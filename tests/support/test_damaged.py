@@ -58,6 +58,7 @@ def saved(tmp_path):
         (("weights", "backbone.conv.0.weight"), 3),
         (("weights", "backbone.conv.0.weight"), lambda w: w.int()),
         (("weights", "tau"), torch.tensor(1j)),
+        (("weights", "fc.bias"), torch.full((3,), float("nan"))),
         (("weights",), []),
     ],
     ids=str,

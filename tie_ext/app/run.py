@@ -7,6 +7,7 @@ RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for t
 RUN/scores.safetensors     test scores of the ID set and each OOD set
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -123,7 +124,7 @@ def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, de
     folder = Path(folder)
     if settings is None:
         settings = read_settings(folder)
-    elif (folder / "training.safetensors").exists():
+    elif os.path.lexists(folder / "training.safetensors"):
         raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
     if settings.backbone not in BACKBONES:
         raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, but got {settings.backbone!r}")
@@ -133,13 +134,14 @@ def train_run(folder: str | os.PathLike, settings: RunSettings | None = None, de
 
 
 def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str, progress: bool) -> dict:
-    if (folder / "training.safetensors").exists():
+    begun = os.path.lexists(folder / "training.safetensors")  # a link to nowhere is no reason to begin anew
+    if begun:
         check_settings(folder / "training.safetensors", settings.recipe.config, settings.recipe.methods())
     with seeded(settings.recipe.config.seed):
         backbone = BACKBONES[settings.backbone](images.shape[0], len(images.classes))
         net = TIENet(backbone, len(images.classes), images.shape, classes=images.classes).to(device)
     trainer = settings.recipe.trainer(net, progress)
-    if (folder / "training.safetensors").exists():
+    if begun:
         trainer.load(folder / "training.safetensors")
     save_settings(folder, settings, trainer.device)
     batches = training_batches(images, settings.batch_size, settings.shift)
@@ -155,7 +157,10 @@ def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet
 
 def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping) -> dict:
     """Write ``run.json`` with log and results."""
-    record = {"settings": settings.record(), "numbers": numbers, "log": [asdict(entry) for entry in trainer.log]}
+    log = [asdict(entry) for entry in trainer.log]
+    for entry in log:  # a generator's loss may overflow, which JSON has no word for
+        entry["losses"] = {name: loss if math.isfinite(loss) else None for name, loss in entry["losses"].items()}
+    record = {"settings": settings.record(), "numbers": numbers, "log": log}
     record |= provenance(trainer.device)
     write_json(folder / "run.json", record)
     return record

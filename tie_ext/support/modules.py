@@ -12,8 +12,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types that weights can have."""
 
 
-def check_types(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a state whose tensors ``load_state_dict`` would turn into another type without a word.
+def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state that ``load_state_dict`` would take without a word: of other types, or with NaN in it.
 
     Raises:
         ValueError: If a weight is no real number, or a count no integer.
@@ -22,6 +22,8 @@ def check_types(module: nn.Module, state: Mapping[str, Any]) -> None:
         found = state.get(name)
         if isinstance(mine, Tensor) and isinstance(found, Tensor) and found.dtype not in (FLOATS if mine.is_floating_point() else (mine.dtype,)):
             raise ValueError(f"Expected {name} to be of type {mine.dtype}, but got {found.dtype}")
+        if isinstance(found, Tensor) and bool(found.isnan().any()):
+            raise ValueError(f"Expected numbers in {name}, but got NaN")
 
 
 @contextmanager
