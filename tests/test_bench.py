@@ -1,6 +1,8 @@
 """What measures is code too, and pages take measured numbers only."""
 
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,6 +79,23 @@ def test_post_hoc_detectors_are_scored_on_every_set_at_hand(tmp_path):
     assert all({"fashionmnist", "noise"} <= set(of) for of in found.values())
     assert found["ODIN"]["fashionmnist"]["auroc"] == 0.5  # the same images
     assert all(0 <= numbers["auroc"] <= 1 for of in found.values() for numbers in of.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads how much memory a process has had")
+def test_a_run_survives_a_little_fire(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(Path(__file__).parent / "bench" / "fire.py"), "--trials", "2", "--files", "8", "--every", "7"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "fire.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "fire.json").read_text())
+    for of in record["kill"]["by aim"].values():
+        assert of["runs"] == of["went on to the end"] == of["bit-identical"]
+        assert of["saved epochs lost"] == of["other epochs lost"] == of["half-written files left"] == 0
+    assert record["damage"]["wrong"] == []
+    assert sum(of["files"] for of in record["damage"]["by file"].values()) == 8
+    for of in record["full disk"].values():
+        assert of["writes"] == of["said so"] == of.get("earlier files intact", of["writes"]) == of.get("went on to the same end", of["writes"])
+        assert of.get("files left half-written", 0) == 0
 
 
 def test_a_place_in_a_page_takes_a_measured_number():

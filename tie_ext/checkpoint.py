@@ -1,8 +1,10 @@
 """A run of the loop on disk: all that going on needs, as one file that can run no code."""
 
+import math
+import numbers
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +14,8 @@ from tie_ext.config import TIEConfig
 from tie_ext.exclusion import GarbagePool
 from tie_ext.log import EpochLog
 from tie_ext.network import TIENet
-from tie_ext.support.files import load_state, save_state
+from tie_ext.support.files import load_state, reading, save_state
+from tie_ext.support.modules import check_state
 from tie_ext.synthesis import Synthesizer
 
 
@@ -52,25 +55,90 @@ def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, foreign, or of a run with other settings, saying which. The trainer may be half loaded then.
+    """
+    check_settings(path, trainer.config, _methods(trainer.synthesizers))
+    state = load_state(path, "training")
+    with reading(f"the training state of this network in {path}"):
+        log = [EpochLog.of_record(entry) for entry in state["log"]]
+        if [entry.epoch for entry in log] != list(range(1, len(log) + 1)):
+            raise ValueError(f"Expected the epochs 1 to {len(log)} in {path}, but got {[entry.epoch for entry in log]}")
+        if state["optimizer"]["state"] and not log:
+            raise ValueError(f"Expected the epochs that the optimiser in {path} has seen, but got none")
+        for module, saved in zip([trainer.net, *trainer.synthesizers], [state["net"], *state["synthesizers"]], strict=True):
+            _check_range(module, saved)
+            check_state(module, saved)
+            module.load_state_dict(saved)
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        for optimizer in (trainer.optimizer, *(getattr(synthesizer, "optimizer", None) for synthesizer in trainer.synthesizers)):
+            if isinstance(optimizer, torch.optim.Optimizer):
+                _check_optimizer(optimizer)
+        trainer.pool.load_state_dict(state["pool"])
+        trainer.counts, trainer.log = _counts(state["counts"], trainer.net.num_classes), log
+
+
+def check_settings(path: str | os.PathLike, config: TIEConfig, methods: Sequence[tuple[str, dict]]) -> None:
+    """Refuse the state of a run with other settings, before anything is made by them.
+
+    Arguments:
+        path: What :func:`save_training` wrote.
+        config: The settings of the loop.
+        methods: The name of each synthesizer's class, and its settings.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, foreign, or of a run with other settings, saying which.
     """
-    state = load_state(path, "training")
-    try:
+    state = load_state(path, "training", ("config", "methods"))
+    with reading(f"the settings of a run in {path}"):
         # A setting that came after the file had its default.
         theirs = {**asdict(TIEConfig()), **state["config"], **_flat(state["methods"])}
-        mine = {**asdict(trainer.config), **_flat(_methods(trainer.synthesizers))}
+        mine = {**asdict(config), **_flat(methods)}
         other = [f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)]
         if other:
             raise ValueError(f"Expected the training state of a run with the settings of this one in {path}, but got {', '.join(other)}")
-        trainer.net.load_state_dict(state["net"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.pool.load_state_dict(state["pool"])
-        for synthesizer, saved in zip(trainer.synthesizers, state["synthesizers"], strict=True):
-            synthesizer.load_state_dict(saved)
-        trainer.counts = state["counts"]
-        trainer.log = [EpochLog(**{f.name: entry[f.name] for f in fields(EpochLog)}) for entry in state["log"]]
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"Expected the training state of this network in {path}, but got: {error}") from error
+
+
+def _check_range(module: torch.nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Refuse a state of other images, whose value range would be taken for this one's."""
+    for name in ("low", "high"):
+        mine = getattr(module, name)
+        if saved[name].shape != mine.shape or not torch.equal(saved[name], mine.to(saved[name])):
+            raise ValueError(f"Expected images whose {name} is {mine.flatten().tolist()}, but got {saved[name].flatten().tolist()}")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what an optimiser takes without a word, and fails on at its next step."""
+    for group in optimizer.param_groups:
+        for key, usual in optimizer.defaults.items():
+            if key in group and not _alike(usual, group[key]):
+                raise ValueError(f"Expected an optimiser whose {key} is like {usual!r}, but got {group[key]!r}")
+    names = {tuple(sorted(values)) for values in optimizer.state.values()}
+    wanted = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else set()
+    if len(names) > 1 or any(not wanted <= set(those) for those in names):
+        raise ValueError(f"Expected the same values for every parameter of an optimiser, but got {sorted(names)}")
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            shapes = (parameter.shape, torch.Size()) if name == "step" else (parameter.shape,)
+            whole = isinstance(value, Tensor) and value.is_floating_point() and value.shape in shapes
+            if not whole and not _alike(1, value):
+                raise ValueError(f"Expected {name} of a parameter {tuple(parameter.shape)} of an optimiser to be of its shape, but got {value!r}")
+
+
+def _alike(usual: Any, value: Any) -> bool:
+    """Whether a value can stand in the place of another."""
+    if isinstance(usual, bool) or usual is None or isinstance(usual, str):
+        return value is None or type(value) is type(usual) or (usual is None and isinstance(value, bool))
+    if isinstance(usual, list | tuple):
+        return isinstance(value, list | tuple) and len(value) == len(usual) and all(map(_alike, usual, value))
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _counts(counts: Any, n: int) -> Tensor | None:
+    good = isinstance(counts, Tensor) and counts.dtype == torch.long and counts.shape == (n,) and bool((counts > 0).all())
+    if counts is not None and not good:
+        raise ValueError(f"Expected how many images each of {n} classes has, but got {counts!r}")
+    return counts
 
 
 def _methods(synthesizers: Sequence[Synthesizer]) -> list[tuple[str, dict]]:

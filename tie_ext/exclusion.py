@@ -37,12 +37,15 @@ class GarbagePool:
         high: Largest value of the data; what 255 stands for.
 
     Raises:
-        ValueError: If the capacity is out of range.
+        ValueError: If the capacity is out of range, or more than memory holds.
     """
 
     def __init__(self, capacity: int, image_shape: Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
         check_number("pool_size", capacity, 1, 10**9, integer=True)
-        self.images = torch.empty((capacity, *image_shape), dtype=torch.uint8)
+        try:
+            self.images = torch.empty((capacity, *image_shape), dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ValueError(f"Expected a pool that fits into memory, but got pool_size {capacity} for images {tuple(image_shape)}") from error
         self.low = torch.as_tensor(low, dtype=torch.float32, device="cpu")
         self.high = torch.as_tensor(high, dtype=torch.float32, device="cpu")
         self.offered = 0
@@ -83,6 +86,7 @@ class GarbagePool:
             ValueError: If the images do not fit this pool.
         """
         images, offered = state["images"], state["offered"]
+        check_number("offered", offered, 0, 2**53, integer=True)
         size = min(offered, len(self.images))
         if images.dtype != torch.uint8 or images.shape != (size, *self.images.shape[1:]):
             raise ValueError(

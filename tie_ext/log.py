@@ -1,6 +1,9 @@
 """What an epoch leaves for people: its log, and how the classifier answers proposed outliers (the paper's Figure 3)."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +41,40 @@ class EpochLog:
     """Their mean UE."""
     seconds: dict[str, float]
     """Wall-clock time of ``train``, ``invert`` and ``exclude``; the one part of a log that differs between equal runs."""
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "EpochLog":
+        """The log of an epoch as a file has it.
+
+        Raises:
+            KeyError: If a field is missing.
+            ValueError: If one is not what it should be.
+        """
+        for f in fields(cls):
+            if not _FITS[f.type](record[f.name]):
+                raise ValueError(f"Expected {f.name} of an epoch to be of type {getattr(f.type, '__name__', f.type)}, but got {record[f.name]!r}")
+        if len({len(value) for value in record.values() if isinstance(value, list)}) > 1:
+            raise ValueError("Expected lists of one length in the log of an epoch, one entry an output, but got several lengths")
+        return cls(**{f.name: record[f.name] for f in fields(cls)})
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _finite(value: object) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or _whole(value)
+
+
+_FITS: dict[Any, Callable[[Any], bool]] = {
+    int: _whole,
+    float: _finite,
+    float | None: lambda value: value is None or _finite(value),
+    list[int]: lambda value: isinstance(value, list) and all(map(_whole, value)),
+    list[float | None]: lambda value: isinstance(value, list) and all(entry is None or _finite(entry) for entry in value),
+    dict[str, float]: lambda value: isinstance(value, dict) and {*map(type, value), *map(type, value.values())} <= {str, float},
+}
+"""What a value of each type of field has to be."""
 
 
 class CandidateTally:

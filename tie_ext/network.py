@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from tie_ext.backbones import BACKBONES
 from tie_ext.decision import Decision, decide
 from tie_ext.head import GarbageHead
-from tie_ext.support.checks import check_images, check_number
-from tie_ext.support.files import load_state, save_state
-from tie_ext.support.modules import Ranged, evaluating
+from tie_ext.support.checks import check_images, check_number, check_shape
+from tie_ext.support.files import load_state, reading, save_state
+from tie_ext.support.modules import FLOATS, Ranged, check_state, evaluating
 
 PRECISIONS = ("float32", "bfloat16")
 """What a backbone can compute in while weights, features and logits stay as they are."""
+TRIED = 3 * 224 * 224
+"""Largest images, in values, that a network from a file is tried on; those that a generator can make are no larger. A file that claims larger
+ones shall not take memory for them when it is read."""
 _EXTRA = "_extra_state"  # torch's name for what get_extra_state gives
 
 
@@ -45,7 +48,7 @@ class TIENet(Ranged):
 
     Raises:
         ValueError: If the backbone has no linear layer to stand on, returns something else than its last one does, does not take images
-            of ``image_shape`` (the latter two are tried where it is given), n < 2, or low is not below high.
+            of ``image_shape`` (the latter two are tried where it is given), that is no shape of an image, n < 2, or low is not below high.
 
     Example:
         >>> net = TIENet(Conv3(in_channels=1, num_classes=10), num_classes=10, image_shape=(1, 28, 28))
@@ -72,7 +75,9 @@ class TIENet(Ranged):
         if classes and len(classes) != num_classes:
             raise ValueError(f"Expected {num_classes} class names, but got {len(classes)}")
         self.num_classes, self.classes = num_classes, tuple(classes)
-        self.image_shape = None if image_shape is None else tuple(image_shape)
+        self.image_shape = None if image_shape is None else check_shape(image_shape)
+        if self.image_shape is not None and len(self.low) not in (1, self.image_shape[0]):
+            raise ValueError(f"Expected low and high to be numbers or {self.image_shape[0]}, one a channel, but got {len(self.low)}")
         self.backbone = copy.deepcopy(backbone)  # cutting its head off must not change the caller's network
         if self.image_shape is not None:
             ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
@@ -209,7 +214,7 @@ class TIENet(Ranged):
         about = {"num_classes": self.num_classes, "image_shape": self.image_shape, "classes": self.classes, "precision": self.precision}
         names = [name for name, backbone in BACKBONES.items() if type(self.backbone) is backbone]
         weights = {name: value for name, value in self.state_dict().items() if name != _EXTRA}  # the precision, which stands in ``about``
-        head = {"layers": self.garbage.layers, "hidden": self.garbage.hidden} if isinstance(self.garbage, GarbageHead) else None
+        head = {"layers": self.garbage.layers} if isinstance(self.garbage, GarbageHead) else None
         save_state(path, "network", {**about, "backbone": names[0] if names else None, "head": head, "weights": weights})
 
     @classmethod
@@ -225,25 +230,65 @@ class TIENet(Ranged):
             ValueError: If it is truncated, foreign, of another architecture, or needs a ``backbone``.
         """
         state = load_state(path, "network")
-        try:
-            weights, shape, name = state["weights"], state["image_shape"], state["backbone"]
+        with reading(f"a network of this architecture in {path}"):
+            weights, classes = state["weights"], state["classes"]
             n = len(weights["fc.weight"])  # of the weights, not of what the header claims: a network is no larger than its file
-            if backbone is None and name not in BACKBONES:
-                raise ValueError(f"Expected a `backbone` for {path}, whose architecture is not one of {', '.join(BACKBONES)}, but got None")
+            if state["num_classes"] != n or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise ValueError(f"weights of {n} classes instead of {state['num_classes']!r}, named {classes!r}")
             if backbone is None:
-                first = next(w for key, w in weights.items() if key.startswith("backbone.") and w.ndim == 4)
-                backbone = BACKBONES[name](first.shape[1], n)
-            low, high, read = weights["low"].flatten().tolist(), weights["high"].flatten().tolist(), state.get("head")
-            head = GarbageHead(read["layers"], weights["fc.weight"].shape[1], read["hidden"]) if read else None
-            net = cls(backbone, n, shape, low, high, state["classes"], head)
-            net.to(weights["fc.weight"].dtype).load_state_dict(weights)
+                backbone = _own(path, state["backbone"], weights)
+            net = _filled(cls, backbone, n, state["image_shape"], weights, classes, _head_of(state.get("head"), weights))
             precision = state.get("precision", "float32")  # earlier files had none other
             if precision not in PRECISIONS:
                 raise ValueError(f"Expected a precision in {path}, one of {', '.join(PRECISIONS)}, but got {precision!r}")
             net.precision = precision
-        except (KeyError, RuntimeError, TypeError, AttributeError, StopIteration) as error:
-            raise ValueError(f"Expected a network of this architecture in {path}, but got: {error}") from error
         return net.eval()
+
+
+def _own(path: str | os.PathLike, name: object, weights: dict[str, Tensor]) -> nn.Module:
+    """The one of :data:`BACKBONES` that weights are of; nothing that is larger than they are is made."""
+    if name not in BACKBONES:
+        raise ValueError(f"Expected a `backbone` for {path}, whose architecture is not one of {', '.join(BACKBONES)}, but got None")
+    channels = next((w.shape[1] for key, w in weights.items() if key.startswith("backbone.") and w.ndim == 4), 0)
+    with torch.device("meta"):  # which has shapes alone
+        plan = BACKBONES[str(name)](channels, len(weights["fc.weight"])).state_dict()
+    for key, w in plan.items():
+        found = weights[key if key.startswith("fc.") else f"backbone.{key}"]
+        if found.shape != w.shape:
+            raise ValueError(f"{key} of {tuple(found.shape)} instead of {tuple(w.shape)}")
+    return BACKBONES[str(name)](channels, len(weights["fc.weight"]))
+
+
+def _head_of(read: Any, weights: dict[str, Tensor]) -> GarbageHead | None:
+    """The garbage head that weights are of; None for the linear one."""
+    if read is None:
+        return None
+    layers, hidden = read["layers"], len(weights["garbage.network.0.bias"])
+    if not isinstance(layers, dict) or not all(isinstance(name, str) and isinstance(count, int) and count > 0 for name, count in layers.items()):
+        raise ValueError(f"layers {layers!r} of a garbage head")
+    head = GarbageHead(layers, weights["fc.weight"].shape[1], hidden)
+    if head.mean.shape != weights["garbage.mean"].shape:
+        raise ValueError(f"{weights['garbage.mean'].numel()} statistics instead of {head.mean.numel()}")
+    return head
+
+
+def _filled(
+    cls: type[TIENet], backbone: nn.Module, n: int, image_shape: Any, weights: dict[str, Tensor], classes: Sequence[str], head: GarbageHead | None
+) -> TIENet:
+    """A network with the weights of a file."""
+    kind, features = weights["fc.weight"].dtype, int(backbone.get_submodule(_head(backbone)).in_features)  # type: ignore[arg-type]
+    if kind not in FLOATS or weights["fc.weight"].shape != (n, features):
+        raise ValueError(f"fc of {kind} {tuple(weights['fc.weight'].shape)} instead of floating-point {(n, features)}")
+    low, high = (weights[name] for name in ("low", "high"))
+    if max(low.numel(), high.numel()) > 1000 or not bool(low.isfinite().all() and high.isfinite().all()):
+        raise ValueError(f"a value range that is not finite, or of {max(low.numel(), high.numel())} channels")
+    shape = None if image_shape is None else check_shape(image_shape)
+    small = shape is None or math.prod(shape) <= TRIED
+    net = cls(backbone, n, shape if small else None, low.flatten().tolist(), high.flatten().tolist(), classes, head)
+    net.image_shape = shape
+    check_state(net, weights)
+    net.to(kind).load_state_dict(weights)
+    return net
 
 
 def _head(backbone: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """A whole method in words: what command lines, configs and records say, and a trainer is made of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -67,6 +67,18 @@ class Recipe:
             prior = [make(name, net) for name in self.prior]
         return TIETrainer(net, self.config, synthesizers, prior, OBJECTIVES[self.objective], progress)  # type: ignore[arg-type]
 
+    def methods(self) -> list[tuple[str, dict[str, Any]]]:
+        """The class of each synthesizer by name, and all its settings.
+
+        Raises:
+            TypeError: If a setting is unknown.
+            ValueError: If one is out of range.
+        """
+        return [
+            (SYNTHESIZERS[name][0].__name__, asdict(replace(SYNTHESIZERS[name][1], **changed)))  # type: ignore[type-var]
+            for name, changed in self.synthesizers.items()
+        ]
+
     def record(self) -> dict[str, Any]:
         """The method as JSON has it, with every setting, also those that are defaults."""
         settings = {}
@@ -85,4 +97,6 @@ class Recipe:
         known = {f.name for f in fields(TIEConfig)}
         if unknown := sorted(set(record["config"]) - known):
             raise ValueError(f"Expected settings among {', '.join(sorted(known))}, but got {', '.join(unknown)}")
-        return cls(TIEConfig(**record["config"]), record["synthesizers"], tuple(record["prior"]), record["objective"])
+        recipe = cls(TIEConfig(**record["config"]), record["synthesizers"], tuple(record["prior"]), record["objective"])
+        recipe.methods()  # which looks at their settings
+        return recipe

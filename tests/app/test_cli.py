@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,13 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tie_ext import TIENet, TIETrainer
+from tie_ext import EpochLog, TIENet, TIETrainer
 from tie_ext.app import cli, data, report
 from tie_ext.app.cli import DEMO, main
 from tie_ext.app.run import written
@@ -238,6 +240,139 @@ def test_a_threshold_is_found_beside_the_networks_file_too(run, folder, capsys):
         assert main(["score", str(place), "--false-alarm", "0.25", image]) == 0
         rows.append(capsys.readouterr().out)
     assert rows[0] == rows[1]
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": 1},
+        {"backbone": []},
+        {"images": 0},
+        {"size": 10**9},
+        {"batch_size": None},
+        {"shift": -1},
+        {"ood": "mnist"},
+        {"ood": [1]},
+        {"download": "x"},
+        {"data": "x" * 5000},
+        {"recipe": 1},
+    ],
+    ids=str,
+)
+def test_a_run_of_wrong_settings_is_not_gone_on_with(copied, capsys, change):
+    record = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**record, "settings": {**record["settings"], **change}}))
+    assert main(["train", "--resume", str(copied)]) == 1
+    assert capsys.readouterr().err.startswith("tie-ext: Expected ")
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("config", {"pool_size": 10**9}),
+        ("synthesizers", {"inversion": {"width": 4096}}),
+        ("synthesizers", {"white": 1}),
+        ("synthesizers", {"inversion": {"height": 1}}),
+        ("synthesizers", ["inversion"]),
+        ("objective", []),
+    ],
+    ids=str,
+)
+def test_a_run_of_a_wrong_method_is_not_gone_on_with_and_nothing_is_made_by_it(copied, capsys, part, change):
+    record = json.loads((copied / "run.json").read_text())
+    recipe = record["settings"]["recipe"]
+    recipe[part] = {**recipe[part], **change} if part == "config" else change
+    (copied / "run.json").write_text(json.dumps(record))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["train", "--resume", str(copied)]) == 1
+    assert capsys.readouterr().err.startswith("tie-ext: Expected ")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024 * (1024 if sys.platform == "darwin" else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "state"),
+    [
+        ("scores", "scores", {"../../x": {"id": torch.ones(3)}}),
+        ("scores", "scores", {"TIE": {"noise": torch.ones(3)}}),
+        ("scores", "scores", {"TIE": {"id": torch.tensor([1.0, float("nan")])}}),
+        ("scores", "scores", {"TIE": 3}),
+        ("epochs/0002", "snapshot", {"features": torch.ones(3, 2)}),
+        ("epochs/0002", "snapshot", {"features": torch.full((3, 2), float("nan")), "labels": torch.zeros(3).long()}),
+        ("epochs/0002", "snapshot", {"features": torch.ones(3, 2), "labels": torch.full((3,), 7)}),
+        ("epochs/0002", "snapshot", {"features": torch.ones(3, 2), "labels": torch.zeros(3).long(), "inversions": torch.ones(3)}),
+        ("epochs/0002", "snapshot", {"features": torch.ones(3, 2), "labels": torch.zeros(3).long(), "inversions": 1}),
+        ("epochs/last", "snapshot", {"features": torch.ones(3, 2), "labels": torch.zeros(3).long()}),
+        ("training", "training", {"log": []}),
+        ("training", "training", {"log": [{"epoch": 1}]}),
+    ],
+)
+def test_a_report_of_wrong_files_is_refused_and_writes_nothing_elsewhere(copied, capsys, name, kind, state):
+    from tie_ext.support.files import save_state
+
+    save_state(copied / f"{name}.safetensors", kind, state)
+    before = {path for path in copied.parent.rglob("*") if path.is_file()}
+    assert main(["report", str(copied)]) == 1
+    assert capsys.readouterr().err.startswith("tie-ext: Expected ")
+    assert {path for path in copied.parent.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", ["", "[", "null", "[]", "{}", '{"settings": 1}', "[" * 100_000, "1" * 10_000])
+def test_a_record_that_is_none_is_refused(copied, capsys, content):
+    (copied / "run.json").write_text(content)
+    for command in (["report", str(copied)], ["train", "--resume", str(copied)]):
+        assert main(command) == 1
+        assert capsys.readouterr().err.startswith("tie-ext: Expected ")
+
+
+def test_a_link_to_nowhere_is_no_reason_to_begin_anew(copied, capsys):
+    (copied / "training.safetensors").unlink()
+    (copied / "training.safetensors").symlink_to("nowhere")
+    assert main(["train", "--resume", str(copied)]) == 1
+    assert capsys.readouterr().err.startswith("tie-ext: Expected a tie_ext training file")
+
+
+def test_a_loss_that_overflowed_is_left_out_of_the_record(copied):
+    from dataclasses import replace
+
+    from tie_ext.app.run import finish, read_settings
+    from tie_ext.support.files import load_state
+
+    log = [EpochLog.of_record(entry) for entry in load_state(copied / "training.safetensors", "training")["log"]]
+    trainer = SimpleNamespace(log=[replace(log[0], losses={"classifier": 1.0, "kl": float("inf")})], device=torch.device("cpu"))
+    assert finish(copied, read_settings(copied), trainer, {})["log"][0]["losses"] == {"classifier": 1.0, "kl": None}
+
+
+def test_results_that_are_no_numbers_are_refused(copied, capsys):
+    record = json.loads((copied / "run.json").read_text())
+    record["numbers"]["scores"]["score"]["noise"]["auroc"] = "x"
+    (copied / "run.json").write_text(json.dumps(record))
+    assert main(["report", str(copied)]) == 1
+    assert capsys.readouterr().err.startswith("tie-ext: Expected ")
+
+
+def test_a_network_that_takes_any_images_is_not_scored_by_the_command_line(copied, folder, capsys):
+    from tie_ext import TIENet
+
+    net = TIENet.load(copied / "network.safetensors")
+    net.image_shape = None
+    net.save(copied / "network.safetensors")
+    assert main(["score", str(copied), str(folder / "test" / "dark" / "0.png")]) == 1
+    assert "Expected a network for square images" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_scores_that_find_the_disk_full_say_so(run, folder):
+    command = [sys.executable, "-m", "tie_ext.app.cli", "score", str(run), str(folder / "test" / "dark" / "0.png")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("tie-ext: Expected to write to the standard output, but got: No space left on device")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_demo_set_is_real_and_split(recwarn):

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median
 
+import fire
 from cost import cost
 from page import fill, percent
 
@@ -338,6 +339,7 @@ def documents() -> dict[str, str]:
         "cost.md": cost(),
         "threshold.md": threshold(),
         "agreement.md": agreement(),
+        "research/under_fire.md": fire.page(),
         "results.md": fill((BENCH / "results.md").read_text()),
         "findings.md": fill((BENCH / "findings.md").read_text()),
         "../README.md": readme(),
@@ -348,6 +350,7 @@ def documents() -> dict[str, str]:
 
 def main() -> None:
     for name, text in documents().items():
+        (DOCS / name).parent.mkdir(parents=True, exist_ok=True)
         (DOCS / name).write_text(text)
 
 

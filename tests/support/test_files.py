@@ -7,14 +7,17 @@ import resource
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_batches, make_net, make_trainer
+from conftest import SHAPE, make_batches, make_net, make_trainer
+from torch import nn
 
 from tie_ext import TIENet
-from tie_ext.support.files import load_state, save_state
+from tie_ext.support.files import load_state, locked, save_state
 
 STATE = {"a": {0: torch.arange(3), 1: [torch.tensor(1.5), None, True]}, "b": -math.inf, "c": "text", "d": {}}
 
@@ -129,3 +132,104 @@ except OSError as error:
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+
+
+WRITER = """
+import sys
+from tie_ext.support.files import write_atomically
+for i in range(300):
+    write_atomically(sys.argv[1], bytes([i % 256]) * 100_000)
+"""
+
+
+def test_two_writers_of_one_file_never_meet(tmp_path):
+    path = tmp_path / "f"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            content = path.read_bytes()
+            assert len(content) == 100_000
+            assert len(set(content)) == 1
+    assert [(writer.wait(), writer.communicate()[1]) for writer in writers] == [(0, ""), (0, "")]
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_keys_whose_names_collide_keep_their_own_tensors(tmp_path):
+    one, two, three, four = torch.arange(4).float()
+    save_state(tmp_path / "s", "training", {"a/b": one, "a": {"b": two}, 1: three, "1": four})
+    again = load_state(tmp_path / "s", "training")
+    assert [again["a/b"].item(), again["a"]["b"].item(), again[1].item(), again["1"].item()] == [0, 1, 2, 3]
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    save_state(tmp_path / "s", "training", {"count": np.int64(3), "share": np.float32(0.25), "none": np.float32("nan")})
+    again = load_state(tmp_path / "s", "training")
+    assert (again["count"], again["share"]) == (3, 0.25)
+    assert [type(again[key]) for key in ("count", "share")] == [int, float]
+    assert math.isnan(again["none"])
+
+
+HOLDER = """
+import sys, time
+from tie_ext.support.files import locked
+with locked(sys.argv[1]):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_one_process_at_a_time_and_free_again_when_that_is_killed(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "in\n"
+        part = tmp_path / "epochs" / ".0001.safetensors.0123.part"
+        part.parent.mkdir()
+        part.write_bytes(b"half")
+        with pytest.raises(ValueError, match=r"Expected .* to be free, but got a folder that another process"), locked(tmp_path):
+            pass
+        assert part.exists()  # it may be that process's
+    finally:
+        holder.kill()
+        holder.communicate()
+    with locked(tmp_path):
+        assert not part.exists()
+
+
+class Small(nn.Module):
+    """The backbone of the network that version 0.1.0 saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, stride=3)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+LOGITS = [
+    [-0.67441767, 0.32778361, 1.06455636, -0.71134329],
+    [-0.63658577, 0.31220520, 1.02995872, -0.68879676],
+    [-0.59875393, 0.29662681, 0.99536109, -0.66625017],
+]
+"""What the network gave when it was saved."""
+EARLIER = Path(__file__).parents[1] / "data" / "saved_by_0.1.0"
+
+
+def test_a_network_that_an_earlier_version_saved_gives_the_same_numbers():
+    net = TIENet.load(EARLIER / "network.safetensors", Small())
+    x = torch.linspace(-1, 1, 40 * 28 * 28).view(40, 1, 28, 28)
+    assert (net.classes, net.num_classes, net.image_shape, net.precision) == (("a", "b", "c"), 3, SHAPE, "bfloat16")
+    assert net.tau.item() == 0.25
+    with torch.no_grad():
+        logits = net(x[:3], garbage=True)
+    torch.testing.assert_close(logits, torch.tensor(LOGITS), rtol=0, atol=1e-2)  # bfloat16, whose sums differ from processor to processor
+
+
+def test_a_detector_that_an_earlier_version_saved_draws_the_same_line():
+    pytest.importorskip("pytorch_ood")
+    from tie_ext.pytorch_ood import TIEDetector
+
+    detector = TIEDetector.load(EARLIER, Small())
+    assert detector.threshold.item() == pytest.approx(-1.656660556793213, rel=1e-6)
+    assert (detector.tau, detector.false_alarm, detector.lam, detector.t) == (None, 0.1, 2.0, 1.0)

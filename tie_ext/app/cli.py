@@ -3,10 +3,11 @@
 import argparse
 import csv
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     a = _parser().parse_args(arguments)
     try:
-        a.command(a)
+        with _output():
+            a.command(a)
     except ModuleNotFoundError as error:
         print(f"tie-ext: {error}; pip install 'tie_ext[cli]' brings what the command line needs", file=sys.stderr)
         return 1
@@ -67,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tie-ext: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, FloatingPointError, ImportError) as error:  # the last where OpenOOD is asked for and not there
-        print(f"tie-ext: {error}", file=sys.stderr)
+        # Of our own errors the text alone, without the number that Python puts before it.
+        said = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else error
+        print(f"tie-ext: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hints = {"reproduce": "; finished cells and epochs are kept, go on with the same command"}
@@ -77,6 +81,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ntie-ext: stopped{hints.get(a.name, '')}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """All that is printed inside has arrived at the end.
+
+    Raises:
+        OSError: If it cannot be written, as where it goes to a file on a full disk.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno is not None and error.filename is None and not str(error.strerror or error).startswith("Expected"):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again when it ends
+            raise OSError(error.errno, f"Expected to write to the standard output, but got: {error.strerror or error}") from error
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -291,7 +313,8 @@ def _score(a: argparse.Namespace) -> None:
     net = TIENet.load(a.run / "network.safetensors" if a.run.is_dir() else a.run)
     folder = a.run if a.run.is_dir() else a.run.parent
     decide = net.decide if a.false_alarm is None else _deciding_at(net, folder / "scores.safetensors", a.false_alarm)
-    assert net.image_shape is not None  # a saved run has one
+    if net.image_shape is None or net.image_shape[0] not in (1, 3) or net.image_shape[1] != net.image_shape[2]:
+        raise ValueError(f"Expected a network for square images, grey or of three colours, but got one for images {net.image_shape}")
     channels, size, _ = net.image_shape
     out = csv.writer(sys.stdout) if a.format == "csv" else None
     if out:
@@ -308,10 +331,13 @@ def _score(a: argparse.Namespace) -> None:
 
 def _deciding_at(net: TIENet, scores: Path, false_alarm: float) -> Callable[[Tensor], Decision]:
     """The network's decision by a threshold on the score, fitted on ID test images as the run scored them."""
+    from tie_ext.app.run import load_scores
     from tie_ext.pytorch_ood import TIEDetector
 
-    detector = TIEDetector(net, false_alarm)
-    detector.threshold = conformal_threshold(load_state(scores, "scores")["TIE"]["id"], false_alarm)
+    detector, of = TIEDetector(net, false_alarm), load_scores(scores)
+    if "TIE" not in of:
+        raise ValueError(f"Expected scores of TIE in {scores}, but got those of {', '.join(of)}")
+    detector.threshold = conformal_threshold(of["TIE"]["id"], false_alarm)
     return detector.decide
 
 

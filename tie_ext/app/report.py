@@ -8,6 +8,7 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tie_ext.app.run import load_snapshots
-from tie_ext.support.files import load_state, write_atomically
+from tie_ext.app.run import load_scores, load_snapshots, read_record
+from tie_ext.log import EpochLog
+from tie_ext.network import TIENet
+from tie_ext.outliers import SYNTHESIZERS
+from tie_ext.support.files import load_state, reading, write_atomically
 
 
 def _axes(ax: Axes | None, width: float = 5.0, height: float = 3.5) -> Axes:
@@ -172,25 +176,44 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: If the folder holds no run.
-        ValueError: If no epoch of it is finished.
+        ValueError: If no epoch of it is finished, or a file is damaged, foreign or of another run.
+        OSError: If a file cannot be written.
     """
     folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise FileNotFoundError(f"Expected a run with a run.json at {folder}, but got none")
-    record = json.loads((folder / "run.json").read_text())
+    record = read_record(folder)
     snapshots = load_snapshots(folder)
     if not snapshots:
         raise ValueError(f"Expected a run with at least one finished epoch at {folder}, but got none")
-    training = load_state(folder / "training.safetensors", "training")
-    names = [*load_state(folder / "network.safetensors", "network")["classes"], "garbage"]
-    log = training["log"]
+    net = TIENet.load(folder / "network.safetensors")
+    names = [*(net.classes or map(str, range(net.num_classes))), "garbage"]
+    with reading(f"a run whose files are of one network at {folder}"):
+        log = load_state(folder / "training.safetensors", "training", ("log",))["log"]
+        _check_outputs(folder, snapshots, [asdict(EpochLog.of_record(entry)) for entry in log], len(names))
+        results, figures = _results(record), _figures(folder, record, snapshots, log, names)
+        body = [_written(folder, name, caption, figure) for name, (caption, figure) in figures.items()]
+        page = _PAGE.format(title=html.escape(folder.resolve().name), table=results, figures="\n".join(body), settings=_settings(record))
+    write_atomically(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+def _check_outputs(folder: Path, snapshots: Mapping[int, Mapping[str, Tensor]], log: Sequence[Mapping], outputs: int) -> None:
+    """Refuse pictures and logs of a network with another number of outputs."""
+    for epoch, snapshot in snapshots.items():
+        if len(snapshot.get("inversions", range(outputs))) != outputs or int(snapshot["labels"].max()) >= outputs:
+            raise ValueError(f"Expected pictures of {outputs} outputs in epoch {epoch} of {folder}, but got those of another network")
+    if not log or any(len(entry["proposed"]) != outputs for entry in log):
+        raise ValueError(f"Expected a log of {outputs} outputs at {folder}, but got none or that of another network")
+
+
+def _figures(folder: Path, record: Mapping, snapshots: Mapping, log: Sequence[Mapping], names: Sequence[str]) -> dict[str, tuple[str, Figure]]:
+    """Caption and figure by name."""
     figures: dict[str, tuple[str, Figure]] = {}
     last = snapshots[max(snapshots)]
     if "inversions" in last:
         figures["inversions"] = ("Inversions over the epochs: what each class looks like to the network", inversions_over_epochs(snapshots, names))
         figures["inversion_grid"] = ("Inversions after the last epoch", inversion_grid(last["inversions"], names))
     for i, name in enumerate(record["settings"].get("recipe", {}).get("synthesizers", ())):
-        if f"outliers_{i}" in last:
+        if f"outliers_{i}" in last and name in SYNTHESIZERS:
             row = inversion_grid(last[f"outliers_{i}"][None], [""])
             figures[f"outliers_{name}"] = (f"Outliers that {name} proposes after the last epoch", row)
     figures |= {
@@ -198,20 +221,20 @@ def write_report(folder: Path) -> Path:
         "features": ("Features of test images and garbage (t-SNE)", feature_map(snapshots, names)),
     }
     if (folder / "scores.safetensors").is_file():
-        for label, scores in load_state(folder / "scores.safetensors", "scores").items():
+        for label, scores in load_scores(folder / "scores.safetensors").items():
             figures[f"curves_{label}"] = (f"{label}: ROC and precision-recall, OOD positive", roc_and_pr(scores))
             figures[f"scores_{label}"] = (f"{label}: scores", histograms(scores))
-    body = []
-    for name, (caption, figure) in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
-        write_atomically(folder / "figures" / f"{name}.png", picture.getvalue())
-        source = base64.b64encode(picture.getvalue()).decode()
-        body.append(f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{source}"><figcaption>{html.escape(caption)}')
-        body.append("</figcaption></figure>")
-    page = _PAGE.format(title=html.escape(folder.resolve().name), table=_results(record), figures="\n".join(body), settings=_settings(record))
-    write_atomically(folder / "report.html", page.encode())
-    return folder / "report.html"
+    return figures
+
+
+def _written(folder: Path, name: str, caption: str, figure: Figure) -> str:
+    """Write a figure, and give it as HTML."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
+    write_atomically(folder / "figures" / f"{name}.png", picture.getvalue())
+    source = base64.b64encode(picture.getvalue()).decode()
+    caption = html.escape(caption)
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{source}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _results(record: Mapping) -> str:

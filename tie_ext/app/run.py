@@ -7,12 +7,13 @@ RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for t
 RUN/scores.safetensors     test scores of the ID set and each OOD set
 """
 
-import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from tie_ext.app import data
 from tie_ext.app.data import ImageSet, training_batches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.backbones import BACKBONES
+from tie_ext.checkpoint import check_settings
 from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.recipe import Recipe
-from tie_ext.support.files import load_state, locked, save_state, write_json
+from tie_ext.support.checks import check_number, describe
+from tie_ext.support.files import load_state, locked, read_json, reading, save_state, write_json
 from tie_ext.support.modules import frozen
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
@@ -40,11 +43,17 @@ _WRITTEN = (
     "run.json",
 )
 """What a run and its report write."""
+LARGEST = 2048
+"""Pixels of a side."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is asked to do; together with the images it determines the result."""
+    """What a run is asked to do; together with the images it determines the result.
+
+    Raises:
+        ValueError: If a setting is of the wrong type or out of range.
+    """
 
     data: str
     """A named set or ``folder:PATH``; ``demo`` for the built-in digits."""
@@ -67,6 +76,16 @@ class RunSettings:
     recipe: Recipe = field(default_factory=Recipe)
     """The method."""
 
+    def __post_init__(self) -> None:
+        for name, kind in (("data", str), ("root", str), ("backbone", str), ("download", bool)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"Expected {name} to be a {kind.__name__}, but got {getattr(self, name)!r}")
+        if not isinstance(self.ood, tuple) or not all(isinstance(name, str) for name in self.ood):
+            raise ValueError(f"Expected ood to be names of image sets, but got {self.ood!r}")
+        for name, low, high in (("images", 1, 10**9), ("size", 1, LARGEST), ("batch_size", 1, 10**6), ("shift", 0, LARGEST)):
+            if getattr(self, name) is not None or name == "batch_size":
+                check_number(name, getattr(self, name), low, high, integer=True)
+
     def record(self) -> dict:
         """The settings as JSON has them."""
         return {**{f.name: getattr(self, f.name) for f in fields(self)}, "recipe": self.recipe.record()}
@@ -78,6 +97,13 @@ def load_images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, Im
     Raises:
         ValueError: If a set is missing or unknown.
     """
+    try:
+        return _images(settings)
+    except OSError as error:
+        raise ValueError(f"Expected to read the images of {shorten(settings.data, 80)}, but got: {error.strerror or error}") from error
+
+
+def _images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
     if settings.data == "demo":
         return data.demo()
     shape = None if settings.size is None else (data.own_shape(settings.data)[0], settings.size, settings.size)
@@ -117,7 +143,7 @@ def train_run(
     folder, new = Path(folder), settings is not None
     if settings is None:
         settings = read_settings(folder)
-    elif (folder / "training.safetensors").exists():
+    elif os.path.lexists(folder / "training.safetensors"):
         with locked(folder):  # as one that another process is at is not there to go on with
             _refuse_a_run(folder)
     if settings.backbone not in BACKBONES:
@@ -132,16 +158,19 @@ def train_run(
 
 
 def _refuse_a_run(folder: Path) -> None:
-    if (folder / "training.safetensors").exists():
+    if os.path.lexists(folder / "training.safetensors"):
         raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
 
 
 def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str, progress: bool) -> dict:
+    begun = os.path.lexists(folder / "training.safetensors")  # a link to nowhere is no reason to begin anew
+    if begun:
+        check_settings(folder / "training.safetensors", settings.recipe.config, settings.recipe.methods())
     with seeded(settings.recipe.config.seed):
         backbone = BACKBONES[settings.backbone](images.shape[0], len(images.classes))
         net = TIENet(backbone, len(images.classes), images.shape, classes=images.classes).to(device)
     trainer = settings.recipe.trainer(net, progress)
-    if (folder / "training.safetensors").exists():
+    if begun:
         trainer.load(folder / "training.safetensors")
     batches = training_batches(images, settings.batch_size, settings.shift)  # before anything is written: it looks at the settings
     about = {"test_images": test.note} if test.note else {}
@@ -181,7 +210,10 @@ def clear(folder: str | os.PathLike) -> None:
 
 def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping, about: Mapping) -> dict:
     """Write ``run.json`` with log, results, and what else is to be said about the run."""
-    record = {"settings": settings.record(), **about, "numbers": numbers, "log": [asdict(entry) for entry in trainer.log]}
+    log = [asdict(entry) for entry in trainer.log]
+    for entry in log:  # a generator's loss may overflow, which JSON has no word for
+        entry["losses"] = {name: loss if math.isfinite(loss) else None for name, loss in entry["losses"].items()}
+    record = {"settings": settings.record(), **about, "numbers": numbers, "log": log}
     record |= provenance(trainer.device)
     write_json(folder / "run.json", record)
     return record
@@ -199,20 +231,33 @@ def read_settings(folder: Path) -> RunSettings:
         FileNotFoundError: If the folder holds no run.
         ValueError: If its ``run.json`` is not one, or is of an earlier version.
     """
-    path = folder / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a run with a run.json at {folder}, but got none")
-    try:
-        raw = json.loads(path.read_text())["settings"]
+    record = read_record(folder)
+    with reading(f"the settings of a run in {folder / 'run.json'}"):
+        raw = record["settings"]
+        if not isinstance(raw["ood"], list):
+            raise TypeError(f"ood {raw['ood']!r}")
         known = {f.name: raw[f.name] for f in fields(RunSettings) if f.name in raw}
         earlier = "config" in raw and "recipe" not in raw  # as 0.1.0 wrote them
-        settings = None if earlier else RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected the settings of a run in {path}, but got: {error!r}") from error
-    if settings is None:
-        hint = "finish it with that version, or begin anew in another folder"
-        raise ValueError(f"Expected a run of this version of tie_ext in {folder}, but got one that an earlier version made; {hint}")
-    return settings
+        if not earlier:
+            return RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
+    hint = "finish it with that version, or begin anew in another folder"
+    raise ValueError(f"Expected a run of this version of tie_ext in {folder}, but got one that an earlier version made; {hint}")
+
+
+def read_record(folder: Path) -> dict:
+    """The content of ``run.json``.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If its ``run.json`` is not one.
+    """
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a run with a run.json at {folder}, but got none")
+    record = read_json(path, "the record of a run")
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ValueError(f"Expected the record of a run with its settings in {path}, but got none")
+    return record
 
 
 @torch.no_grad()
@@ -241,5 +286,45 @@ def to_bytes(net: TIENet, x: Tensor) -> Tensor:
 
 
 def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
-    """Snapshots by epoch."""
-    return {int(path.stem): load_state(path, "snapshot") for path in sorted((Path(folder) / "epochs").glob("*.safetensors"))}
+    """Snapshots by epoch.
+
+    Raises:
+        ValueError: If one is damaged or foreign, or they are not of one run.
+    """
+    snapshots, first = {}, None
+    for path in sorted((Path(folder) / "epochs").glob("*.safetensors")):
+        with reading(f"the pictures of an epoch in {path}"):
+            snapshot = load_state(path, "snapshot")
+            first = snapshot if first is None else first
+            for name, x in snapshot.items():
+                picture = name not in ("features", "labels")
+                if picture and (x.dtype != torch.uint8 or x.ndim != (5 if name == "inversions" else 4) or x.shape[-3] not in (1, 3)):
+                    raise ValueError(f"Expected pictures of {name} in {path}, but got {describe(x)}")
+                if picture and (name not in first or x.shape != first[name].shape or x.numel() == 0):
+                    raise ValueError(f"Expected {name} in {path} to be as in the other epochs, but got {describe(x)}")
+            features, labels = snapshot["features"], snapshot["labels"]
+            if features.ndim != 2 or not features.is_floating_point() or not len(features) or not bool(features.isfinite().all()):
+                raise ValueError(f"Expected finite features of images in {path}, but got {describe(features)}")
+            if labels.dtype != torch.long or labels.shape != features.shape[:1] or bool((labels < 0).any()):
+                raise ValueError(f"Expected a label for each of {len(features)} images in {path}, but got {describe(labels)}")
+            snapshots[int(path.stem)] = snapshot
+    return snapshots
+
+
+def load_scores(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
+    """Test scores ``(N,)`` by method and image set; the ID set is called ``id``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or foreign.
+    """
+    scores = load_state(path, "scores")
+    with reading(f"the test scores of a run in {path}"):
+        for label, sets in scores.items():
+            if not isinstance(label, str) or {"/", "\\", "\0"} & set(label) or "id" not in sets:  # figures are called by it
+                raise ValueError(f"Expected the scores of a method in {path}, among them those of ID images, but got {label!r}")
+            for name, values in sets.items():
+                good = isinstance(name, str) and isinstance(values, Tensor) and values.ndim == 1 and values.is_floating_point()
+                if not good or not len(values) or not bool(values.isfinite().all()):
+                    raise ValueError(f"Expected finite scores of {name!r} in {path}, but got {describe(values)}")
+    return scores

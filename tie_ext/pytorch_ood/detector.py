@@ -4,7 +4,6 @@ Contract (pytorch-ood 0.4.0, the oldest whose detectors carry ``info`` records):
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +18,7 @@ from tie_ext.decision import Decision, conformal_threshold, decide, decide_at, o
 from tie_ext.exclusion import cutoff
 from tie_ext.network import TIENet
 from tie_ext.support.checks import check_labels, check_logits, check_number
-from tie_ext.support.files import write_json
+from tie_ext.support.files import read_json, reading, write_json
 from tie_ext.support.modules import evaluating
 from tie_ext.synthesis import Batches
 
@@ -204,30 +203,26 @@ class TIEDetector(LogitsDetector):
         folder = Path(folder)
         detector = cls(TIENet.load(folder / "network.safetensors", backbone))
         path = folder / "detector.json"
-        if path.exists():
+        if os.path.lexists(path):
             detector._read(path)
         return detector.to(device)
 
     def _read(self, path: Path) -> None:
-        try:
-            saved = json.loads(path.read_text())
+        saved = read_json(path, "a detector.json of tie_ext")
+        with reading(f"a detector.json of tie_ext at {path}"):
             if saved["format"] != FORMAT:
-                raise KeyError("format")
+                raise ValueError(f"Expected a detector.json of tie_ext at {path}, but got one of format {saved['format']!r}")
             version, sha256 = saved["version"], saved["network_sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"Expected a detector.json of tie_ext at {path}, but got a truncated or foreign file: {error!r}") from error
         if version != VERSION:
             raise ValueError(f"Expected a detector of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it")
         if sha256 != _sha256(path.with_name("network.safetensors")):
             raise ValueError(f"Expected beside {path} the network it was saved with, but got another; fit the detector again and save it")
-        try:
+        with reading(f"a whole detector.json at {path}"):
             TIEDetector.__init__(self, self._net(), saved["false_alarm"], saved["lam"], saved["t"])
             for name in ("tau", "threshold"):
                 if saved[name] is not None:
                     check_number(name, saved[name], -3e38, 3e38)
                     setattr(self, name, torch.tensor(float(saved[name])))
-        except KeyError as error:
-            raise ValueError(f"Expected a whole detector.json at {path}, but got one without {error}") from error
 
     def _net(self) -> TIENet:
         if self.model is None:

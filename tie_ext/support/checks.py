@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # torch 2.2 has it there
+MOST_VALUES = 2**24
+"""Of an image: 3 x 2364 x 2364."""
 
 
 def check_logits(logits: Tensor) -> None:
@@ -64,6 +66,24 @@ def check_images(x: Tensor, shape: Sequence[int] | None = None, low: float | Ten
             )
 
 
+def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Refuse anything but the shape of an image.
+
+    Returns:
+        ``(C, H, W)``.
+
+    Raises:
+        ValueError: If it is not three positive integers, or has more than :data:`MOST_VALUES` values.
+    """
+    good = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 3
+    if not good or not all(isinstance(side, numbers.Integral) and not isinstance(side, bool) and side > 0 for side in shape):
+        raise ValueError(f"Expected the shape (C, H, W) of an image, three positive integers, but got {shape!r}")
+    if math.prod(shape) > MOST_VALUES:
+        raise ValueError(f"Expected images of at most {MOST_VALUES} values, but got the shape {tuple(shape)}")
+    C, H, W = (int(side) for side in shape)
+    return C, H, W
+
+
 def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
     """Refuse anything but ``batch`` integer labels in ``[0, num_classes)``.
 
@@ -83,7 +103,7 @@ def check_number(name: str, value: float, low: float, high: float, *, integer: b
         ValueError: With the name of the setting, its range and what came.
     """
     kind = numbers.Integral if integer else numbers.Real  # numpy's numbers are among them
-    good = isinstance(value, kind) and not isinstance(value, bool) and not math.isnan(value) and low <= value <= high
+    good = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high  # which NaN is not, and the longest integers can be
     if not good or (above and value == low):
         left = "(" if above else "["
         raise ValueError(f"Expected {name} to be {'an integer' if integer else 'a number'} in {left}{low}, {high}], but got {value!r}")

@@ -8,9 +8,11 @@ import math
 import numbers
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import safetensors.torch
@@ -72,6 +74,42 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """What goes wrong inside comes of a damaged or foreign file, and is said so in one line.
+
+    Arguments:
+        what: What is read, and where: ``a network in PATH``.
+
+    Raises:
+        ValueError: ``Expected WHAT, but got ...``, unless what went wrong says already what was expected.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith("Expected"):
+            raise
+        said = f"one without {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"Expected {what}, but got {shorten(said, 400, placeholder=' ...')}") from error
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """What a JSON file holds.
+
+    Arguments:
+        path: The file.
+        what: What it is, for the error.
+
+    Raises:
+        FileNotFoundError: If there is no file, or something else in its place.
+        ValueError: If it is not JSON.
+    """
+    if not Path(path).is_file():  # reading a pipe would wait for ever
+        raise FileNotFoundError(f"Expected {what} at {path}, but got no file")
+    with reading(f"{what} at {path}"):
+        return json.loads(Path(path).read_bytes())
+
+
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write a value as readable JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
@@ -96,8 +134,13 @@ def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
     write_atomically(path, safetensors.torch.save(tensors, metadata=header))
 
 
-def load_state(path: str | os.PathLike, kind: str) -> dict:
+def load_state(path: str | os.PathLike, kind: str, only: Collection[str] | None = None) -> dict:
     """Load what :func:`save_state` saved; tensors on the CPU.
+
+    Arguments:
+        path: The file.
+        kind: What it is to hold.
+        only: The entries wanted, the others are not read; None for all.
 
     Raises:
         ValueError: If the file is truncated, of another program, of another kind or of a newer major version, saying which.
@@ -106,33 +149,34 @@ def load_state(path: str | os.PathLike, kind: str) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a {FORMAT} {kind} file at {path}, but got no file")
+    wanted = f"a {FORMAT} {kind} file at {path}"
     try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a truncated or foreign one: {error}") from error
-    if FORMAT not in metadata:
-        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a safetensors file of another program")
-    try:
-        header = json.loads(metadata[FORMAT])
-        found, version, skeleton = header["kind"], header["version"], header["state"]
-        if found != kind:
-            raise _Unfit(f"Expected a {FORMAT} {kind} file at {path}, but got a {found!r} file")
-        if version != VERSION:
-            raise _Unfit(f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it")
-        state = _unflatten(skeleton, tensors)
-    except _Unfit:
-        raise
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a damaged header: {error!r}") from error
+        with reading(wanted), safe_open(path, framework="pt") as f:
+            skeleton = _skeleton(f.metadata() or {}, kind, wanted, path)
+            with reading(f"{wanted} whose header is whole"):
+                if only is not None:
+                    skeleton = {"$items": [[key, value] for key, value in skeleton["$items"] if key in only]}
+                # Each once, as a header may name one tensor many times.
+                state = _unflatten(skeleton, cache(f.get_tensor))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"Expected {wanted}, but got a truncated or foreign one: {error}") from error
     if not isinstance(state, dict):
-        raise ValueError(f"Expected a {FORMAT} {kind} file at {path}, but got a {type(state).__name__} where its state should be")
+        raise ValueError(f"Expected {wanted}, but got a {type(state).__name__} where its state should be")
     return state
 
 
-class _Unfit(ValueError):
-    """A sound file, but not the one that is needed."""
+def _skeleton(metadata: dict, kind: str, wanted: str, path: Path) -> Any:
+    """The JSON of a state."""
+    if FORMAT not in metadata:
+        raise ValueError(f"Expected {wanted}, but got a safetensors file of another program")
+    with reading(f"{wanted} whose header is whole"):
+        header = json.loads(metadata[FORMAT])
+        found, version, skeleton = header["kind"], header["version"], header["state"]
+    if found != kind:
+        raise ValueError(f"Expected {wanted}, but got a {found!r} file")
+    if version != VERSION:
+        raise ValueError(f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it")
+    return skeleton
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -155,14 +199,15 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"Expected tensors, numbers, strings, lists and dicts to save, but got {type(value).__name__} at {name}")
 
 
-def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unflatten(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """The state of a skeleton, with its tensors by name."""
     if isinstance(value, list):
-        return [_unflatten(inner, tensors) for inner in value]
+        return [_unflatten(inner, tensor) for inner in value]
     if not isinstance(value, dict):
         return value
     (tag, content), *_ = value.items()
     if tag == "$tensor":
-        return tensors[content]
+        return tensor(content)
     if tag == "$float":
         return float(content)
-    return {key: _unflatten(inner, tensors) for key, inner in content}
+    return {key: _unflatten(inner, tensor) for key, inner in content}

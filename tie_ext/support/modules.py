@@ -1,12 +1,29 @@
 """What the rooms do to modules: modes, flags, BatchNorm's statistics and the value range of the data, each left or kept as it should be."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that weights can have."""
+
+
+def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state that ``load_state_dict`` would take without a word: of other types, or with NaN in it.
+
+    Raises:
+        ValueError: If a weight is no real number, or a count no integer.
+    """
+    for name, mine in module.state_dict().items():
+        found = state.get(name)
+        if isinstance(mine, Tensor) and isinstance(found, Tensor) and found.dtype not in (FLOATS if mine.is_floating_point() else (mine.dtype,)):
+            raise ValueError(f"Expected {name} to be of type {mine.dtype}, but got {found.dtype}")
+        if isinstance(found, Tensor) and bool(found.isnan().any()):
+            raise ValueError(f"Expected numbers in {name}, but got NaN")
 
 
 @contextmanager
