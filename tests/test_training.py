@@ -11,12 +11,14 @@ import torch
 from conftest import FEW, SHAPE, TINY, Small, make_batches
 from conftest import make_small as make_net
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tie_ext import Candidates, Conv3, Inversion, Noise, NoiseSettings, Synthesizer, TIEConfig, TIENet, TIETrainer, uncertainty
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import uniform_objective
 from tie_ext.recipe import Recipe
 from tie_ext.support.files import load_state, save_state
+from tie_ext.support.modules import settle_statistics
 from tie_ext.training import GARBAGE_SHARE
 
 
@@ -527,3 +529,67 @@ def test_numpys_numbers_are_settings():
     for bad_value in (np.int64(0), np.float64(2.5), True, "3"):
         with pytest.raises(ValueError, match="Expected epochs to be an integer"):
             TIEConfig(epochs=bad_value)
+
+
+def test_a_loader_that_drops_its_last_batch_goes_on_after_a_stop(tmp_path):
+    x, y = torch.rand(26, *SHAPE), torch.arange(26) % 3
+    rng = torch.Generator().manual_seed(0)
+    loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, drop_last=True, generator=rng)
+    trainer = make_trainer()
+    trainer.epoch(loader)
+    trainer.save(tmp_path / "run")
+    again = make_trainer()
+    again.load(tmp_path / "run")
+    assert again.epoch(loader).epoch == 2
+    assert torch.equal(again.counts, trainer.counts)
+
+
+def test_a_run_of_another_objective_is_refused(tmp_path):
+    net = make_net()
+    trainer = TIETrainer(net, TINY, [], objective=uniform_objective)
+    trainer.epoch(make_batches())
+    trainer.save(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"whose objective is torch.nn.functional.cross_entropy in .*, but got 'tie_ext.*uniform_objective'"):
+        TIETrainer(make_net(), TINY, []).load(tmp_path / "run")
+
+
+def test_settings_of_two_synthesizers_of_one_kind_are_told_apart(tmp_path):
+    recipe = Recipe(TINY, {"gradient": {"p_inv": 0.1}, "shuffle": {}})
+    recipe.trainer(make_net()).save(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"Saliency 1.p_inv 0.1 instead of 0.5"):
+        Recipe(TINY, {"gradient": {"p_inv": 0.5}, "shuffle": {}}).trainer(make_net()).load(tmp_path / "run")
+
+
+def test_a_state_of_0_1_0_is_told(tmp_path):
+    trainer = make_trainer()
+    trainer.save(tmp_path / "run")
+    state = load_state(tmp_path / "run", "training")
+    del state["methods"]
+    save_state(tmp_path / "run", "training", state)
+    with pytest.raises(ValueError, match="Expected a training state of this version of tie_ext in .*, but got one of an earlier version"):
+        make_trainer().load(tmp_path / "run")
+
+
+def test_synthesizers_can_ask_how_many_batches_there_are():
+    net = make_net()
+
+    class Counting(Fixed):
+        def fit(self, classifier, batches, progress):
+            self.batches = len(batches)
+            return {}
+
+    counting = Counting(net)
+    TIETrainer(net, TINY, [counting]).epoch(make_batches(sizes=(8, 8, 8)))
+    assert counting.batches == 3
+
+
+def test_an_error_while_statistics_are_settled_leaves_the_momentum():
+    net = make_net()
+
+    def stops():
+        yield torch.rand(4, *SHAPE)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        settle_statistics(net, stops())
+    assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}

@@ -3,7 +3,7 @@
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ class Resumable(Protocol):
 
     net: TIENet
     config: TIEConfig
+    objective: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer
     pool: GarbagePool
     synthesizers: list[Synthesizer]
@@ -40,6 +41,7 @@ def save_training(path: str | os.PathLike, trainer: Resumable) -> None:
     state = {
         "config": asdict(trainer.config),
         "methods": _methods(trainer.synthesizers),
+        "objective": _name(trainer.objective),
         "net": trainer.net.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "pool": trainer.pool.state_dict(),
@@ -59,6 +61,9 @@ def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
     """
     check_settings(path, trainer.config, _methods(trainer.synthesizers))
     state = load_state(path, "training")
+    if state.get("objective", _name(trainer.objective)) != _name(trainer.objective):
+        found = state["objective"]
+        raise ValueError(f"Expected the training state of a run whose objective is {_name(trainer.objective)} in {path}, but got {found!r}")
     with reading(f"the training state of this network in {path}"):
         log = [EpochLog.of_record(entry) for entry in state["log"]]
         if [entry.epoch for entry in log] != list(range(1, len(log) + 1)):
@@ -91,6 +96,10 @@ def check_settings(path: str | os.PathLike, config: TIEConfig, methods: Sequence
     """
     state = load_state(path, "training", ("config", "methods"))
     with reading(f"the settings of a run in {path}"):
+        if "config" in state and "methods" not in state:  # as 0.1.0 wrote them
+            raise ValueError(
+                f"Expected a training state of this version of tie_ext in {path}, but got one of an earlier version; finish it with that"
+            )
         # A setting that came after the file had its default.
         theirs = {**asdict(TIEConfig()), **state["config"], **_flat(state["methods"])}
         mine = {**asdict(config), **_flat(methods)}
@@ -141,6 +150,11 @@ def _counts(counts: Any, n: int) -> Tensor | None:
     return counts
 
 
+def _name(objective: Callable) -> str:
+    """What an objective is called."""
+    return f"{getattr(objective, '__module__', '')}.{getattr(objective, '__qualname__', type(objective).__qualname__)}"
+
+
 def _methods(synthesizers: Sequence[Synthesizer]) -> list[tuple[str, dict]]:
     """Who proposes outliers, and how each is set."""
     return [(type(s).__name__, asdict(s.settings)) for s in synthesizers]
@@ -149,6 +163,8 @@ def _methods(synthesizers: Sequence[Synthesizer]) -> list[tuple[str, dict]]:
 def _flat(methods: Sequence) -> dict[str, Any]:
     """The same by names that an error can say."""
     values: dict[str, Any] = {"synthesizers": [name for name, _ in methods]}
-    for name, settings in methods:
+    for i, (name, settings) in enumerate(methods):
+        if [other for other, _ in methods].count(name) > 1:
+            name = f"{name} {i + 1}"
         values |= {f"{name}.{key}": list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return values

@@ -286,3 +286,10 @@ def test_a_broken_image_is_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"Expected an image file at {tmp_path / name}, but got: ."):
             data.read_image(tmp_path / name, 3, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_moved_images_keep_the_memory_layout_that_backbones_expect(channels):
+    x = torch.randint(0, 256, (5, channels, 28, 28), dtype=torch.uint8)
+    assert data.moved(x, 2).is_contiguous()
+    assert data.moved(x, 0) is x

@@ -4,7 +4,7 @@
     $R --out docs/results/reproduce
     $R --out OUT --lr 1e-4 --lam 5
     $R --out OUT --lr 1e-4 --lam 5 --epochs 5
-    $R --out WIDE --lr 1e-4 --lam 5 --epochs 5 --generator-steps 400 --generator-width 64
+    $R --out WIDE --lr 1e-4 --lam 5 --epochs 5 --inversion-steps 400 --inversion-width 64
     python tests/bench/cost.py
 
 The runs train, each in a process of its own, so that its peak memory is its own; this reads their cells and prints docs/cost.md, which
@@ -31,6 +31,12 @@ def seconds(record: dict, stage: str) -> float:
     return median(entry["seconds"][stage] for entry in record["log"])
 
 
+def generator(record: dict) -> tuple[int, int]:
+    """Steps and width of the generator; records of before synthesizers had settings of their own keep them with the loop's."""
+    settings = record.get("synthesizers", {}).get("inversion")
+    return (settings["steps"], settings["width"]) if settings else (record["config"]["generator_steps"], record["config"]["generator_width"])
+
+
 def cost() -> str:
     """docs/cost.md."""
     records = {name: json.loads((DOCS / "results" / path).read_text()) for name, path in RUNS.items()}
@@ -41,7 +47,7 @@ def cost() -> str:
             {
                 "run": name,
                 "threads": str(r["threads"]),
-                "steps x width": f"{r['config']['generator_steps']} x {r['config']['generator_width']}",
+                "steps x width": " x ".join(str(setting) for setting in generator(r)),
                 "train s": f"{seconds(r, 'train'):.1f}",
                 "invert s": f"{seconds(r, 'invert'):.1f}",
                 "invert / train": f"{seconds(r, 'invert') / seconds(r, 'train'):.2f}",

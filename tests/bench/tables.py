@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import fire
+import mutants
 from cost import cost
 from page import fill, percent
 
@@ -340,6 +341,7 @@ def documents() -> dict[str, str]:
         "threshold.md": threshold(),
         "agreement.md": agreement(),
         "research/under_fire.md": fire.page(),
+        "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
         "results.md": fill((BENCH / "results.md").read_text()),
         "findings.md": fill((BENCH / "findings.md").read_text()),
         "../README.md": readme(),

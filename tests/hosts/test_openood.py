@@ -412,10 +412,10 @@ def test_the_postprocessor_files_hold_the_defaults(openood):
 def test_the_training_file_holds_the_defaults(openood):
     from openood.utils.config import Config
 
-    from tie_ext.openood.trainer import recipe_of
+    from tie_ext.openood.trainer import recipe_of_config
     from tie_ext.recipe import Recipe
 
-    assert recipe_of(Config(str(CONFIGS / "pipelines/train/train_tie.yml"))).record() == Recipe().record()
+    assert recipe_of_config(Config(str(CONFIGS / "pipelines/train/train_tie.yml"))).record() == Recipe().record()
 
 
 IDS = sorted(path.name for path in (CONFIGS / "datasets").iterdir())

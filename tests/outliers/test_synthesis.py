@@ -330,3 +330,13 @@ def test_noise_of_any_shape_has_no_doubled_lines():
         columns, rows = x[inside].diff(dim=3).abs(), x[inside].diff(dim=2).abs()
         assert columns.mean((0, 1, 2)).min() > 0.2 * columns.mean()
         assert rows.mean((0, 1, 3)).min() > 0.2 * rows.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_images_and_labels_of_any_type_will_do(make, net, dtype):
+    x, y = batch()
+    synthesizer = make()
+    synthesizer.fit(net, [(x.to(dtype), y.int())], 0.0)
+    candidates = synthesizer.sample(net, x.to(dtype), y.int())
+    assert candidates.x.is_floating_point()
+    assert candidates.x.shape == x.shape

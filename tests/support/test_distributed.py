@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import SHAPE, TINY, make_net, make_small
 
-from tie_ext import Inversion, InversionSettings, TIETrainer, uncertainty
+from tie_ext import Inversion, InversionSettings, Synthesizer, TIETrainer, uncertainty
 from tie_ext.exclusion import cutoff
 from tie_ext.outliers import BoundarySettings, ManifoldBoundary, MarginalRepresentations, MarginalSettings
 from tie_ext.support.distributed import average_gradients, average_statistics, gathered, total
@@ -59,6 +59,18 @@ def still() -> TIETrainer:
     return TIETrainer(net, replace(TINY, epochs=1, lr=1e-9), [], [])
 
 
+class Seeds(Synthesizer):
+    """Proposes nothing of use, and keeps what it drew."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.drawn = []
+
+    def sample(self, classifier, x, y):
+        self.drawn.append(torch.rand(()).item())
+        return self._garbage(x)
+
+
 def parts(rank: int, again: TIETrainer) -> dict:
     """What the processes do together, piece by piece."""
     found = {}
@@ -82,6 +94,17 @@ def parts(rank: int, again: TIETrainer) -> dict:
         synthesizer.fit(None, lacking(rank), 0.0)
         found[name] = synthesizer.state_dict()
     found["codec"] = found["marginal"]
+    seeds = Seeds(make_small())
+    seeding = TIETrainer(make_small(), replace(TINY, epochs=2), [seeds], [])
+    for _ in range(2):
+        seeding.epoch(batches(rank))
+    found["seeds"] = seeds.drawn
+    # A last batch of one, and garbage in one of the processes alone.
+    alone = TIETrainer(make_small(), replace(TINY, lam=1000.0), [], [])
+    if rank:
+        alone.pool.add(torch.rand(3, *SHAPE))
+    last = [(x[: 8 - 7 * (i == 2)], y[: 8 - 7 * (i == 2)]) for i, (x, y) in enumerate(batches(rank)[:3])]
+    found["alone"] = alone.epoch(last).losses["classifier"]
     uneven = batches(rank)[: 3 + rank]
     labels = [(x, torch.full_like(y, 7) if rank else y) for x, y in batches(rank)]
     for name, trainer, data in (("uneven", still(), uneven), ("uneven after load", again, uneven), ("bad labels", still(), labels)):
@@ -189,6 +212,24 @@ def test_what_is_wrong_in_one_process_is_said_in_all(two):
     assert two[0]["uneven"] == two[1]["uneven"] == two[0]["uneven after load"] == two[1]["uneven after load"]
     assert "got labels in [7, 7]" in two[1]["bad labels"]
     assert "an error in 1 of them" in two[0]["bad labels"]
+
+
+def test_processes_and_epochs_draw_apart(two):
+    drawn = [value for each in two for value in each["seeds"]]
+    assert len(drawn) >= 4
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_last_batch_of_one_is_left_out_by_all_or_none(two):
+    assert two[0]["alone"] == two[1]["alone"]
+
+
+def test_keys_of_another_length_are_other_streams():
+    drawn = []
+    for key in ((1,), (1, 0), (1, 0, 0), (1, 0, 0, 0)):
+        with seeded(*key):
+            drawn.append(torch.rand(()).item())
+    assert len(set(drawn)) == 4
 
 
 def test_every_epoch_and_process_has_a_stream_of_its_own():

@@ -182,7 +182,7 @@ def test_a_folder_is_one_process_at_a_time_and_free_again_when_that_is_killed(tm
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "in\n"
-        part = tmp_path / "epochs" / ".0001.safetensors.0123.part"
+        part = tmp_path / "epochs" / f".0001.safetensors.{32 * 'a'}.part"
         part.parent.mkdir()
         part.write_bytes(b"half")
         with pytest.raises(ValueError, match=r"Expected .* to be free, but got a folder that another process"), locked(tmp_path):

@@ -1,6 +1,6 @@
 """OpenOOD's trainer contract around TIE's epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 import openood.utils.comm as comm
@@ -18,7 +18,7 @@ class OpenOODTIETrainer:
     """Trainer ``tie``: one call of ``train_epoch`` is one epoch of :class:`tie_ext.TIETrainer`.
 
     ``optimizer.num_epochs``, ``optimizer.lr`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``: every other setting
-    of :class:`tie_ext.TIEConfig` by its name; ``synthesizers`` by name, the settings of each below it; ``prior``, names with commas between, or
+    of :class:`tie_ext.TIEConfig` by its name; ``synthesizers``, names with commas between, or by name with the settings of each below it; ``prior``, names with commas between, or
     ``none``; and ``objective``, as :class:`tie_ext.recipe.Recipe` has it. The optimiser is Adam, as in the paper.
 
     Arguments:
@@ -34,7 +34,7 @@ class OpenOODTIETrainer:
         self.net, self.batches = net, Pairs(train_loader)
         # DistributedDataParallel, where someone put it around: TIE's trainer keeps the processes in step itself.
         inner = net.module if isinstance(net, DistributedDataParallel) else net
-        self.trainer = recipe_of(config).trainer(inner, progress=comm.is_main_process())
+        self.trainer = recipe_of_config(config).trainer(inner, progress=comm.is_main_process())
 
     def train_epoch(self, epoch_idx: int) -> tuple[nn.Module, dict]:
         """Train, invert, exclude.
@@ -49,7 +49,7 @@ class OpenOODTIETrainer:
         return self.net, {"epoch_idx": epoch_idx, "loss": log.losses["classifier"], "tau": log.tau, "accuracy": log.accuracy, "pool": log.pool}
 
 
-def recipe_of(config) -> Recipe:
+def recipe_of_config(config) -> Recipe:
     """The method that one of OpenOOD's configs asks for.
 
     Raises:
@@ -64,7 +64,10 @@ def recipe_of(config) -> Recipe:
         raise ValueError(f"Expected trainer.trainer_args among {known}, but got {', '.join(unknown)}")
     settings = {name: value for name, value in arguments.items() if name in loop}
     tie = TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, seed=config.seed or 0, **settings)
-    proposed = {name: dict(changed or {}) for name, changed in dict(arguments.get("synthesizers", {"inversion": {}}) or {}).items()}
+    proposed = arguments.get("synthesizers", "inversion")
+    if not isinstance(proposed, Mapping):  # names alone
+        proposed = dict.fromkeys(names(proposed))
+    proposed = {name: dict(changed or {}) for name, changed in proposed.items()}
     return Recipe(tie, proposed, names(arguments.get("prior", "multiscale")), arguments.get("objective", "garbage"))
 
 

@@ -104,6 +104,7 @@ class ManifoldBoundary(Synthesizer):
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """Type I for the first half of the images, type II for the classes of the rest; both aimed at the garbage class."""
         self._check()
+        x, y = x.to(self.low), y.to(self.low.device).long()
         half = len(x) // 2
         with evaluating(self.vae):
             images = torch.cat([self.off_manifold(x[:half], y[:half]), self.at_the_edge(y[half:])])

@@ -88,6 +88,7 @@ class MarginalRepresentations(Synthesizer):
         """One outlier an image of the batch, each mixed of k images of different classes; all aimed at the garbage class."""
         if self.mean.isnan().any():
             raise RuntimeError("Expected a fitted codec to sample from, but got one without class means; call fit first")
+        x, y = x.to(self.low), y.to(self.low.device).long()
         with evaluating(self.codec):
             w = self.codec.encode(x, y) - self.mean[y]  # type: ignore[operator]
             mixed = w[self.partners(y)].mean(1)

@@ -30,7 +30,7 @@ def saliency(classifier: TIENet, x: Tensor, y: Tensor) -> Tensor:
     """
     with torch.enable_grad(), frozen(classifier):
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(classifier(x).gather(1, y[:, None]).sum(), x)[0]
+        return torch.autograd.grad(classifier(x).gather(1, y[:, None].long()).sum(), x)[0]
 
 
 def push(x: Tensor, G: Tensor, alpha: float, p_inv: float) -> Tensor:

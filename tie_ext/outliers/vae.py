@@ -39,7 +39,7 @@ class VAE(Ranged):
     def posterior(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance ``(B, L)`` of the codes of images ``(B, C, S, S)`` with labels ``(B,)``."""
         planes = self.code(y)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        mean, log_variance = self.encoder(torch.cat([self.unit(x), planes], dim=1)).chunk(2, dim=1)
+        mean, log_variance = self.encoder(torch.cat([self.unit(x.to(self.low)), planes], dim=1)).chunk(2, dim=1)
         return mean, log_variance.clamp(-10, 10)
 
     def encode(self, x: Tensor, y: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class VAE(Ranged):
 
     def code(self, y: Tensor) -> Tensor:
         """What encoder and decoder are told of the class ``(B, n)``: one-hot, or nothing."""
-        known = F.one_hot(y, self.num_classes).float()
+        known = F.one_hot(y.long(), self.num_classes).float()
         return known if self.conditional else torch.full_like(known, 1 / self.num_classes)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 import os
+import re
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,10 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         raise OSError(error.errno, reason) from error
 
 
+_HALF_WRITTEN = re.compile(r"\.(run\.json|.+\.safetensors)\.[0-9a-f]{32}\.part")
+"""What :func:`write_atomically` calls the files of a run before they are whole."""
+
+
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """One process at a time inside, for each folder; the lock goes with its process, however that ends.
@@ -67,8 +72,10 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             f"Expected {folder} to be free, but got a folder that another process is writing a run to; wait for it, or stop it"
         ) from None
     try:
-        for part in folder.rglob(".*.part"):
-            part.unlink(missing_ok=True)
+        for place in (folder, folder / "epochs"):  # where such a process writes; below may lie other runs, and other people's files
+            for part in place.glob(".*.part"):
+                if _HALF_WRITTEN.fullmatch(part.name):
+                    part.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

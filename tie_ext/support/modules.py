@@ -69,10 +69,12 @@ def settle_statistics(module: nn.Module, inputs: Iterable[Tensor]) -> None:
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative mean
-    for x in inputs:
-        module(x)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    try:
+        for x in inputs:
+            module(x)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
 
 
 class Ranged(nn.Module):

@@ -14,8 +14,8 @@ def seeded(*key: int) -> Iterator[None]:
     Arguments:
         key: Integers >= 0 that name the stream, such as seed, epoch and rank; different keys give independent streams.
     """
-    # SeedSequence, as sums and products of the parts give the same seed for different parts.
-    (state,) = SeedSequence(key).generate_state(1, "uint64")
+    # SeedSequence, as sums and products of the parts give the same seed for different parts; with the length, as it takes (1,) and (1, 0) for one.
+    (state,) = SeedSequence((len(key), *key)).generate_state(1, "uint64")
     with torch.random.fork_rng():
         torch.manual_seed(int(state))
         yield

@@ -51,7 +51,10 @@ def _checked(name: str, value: Any, default: Any, about: Any) -> Any:
     if isinstance(default, tuple):
         if not isinstance(value, list | tuple) or len(value) != len(default):
             raise ValueError(f"Expected {name} to be {len(default)} numbers, but got {value!r}")
-        return tuple(_checked(name, v, d, about) for v, d in zip(value, default, strict=True))
+        pair = tuple(_checked(name, v, d, about) for v, d in zip(value, default, strict=True))
+        if list(pair) != sorted(pair):
+            raise ValueError(f"Expected {name} to be a range, its smaller end first, but got {value!r}")
+        return pair
     integer = isinstance(default, int)
     if value == "-inf":  # as JSON and YAML write it
         value = -inf

@@ -1,0 +1,102 @@
+"""Whether the tests notice a broken line: what `mutmut run` found, as a record, and docs/research/mutants.md, which tables.py makes of it.
+
+    pip install mutmut && mutmut run
+    python tests/bench/mutants.py mutants
+
+mutmut's settings stand in pyproject.toml. A mutant is a copy of a function with one thing changed; it is killed where a test fails, and lives on
+where none does.
+"""
+
+import ast
+import difflib
+import json
+import sys
+from pathlib import Path
+
+from tie_ext.app.report import table
+from tie_ext.support.files import write_json
+from tie_ext.support.provenance import provenance
+
+RECORD = Path(__file__).parents[2] / "docs" / "results" / "mutants.json"
+KILLED = {1, 3, 36, -24, 24, 152, 255}
+"""Exit codes of mutmut that say a test failed, or ran out of time."""
+REASONS = {
+    "device": "where a tensor lives: tests run on the CPU alone",
+    "_bar(": "what a progress bar is called",
+    "disable=": "what a progress bar is called",
+    "desc=": "what a progress bar is called",
+    "raise ": "the words of an error beyond those that a test asks for",
+    "Expected": "the words of an error beyond those that a test asks for",
+    "error": "the words of an error beyond those that a test asks for",
+    "set_to_none": "speed, not a result",
+    "detach": "memory, not a result",
+    "dtype": "a type that comes out the same",
+    "assert ": "a note to the type checker",
+}
+"""Why a mutant may live on, by what stands in the line that was changed; the first that fits."""
+
+
+def read(folder: Path) -> dict:
+    """Counts by file, and every mutant that lives on with its change."""
+    found: dict[str, dict] = {}
+    for meta in sorted(folder.rglob("*.meta")):
+        codes = json.loads(meta.read_text())["exit_code_by_key"]
+        tried = {name: code for name, code in codes.items() if code is not None}
+        lives = [name for name, code in tried.items() if code not in KILLED]
+        source = meta.with_suffix("")
+        found[str(source.relative_to(folder))] = {
+            "mutants": len(codes),
+            "tried": len(tried),
+            "killed": len(tried) - len(lives),
+            "live": {name: change(source, name) for name in sorted(lives)},
+        }
+    return found
+
+
+def change(source: Path, name: str) -> list[str]:
+    """The lines that a mutant changes, as a diff."""
+    text = source.read_text()
+    function, _, number = name.rsplit(".", 1)[1].partition("__mutmut_")
+    bodies = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name in (f"{function}__mutmut_orig", f"{function}__mutmut_{number}"):
+            bodies[node.name] = ast.get_source_segment(text, node).splitlines()[1:] + [ast.unparse(node.args)]
+    before, after = bodies.get(f"{function}__mutmut_orig", []), bodies.get(f"{function}__mutmut_{number}", [])
+    lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
+    return [line[0] + line[1:].strip() for line in lines if not line.startswith("@@")]
+
+
+def reason(lines: list[str]) -> str:
+    """Why no test tells a mutant from the code."""
+    changed = " ".join(lines)
+    return next((why for word, why in REASONS.items() if word in changed), "no test tells it apart, or nothing does")
+
+
+def page() -> str:
+    """docs/research/mutants.md."""
+    record = json.loads(RECORD.read_text())
+    rows, parts = [], []
+    for name, of in record["files"].items():
+        rows.append({"file": name, "mutants": of["mutants"], "tried": of["tried"], "killed": f"{100 * of['killed'] / max(1, of['tried']):.1f} %"})
+    tried, killed = (sum(of[key] for of in record["files"].values()) for key in ("tried", "killed"))
+    every = sum(of["mutants"] for of in record["files"].values())
+    rows.append({"file": "all", "mutants": every, "tried": tried, "killed": f"{100 * killed / tried:.1f} %"})
+    for name, of in record["files"].items():
+        parts.append(f"\n## {name}\n")
+        for mutant, lines in of["live"].items():
+            parts.append(f"- `{mutant.removeprefix('tie_ext.')}`: {reason(lines)}\n")
+            parts += [f"      {line}" for line in lines]
+    head = "# Do the tests notice a broken line?\n\nMade by `python tests/bench/tables.py` of `docs/results/mutants.json`, the record of\n\n"
+    head += "    pip install mutmut && mutmut run\n    python tests/bench/mutants.py mutants\n\n"
+    head += f"at commit {record['commit']}. A mutant is a function with one thing changed. It is killed where a test fails.\n\n"
+    return head + table(rows) + "\n\nThose that live on, with the reason:\n" + "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Write the record of a folder of mutmut's."""
+    folder = Path(sys.argv[1])
+    write_json(RECORD, {"files": read(folder), **provenance(packages=("mutmut", "pytest", "torch"))})
+
+
+if __name__ == "__main__":
+    main()
