@@ -566,7 +566,7 @@ def test_a_state_of_0_1_0_is_told(tmp_path):
     state = load_state(tmp_path / "run", "training")
     del state["methods"]
     save_state(tmp_path / "run", "training", state)
-    with pytest.raises(ValueError, match="Expected a training state of this version of tie_ext in .*, but got one of an earlier version"):
+    with pytest.raises(ValueError, match=r"Expected a training state of this version of tie_ext in .*, but got one of an earlier version"):
         make_trainer().load(tmp_path / "run")
 
 

@@ -6,7 +6,7 @@ Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``n`` ID 
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -108,11 +108,16 @@ class TIENet(Ranged):
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features ``(B, F)`` of images ``(B, C, H, W)`` of any floating-point type."""
+        return self.computed(self.backbone, x).flatten(1)
+
+    def computed(self, part: Callable, x: Tensor, *args, **kwargs) -> Any:
+        """What a part of the backbone gives for images ``(B, C, H, W)``, in the network's type and precision; a tensor in the type of its head."""
         x = x.to(self.fc.weight.dtype)
         if self.precision == "float32":
-            return self.backbone(x).flatten(1)
+            return part(x, *args, **kwargs)
         with torch.autocast(x.device.type, torch.bfloat16):
-            return self.backbone(x).flatten(1).to(self.fc.weight.dtype)
+            y = part(x, *args, **kwargs)
+        return y.to(self.fc.weight.dtype) if isinstance(y, Tensor) else y
 
     @overload
     def forward(self, x: Tensor, *, garbage: bool = False) -> Tensor: ...

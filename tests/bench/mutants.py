@@ -60,7 +60,7 @@ def change(source: Path, name: str) -> list[str]:
     bodies = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name in (f"{function}__mutmut_orig", f"{function}__mutmut_{number}"):
-            bodies[node.name] = ast.get_source_segment(text, node).splitlines()[1:] + [ast.unparse(node.args)]
+            bodies[node.name] = [*ast.get_source_segment(text, node).splitlines()[1:], ast.unparse(node.args)]
     before, after = bodies.get(f"{function}__mutmut_orig", []), bodies.get(f"{function}__mutmut_{number}", [])
     lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
     return [line[0] + line[1:].strip() for line in lines if not line.startswith("@@")]

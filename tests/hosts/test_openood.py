@@ -336,6 +336,16 @@ def test_the_evaluation_api_takes_the_postprocessor_by_name_and_by_instance(open
 # Trainer.
 
 
+def test_a_networks_precision_holds_in_every_way_through_it(openood):
+    net, x = build(backbone="resnet18_32x32").eval(), torch.rand(2, 3, 28, 28)
+    full = net(x)
+    net.precision = "bfloat16"
+    assert torch.equal(net(x, return_feature_list=True)[0], net(x))
+    assert not torch.equal(net(x), full)
+    net.double()
+    assert net(x, return_feature_list=True)[0].dtype == torch.float64
+
+
 def trainer_config(**changes):
     from openood.utils.config import Config
 

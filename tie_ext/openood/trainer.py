@@ -18,8 +18,9 @@ class OpenOODTIETrainer:
     """Trainer ``tie``: one call of ``train_epoch`` is one epoch of :class:`tie_ext.TIETrainer`.
 
     ``optimizer.num_epochs``, ``optimizer.lr`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``: every other setting
-    of :class:`tie_ext.TIEConfig` by its name; ``synthesizers``, names with commas between, or by name with the settings of each below it; ``prior``, names with commas between, or
-    ``none``; and ``objective``, as :class:`tie_ext.recipe.Recipe` has it. The optimiser is Adam, as in the paper.
+    of :class:`tie_ext.TIEConfig` by its name; ``synthesizers``, by name with the settings of each below it, or names with commas between;
+    ``prior``, names with commas between, or ``none``; and ``objective``, as :class:`tie_ext.recipe.Recipe` has it. The optimiser is Adam, as in
+    the paper.
 
     Arguments:
         net: A ``tie_net``.
