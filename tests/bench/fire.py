@@ -518,7 +518,8 @@ on {processor}, at commit {commit}. A small version is a unit test.
 ## Killed
 
 A small run of three epochs is killed by SIGKILL up to three times, unless it ends first, and gone on with by `tie-ext train --resume`. The
-moments: any; as soon as a half-written file is there; inside a write. At the end its network and its scores are compared with those of a run that was left alone.
+moments: any; as soon as a half-written file is there; inside a write. At the end its network and its scores are compared with those of a run
+that was left alone.
 {halves} of the kills left a half-written file; going on clears it away.
 
 {kill}
@@ -547,8 +548,8 @@ before stays, and the run can be gone on with. A small disk: one in memory that 
 ## Limits
 
 A file's own checksum is not kept: a flipped bit in a weight is not noticed. A training state without the counts of its classes, or with an
-optimiser's tensors of another type, is taken. A trainer that has refused a file may be half loaded: make it anew. A disk that loses what it has confirmed, as in a power cut, was
-not tried. A network may claim images of up to {values} values; scoring then takes what such images take.
+optimiser's tensors of another type, is taken. A trainer that has refused a file may be half loaded: make it anew. A disk that loses what it
+has confirmed, as in a power cut, was not tried. A network may claim images of up to {values} values; scoring then takes what such images take.
 """
 
 
