@@ -491,7 +491,7 @@ def page() -> str:
         {
             "what was written": name,
             "failed writes": str(of["writes"]),
-            "said so": str(of["said so"]),
+            "said so / earlier files intact": f"{of['said so']} / {of.get('earlier files intact', '-')}",
             "half-written files left": str(of.get("files left half-written", "-")),
             "went on to the same end": str(of.get("went on to the same end", "-")),
         }
@@ -502,6 +502,7 @@ def page() -> str:
         halves=sum(of["kills that left a half-written file"] for of in killed["by aim"].values()),
         seconds=fed["seconds allowed"], memory=fed["MB allowed"],
         values=MOST_VALUES, processor=record["processor"],
+        commit=record["commit"][:7],
     )  # fmt: skip
 
 
@@ -512,12 +513,13 @@ What happens to a run that is killed, to a file that is damaged, and on a disk t
 
     {command}
 
-which takes about a quarter of an hour ({processor}). A small version is a unit test.
+on {processor}, at commit {commit}. A small version is a unit test.
 
 ## Killed
 
-A small run of three epochs is killed by SIGKILL one to three times, and gone on with by `tie-ext train --resume`. The moments: any; as soon as
-a half-written file is there; inside a write. At the end its network and its scores are compared with those of a run that was left alone.
+A small run of three epochs is killed by SIGKILL up to three times, unless it ends first, and gone on with by `tie-ext train --resume`. The
+moments: any; as soon as a half-written file is there; inside a write. At the end its network and its scores are compared with those of a run
+that was left alone.
 {halves} of the kills left a half-written file; going on clears it away.
 
 {kill}
@@ -526,14 +528,15 @@ The epoch in progress is lost, and trained again. A run that is killed before it
 
 ## Damaged files
 
-{files} files, drawn by a seed from sound ones: truncated; bits flipped; wrong types, numbers and sizes in every field; tensors of other types and
+{files} files, drawn by a seed from sound ones: truncated; bits flipped; wrong types, numbers and sizes in their fields; tensors of other types and
 shapes; files of other kinds and programs; folders, pipes and loops in the file's place. Each goes to all that could meet it: the loaders, and
 `tie-ext score`, `report` and `train --resume`; counted below are these meetings. Each must be refused by an error that says what was expected and
 what came, or load and then work, in {seconds} seconds of a processor and {memory} MB beyond what the sound file takes and twice the file's size.
 
 {damage}
 
-What loads is a change that leaves a sound file, such as another weight, name or number within its range.
+What loads: a value that is another one within its range, such as a weight with a flipped bit; a change in a part that its reader does not read,
+as a report reads only the log of a training state; and what `load_state` is given, which knows the form of a file and not its fields.
 
 ## A full disk
 
@@ -544,8 +547,9 @@ before stays, and the run can be gone on with. A small disk: one in memory that 
 
 ## Limits
 
-A file's own checksum is not kept: a flipped bit in a weight is not noticed. A disk that loses what it has confirmed, as in a power cut, was
-not tried. A network may claim images of up to {values} values; scoring then takes what such images take.
+A file's own checksum is not kept: a flipped bit in a weight is not noticed. A training state without the counts of its classes, or with an
+optimiser's tensors of another type, is taken. A trainer that has refused a file may be half loaded: make it anew. A disk that loses what it
+has confirmed, as in a power cut, was not tried. A network may claim images of up to {values} values; scoring then takes what such images take.
 """
 
 

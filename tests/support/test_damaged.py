@@ -205,9 +205,9 @@ def test_a_pool_that_memory_cannot_hold_is_refused():
 
 
 def test_an_error_of_reading_is_one_line_that_says_what_was_expected():
-    with pytest.raises(ValueError, match=r"^Expected a thing, but got RuntimeError: a b$"), reading("a thing"):
+    with pytest.raises(ValueError, match=r"^Expected a thing, but got a truncated or foreign one: RuntimeError: a b$"), reading("a thing"):
         raise RuntimeError("a\n\tb")
-    with pytest.raises(ValueError, match=r"^Expected a thing, but got one without 'x'$"), reading("a thing"):
+    with pytest.raises(ValueError, match=r"^Expected a thing, but got a truncated or foreign one: without 'x'$"), reading("a thing"):
         {}["x"]
     with pytest.raises(ValueError, match=r"^Expected 3$"), reading("a thing"):
         raise ValueError("Expected 3")

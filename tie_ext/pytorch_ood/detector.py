@@ -211,7 +211,7 @@ class TIEDetector(LogitsDetector):
         saved = read_json(path, "a detector.json of tie_ext")
         with reading(f"a detector.json of tie_ext at {path}"):
             if saved["format"] != FORMAT:
-                raise ValueError(f"Expected a detector.json of tie_ext at {path}, but got one of format {saved['format']!r}")
+                raise ValueError(f"format {saved['format']!r}")
             version, sha256 = saved["version"], saved["network_sha256"]
         if version != VERSION:
             raise ValueError(f"Expected a detector of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it")

@@ -89,15 +89,15 @@ def reading(what: str) -> Iterator[None]:
         what: What is read, and where: ``a network in PATH``.
 
     Raises:
-        ValueError: ``Expected WHAT, but got ...``, unless what went wrong says already what was expected.
+        ValueError: ``Expected WHAT, but got a truncated or foreign one: ...``, unless what went wrong says already what was expected.
     """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ValueError) and str(error).startswith("Expected"):
             raise
-        said = f"one without {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"Expected {what}, but got {shorten(said, 400, placeholder=' ...')}") from error
+        said = f"without {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"Expected {what}, but got a truncated or foreign one: {shorten(said, 400, placeholder=' ...')}") from error
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:
