@@ -108,9 +108,9 @@ class TIENet(Ranged):
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features ``(B, F)`` of images ``(B, C, H, W)`` of any floating-point type."""
-        return self.computed(self.backbone, x).flatten(1)
+        return self._computed(self.backbone, x).flatten(1)
 
-    def computed(self, part: Callable, x: Tensor, *args, **kwargs) -> Any:
+    def _computed(self, part: Callable, x: Tensor, *args, **kwargs) -> Any:
         """What a part of the backbone gives for images ``(B, C, H, W)``, in the network's type and precision; a tensor in the type of its head."""
         x = x.to(self.fc.weight.dtype)
         if self.precision == "float32":

@@ -344,7 +344,7 @@ def test_a_loss_that_overflowed_is_left_out_of_the_record(copied):
 
     log = [EpochLog.of_record(entry) for entry in load_state(copied / "training.safetensors", "training")["log"]]
     trainer = SimpleNamespace(log=[replace(log[0], losses={"classifier": 1.0, "kl": float("inf")})], device=torch.device("cpu"))
-    assert finish(copied, read_settings(copied), trainer, {})["log"][0]["losses"] == {"classifier": 1.0, "kl": None}
+    assert finish(copied, read_settings(copied), trainer, {}, {})["log"][0]["losses"] == {"classifier": 1.0, "kl": None}
 
 
 def test_results_that_are_no_numbers_are_refused(copied, capsys):

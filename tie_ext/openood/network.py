@@ -28,16 +28,16 @@ class OpenOODTIENet(TIENet):
             return super().forward(x, return_feature, garbage=garbage)
         if isinstance(self.garbage, GarbageHead) and garbage:
             with self.garbage.reading(self.backbone) as outputs:
-                _, maps = self.computed(self.backbone, x, return_feature_list=True)
+                _, maps = self._computed(self.backbone, x, return_feature_list=True)
             h = maps[-1].flatten(1).to(self.fc.weight.dtype)
             return self.head(h, self.garbage.statistics(outputs, h)), maps
-        _, maps = self.computed(self.backbone, x, return_feature_list=True)
+        _, maps = self._computed(self.backbone, x, return_feature_list=True)
         h = maps[-1].flatten(1).to(self.fc.weight.dtype)
         return (self.head(h, h) if garbage else self.fc(h)), maps
 
     def intermediate_forward(self, x: Tensor, layer_index: int) -> Tensor:
         """The backbone's feature maps after one of its layers, as OpenOOD counts them."""
-        return self.computed(self.backbone.intermediate_forward, x, layer_index)  # type: ignore[arg-type]
+        return self._computed(self.backbone.intermediate_forward, x, layer_index)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str):
         try:

@@ -199,7 +199,7 @@ class Procedural(Prior):
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """As many images as ``x``, some of them made of it, all aimed at the garbage class."""
         dice, share = Dice(x.device), self.settings.from_images
-        images = x.detach().clone()
+        images = x.detach().float().clone()
         made = dice.deal(len(x), (1 - share, share / 2, share / 2))
         drawn, tiled, permuted = ((made == i).nonzero()[:, 0] for i in range(3))
         images[drawn] = self.draw((len(drawn), *x.shape[1:])).to(images)
