@@ -102,6 +102,13 @@ def test_an_input_as_uncertain_as_tau_is_accepted():
     assert decide(logits, u - 1e-4).level.item() == 2
 
 
+def test_an_input_that_scores_as_much_as_the_threshold_is_accepted():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 5.0]])
+    score = ood_score(logits)
+    assert decide_at(logits, score).level.tolist() == [0, 0]
+    assert decide_at(logits, score - 1e-3).level.tolist() == [2, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_decided_in_float32(dtype):
     logits = torch.tensor([[3.0, 1.0, 2.0, 0.5]])

@@ -42,7 +42,8 @@ def test_any_backbone_gives_n_or_n_plus_1_logits_and_features(make, n):
     assert torch.equal(every[:, :n], logits)
     weight, bias = net.get_fc()
     assert weight.shape == (n, net.feature_size)
-    assert bias.shape == (n,)
+    assert bias.tolist() == net.fc.bias.tolist()
+    assert (net.get_fc_layer() is net.fc, weight.tolist() == net.fc.weight.tolist()) == (True, True)
     torch.testing.assert_close(net.forward_threshold(x, float("inf")), logits)
 
 
@@ -318,3 +319,6 @@ def test_what_is_saved_says_what_it_is(tmp_path):
     assert (again.low.flatten().tolist(), again.high.flatten().tolist()) == ([-1, -2, -3], [1, 2, 3])
     assert (again.classes, again.image_shape, again.num_classes) == (("a", "b", "c", "d"), (3, 32, 32), 4)
     assert (again.precision, again.training, type(again.backbone)) == ("bfloat16", False, Conv5)
+    del state["precision"], state["head"]  # a file of before there were any
+    save_state(tmp_path / "earlier", "network", state)
+    assert TIENet.load(tmp_path / "earlier").precision == "float32"

@@ -19,6 +19,7 @@ from tie_ext.outliers.saliency import uniform_objective
 from tie_ext.recipe import Recipe
 from tie_ext.support.files import load_state, save_state
 from tie_ext.support.modules import settle_statistics
+from tie_ext.support.random import seeded
 from tie_ext.training import GARBAGE_SHARE
 
 
@@ -55,6 +56,9 @@ def test_class_weights_are_inverse_proportions():
     weights = trainer._class_weights()
     sizes = torch.tensor([10, 20, 30, 60 * GARBAGE_SHARE])
     torch.testing.assert_close(weights * sizes, torch.full((4,), sizes.sum().item() / 4))
+    lighter = make_trainer(garbage_weight=0.1)
+    lighter.counts = trainer.counts
+    torch.testing.assert_close(lighter._class_weights() / weights, torch.tensor([1.0, 1.0, 1.0, 0.1]))
 
 
 def test_the_learning_rate_falls_along_half_a_cosine():
@@ -149,7 +153,9 @@ def bad(x=None, y=None):
         (bad(y=torch.zeros(7, dtype=torch.long)), r"Expected integer labels of shape \(8,\)"),
         ([], "Expected at least one batch of training data, but got an empty loader"),
         ([(torch.rand(4, *SHAPE), torch.tensor([0, 0, 1, 1]))], r"Expected samples of all 3 classes, but got none of class \[2\]"),
-        ([torch.rand(4, *SHAPE)], r"Expected batches of \(images, labels\)"),
+        ([torch.rand(4, *SHAPE)], r"Expected batches of \(images, labels\), but got Tensor"),
+        ([(torch.rand(4, *SHAPE), torch.zeros(4), None)], r"Expected batches of \(images, labels\), but got tuple"),
+        ([torch.rand(2, *SHAPE)], r"Expected batches of \(images, labels\), but got Tensor"),
     ],
 )
 def test_bad_data_is_refused_before_any_work(batches, message):
@@ -272,6 +278,7 @@ def test_batches_have_the_same_share_of_garbage_while_the_pool_fills():
         seen.append([int((y == 3).sum()) for _, y in trainer._with_garbage(make_batches(sizes=(12, 9)), "train")])
         trainer.pool.add(torch.rand(10, *SHAPE))
     assert seen == [[4, 3]] * 3
+    assert [len(y) for _, y in trainer._with_garbage(make_batches(sizes=(1, 2)), "train")] == [2, 3]  # one at least
 
 
 # What a broken loop would not pass.
@@ -417,6 +424,7 @@ def test_the_pool_begins_with_as_much_as_an_epoch_proposes_and_at_most_half_full
     net = make_net()
     assert len(TIETrainer(net, replace(TINY, candidates_per_class=4, pool_size=100), []).pool) == 16
     assert len(TIETrainer(net, replace(TINY, candidates_per_class=400, pool_size=101), []).pool) == 51
+    assert len(TIETrainer(net, replace(TINY, candidates_per_class=400, pool_size=100), []).pool) == 50
     assert len(TIETrainer(net, TINY, [], []).pool) == 0
     white, multi = Noise(net, NoiseSettings(kind="white")), Noise(net)
     both = TIETrainer(net, replace(TINY, pool_size=41), [], [white, multi]).pool.state_dict()["images"].float()
@@ -424,6 +432,174 @@ def test_the_pool_begins_with_as_much_as_an_epoch_proposes_and_at_most_half_full
     assert len(both) == 16
     assert (rough[:8] > 60).all()  # eight of each
     assert (rough[8:] < 60).any()
+
+
+class Asked(Noise):
+    """A prior that keeps what it was asked for."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.shapes = []
+
+    def draw(self, shape):
+        self.shapes.append(shape)
+        return super().draw(shape)
+
+
+def test_priors_share_the_first_pool_and_the_first_ones_take_what_is_left_over():
+    net = make_net()
+    priors = [Asked(net) for _ in range(3)]
+    TIETrainer(net, replace(TINY, candidates_per_class=4, pool_size=100), [], priors)  # 16 in all
+    assert [prior.shapes for prior in priors] == [[(6, *SHAPE)], [(5, *SHAPE)], [(5, *SHAPE)]]
+
+
+def test_the_pool_holds_the_range_of_the_network():
+    net = TIENet(Small(3), 3, SHAPE, low=-1.0, high=3.0)
+    pool = TIETrainer(net, TINY, [], [Noise(net, NoiseSettings(kind="white"))]).pool.draw(60)
+    assert pool.min() < -0.9
+    assert pool.max() > 2.9
+
+
+class Dice(Synthesizer):
+    """Keeps the random numbers that a run gives it, by the stage that gave them."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.rolled = []
+
+    def fit(self, classifier, batches, progress):
+        self.rolled.append(torch.rand(1).item())
+        return {}
+
+    def sample(self, classifier, x, y):
+        return Candidates(x, y)
+
+
+class Rolling(list):
+    """Batches that draw a random number each time they are read, as a shuffling loader does."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.rolled = []
+
+    def __iter__(self):
+        self.rolled.append(torch.rand(1).item())
+        return super().__iter__()
+
+
+def weight_sum(generator):
+    return sum(p.double().abs().sum().item() for p in generator.parameters())
+
+
+def rolls(seed):
+    """Random numbers of the data's reads and of the inversion stage, the sum of a first generator's weights, the mean of a first pool."""
+    net, batches = make_net(), Rolling(make_batches())
+    dice = Dice(net)
+    trainer = TIETrainer(net, replace(TINY, seed=seed), [dice])
+    for _ in range(2):
+        trainer.epoch(batches)
+    generator = TIETrainer(make_net(), replace(TINY, seed=seed)).synthesizers[0].generator
+    pool = TIETrainer(make_net(), replace(TINY, seed=seed), []).pool
+    return batches.rolled, dice.rolled, weight_sum(generator), pool.state_dict()["images"].float().mean().item()
+
+
+def test_each_stream_of_randomness_is_the_seeds_the_epochs_and_the_processs_own(monkeypatch):
+    runs = {}
+    for seed, process in ((0, 0), (1, 0), (0, 1)):
+        monkeypatch.setattr("tie_ext.training.rank", lambda process=process: process)
+        runs[seed, process] = rolls(seed)
+    batches, dice, weight, pool = zip(*runs.values(), strict=True)
+    assert len({value for read in batches for value in read}) == sum(map(len, batches))  # each time another order, in each run
+    assert len({value for of in dice for value in of}) == sum(map(len, dice)) == 6
+    assert len(set(weight)) == len(set(pool)) == 3
+
+
+def test_the_streams_are_those_that_runs_before_had():
+    batches, _, weight, _ = rolls(3)
+    with seeded(3, 0, 0, 3):
+        assert batches[0] == torch.rand(1).item()
+    with seeded(3, 1, 0):
+        assert batches[1] == torch.rand(1).item()
+    net = make_net()
+    with seeded(3, 0, 0, 1):
+        generator = Inversion(net).generator
+    assert weight == weight_sum(generator)
+    with seeded(3, 0, 0, 2):
+        first = Noise(net).draw((16, *SHAPE))
+    pool = TIETrainer(net, replace(TINY, seed=3), []).pool.state_dict()["images"]
+    assert torch.equal(pool, (first * 255).round().to(torch.uint8))
+
+
+def test_data_is_looked_at_once_and_again_after_a_stop(tmp_path):
+    def reads(trainer):
+        batches = Rolling(make_batches())
+        trainer.epoch(batches)
+        return len(batches.rolled)
+
+    trainer = TIETrainer(make_net(), TINY, [])
+    assert [reads(trainer) for _ in range(3)] == [4, 3, 3]  # looked at, trained on, settled, scored
+    trainer.save(tmp_path / "run")
+    again = TIETrainer(make_net(), TINY, [])
+    again.load(tmp_path / "run")
+    assert [reads(again) for _ in range(2)] == [4, 3]
+
+
+def test_what_was_counted_is_batches_and_those_of_one_image():
+    trainer = make_trainer()
+    counts, steps = trainer._look(make_batches(sizes=(8, 1, 2, 1)))
+    assert (counts.tolist(), steps) == ([6, 4, 2], [4, 2])
+
+
+def test_batches_of_another_shape_are_refused_in_later_epochs_too():
+    trainer = make_trainer()
+    trainer.epoch(make_batches())
+    with pytest.raises(ValueError, match="Expected images of shape"):
+        trainer.epoch([(torch.rand(8, 1, 32, 32), torch.arange(8) % 3)])
+
+
+def test_a_batch_of_one_is_passed_over_and_those_behind_it_are_not():
+    net = make_net()
+    trainer = TIETrainer(net, TINY, [], [])
+    seen = seen_by(net)
+    trainer.epoch(make_batches(sizes=(1, 8, 2)))
+    assert [len(x) for mode, x in seen if mode] == [8, 2, 8, 2]
+
+
+def test_statistics_come_from_so_many_batches_and_no_more(monkeypatch):
+    monkeypatch.setattr("tie_ext.training.STATISTICS_BATCHES", 1)
+    net = make_net()
+    seen = seen_by(net)
+    TIETrainer(net, TINY, []).epoch(make_batches())
+    assert len([x for mode, x in seen if mode]) == 2 + 1
+
+
+def test_the_losses_of_all_synthesizers_are_told():
+    net = make_net()
+    other = type("Other", (Fixed,), {"fit": lambda self, *args: {"other": 2.5}})
+    log = TIETrainer(net, TINY, [Fixed(net), other(net)]).epoch(make_batches())
+    assert set(log.losses) == {"classifier", "fixed", "other"}
+    assert sum(log.proposed) == 2 * 4 * TINY.candidates_per_class
+
+
+@pytest.mark.parametrize("progress", [None, False, True])
+def test_progress_is_shown_to_who_asks(progress, capsys):
+    asked = {} if progress is None else {"progress": progress}
+    trainer = TIETrainer(make_net(), TINY, [], **asked)
+    trainer.epoch(make_batches())
+    trainer.epoch(make_batches())
+    shown = capsys.readouterr().err
+    stages = [f"epoch {epoch}: {stage}:" for epoch in (1, 2) for stage in ("train", "statistics", "tau")]
+    assert [stage in shown for stage in ["epoch 1: check:", *stages]] == [bool(progress)] * 7
+    assert "\n" not in shown  # bars that are done do not stay
+    assert ("epoch 3" in shown, "epoch 0" in shown) == (False, False)
+
+
+def test_the_default_is_tie_as_in_the_paper():
+    net = make_net()
+    trainer = TIETrainer(net)
+    assert [type(synthesizer) for synthesizer in trainer.synthesizers] == [Inversion]
+    assert [type(prior) for prior in trainer.prior] == [Noise]
+    assert trainer.config == TIEConfig()
 
 
 def test_candidates_are_asked_for_with_id_batches_over_and_over():
@@ -438,6 +614,9 @@ def test_candidates_are_asked_for_with_id_batches_over_and_over():
     batches = make_batches(sizes=(8, 5))
     TIETrainer(net, replace(TINY, candidates_per_class=8), [Asking(net)], []).epoch(batches)
     assert [len(x) for x, _ in asked] == [8, 5, 8, 5, 6]
+    TIETrainer(net, replace(TINY, candidates_per_class=8), [Asking(net)], []).epoch(make_batches(sizes=(31,)))
+    assert [len(x) for x, _ in asked[5:]] == [31, 1]
+    asked = asked[:5]
     for (x, y), (wanted, label) in zip(asked, [*batches, *batches, batches[0]], strict=True):
         assert torch.equal(x, wanted[: len(x)])
         assert torch.equal(y, label[: len(y)])

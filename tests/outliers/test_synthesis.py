@@ -340,3 +340,21 @@ def test_images_and_labels_of_any_type_will_do(make, net):
         candidates = synthesizer.sample(net, x.to(dtype), y.int())
         assert candidates.x.is_floating_point()
         assert candidates.x.shape == x.shape
+
+
+def test_the_generator_has_the_width_it_is_told():
+    wide, narrow = (sum(p.numel() for p in Inversion(domain(), InversionSettings(width=w)).generator.parameters()) for w in (32, 4))
+    assert wide == sum(p.numel() for p in Inversion(domain()).generator.parameters()) > 10 * narrow
+
+
+def test_agreement_is_the_mean_over_all_steps(monkeypatch):
+    net = make_net()
+    with torch.no_grad():
+        net.fc.weight.zero_()
+        net.fc.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))  # which class 0 is the answer to, whatever comes
+        net.garbage.weight.zero_()
+        net.garbage.bias.zero_()
+    asked = iter([torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)])
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: next(asked))
+    losses = Inversion(domain(), InversionSettings(steps=2, batch_size=4, width=4)).fit(net, [], 0.0)
+    assert losses["agreement"] == 0.5
