@@ -8,7 +8,7 @@ import torch
 from conftest import SHAPE, Small, make_batches
 from torch import nn
 
-from tie_ext import Conv3, Conv5, GarbageHead, ResidualCNN, TIENet, attach
+from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, TIENet, attach
 from tie_ext.attach import _Sample
 from tie_ext.head import MOST_CHANNELS, MOST_LAYERS, find_layers, pooled
 from tie_ext.outliers import make
@@ -142,6 +142,28 @@ def test_images_without_labels_and_other_outliers_will_do():
     assert not torch.equal(white.garbage.network[0].weight, attach(model, [x], 3).garbage.network[0].weight)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_who_has_to_learn_is_fitted_once(labelled):
+    x, y = stripes()
+    model, seen = Small().eval(), []
+
+    class Learns(Noise):
+        def fit(self, classifier, batches, progress):
+            seen.append([(x.shape, y.tolist()) for x, y in batches])
+            return {}
+
+    attach(model, [(x, y) if labelled else x], 3, outliers=[Learns(TIENet(model, 3, SHAPE))])
+    assert seen == [[(x.shape, (y if labelled else model(x).argmax(1)).tolist())]]
+
+
+def test_a_vae_can_propose_outliers():
+    x, y = stripes()
+    model = Small().eval()
+    net = TIENet(model, 3, SHAPE)
+    with_vae = attach(model, [(x, y)], 3, outliers=[MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))])
+    assert with_vae.tau.isfinite()
+
+
 def test_normalised_images_have_their_range():
     x, y = stripes()
     net = attach(Small().eval(), [(x * 4 - 2, y)], 3, low=-2.0, high=2.0, classes=("a", "b", "c"))
@@ -187,6 +209,11 @@ class Flat(nn.Sequential):
         (nn.Conv2d(1, 3, 28).eval(), make_batches(), "Expected a backbone that ends in a linear layer"),
         (Small(3, channels=3).eval(), make_batches(), r"Expected a backbone for images \(1, 28, 28\), but Small fails on one"),
         (Small().eval(), [], "Expected at least one batch of ID images, but got an empty loader"),
+        (
+            Small().eval(),
+            iter(make_batches()),
+            "Expected batches that can be read more than once, as a DataLoader or a list, but got a list_iterator",
+        ),
         (Small().eval(), [{"data": 1}], "Expected batches of images, or of .images, labels., but got dict"),
         (Small().eval(), [torch.rand(8, *SHAPE) * 255], "Expected images in the value range"),
         (Small().eval(), [torch.rand(8, *SHAPE), torch.rand(8, 1, 32, 32)], "Expected images of shape"),
@@ -200,6 +227,11 @@ class Flat(nn.Sequential):
 def test_what_cannot_be_attached_to_is_refused(model, batches, message):
     with pytest.raises(ValueError, match=message):
         attach(model, batches, 3)
+
+
+def test_nobody_to_propose_outliers_is_refused():
+    with pytest.raises(ValueError, match="Expected someone to propose outliers, or None for procedural images, but got an empty list"):
+        attach(Small().eval(), make_batches(), 3, outliers=[])
 
 
 def test_a_sample_is_a_uniform_one_of_all_rows():

@@ -7,7 +7,7 @@ logit, ``logsumexp(ID logits) + head(s)``, so that the softmax over n+1 outputs 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -51,12 +51,12 @@ def attach(
         model: A classifier ``(B, C, S, S) -> (B, n)`` in evaluation mode that returns what its last linear layer gives; it is copied. The
             batches are brought to its device.
         batches: ID images, each batch ``(x, y)`` or ``x`` alone, as the model takes them: floating-point ``(B, C, S, S)`` in ``[low, high]``.
-            Its training images will do.
+            Its training images will do. A ``DataLoader`` or a list: something that can be read more than once.
         num_classes: n.
         low: Smallest value of the images, a number or one a channel (what ``Normalize`` makes of 0).
         high: Largest value of the images (what it makes of 1).
         classes: Name of each ID class, by label.
-        outliers: Who proposes outliers; None for procedural images.
+        outliers: Who proposes outliers, each once fitted to model and images; None for procedural images.
         seed: Of the outliers and of the head.
         progress: Show progress bars.
 
@@ -65,11 +65,15 @@ def attach(
 
     Raises:
         ValueError: If the model is in training mode, has not n outputs, no linear layer to end in, none with a map to read, or returns
-            something else than its logits; or if there are no images, or they are not finite, of one shape and in the value range, or a class
-            has no samples. Nothing has been trained then.
+            something else than its logits; if there are no images, or they can be read once alone, are not finite, of one shape and in the
+            value range, or a class has no samples; or if nobody proposes outliers. The head has not been trained then.
     """
     if model.training:
         raise ValueError(f"Expected a trained model in evaluation mode, but got {type(model).__name__} in training mode; call model.eval()")
+    if isinstance(batches, Iterator):
+        raise ValueError(f"Expected batches that can be read more than once, as a DataLoader or a list, but got a {type(batches).__name__}")
+    if outliers is not None and not outliers:
+        raise ValueError("Expected someone to propose outliers, or None for procedural images, but got an empty list")
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("Expected at least one batch of ID images, but got an empty loader")
@@ -85,7 +89,8 @@ def attach(
         net = TIENet(model, num_classes, image_shape, low, high, classes, head).eval()
         proposers = [Procedural(net)] if outliers is None else list(outliers)
         for proposer in proposers:
-            proposer.to(net.low.device)
+            with frozen(net):
+                proposer.to(net.low.device).fit(net, _Labelled(net, batches), progress=1.0)
         head = cast(GarbageHead, net.garbage)
         inside, outside, logits = _look(net, head, batches, proposers, progress)
         head.standardise(inside)
@@ -101,6 +106,24 @@ def _pair(batch: object) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         return batch[0], batch[1].long() if not batch[1].is_floating_point() else batch[1]
     raise ValueError(f"Expected batches of images, or of (images, labels), but got {describe(batch)}")
+
+
+class _Labelled:
+    """Batches ``(x, y)`` as synthesizers learn from them; where there are no labels, the network's own."""
+
+    def __init__(self, net: TIENet, batches: Iterable):
+        self.net, self.batches = net, batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        low, high = self.net.low.cpu(), self.net.high.cpu()
+        for batch in self.batches:
+            x, y = _pair(batch)
+            check_images(x.cpu(), self.net.image_shape, low, high)
+            if y is None:
+                with torch.no_grad():
+                    y = self.net(x.to(self.net.low.device)).argmax(1)
+            check_labels(y, len(x), self.net.num_classes)
+            yield x.to(self.net.low.device), y.to(self.net.low.device)
 
 
 @torch.no_grad()
