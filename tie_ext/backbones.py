@@ -1,4 +1,4 @@
-"""The paper's CNNs, for those who bring no network of their own.
+"""The paper's CNNs and ResNet-20, for those who bring no network of their own.
 
 Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``n`` classes. All give logits ``(B, n)``, without a softmax.
 """
@@ -99,5 +99,29 @@ class ResidualCNN(nn.Module):
         return self.fc(self.stages(_channels_last(x)))
 
 
-BACKBONES: dict[str, type[nn.Module]] = {"conv3": Conv3, "conv5": Conv5, "residual": ResidualCNN}
-"""The paper's own CNNs by the names the command line takes."""
+class ResNet20(nn.Module):
+    """The small residual network of CIFAR-10, of 0.27 million weights: three stages of three blocks with 16, 32, 64 channels.
+
+    References:
+        K. He et al. *Deep Residual Learning for Image Recognition*, CVPR 2016, section 4.2; shortcuts by projection (option B).
+    """
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10):
+        super().__init__()
+        self.feature_size = 64
+        widths = (16, 16, 32, 64)
+        blocks = [
+            block
+            for i, (cin, cout) in enumerate(pairwise(widths))
+            for block in (_Residual(cin, cout, 1 if i == 0 else 2), _Residual(cout, cout, 1), _Residual(cout, cout, 1))
+        ]
+        self.stages = nn.Sequential(*_conv(in_channels, 16, pool=False), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of images ``(B, C, H, W)``."""
+        return self.fc(self.stages(_channels_last(x)))
+
+
+BACKBONES: dict[str, type[nn.Module]] = {"conv3": Conv3, "conv5": Conv5, "residual": ResidualCNN, "resnet20": ResNet20}
+"""The paper's own CNNs, and ResNet-20, by the names the command line takes."""

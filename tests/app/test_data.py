@@ -185,6 +185,18 @@ def test_of_an_ood_set_all_images_are_used_unless_it_has_a_test_set(tmp_path):
     assert len(data.load(f"folder:{tmp_path / 'split'}", "ood")) == 2
 
 
+def test_validation_images_are_those_of_val_alone_and_have_no_labels(tmp_path):
+    write(tmp_path / "set" / "train", {"a": 3})
+    write(tmp_path / "set" / "test", {"a": 4})
+    with pytest.raises(ValueError, match=r"Expected validation images in a folder, one of .*set/val, but got none"):
+        data.load("set", "val", tmp_path)
+    write(tmp_path / "set" / "val", {"a": 2, "b": 1})
+    for name in ("set", f"folder:{tmp_path / 'set'}"):
+        found = data.load(name, "val", tmp_path, (1, 8, 8))
+        assert (found.x.shape, found.y.tolist(), found.classes) == ((3, 1, 8, 8), [-1] * 3, ())
+    assert len(data.load("set", "test", tmp_path)) == 4
+
+
 def test_parts_of_a_set_keep_what_is_said_of_it(tmp_path):
     _, test = parts(write(tmp_path / "set", {"a": 10, "b": 10}))
     assert test.first(2).note == test.classes_between(1, 1).note == test.note != ""

@@ -151,7 +151,8 @@ def load(
     Arguments:
         name: One of :data:`NAMES`, any folder ``root/NAME/SPLIT/CLASS/*.png``, or ``folder:PATH`` (``PATH/SPLIT/CLASS/*`` or, without
             splits, ``PATH/CLASS/*``). ``NAME:A-B`` is its classes A to B alone, relabelled from 0 (``mnist:0-4``).
-        split: ``train``, ``test``, or ``ood``: the test images or, where a folder has none, all, as nobody trains on them.
+        split: ``train``, ``test``, or ``ood``: the test images or, where a folder has none, all, as nobody trains on them; or ``val``: the
+            images of a folder's ``val/`` alone, unlabelled: OOD images that settings may be chosen by.
         root: Where the sets lie: as torchvision keeps them (``root/MNIST/raw``), or as image folders (``root/mnist/train/0/*.png``, also
             below ``root/images_classic``, as OpenOOD keeps them).
         shape: ``(C, S, S)`` to bring the images to; None for the set's own, 3 channels and 64 pixels for a folder.
@@ -161,14 +162,18 @@ def load(
     Raises:
         ValueError: If the name is unknown, a file is no image, or there are no images, saying where they were looked for.
     """
-    if split not in ("train", "test", "ood"):
-        raise ValueError(f"Expected split to be 'train', 'test' or 'ood', but got {split!r}")
+    if split not in ("train", "test", "ood", "val"):
+        raise ValueError(f"Expected split to be 'train', 'test', 'ood' or 'val', but got {split!r}")
     channels, size = (shape or own_shape(name))[:2]
     if name.startswith("folder:"):
+        if split == "val":
+            return _validation([Path(name.removeprefix("folder:"))], channels, size)
         return _split(Path(name.removeprefix("folder:")), split, seed, channels, size)
     if part := re.fullmatch(r"(\w+):(\d+)-(\d+)", name):
         return load(part[1], split, root, shape, download, seed).classes_between(int(part[2]), int(part[3]))
     places = _places(Path(root), name)
+    if split == "val":
+        return _validation(places, channels, size)
     # Test images alone may lie beside torchvision's training images: OpenOOD keeps SVHN so.
     wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *_TEST)
     if folder := next((place for place in places if any(_is_split(place, part) for part in wanted)), None):
@@ -230,6 +235,14 @@ def _split(path: Path, split: str, seed: int, channels: int, size: int) -> Image
         raise ValueError(f"Expected a class of two images or more below {train or path}, to hold one out, but got one image of each")
     images = _read(classes, part, channels, size)
     return images if split == "train" else replace(images, note=_said(path, train is not None, classes, files, out, seed))
+
+
+def _validation(places: Sequence[Path], channels: int, size: int) -> ImageSet:
+    """The unlabelled images of the first ``val/`` there is."""
+    for folder in (place / name for place in places for name in _TEST[1:] if _is_split(place, name)):
+        return _unlabelled(_read(*_listed(folder), channels, size).x)
+    looked = ", ".join(str(place / "val") for place in places)
+    raise ValueError(f"Expected validation images in a folder, one of {looked}, but got none")
 
 
 def held_out(files: Sequence[tuple[str, int]], seed: int) -> set[int]:
