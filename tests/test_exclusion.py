@@ -109,6 +109,16 @@ def test_drawing_is_with_replacement_from_what_is_held():
     assert 100 < (drawn > 0.5).sum() < 200
 
 
+@pytest.mark.parametrize("offered", [-1, 2.5, True, "3", 2**53 + 1])
+def test_a_pool_was_offered_a_whole_number_of_images(offered):
+    pool = GarbagePool(3, (1, 2, 2))
+    with pytest.raises(ValueError, match=r"Expected offered "):
+        pool.load_state_dict({"images": torch.zeros(3, 1, 2, 2, dtype=torch.uint8), "offered": offered})
+    pool.load_state_dict({"images": torch.zeros(0, 1, 2, 2, dtype=torch.uint8), "offered": 0})
+    pool.load_state_dict({"images": torch.zeros(3, 1, 2, 2, dtype=torch.uint8), "offered": 2**53})
+    assert (len(pool), pool.offered) == (3, 2**53)
+
+
 def test_a_pool_goes_on_where_its_state_was_taken():
     pool, other = GarbagePool(3, (1, 2, 2)), GarbagePool(3, (1, 2, 2))
     pool.add(torch.rand(7, 1, 2, 2))

@@ -7,7 +7,7 @@ import torch
 from conftest import SHAPE, Small, make_net
 from torch import nn
 
-from tie_ext import Conv3, Conv5, Generator, ResidualCNN, ResNet20, TIENet, uncertainty
+from tie_ext import Conv3, Conv5, GarbageHead, Generator, ResidualCNN, ResNet20, TIENet, uncertainty
 from tie_ext.outliers.saliency import Standardized
 from tie_ext.support.files import load_state, save_state
 
@@ -322,3 +322,53 @@ def test_what_is_saved_says_what_it_is(tmp_path):
     del state["precision"], state["head"]  # a file of before there were any
     save_state(tmp_path / "earlier", "network", state)
     assert TIENet.load(tmp_path / "earlier").precision == "float32"
+
+
+def _changed(**values):
+    return lambda state: state.update(values)
+
+
+def _weight(key, value):
+    return lambda state: state["weights"].__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_changed(num_classes=3), "weights of 4 classes instead of 3, named"),
+        (_changed(classes="abcd"), "weights of 4 classes instead of 4, named 'abcd'"),
+        (_changed(classes=[1, 2, 3, 4]), r"named \[1, 2, 3, 4\]"),
+        (_changed(backbone="nowhere"), r"Expected a `backbone` for .*net, whose architecture is not one of conv3, conv5, residual, resnet20, but"),
+        (_changed(image_shape=[3, 28, 28]), r"Expected a backbone for images \(3, 28, 28\), but Conv3 fails on one"),
+        (_weight("fc.weight", torch.zeros(4, 128, dtype=torch.int32)), r"fc of torch.int32 \(4, 128\) instead of floating-point \(4, 128\)"),
+        (_weight("fc.weight", torch.zeros(4, 5)), r"fc.weight of \(4, 5\) instead of \(4, 128\)"),
+        (_weight("low", torch.full((1, 1, 1), -torch.inf)), "a value range that is not finite, or of 1 channels"),
+        (_weight("high", torch.full((1, 1, 1), torch.inf)), "a value range that is not finite, or of 1 channels"),
+        (_weight("high", torch.ones(1001, 1, 1)), "a value range that is not finite, or of 1001 channels"),
+        (_changed(head={"layers": ["conv.0"]}), r"layers \['conv.0'\] of a garbage head"),
+        (_changed(head={"layers": {1: 8}}), r"layers \{1: 8\} of a garbage head"),
+        (_changed(head={"layers": {"conv.0": 0}}), r"layers \{'conv.0': 0\} of a garbage head"),
+        (_changed(head={"layers": {"conv.0": "8"}}), r"layers \{'conv.0': '8'\} of a garbage head"),
+        (_changed(head={"layers": {"conv.0": 31}}), "320 statistics instead of 190"),
+    ],
+)
+def test_a_file_of_a_network_that_does_not_fit_is_refused_by_its_reason(tmp_path, damage, message):
+    head = GarbageHead({"conv.0": 32, "conv.4": 64}, 128, 5)
+    net = TIENet(Conv3(1, 4), 4, SHAPE, head=head)
+    net.save(tmp_path / "net")
+    assert TIENet.load(tmp_path / "net").garbage.hidden == 5
+    state = load_state(tmp_path / "net", "network")
+    damage(state)
+    save_state(tmp_path / "net", "network", state)
+    with pytest.raises(ValueError, match=message):
+        TIENet.load(tmp_path / "net")
+
+
+def test_a_file_that_claims_large_images_is_not_tried_on_one(tmp_path):
+    TIENet(Conv3(1, 4), 4, SHAPE).save(tmp_path / "net")
+    state = load_state(tmp_path / "net", "network")
+    save_state(tmp_path / "net", "network", {**state, "image_shape": [3, 1000, 1000]})
+    assert TIENet.load(tmp_path / "net").image_shape == (3, 1000, 1000)
+    save_state(tmp_path / "net", "network", {**state, "image_shape": [3, 224, 224]})
+    with pytest.raises(ValueError, match=r"Expected a backbone for images \(3, 224, 224\)"):
+        TIENet.load(tmp_path / "net")

@@ -16,6 +16,7 @@ from tie_ext.log import EpochLog
 from tie_ext.network import TIENet
 from tie_ext.support.files import load_state, reading, save_state
 from tie_ext.support.modules import check_state
+from tie_ext.support.settings import Settings
 from tie_ext.synthesis import Synthesizer
 
 
@@ -40,7 +41,7 @@ def save_training(path: str | os.PathLike, trainer: Resumable) -> None:
     """
     state = {
         "config": asdict(trainer.config),
-        "methods": _methods(trainer.synthesizers),
+        "methods": [(name, asdict(settings)) for name, settings in _methods(trainer.synthesizers)],
         "objective": _name(trainer.objective),
         "net": trainer.net.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
@@ -82,7 +83,7 @@ def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
         trainer.counts, trainer.log = _counts(state["counts"], trainer.net.num_classes), log
 
 
-def check_settings(path: str | os.PathLike, config: TIEConfig, methods: Sequence[tuple[str, dict]]) -> None:
+def check_settings(path: str | os.PathLike, config: TIEConfig, methods: Sequence[tuple[str, Settings]]) -> None:
     """Refuse the state of a run with other settings, before anything is made by them.
 
     Arguments:
@@ -100,9 +101,10 @@ def check_settings(path: str | os.PathLike, config: TIEConfig, methods: Sequence
             raise ValueError(
                 f"Expected a training state of this version of tie_ext in {path}, but got one of an earlier version; finish it with that"
             )
+        usual = {name: asdict(type(settings)()) for name, settings in methods}
         # A setting that came after the file had its default.
-        theirs = {**asdict(TIEConfig()), **state["config"], **_flat(state["methods"])}
-        mine = {**asdict(config), **_flat(methods)}
+        theirs = {**asdict(TIEConfig()), **state["config"], **_flat([(name, {**usual.get(name, {}), **had}) for name, had in state["methods"]])}
+        mine = {**asdict(config), **_flat([(name, asdict(settings)) for name, settings in methods])}
         other = [f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)]
         if other:
             raise ValueError(f"Expected the training state of a run with the settings of this one in {path}, but got {', '.join(other)}")
@@ -155,9 +157,9 @@ def _name(objective: Callable) -> str:
     return f"{getattr(objective, '__module__', '')}.{getattr(objective, '__qualname__', type(objective).__qualname__)}"
 
 
-def _methods(synthesizers: Sequence[Synthesizer]) -> list[tuple[str, dict]]:
+def _methods(synthesizers: Sequence[Synthesizer]) -> list[tuple[str, Settings]]:
     """Who proposes outliers, and how each is set."""
-    return [(type(s).__name__, asdict(s.settings)) for s in synthesizers]
+    return [(type(s).__name__, s.settings) for s in synthesizers]
 
 
 def _flat(methods: Sequence) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.outliers.saliency import uniform_objective
 from tie_ext.support.distributed import rank
 from tie_ext.support.random import seeded
-from tie_ext.support.settings import plain
+from tie_ext.support.settings import Settings, plain
 from tie_ext.synthesis import Prior
 from tie_ext.training import Objective, TIETrainer
 
@@ -67,15 +67,15 @@ class Recipe:
             prior = [make(name, net) for name in self.prior]
         return TIETrainer(net, self.config, synthesizers, prior, OBJECTIVES[self.objective], progress)  # type: ignore[arg-type]
 
-    def methods(self) -> list[tuple[str, dict[str, Any]]]:
-        """The class of each synthesizer by name, and all its settings.
+    def methods(self) -> list[tuple[str, Settings]]:
+        """The class of each synthesizer by name, and its settings.
 
         Raises:
             TypeError: If a setting is unknown.
             ValueError: If one is out of range.
         """
         return [
-            (SYNTHESIZERS[name][0].__name__, asdict(replace(SYNTHESIZERS[name][1], **changed)))  # type: ignore[type-var]
+            (SYNTHESIZERS[name][0].__name__, replace(SYNTHESIZERS[name][1], **changed))  # type: ignore[type-var]
             for name, changed in self.synthesizers.items()
         ]
 

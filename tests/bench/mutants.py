@@ -11,6 +11,7 @@ import ast
 import difflib
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 from tie_ext.app.report import table
@@ -53,15 +54,18 @@ def read(folder: Path) -> dict:
     return found
 
 
+@cache
+def functions(source: Path) -> dict[str, list[str]]:
+    """The lines of each function of a file, and its arguments."""
+    text = source.read_text()
+    lines, nodes = text.splitlines(), [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return {node.name: [*lines[node.lineno : node.end_lineno], ast.unparse(node.args)] for node in nodes}
+
+
 def change(source: Path, name: str) -> list[str]:
     """The lines that a mutant changes, as a diff."""
-    text = source.read_text()
     function, _, number = name.rsplit(".", 1)[1].partition("__mutmut_")
-    bodies = {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and node.name in (f"{function}__mutmut_orig", f"{function}__mutmut_{number}"):
-            bodies[node.name] = [*ast.get_source_segment(text, node).splitlines()[1:], ast.unparse(node.args)]
-    before, after = bodies.get(f"{function}__mutmut_orig", []), bodies.get(f"{function}__mutmut_{number}", [])
+    before, after = (functions(source).get(f"{function}__mutmut_{which}", []) for which in ("orig", number))
     lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
     return [line[0] + line[1:].strip() for line in lines if not line.startswith("@@")]
 
