@@ -9,9 +9,9 @@ from conftest import SHAPE, Small, make_batches
 from torch import nn
 
 from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
-from tie_ext.attach import _Sample
 from tie_ext.head import MOST_CHANNELS, MOST_LAYERS, find_layers, pooled
 from tie_ext.outliers import make
+from tie_ext.teaching import Sample
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +239,7 @@ def test_a_sample_is_a_uniform_one_of_all_rows():
     torch.manual_seed(0)
     held = torch.zeros(40)
     for _ in range(400):
-        sample = _Sample(10)
+        sample = Sample(10)
         for part in torch.arange(40.0)[:, None].split((3, 9, 1, 20, 7)):
             sample.add(part)
         assert len(sample.rows) == 10

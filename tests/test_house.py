@@ -19,6 +19,7 @@ FLOORS = [
     "backbones",
     "generator",
     "head",
+    "teaching",
     "network",
     "synthesis",
     "outliers.vae",

@@ -354,7 +354,7 @@ def _weight(key, value):
 )
 def test_a_file_of_a_network_that_does_not_fit_is_refused_by_its_reason(tmp_path, damage, message):
     head = GarbageHead({"conv.0": 32, "conv.4": 64}, 128, 5)
-    net = TIENet(Conv3(1, 4), 4, SHAPE, head=head)
+    net = TIENet(Conv3(1, 4), 4, SHAPE, garbage=head)
     net.save(tmp_path / "net")
     assert TIENet.load(tmp_path / "net").garbage.hidden == 5
     state = load_state(tmp_path / "net", "network")

@@ -6,30 +6,24 @@ One look at the ID images, one at as many outliers, and the head learns ``t`` of
 logit, ``logsumexp(ID logits) + head(s)``, so that the softmax over n+1 outputs gives the head's odds of garbage; no ID logit changes by a bit.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tie_ext.decision import uncertainty, widened
 from tie_ext.exclusion import cutoff
-from tie_ext.head import GarbageHead, find_layers
+from tie_ext.head import GarbageHead
 from tie_ext.network import TIENet
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.support.checks import check_images, check_labels, describe
 from tie_ext.support.modules import frozen
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Synthesizer
+from tie_ext.teaching import MEMORY, STEPS, Sample, teach
 
-MEMORY = 2**28
-"""Bytes of statistics kept of ID images, and as many of outliers; of more images a random sample of this size is kept."""
-STEPS, BATCH, RATE = 1600, 512, 1e-3
-"""How the head learns: steps, images a step, Adam's learning rate, which falls along half a cosine. As many steps for few images as for many:
-some seconds on a CPU."""
 LAM = 2.0
 """lambda of level 2, as the loop's default."""
 
@@ -81,20 +75,17 @@ def attach(
     check_images(x)
     image_shape = tuple(x.shape[1:])
     with seeded(seed):
-        net = TIENet(model, num_classes, image_shape, low, high, classes)
+        net = TIENet(model, num_classes, image_shape, low, high, classes, "layers").eval()
         outputs = model(x[:1].to(next(model.parameters()))).shape[1]
         if outputs != num_classes:
             raise ValueError(f"Expected a model with {num_classes} outputs, as num_classes says, but got one with {outputs}")
-        head = GarbageHead(find_layers(net.backbone, x[:1].to(net.fc.weight)), net.feature_size)
-        net = TIENet(model, num_classes, image_shape, low, high, classes, head).eval()
         proposers = [Procedural(net)] if outliers is None else list(outliers)
         for proposer in proposers:
             with frozen(net):
                 proposer.to(net.low.device).fit(net, _Labelled(net, batches), progress=1.0)
         head = cast(GarbageHead, net.garbage)
         inside, outside, logits = _look(net, head, batches, proposers, progress)
-        head.standardise(inside)
-        _teach(head, inside, outside, progress)
+        teach(head, inside, outside, STEPS, progress=progress)
         net.tau.fill_(_tau(net, inside, logits))
     return net
 
@@ -132,7 +123,7 @@ def _look(net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence
     device, low, high = net.low.device, net.low.cpu(), net.high.cpu()
     counts = torch.zeros(net.num_classes, dtype=torch.long)
     size = head.mean.numel()
-    inside, outside = _Sample(MEMORY // (4 * (size + net.num_classes))), _Sample(MEMORY // (4 * size))
+    inside, outside = Sample(MEMORY // (4 * (size + net.num_classes))), Sample(MEMORY // (4 * size))
     labelled = False
     with frozen(net):
         for batch in tqdm(batches, desc="attach: images", leave=False, disable=not progress):
@@ -157,47 +148,9 @@ def _look(net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence
     return inside.rows[:, :size], outside.rows, inside.rows[:, size:]
 
 
-def _teach(head: GarbageHead, inside: Tensor, outside: Tensor, progress: bool) -> None:
-    """Binary cross-entropy of outliers against ID images, both of the same weight in sum."""
-    statistics = torch.cat([inside, outside])
-    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).to(statistics)
-    weight = torch.where(target == 1, len(target) / (2 * len(outside)), len(target) / (2 * len(inside)))
-    optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
-    for step in tqdm(range(STEPS), desc="attach: head", leave=False, disable=not progress):
-        optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
-        rows = torch.randint(len(target), (min(BATCH, len(target)),))
-        loss = F.binary_cross_entropy_with_logits(head(statistics[rows]).squeeze(1), target[rows], weight[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-
 @torch.no_grad()
 def _tau(net: TIENet, inside: Tensor, logits: Tensor) -> float:
     """The paper's threshold of the ID images' uncertainty."""
     odds = torch.cat([net.garbage(rows) for rows in inside.split(4096)])
     every = torch.cat([logits, logits.logsumexp(1, keepdim=True) + odds], dim=1)
     return cutoff(uncertainty(widened(every).softmax(1)), LAM)
-
-
-class _Sample:
-    """A uniform random sample of at most ``most`` of all rows ``(M, S)`` that were added, by Vitter's algorithm R."""
-
-    def __init__(self, most: int):
-        self.most, self.seen = most, 0
-        self.parts: list[Tensor] = []
-
-    def add(self, rows: Tensor) -> None:
-        free = self.most - min(self.seen, self.most)
-        self.parts.append(rows[:free])
-        if rest := rows[free:].shape[0]:
-            self.parts = [torch.cat(self.parts)]
-            place = (torch.rand(rest, dtype=torch.float64) * torch.arange(self.seen + free + 1, self.seen + len(rows) + 1)).long()
-            taken = place < self.most
-            self.parts[0][place[taken].to(rows.device)] = rows[free:][taken.to(rows.device)]
-        self.seen += len(rows)
-
-    @property
-    def rows(self) -> Tensor:
-        """The sample."""
-        return torch.cat(self.parts) if self.parts else torch.empty(0, 0)

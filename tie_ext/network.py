@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from tie_ext.backbones import BACKBONES
 from tie_ext.decision import Decision, decide
-from tie_ext.head import GarbageHead
+from tie_ext.head import GarbageHead, find_layers
 from tie_ext.support.checks import check_images, check_number, check_shape
 from tie_ext.support.files import load_state, reading, save_state
 from tie_ext.support.modules import FLOATS, Ranged, check_state, evaluating
 
 PRECISIONS = ("float32", "bfloat16")
 """What a backbone can compute in while weights, features and logits stay as they are."""
+GARBAGE = ("linear", "layers")
+"""What can give the garbage logit: the paper's linear function of the penultimate features, or a head on every layer."""
 TRIED = 3 * 224 * 224
 """Largest images, in values, that a network from a file is tried on; those that a generator can make are no larger. A file that claims larger
 ones shall not take memory for them when it is read."""
@@ -43,12 +45,13 @@ class TIENet(Ranged):
         low: Smallest value of the images, a number or one a channel (what ``Normalize`` makes of 0).
         high: Largest value of the images (what it makes of 1).
         classes: Name of each ID class, by label.
-        head: What gives the garbage logit, a head on every layer (:mod:`tie_ext.attach`); None for the paper's, a linear function of the
-            penultimate features. It is copied.
+        garbage: What gives the garbage logit: ``linear``, the paper's linear function of the penultimate features; ``layers``, a head on every
+            layer, which asks for an ``image_shape``; or such a head, which is copied.
 
     Raises:
         ValueError: If the backbone has no linear layer to stand on, returns something else than its last one does, does not take images
-            of ``image_shape`` (the latter two are tried where it is given), that is no shape of an image, n < 2, or low is not below high.
+            of ``image_shape`` (the latter two are tried where it is given), that is no shape of an image, n < 2, low is not below high, or the
+            backbone has no layers for a head to read.
 
     Example:
         >>> net = TIENet(Conv3(in_channels=1, num_classes=10), num_classes=10, image_shape=(1, 28, 28))
@@ -68,9 +71,13 @@ class TIENet(Ranged):
         low: float | Sequence[float] = 0.0,
         high: float | Sequence[float] = 1.0,
         classes: Sequence[str] = (),
-        head: GarbageHead | None = None,
+        garbage: str | GarbageHead = "linear",
     ):
         super().__init__(low, high)
+        if not isinstance(garbage, GarbageHead) and garbage not in GARBAGE:
+            raise ValueError(f"Expected garbage to be one of {', '.join(GARBAGE)} or a GarbageHead, but got {garbage!r}")
+        if garbage == "layers" and image_shape is None:
+            raise ValueError("Expected an image_shape to find the layers with that a garbage head reads, but got None")
         check_number("num_classes", num_classes, 2, math.inf, integer=True)
         if classes and len(classes) != num_classes:
             raise ValueError(f"Expected {num_classes} class names, but got {len(classes)}")
@@ -80,13 +87,15 @@ class TIENet(Ranged):
             raise ValueError(f"Expected low and high to be numbers or {self.image_shape[0]}, one a channel, but got {len(self.low)}")
         self.backbone = copy.deepcopy(backbone)  # cutting its head off must not change the caller's network
         if self.image_shape is not None:
-            ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
-            _try(self.backbone, self.scaled(ramp))
+            ramp = self.scaled(torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape))
+            _try(self.backbone, ramp)
         cut = cut_head(self.backbone)
         self.feature_size = cut.in_features
         like: dict[str, Any] = {"device": cut.weight.device, "dtype": cut.weight.dtype}
         self.fc = cut if cut.out_features == num_classes else nn.Linear(cut.in_features, num_classes, **like)
-        self.garbage = nn.Linear(cut.in_features, 1, **like) if head is None else copy.deepcopy(head).to(**like)
+        if garbage == "layers":
+            garbage = GarbageHead(find_layers(self.backbone, ramp.to(**like)), cut.in_features)
+        self.garbage = copy.deepcopy(garbage).to(**like) if isinstance(garbage, GarbageHead) else nn.Linear(cut.in_features, 1, **like)
         # The largest UE of an accepted prediction. Infinite, which leaves level 2 off, until training has set it.
         self.register_buffer("tau", torch.tensor(math.inf))
         self._precision = "float32"
@@ -264,10 +273,10 @@ def _own(path: str | os.PathLike, name: object, weights: dict[str, Tensor]) -> n
     return BACKBONES[str(name)](channels, len(weights["fc.weight"]))
 
 
-def _head_of(read: Any, weights: dict[str, Tensor]) -> GarbageHead | None:
-    """The garbage head that weights are of; None for the linear one."""
+def _head_of(read: Any, weights: dict[str, Tensor]) -> str | GarbageHead:
+    """The garbage head that weights are of."""
     if read is None:
-        return None
+        return "linear"
     layers, hidden = read["layers"], len(weights["garbage.network.0.bias"])
     if not isinstance(layers, dict) or not all(isinstance(name, str) and isinstance(count, int) and count > 0 for name, count in layers.items()):
         raise ValueError(f"layers {layers!r} of a garbage head")
@@ -278,7 +287,13 @@ def _head_of(read: Any, weights: dict[str, Tensor]) -> GarbageHead | None:
 
 
 def _filled(
-    cls: type[TIENet], backbone: nn.Module, n: int, image_shape: Any, weights: dict[str, Tensor], classes: Sequence[str], head: GarbageHead | None
+    cls: type[TIENet],
+    backbone: nn.Module,
+    n: int,
+    image_shape: Any,
+    weights: dict[str, Tensor],
+    classes: Sequence[str],
+    garbage: str | GarbageHead,
 ) -> TIENet:
     """A network with the weights of a file."""
     kind, features = weights["fc.weight"].dtype, int(backbone.get_submodule(_head(backbone)).in_features)  # type: ignore[arg-type]
@@ -289,7 +304,7 @@ def _filled(
         raise ValueError(f"a value range that is not finite, or of {max(low.numel(), high.numel())} channels")
     shape = None if image_shape is None else check_shape(image_shape)
     small = shape is None or math.prod(shape) <= TRIED
-    net = cls(backbone, n, shape if small else None, low.flatten().tolist(), high.flatten().tolist(), classes, head)
+    net = cls(backbone, n, shape if small else None, low.flatten().tolist(), high.flatten().tolist(), classes, garbage)
     net.image_shape = shape
     check_state(net, weights)
     net.to(kind).load_state_dict(weights)

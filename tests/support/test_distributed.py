@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import SHAPE, TINY, make_net, make_small
+from conftest import SHAPE, TINY, Small, make_net, make_small
 
-from tie_ext import Inversion, InversionSettings, Synthesizer, TIETrainer, uncertainty
+from tie_ext import Inversion, InversionSettings, Noise, Synthesizer, TIENet, TIETrainer, uncertainty
 from tie_ext.exclusion import cutoff
 from tie_ext.outliers import BoundarySettings, ManifoldBoundary, MarginalRepresentations, MarginalSettings
 from tie_ext.support.distributed import average_gradients, average_statistics, gathered, total
@@ -105,6 +105,9 @@ def parts(rank: int, again: TIETrainer) -> dict:
         alone.pool.add(torch.rand(3, *SHAPE))
     last = [(x[: 8 - 7 * (i == 2)], y[: 8 - 7 * (i == 2)]) for i, (x, y) in enumerate(batches(rank)[:3])]
     found["alone"] = alone.epoch(last).losses["classifier"]
+    headed = TIENet(Small(3), 3, SHAPE, garbage="layers")
+    found["head taught"] = TIETrainer(headed, replace(TINY, epochs=1), [], [Noise(headed)]).epoch(batches(rank)).losses["head"]
+    found["head"] = headed.state_dict()
     uneven = batches(rank)[: 3 + rank]
     labels = [(x, torch.full_like(y, 7) if rank else y) for x, y in batches(rank)]
     for name, trainer, data in (("uneven", still(), uneven), ("uneven after load", again, uneven), ("bad labels", still(), labels)):
@@ -147,6 +150,17 @@ def test_network_and_generator_are_the_same_in_all_processes(two):
     for part in ("net", "generator"):
         a, b = (each[part] for each in two)
         assert all(torch.equal(a[name], b[name]) for name in a), part
+
+
+def test_a_head_on_every_layer_learns_from_all_processes_and_stays_one(two):
+    a, b = (each["head"] for each in two)
+    assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
+    assert two[0]["head taught"] == two[1]["head taught"] > 0
+    net = TIENet(Small(3), 3, SHAPE, garbage="layers")
+    net.load_state_dict(a)
+    with torch.no_grad():
+        statistics = torch.cat([net.eval().statistics(x)[1] for x, _ in batches(None)])
+    torch.testing.assert_close(net.garbage.mean, statistics.mean(0), rtol=1e-3, atol=1e-4)
 
 
 def test_tau_is_computed_over_all_processes(two):

@@ -1,0 +1,212 @@
+"""A garbage head beside the hosts' detectors, all on the same trained network, which stays as it is.
+
+    python tests/bench/attached.py --root DATA --data fashionmnist --images 20000 --epochs 10 --seed 0
+
+Trains the plain n-class network (it goes on after the last finished epoch), attaches heads taught by different outliers, and scores: held-out
+ID images, which nothing was trained on (``held``); the ID test set (``id``); validation OOD sets (``val:...``), by which settings may be chosen;
+OOD test sets, for tables alone. CIFAR needs a DATA where all sets have CIFAR-10's size and compression, or compression is what is told.
+
+Network and scores stay in --work; numbers, command and versions are written to docs/results/attached/. tests/bench/combined.py goes on from the
+scores.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pytorch_ood.detector import ASH, GEN, KNN, ODIN, SHE, EnergyBased, Mahalanobis, MaxSoftmax, ViM
+from torch import Tensor
+
+from tie_ext import TIENet, attach
+from tie_ext.app import data
+from tie_ext.app.data import ImageBatches, ImageSet, moved
+from tie_ext.app.evaluation import ood_metrics
+from tie_ext.backbones import BACKBONES
+from tie_ext.outliers import make
+from tie_ext.support.files import save_state, write_json
+from tie_ext.support.provenance import provenance
+from tie_ext.support.random import seeded
+
+OUT = Path(__file__).parents[2] / "docs" / "results" / "attached"
+HELD = 5000
+"""ID images held out of training."""
+VALIDATION = ("tinyimagenet", "glyphs", "photos")
+OTHERS = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet", "notmnist")
+HEADS = {"head": ("procedural",), "head, multi-scale noise": ("multiscale",), "head, white noise": ("white",)}
+"""Heads by the outliers that teach them."""
+MOST = 2000
+"""Images of an OOD test set."""
+
+
+def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, ImageSet]:
+    """``train``, ``held``, ``id``, validation OOD ``val:NAME``, and OOD test sets by name."""
+    whole, test = data.load(name, "train", root), data.load(name, "test", root)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    rows = {"held": order[-HELD:], "train": order[:-HELD][:count]}
+    sets = {part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()} | {"id": test}
+    sets |= {f"val:{other}": data.load(other, "val", root, test.shape) for other in VALIDATION}
+    for other in OTHERS:
+        if other == name:
+            continue
+        try:
+            sets[other] = data.load(other, "test", root, test.shape).first(MOST)
+        except ValueError:
+            continue  # not at hand
+    return sets | {kind: data.noise(kind, MOST, test.shape) for kind in ("gaussian", "uniform")}
+
+
+def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path) -> float:
+    """Plain cross-entropy, SGD with one cycle of learning rate, images moved (colour ones also mirrored). Seconds it took in all."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = -(-len(images) // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * steps)
+    done, seconds = 0, 0.0
+    if state.exists():
+        kept = torch.load(state, weights_only=True)
+        net.load_state_dict(kept["net"])
+        optimizer.load_state_dict(kept["optimizer"])
+        schedule.load_state_dict(kept["schedule"])
+        done, seconds = kept["epochs"], kept["seconds"]
+    for epoch in range(done, epochs):
+        start = time.perf_counter()
+        net.train()
+        right = 0
+        with seeded(seed, epoch):
+            for rows in torch.randperm(len(images)).split(128):
+                x, y = moved(images.x[rows], images.shape[-1] // 8).float() / 255, images.y[rows]
+                if images.shape[0] == 3:
+                    x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+                logits = net(x)
+                loss = F.cross_entropy(logits, y)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                right += int((logits.argmax(1) == y).sum())
+        seconds += time.perf_counter() - start
+        kept = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        torch.save({**kept, "epochs": epoch + 1, "seconds": seconds}, state.with_suffix(".new"))
+        state.with_suffix(".new").replace(state)
+        print(f"epoch {epoch + 1} of {epochs}: {right / len(images):.4f} of training images right, {seconds:.0f} s", flush=True)
+    net.eval()
+    return seconds
+
+
+@torch.no_grad()
+def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """ID logits and features of all images."""
+    pairs = [net(x, return_feature=True) for x, _ in ImageBatches(images, 500)]
+    return torch.cat([logits for logits, _ in pairs]), torch.cat([h for _, h in pairs])
+
+
+def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str, Tensor]]:
+    """Scores by detector and set of what the hosts have, fitted on the training images."""
+    seen = {name: read(net, images) for name, images in sets.items()}
+    _, h = seen["train"]
+    y, features = sets["train"].y, net.feature_size
+    one = F.normalize  # what Mahalanobis++ changes
+    energy, weight, bias = EnergyBased.score, net.fc.weight.detach(), net.fc.bias.detach()
+    mahalanobis, plus = Mahalanobis(None).fit_features(h, y), Mahalanobis(None).fit_features(one(h), y)
+    knn = KNN(None).fit_features(h, y)
+    vim = ViM(None, d=features // 2, w=weight, b=bias).fit_features(h, y)
+    she = SHE(None, net.fc).fit_features(h, y)
+    ash = ASH(None, lambda maps: net.fc(maps.flatten(1)), percentile=0.9)
+    of = {
+        "MSP": lambda logits, h: MaxSoftmax.score(logits),
+        "energy": lambda logits, h: energy(logits),
+        "GEN": lambda logits, h: GEN.score(logits),
+        "SHE": lambda logits, h: she.predict_features(h),
+        "ASH": lambda logits, h: ash.predict_feature_maps(h[:, :, None, None]),
+        "ViM": lambda logits, h: vim.predict_features(h),
+        "KNN": lambda logits, h: knn.predict_features(h),
+        "Mahalanobis": lambda logits, h: mahalanobis.predict_features(h),
+        "Mahalanobis++": lambda logits, h: plus.predict_features(one(h)),
+    }
+    with torch.no_grad():
+        scores = {label: {name: score(*pair) for name, pair in seen.items() if name != "train"} for label, score in of.items()}
+    odin = ODIN(net)
+    scores["ODIN"] = {
+        name: torch.cat([odin.predict(x).detach() for x, _ in ImageBatches(images, 500)]) for name, images in sets.items() if name != "train"
+    }
+    return scores
+
+
+def numbers_of(scores: Mapping[str, Mapping[str, Tensor]], garbage: Mapping[str, Mapping[str, float]]) -> dict:
+    """Metrics against the ID test set by score and set, and the share in garbage by head and set."""
+    ood = [name for name in next(iter(scores.values())) if name not in ("held", "id")]
+    metrics = {
+        label: {name: {key: ood_metrics(of["id"], of[name])[key] for key in ("auroc", "fpr95_id")} for name in ood} for label, of in scores.items()
+    }
+    return {"scores": metrics, "garbage_rate": garbage}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, help="training images; default all but the held-out ones")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--backbone", choices=BACKBONES, default="conv3")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=OUT / "work", help="networks and scores, which are not committed")
+    a = parser.parse_args()
+    sets = image_sets(a.data, a.root, a.images, a.seed)
+    stem = f"{a.data}-{len(sets['train'])}x{a.epochs}-{a.backbone}-seed{a.seed}"
+    a.work.mkdir(parents=True, exist_ok=True)
+    images = sets["train"]
+    with seeded(a.seed):
+        net = TIENet(BACKBONES[a.backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
+    seconds = {"training": train(net, images, a.epochs, a.seed, a.work / f"{stem}.training")}
+    net.save(a.work / f"{stem}.safetensors")
+    start = time.perf_counter()
+    scores = host_scores(net, sets)
+    seconds["hosts' scores"] = time.perf_counter() - start
+    model = BACKBONES[a.backbone](images.shape[0], len(images.classes))
+    model.load_state_dict({**net.backbone.state_dict(), "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
+    garbage: dict[str, dict[str, float]] = {}
+    for label, names in HEADS.items():
+        start = time.perf_counter()
+        with_head = attach(
+            model.eval(),
+            ImageBatches(images, 500),
+            len(images.classes),
+            classes=images.classes,
+            outliers=[make(name, net) for name in names],
+            seed=a.seed,
+        )
+        seconds[label] = time.perf_counter() - start
+        scores[label], garbage[label] = {}, {}
+        with torch.no_grad():
+            for name, of in sets.items():
+                if name != "train":
+                    decisions = [with_head.decide(x) for x, _ in ImageBatches(of, 500)]
+                    scores[label][name] = torch.cat([decision.score for decision in decisions])
+                    garbage[label][name] = torch.cat([decision.level == 1 for decision in decisions]).double().mean().item()
+        if label == "head":
+            with_head.save(a.work / f"{stem}-head.safetensors")
+    logits, _ = read(net, sets["id"])
+    record = {
+        "data": a.data,
+        "backbone": a.backbone,
+        "epochs": a.epochs,
+        "seed": a.seed,
+        "images": {name: len(of) for name, of in sets.items()},
+        "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),
+        "seconds": seconds,
+        "numbers": numbers_of(scores, garbage),
+        **provenance(),
+    }
+    write_json(OUT / f"{stem}.json", record)
+    save_state(a.work / f"{stem}.scores.safetensors", "scores", scores)
+    print(f"{stem}: accuracy {record['accuracy']:.4f}, ID in garbage {garbage['head']['id']:.4%}, seconds {seconds}")
+    metrics = record["numbers"]["scores"]
+    for name, of in metrics["head"].items():
+        auroc, best = max((other[name]["auroc"], label) for label, other in metrics.items() if not label.startswith("head"))
+        print(f"  {name:18} garbage {garbage['head'][name]:7.2%}  FPR@95 {of['fpr95_id']:7.2%}  AUROC {of['auroc']:.4f}; {best} {auroc:.4f}")
+
+
+if __name__ == "__main__":
+    main()

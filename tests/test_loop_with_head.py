@@ -1,0 +1,112 @@
+"""TIE's loop with a garbage head on every layer: the classifier trains as if there were no garbage, the head learns the pool."""
+
+from dataclasses import asdict, replace
+
+import conftest
+import pytest
+import torch
+from conftest import FEW, SHAPE, TINY, Small, make_batches
+
+from tie_ext import GarbageHead, Inversion, Noise, Procedural, TIEConfig, TIENet, TIETrainer
+from tie_ext.bench.comparison import train_plain
+from tie_ext.outliers.saliency import uniform_objective
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 20)
+
+
+def make_net() -> TIENet:
+    torch.manual_seed(0)
+    return TIENet(Small(3), 3, SHAPE, garbage="layers")
+
+
+def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
+    return conftest.make_trainer(make_net() if net is None else net, **changes)
+
+
+def classifier(net: TIENet) -> list[torch.Tensor]:
+    return [*net.backbone.state_dict().values(), *net.fc.state_dict().values()]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_classifier_is_the_plain_one():
+    net, plain = make_net(), make_net()
+    trainer = TIETrainer(net, TINY, [Inversion(net, FEW)], [Noise(net), Procedural(net)])
+    before = {name: value.clone() for name, value in net.garbage.state_dict().items()}
+    batches = make_batches(sizes=(9, 9))  # as many images of each class, or the loop would weigh them
+    for _ in range(TINY.epochs):
+        trainer.epoch(batches)
+    train_plain(plain, batches, TINY)
+    for mine, theirs in zip(classifier(net), classifier(plain), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert isinstance(net.garbage, GarbageHead)
+    assert all(not torch.equal(value, before[name]) for name, value in net.garbage.state_dict().items())
+
+
+def test_the_head_learns_the_pool(monkeypatch):
+    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 300)
+    net = make_net()
+    trainer = TIETrainer(net, TINY, [], [Noise(net)])
+    trainer.pool.images.zero_()
+    trainer.pool.images[:, :, ::2] = 255
+    log = trainer.epoch(make_batches())
+    assert log.losses["head"] < 0.5
+    garbage = trainer.pool.draw(20)
+    net.eval()
+    assert (net.decide(garbage).level == 1).all()
+    assert (net.decide(make_batches()[0][0]).level != 1).all()
+
+
+def test_more_weight_of_garbage_puts_more_in_it():
+    nets = [make_net() for _ in range(2)]
+    for net, weight in zip(nets, (0.01, 100.0), strict=True):
+        TIETrainer(net, replace(TINY, garbage_weight=weight), [], [Noise(net)]).epoch(make_batches())
+        net.eval()
+    x = torch.rand(20, *SHAPE)
+    light, heavy = (net.decide(x).score for net in nets)
+    assert (heavy > light + 1).all()
+
+
+def test_stop_and_resume_equals_uninterrupted(tmp_path):
+    whole, first = make_trainer(), make_trainer()
+    for _ in range(3):
+        whole.epoch(make_batches())
+    first.epoch(make_batches())
+    first.save(tmp_path / "run")
+    torch.rand(7)
+    second = make_trainer()
+    second.load(tmp_path / "run")
+    for _ in range(2):
+        second.epoch(make_batches())
+    assert same(whole.net.state_dict().values(), second.net.state_dict().values())
+    logs = [[{**asdict(entry), "seconds": None} for entry in trainer.log] for trainer in (whole, second)]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_with_another_garbage_logit_is_refused(tmp_path):
+    make_trainer().save(tmp_path / "run")
+    with pytest.raises(ValueError, match="Expected"):
+        conftest.make_trainer(conftest.make_small()).load(tmp_path / "run")
+
+
+def test_a_batch_of_one_is_passed_over_and_uncertain_inversions_join():
+    trainer = make_trainer(lam=-float("inf"))
+    log = trainer.epoch(make_batches(sizes=(8, 1)))
+    assert log.excluded == log.proposed == [4, 4, 4, 4]
+    assert log.pool == len(trainer.pool)
+
+
+def test_what_a_head_cannot_learn_is_refused():
+    with pytest.raises(ValueError, match="Expected a prior for the garbage head on every layer to learn in the first epoch, but got none"):
+        TIETrainer(make_net(), TIEConfig(), [], [])
+    with pytest.raises(ValueError, match="Expected cross-entropy beside a garbage head on every layer"):
+        TIETrainer(make_net(), TIEConfig(), [], objective=uniform_objective)
+    with pytest.raises(ValueError, match="Expected garbage to be one of linear, layers or a GarbageHead, but got 'all'"):
+        TIENet(Small(3), 3, SHAPE, garbage="all")
+    with pytest.raises(ValueError, match="Expected an image_shape to find the layers with"):
+        TIENet(Small(3), 3, garbage="layers")

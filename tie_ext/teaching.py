@@ -1,0 +1,74 @@
+"""How a garbage head learns to tell outliers from ID images, by the statistics of both alone.
+
+Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.head`), ``t (N,)`` 1 where an image is an outlier, else 0.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tie_ext.head import GarbageHead
+
+MEMORY = 2**28
+"""Bytes of statistics kept of ID images, and as many of outliers; of more images a random sample of this size is kept."""
+STEPS, BATCH, RATE = 1600, 512, 1e-3
+"""How the head learns: steps, images a step, Adam's learning rate, which falls along half a cosine. As many steps for few images as for many:
+some seconds on a CPU."""
+
+
+def teach(head: GarbageHead, inside: Tensor, outside: Tensor, steps: int = STEPS, weight: float = 1.0, progress: bool = False) -> float:
+    """Binary cross-entropy of outliers against ID images, both of the same weight in sum.
+
+    Arguments:
+        head: What learns; it is standardised on the ID images first.
+        inside: Statistics ``(N, S)`` of ID images, N >= 2.
+        outside: Statistics ``(M, S)`` of outliers, M >= 1.
+        steps: Of the optimiser.
+        weight: Of all outliers together, where all ID images have 1.
+        progress: Show a progress bar.
+
+    Returns:
+        The mean loss.
+    """
+    head.standardise(inside)
+    statistics = torch.cat([inside, outside])
+    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).to(statistics)
+    weights = torch.where(target == 1, weight * len(target) / (2 * len(outside)), len(target) / (2 * len(inside)))
+    losses = []
+    optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
+    for step in tqdm(range(steps), desc="garbage head", leave=False, disable=not progress):
+        optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
+        rows = torch.randint(len(target), (min(BATCH, len(target)),))
+        loss = F.binary_cross_entropy_with_logits(head(statistics[rows]).squeeze(1), target[rows], weights[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
+class Sample:
+    """A uniform random sample of at most ``most`` of all rows ``(M, S)`` that were added, by Vitter's algorithm R."""
+
+    def __init__(self, most: int):
+        self.most, self.seen = most, 0
+        self.parts: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Offer rows ``(M, S)``."""
+        free = self.most - min(self.seen, self.most)
+        self.parts.append(rows[:free])
+        if rest := rows[free:].shape[0]:
+            self.parts = [torch.cat(self.parts)]
+            place = (torch.rand(rest, dtype=torch.float64) * torch.arange(self.seen + free + 1, self.seen + len(rows) + 1)).long()
+            taken = place < self.most
+            self.parts[0][place[taken].to(rows.device)] = rows[free:][taken.to(rows.device)]
+        self.seen += len(rows)
+
+    @property
+    def rows(self) -> Tensor:
+        """The sample."""
+        return torch.cat(self.parts) if self.parts else torch.empty(0, 0)
