@@ -169,10 +169,10 @@ class Combined(Detector):
                 x, y = x[y >= 0].to(self.device), y[y >= 0]
                 if not len(x):
                     continue
-                if not batches:
-                    self._fitted_here |= {place for place, member in enumerate(self.detectors) if _needs_fitting(member, x[:1])}
                 seen = self._outputs(x, [*kinds, LOGITS])
                 check_labels(y, len(x), seen.logits.shape[1] - (ALL in kinds))
+                if not batches:
+                    self._fitted_here |= {place for place, member in enumerate(self.detectors) if _needs_fitting(member, x[:1])}
                 runs = [place for place, kind in enumerate(kinds) if kind == ITSELF]
                 given = {place: self.detectors[place].predict(x) for place in runs if place not in self._fitted_here}
                 read_again = x if len(given) < len(runs) else x[:0]  # by those that are still to be fitted
@@ -328,8 +328,11 @@ class Combined(Detector):
             raise ValueError("a reference whose deviations are not positive or whose scores are not in order")
         self.network, self.reference = net, found
         zeros = Outputs(net.fc.weight.new_zeros(1, net.num_classes + 1), net.fc.weight.new_zeros(1, net.feature_size))
-        with torch.no_grad():
-            self.predict_scores(self._scores(zeros.features, zeros))
+        try:
+            with torch.no_grad():
+                self.predict_scores(self._scores(zeros.features, zeros))
+        except RequiresFittingException as error:
+            raise ValueError("a member that is not fitted") from error
 
     def _net(self) -> nn.Module:
         if self.network is None:
