@@ -250,8 +250,9 @@ class Combined(Detector):
             return _decision(seen.logits, self.predict_scores(self._scores(x, seen)), line, isinstance(net, TIENet))
 
     def deployed(self) -> nn.Module:
-        """Network, members and decision as one module, images ``(B, C, H, W)`` to :class:`~tie_ext.Decision`, for ``torch.export``; with the rules
-        that take standardised scores also for ONNX.
+        """Network, members and decision as one module, images ``(B, C, H, W)`` to :class:`~tie_ext.Decision`, for ``torch.export``.
+
+        For ONNX too with a rule that takes standardised scores, and without GEN and Entropy, whose clamp ``torch.onnx`` does not know.
 
         Raises:
             ModelNotSetException: If no member has a network.
