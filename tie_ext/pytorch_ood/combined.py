@@ -35,7 +35,8 @@ class Combined(Detector):
 
     Arguments:
         detectors: The members, each with its network: ``[TIEDetector(net), Mahalanobis(net.features).fit(training), EnergyBased(net)]``. Fit
-            those that need it on the training images; those that are not fitted yet are by :meth:`fit`, on a quarter of the held-out ones.
+            those that need it on the training images; those that are not fitted yet are by :meth:`fit`, each time anew, on a quarter of the held-out
+            ones.
         false_alarm: Reject ID inputs with at most this probability, in (0, 1], guaranteed for held-out ID data
             (:func:`tie_ext.decision.conformal_threshold`). None for scores without a line: all held-out images then set the scale.
         rule: How the scores are combined, a name in :data:`tie_ext.combination.RULES`.
@@ -166,7 +167,8 @@ class Combined(Detector):
         batches: list[tuple] = []
         with evaluating(net):
             for x, y in data_loader:
-                x, y = x[y >= 0].to(self.device), y[y >= 0]
+                x, y = (part.to(self.device) for part in (x, y))
+                x, y = x[y >= 0], y[y >= 0]
                 if not len(x):
                     continue
                 seen = self._outputs(x, [*kinds, LOGITS])
@@ -176,7 +178,7 @@ class Combined(Detector):
                 runs = [place for place, kind in enumerate(kinds) if kind == ITSELF]
                 given = {place: self.detectors[place].predict(x) for place in runs if place not in self._fitted_here}
                 read_again = x if len(given) < len(runs) else x[:0]  # by those that are still to be fitted
-                batches.append((y.to(x.device), *seen, read_again.cpu(), given))
+                batches.append((y, *seen, read_again.cpu(), given))
         if not batches:
             raise ValueError("Expected ID images (labels >= 0) to fit on, but got none from the loader")
         y, logits, features, images = (torch.cat(parts) for parts in zip(*(batch[:4] for batch in batches), strict=True))
