@@ -52,13 +52,12 @@ def reference(scores: Tensor) -> Reference:
     if not isinstance(scores, Tensor) or scores.ndim != 2 or not scores.is_floating_point() or len(scores) < 2 or not scores.shape[1]:
         raise ValueError(f"Expected floating-point scores of shape (N, k) with N >= 2 and k >= 1, but got {describe(scores)}")
     check_finite(scores, "scores")
-    ordered, wide = scores.sort(dim=0).values, scores.double()  # as squares of small differences are 0 in single precision
-    mean, deviation = (moment.to(scores.dtype) for moment in (wide.mean(dim=0), wide.std(dim=0)))
-    constant = ((ordered[0] == ordered[-1]) | (deviation == 0)).nonzero().flatten()
+    ordered, deviation = scores.sort(dim=0).values, scores.std(dim=0)
+    constant = ((ordered[0] == ordered[-1]) | (deviation == 0)).nonzero().flatten()  # of equal ones rounding can leave a deviation
     if len(constant):
         column = int(constant[0])
         raise ValueError(f"Expected scores that differ between ID images, but got {ordered[0, column].item():.4g} for all in column {column}")
-    return Reference(mean, deviation, ordered)
+    return Reference(scores.mean(dim=0), deviation, ordered)
 
 
 def stouffer(learned: Reference, scores: Tensor) -> Tensor:
