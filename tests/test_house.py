@@ -16,6 +16,8 @@ FLOORS = [
     "support.checks",
     "support",
     "decision",
+    "combination",
+    "gaussians",
     "backbones",
     "generator",
     "head",
@@ -134,7 +136,7 @@ def test_no_room_pins_a_device_evaluates_text_or_prints(path):
     assert name_of(path) == "app.cli" or not re.search(r"(?<![\w.])print\(", text)
 
 
-@pytest.mark.parametrize("name", [*tie_ext.__all__, "TIEDetector", "UncertaintyEstimate"])
+@pytest.mark.parametrize("name", [*tie_ext.__all__, "Combined", "MahalanobisPlusPlus", "TIEDetector", "UncertaintyEstimate"])
 def test_public_names_are_documented_and_annotated(name):
     thing = getattr(tie_ext, name)
     assert inspect.getdoc(thing)

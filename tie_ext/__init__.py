@@ -30,12 +30,14 @@ from tie_ext.synthesis import Candidates, Domain, Prior, Synthesizer
 from tie_ext.training import TIETrainer
 
 if TYPE_CHECKING:
+    from tie_ext.pytorch_ood import Combined as Combined
+    from tie_ext.pytorch_ood import MahalanobisPlusPlus as MahalanobisPlusPlus
     from tie_ext.pytorch_ood import TIEDetector as TIEDetector
     from tie_ext.pytorch_ood import UncertaintyEstimate as UncertaintyEstimate
 
 
 def __getattr__(name: str):  # so that `import tie_ext` needs torch and numpy only
-    if name not in ("TIEDetector", "UncertaintyEstimate"):
+    if name not in ("Combined", "MahalanobisPlusPlus", "TIEDetector", "UncertaintyEstimate"):
         raise AttributeError(f"module 'tie_ext' has no attribute {name!r}")
     try:
         return getattr(import_module("tie_ext.pytorch_ood"), name)

@@ -115,14 +115,23 @@ def conformal_threshold(scores: Tensor, false_alarm: float) -> Tensor:
     References:
         V. Vovk, A. Gammerman, G. Shafer. *Algorithmic Learning in a Random World*, 2005; J. Lei et al., JASA 2018 (split conformal).
     """
-    check_number("false_alarm", false_alarm, 0, 1, above=True)
+    needed = calibration_size(false_alarm)
     # Of the decimal that was written, since 0.29 * 100 is 28.999999999999996 in floating point.
     rejected = int(Fraction(str(false_alarm)) * (len(scores) + 1))
     if rejected < 1:
-        needed = -(-1 // Fraction(str(false_alarm))) - 1
         raise ValueError(f"Expected at least {needed} ID images to guarantee a false-alarm rate of {false_alarm}, but got {len(scores)}")
     check_finite(scores, "scores")
     return scores.sort().values[max(len(scores) - rejected, 0)]
+
+
+def calibration_size(false_alarm: float) -> int:
+    r"""Fewest ID images for :func:`conformal_threshold`, :math:`\lceil 1/\alpha \rceil - 1`, and at least one.
+
+    Raises:
+        ValueError: If ``false_alarm`` is out of range.
+    """
+    check_number("false_alarm", false_alarm, 0, 1, above=True)
+    return max(-(-1 // Fraction(str(false_alarm))) - 1, 1)
 
 
 def decide_at(logits: Tensor, threshold: float | Tensor, t: float = 1.0) -> Decision:
@@ -142,6 +151,10 @@ def decide_at(logits: Tensor, threshold: float | Tensor, t: float = 1.0) -> Deci
     Raises:
         ValueError: If ``logits`` is not a finite floating-point matrix of three or more columns.
     """
-    decision = decide(logits, t=t)
+    return rejected_above(threshold, decide(logits, t=t))
+
+
+def rejected_above(threshold: float | Tensor, decision: Decision) -> Decision:
+    """A decision whose score alone says what is rejected; its level only says as which of the two."""
     rejected = torch.where(decision.level == 1, 1, 2)
-    return Decision(decision.label, decision.uncertainty, decision.score, torch.where(decision.score > threshold, rejected, 0))
+    return decision._replace(level=torch.where(decision.score > threshold, rejected, 0))

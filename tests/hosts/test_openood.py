@@ -143,7 +143,7 @@ def test_registering_reaches_every_place_that_holds_a_name(openood):
     assert openood.evaluation_api.evaluator.get_postprocessor is openood.evaluation_api.postprocessor.get_postprocessor
     for function in (pipeline.get_trainer, pipeline.get_network, openood.postprocessors.get_postprocessor):
         assert function.__wrapped__.__module__ == function.__module__
-    assert {"tie", "tie_ue", "dmr"} <= set(openood.evaluation_api.postprocessor.postprocessors)
+    assert {"tie", "tie_ue", "tie_combined", "dmr"} <= set(openood.evaluation_api.postprocessor.postprocessors)
 
 
 def test_registering_twice_is_registering_once_and_can_be_undone(openood):
@@ -269,6 +269,88 @@ def test_dmr_learns_a_rejection_network_and_leaves_the_classifier_as_it_is(openo
     assert conf.shape == (24,)
     assert conf.isfinite().all()
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Unread(dict):
+    """OOD loaders that nobody may look at."""
+
+    def __getitem__(self, key):
+        raise AssertionError(f"OOD loader {key} was read")
+
+    __iter__ = items = values = keys = get = __getitem__
+
+
+def id_loaders(classes: int = 3) -> dict:
+    def batches(count, seed):
+        rng = torch.Generator().manual_seed(seed)
+        y = torch.arange(count) % classes
+        x = torch.rand(count, 3, 28, 28, generator=rng) * (1 + y.view(-1, 1, 1, 1)) / classes
+        return [{"data": a, "label": b} for a, b in zip(x.split(16), y.split(16), strict=True)]
+
+    return {"train": batches(150, 0), "val": batches(40, 1)}
+
+
+@pytest.mark.parametrize("rule", ["stouffer", "max"])
+@pytest.mark.parametrize("network", ["tie_net", "lenet"])
+def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, rule):
+    from openood.networks.lenet import LeNet
+    from openood.postprocessors import EBOPostprocessor, get_postprocessor
+    from openood.utils.config import Config
+
+    from tie_ext.combination import RULES, reference
+
+    torch.manual_seed(0)
+    net = build() if network == "tie_net" else LeNet(3)
+    loaders, x = id_loaders(), torch.rand(9, 3, 28, 28)
+    settings = {"name": "tie_combined", "APS_mode": False, "postprocessor_args": {"rule": rule}}
+    post = get_postprocessor(Config({"postprocessor": settings}))
+    with pytest.raises(RuntimeError, match="set up"):
+        post.postprocess(net, x)
+    post.setup(net, loaders, Unread())
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    passes = []
+    (net.backbone if network == "tie_net" else net).register_forward_hook(lambda *_: passes.append(1))
+    pred, conf = post.postprocess(net, x)
+    assert len(passes) == 1
+    assert torch.equal(pred, net(x).argmax(1))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+    z, y = (torch.cat([batch[key] for batch in loaders["train"]]) for key in ("data", "label"))
+    z = F.normalize(net(z, return_feature=True)[1]).detach().double()
+    mu = torch.stack([z[y == c].mean(0) for c in range(3)])
+    precision = torch.linalg.pinv((z - mu[y]).T @ (z - mu[y]) / len(z), rtol=1e-10, hermitian=True)
+
+    def scores(x):
+        d = F.normalize(net(x, return_feature=True)[1]).detach().double()[:, None] - mu
+        found = [((d @ precision * d).sum(2).amin(1) / 2).float(), -EBOPostprocessor(Config({"postprocessor": EBO})).postprocess(net, x)[1]]
+        return torch.stack([ood_score(net(x, garbage=True)), *found] if network == "tie_net" else found, dim=1).detach()
+
+    val = torch.cat([batch["data"] for batch in loaders["val"]])
+    torch.testing.assert_close(conf, -RULES[rule](reference(scores(val)), scores(x)), rtol=1e-3, atol=1e-2)
+
+
+EBO = {"postprocessor_args": {"temperature": 1}, "postprocessor_sweep": {}}
+
+
+def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
+    from openood.networks.lenet import LeNet
+    from openood.utils.config import Config
+
+    from tie_ext.openood import CombinedPostprocessor
+
+    torch.manual_seed(0)
+    net, x = LeNet(3), torch.rand(4, 3, 28, 28)
+    post = CombinedPostprocessor()
+    post.setup(net, id_loaders(), Unread())
+    assert not net.training
+    conf = post.postprocess(net, x)[1]
+    post.setup(net, {}, {})
+    assert torch.equal(post.postprocess(net, x)[1], conf)
+    with pytest.raises(ValueError, match="one of stouffer"):
+        CombinedPostprocessor(Config({"postprocessor": {"name": "tie_combined", "postprocessor_args": {"rule": "mean"}}}))
+    without = {**id_loaders(), "train": [{"data": torch.rand(4, 3, 28, 28), "label": torch.tensor([0, 0, 2, 2])}]}
+    with pytest.raises(ValueError, match="none of class 1"):
+        CombinedPostprocessor().setup(net, without, Unread())
 
 
 @pytest.mark.parametrize("name", ["logitnorm", "ascood"])
@@ -478,11 +560,30 @@ def test_every_config_builds(openood, root, tmp_path, monkeypatch, name):
 # Its own main.py, as a user runs it.
 
 METHODS = [  # with what ten pixels' worth of training images and the 84 features of a LeNet call for
-    *("tie", "tie_ue", "dmr", "msp", "ebo", "odin", "mls", "klm", "gen", "react", "dice", "ash", "scale", "mds", "rmds", "knn", "vim"),
+    *(
+        "tie",
+        "tie_ue",
+        "tie_combined",
+        "dmr",
+        "msp",
+        "ebo",
+        "odin",
+        "mls",
+        "klm",
+        "gen",
+        "react",
+        "dice",
+        "ash",
+        "scale",
+        "mds",
+        "rmds",
+        "knn",
+        "vim",
+    ),
     *("she", "nnguide", "fdbd", "gradnorm", "relation", "nci", "iodin", "gram", "vra"),
 ]
 ARGUMENTS = {"vim": ["--postprocessor.postprocessor_args.dim", "20"], "knn": ["--postprocessor.postprocessor_args.K", "5"]}
-OURS = ("tie", "tie_ue", "dmr")
+OURS = ("tie", "tie_ue", "tie_combined", "dmr")
 
 
 def training_configs(root: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from pytorch_ood.benchmark import Benchmark
 from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.utils import GridSearch
 
-from tie_ext import TIEDetector, UncertaintyEstimate
+from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate
 
 N = 3
 OURS = {"TIEDetector": TIEDetector, "UncertaintyEstimate": UncertaintyEstimate}
@@ -389,10 +389,13 @@ def upstream_info(monkeypatch):
     module = importlib.import_module("tests.test_info")
     assert Path(module.__file__).is_relative_to(root)
     smoke = module.TestAllDetectorsSmoke
-    built = [(name, lambda cls=cls: cls(trained().eval())) for name, cls in OURS.items()]
+    makers = {cls: lambda cls=cls: cls(trained().eval()) for cls in OURS.values()}
+    makers[MahalanobisPlusPlus] = lambda: MahalanobisPlusPlus(trained().eval().features)
+    makers[Combined] = lambda: Combined([TIEDetector(trained().eval())], false_alarm=0.5)
+    built = [(cls.__name__, make) for cls, make in makers.items()]
     before = smoke._classification_detector_registry
     monkeypatch.setattr(smoke, "_classification_detector_registry", lambda self: before(self) + built)
-    monkeypatch.setattr(module, "DETECTORS", list(OURS.values()))
+    monkeypatch.setattr(module, "DETECTORS", list(makers))
     return module
 
 

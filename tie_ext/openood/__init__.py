@@ -1,6 +1,7 @@
 """TIE inside an unmodified OpenOOD: ``import tie_ext.openood; tie_ext.openood.register()``, or ``python -m tie_ext.openood main.py ...``.
 
-Adds trainer ``tie``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue`` and ``dmr`` wherever OpenOOD looks names up, in memory only.
+Adds trainer ``tie``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr`` wherever OpenOOD looks names up, in
+memory only.
 """
 
 from importlib import import_module
@@ -13,6 +14,7 @@ _ROOMS = {
     "unregister": "registry",
     "OpenOODTIENet": "network",
     "OpenOODTIETrainer": "trainer",
+    "CombinedPostprocessor": "combined",
     "TIEPostprocessor": "postprocessors",
     "TIEUEPostprocessor": "postprocessors",
     "DMRPostprocessor": "rejection",

@@ -24,14 +24,16 @@ from openood.networks.scale_net import ScaleNet
 from openood.utils.config import Config
 
 from tie_ext.network import TIENet
+from tie_ext.openood.combined import CombinedPostprocessor
 from tie_ext.openood.network import tie_net
 from tie_ext.openood.postprocessors import TIEPostprocessor, TIEUEPostprocessor
 from tie_ext.openood.rejection import DMRPostprocessor
 from tie_ext.openood.trainer import OpenOODTIETrainer
 
-POSTPROCESSORS: dict[str, type[TIEPostprocessor] | type[TIEUEPostprocessor] | type[DMRPostprocessor]] = {
+POSTPROCESSORS: dict[str, type[TIEPostprocessor] | type[TIEUEPostprocessor] | type[CombinedPostprocessor] | type[DMRPostprocessor]] = {
     "tie": TIEPostprocessor,
     "tie_ue": TIEUEPostprocessor,
+    "tie_combined": CombinedPostprocessor,
     "dmr": DMRPostprocessor,
 }
 CLASSES = {"mnist": 10, "fashionmnist": 10, "svhn": 10, "tinyimagenet": 200}
@@ -43,7 +45,7 @@ _wrapped: dict[Callable, Callable] = {}  # wrapper by original, while registered
 
 
 def register() -> None:
-    """Make trainer ``tie``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue`` and ``dmr`` known to OpenOOD.
+    """Make trainer ``tie``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr`` known to OpenOOD.
 
     Calling it again changes nothing.
     """

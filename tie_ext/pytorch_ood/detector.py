@@ -3,10 +3,9 @@
 Contract (pytorch-ood 0.4.0, the oldest whose detectors carry ``info`` records): larger score = more OOD; labels < 0 are OOD.
 """
 
-import hashlib
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pytorch_ood.api import DetectorInfo, LogitsDetector, ModelNotSetException, Paper, RequiresFittingException, Task
@@ -18,7 +17,7 @@ from tie_ext.decision import Decision, conformal_threshold, decide, decide_at, o
 from tie_ext.exclusion import cutoff
 from tie_ext.network import TIENet
 from tie_ext.support.checks import check_labels, check_logits, check_number
-from tie_ext.support.files import read_json, reading, write_json
+from tie_ext.support.files import read_json, reading, sha256, write_json
 from tie_ext.support.modules import evaluating
 from tie_ext.synthesis import Batches
 
@@ -185,7 +184,7 @@ class TIEDetector(LogitsDetector):
         line = {name: None if value is None else float(value) for name, value in (("tau", self.tau), ("threshold", self.threshold))}
         settings = {"false_alarm": self.false_alarm, "lam": self.lam, "t": self.t}
         header = {"format": FORMAT, "version": VERSION}
-        write_json(folder / "detector.json", {**header, "network_sha256": _sha256(folder / "network.safetensors"), **settings, **line})
+        write_json(folder / "detector.json", {**header, "network_sha256": sha256(folder / "network.safetensors"), **settings, **line})
 
     @classmethod
     def load(cls, folder: str | os.PathLike, backbone: nn.Module | None = None, device: str | torch.device = "cpu") -> "TIEDetector":
@@ -208,15 +207,7 @@ class TIEDetector(LogitsDetector):
         return detector.to(device)
 
     def _read(self, path: Path) -> None:
-        saved = read_json(path, "a detector.json of tie_ext")
-        with reading(f"a detector.json of tie_ext at {path}"):
-            if saved["format"] != FORMAT:
-                raise ValueError(f"format {saved['format']!r}")
-            version, sha256 = saved["version"], saved["network_sha256"]
-        if version != VERSION:
-            raise ValueError(f"Expected a detector of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it")
-        if sha256 != _sha256(path.with_name("network.safetensors")):
-            raise ValueError(f"Expected beside {path} the network it was saved with, but got another; fit the detector again and save it")
+        saved = read_line(path, FORMAT, VERSION)
         with reading(f"a whole detector.json at {path}"):
             TIEDetector.__init__(self, self._net(), saved["false_alarm"], saved["lam"], saved["t"])
             for name in ("tau", "threshold"):
@@ -278,5 +269,19 @@ class Deployed(nn.Module):
         return decide(logits, self.tau, self.t) if self.threshold is None else decide_at(logits, self.threshold, self.t)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def read_line(path: Path, form: str, version: int) -> dict[str, Any]:
+    """A ``detector.json`` of one form and version, drawn for the network beside it.
+
+    Raises:
+        ValueError: If it is truncated, foreign or of a newer major version, or the network beside it is another.
+    """
+    saved = read_json(path, f"a detector.json of {form}")
+    with reading(f"a detector.json of {form} at {path}"):
+        if saved["format"] != form:
+            raise ValueError(f"format {saved['format']!r}")
+        found, fingerprint = saved["version"], saved["network_sha256"]
+    if found != version:
+        raise ValueError(f"Expected a detector of version {version} at {path}, but got version {found!r}; a newer tie_ext reads it")
+    if fingerprint != sha256(path.with_name("network.safetensors")):
+        raise ValueError(f"Expected beside {path} the network it was saved with, but got another; fit the detector again and save it")
+    return saved

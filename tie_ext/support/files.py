@@ -3,6 +3,7 @@
 A file either holds the whole of what was saved or does not exist: it is written beside its place, flushed to disk and moved there.
 """
 
+import hashlib
 import json
 import math
 import numbers
@@ -98,6 +99,11 @@ def reading(what: str) -> Iterator[None]:
             raise
         said = f"without {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"Expected {what}, but got a truncated or foreign one: {shorten(said, 400, placeholder=' ...')}") from error
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Fingerprint of a file's content."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:

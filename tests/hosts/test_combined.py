@@ -1,0 +1,565 @@
+"""Combined: one forward pass, halves that share no image, the guarantee, files and export; and Mahalanobis++ beside pytorch-ood's Mahalanobis."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPE, make_net
+from test_combination import draw
+from test_pytorch_ood import N, TwoSets, drop, edit, images, loader, trained
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tie_ext import Conv3, Conv5, TIENet, attach
+from tie_ext.combination import RULES, reference
+from tie_ext.decision import conformal_threshold, uncertainty
+
+pytest.importorskip("pytorch_ood")
+import pytorch_ood.detector as theirs
+from pytorch_ood.api import LogitsDetector, ModelNotSetException, RequiresFittingException
+
+from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate
+from tie_ext.pytorch_ood.members import MEMBERS
+
+rules = pytest.mark.parametrize("rule", list(RULES))
+
+
+class Plain(nn.Module):
+    """A network as pytorch-ood's are: ``forward`` is a layer on ``features``; or, where it is not, says nothing of them."""
+
+    def __init__(self, asks: bool = True):
+        super().__init__()
+        self.body, self.fc, self.asks, self.passes = nn.Sequential(nn.Flatten(), nn.Linear(784, 6), nn.Dropout()), nn.Linear(6, N), asks, 0
+
+    def features(self, x):
+        self.passes += 1
+        return self.body(x).relu()
+
+    def forward(self, x):
+        if self.asks:
+            return self.fc(self.features(x))
+        self.passes += 1
+        return self.fc(self.body(x).relu())
+
+
+def every_member(net: TIENet) -> list:
+    """One of each kind that can be written down."""
+    made = {
+        theirs.GEN: lambda: theirs.GEN(net, gamma=0.2, M=2),
+        theirs.EnergyBased: lambda: theirs.EnergyBased(net, t=2.0),
+        theirs.MaxSoftmax: lambda: theirs.MaxSoftmax(net, t=3.0),
+        theirs.ViM: lambda: theirs.ViM(net.features, 4, net.fc.weight, net.fc.bias),
+        theirs.KNN: lambda: theirs.KNN(net.features, k=3),
+        TIEDetector: lambda: TIEDetector(net, t=0.5),
+    }
+    return [made[cls]() if cls in made else cls(net if issubclass(cls, LogitsDetector) else net.features) for cls in MEMBERS]
+
+
+def three(net: TIENet | None = None, **settings) -> Combined:
+    net = trained().eval() if net is None else net
+    members = [TIEDetector(net), MahalanobisPlusPlus(net.features).fit(loader(60, seed=1)), theirs.EnergyBased(net)]
+    return Combined(members, **{"false_alarm": 0.1, **settings})
+
+
+# One network, run once.
+
+
+def test_members_that_read_the_network_share_one_forward_pass_and_score_as_they_do_alone():
+    net = trained().eval()
+    detector, x = Combined(every_member(net), 0.1).fit(loader(60)), images()[0]
+    passes = []
+    net.backbone.register_forward_hook(lambda *_: passes.append(1))
+    scores = detector.scores(x)
+    assert len(passes) == 1
+    detector(x)
+    detector.decide(x)
+    assert len(passes) == 3
+    for member, column in zip(detector.detectors, scores.T, strict=True):
+        assert torch.equal(member(x).float(), column), type(member).__name__
+    assert len(passes) == 3 + len(detector.detectors)
+
+
+@pytest.mark.parametrize(("asks", "passes"), [(True, 1), (False, 2)])
+def test_so_do_those_of_a_network_that_is_no_tienet_where_its_logits_come_of_its_features(asks, passes):
+    net = Plain(asks).eval()
+    detector, x = Combined([theirs.Mahalanobis(net.features), theirs.EnergyBased(net), UncertaintyEstimate(net)], 0.1).fit(loader(60)), images()[0]
+    net.passes = 0
+    scores = detector.scores(x)
+    assert net.passes == passes
+    assert "features" not in vars(net)
+    assert torch.equal(scores, torch.stack([member(x) for member in detector.detectors], 1))
+
+
+def test_features_of_other_images_than_those_that_are_scored_are_not_taken_for_theirs():
+    class Normalising(Plain):
+        def forward(self, x):
+            return super().forward(2 * x - 1)
+
+    net, x = Normalising().eval(), images()[0]
+    detector = Combined([theirs.Mahalanobis(net.features).fit(loader()), theirs.EnergyBased(net)], None).fit(loader())
+    assert torch.equal(detector.scores(x)[:, 0], detector.detectors[0](x))
+
+
+def test_a_head_on_every_layer_is_read_in_the_same_pass():
+    torch.manual_seed(0)
+    net = attach(Conv3(1, N).eval(), loader(), num_classes=N)
+    detector, x = three(net).fit(loader(60)), images()[0]
+    passes = []
+    net.backbone.register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(detector.scores(x)[:, 0], TIEDetector(net)(x).detach())
+    assert len(passes) == 2
+
+
+def test_members_that_read_something_else_run_by_themselves():
+    net = trained().eval()
+    other = make_net().eval()
+    members = [theirs.ODIN(net), theirs.EnergyBased(net), theirs.EnergyBased(other), theirs.RMD(lambda x: net.features(x))]
+    detector, x = Combined(members, 0.1).fit(loader(60)), images()[0]
+    torch.testing.assert_close(detector.scores(x), torch.stack([member(x).detach().float() for member in members], 1))
+    alone = Combined([theirs.ODIN(net)], 0.1).fit(loader(60))
+    assert torch.equal(alone.decide(x).label, net(x).argmax(1))
+
+
+@pytest.mark.parametrize("make", [lambda: trained(), lambda: Plain().train()])
+def test_a_network_in_training_mode_is_scored_in_evaluation_mode_and_left_as_it_was(make):
+    net, x = make(), images()[0]
+    detector = Combined([theirs.EnergyBased(net), UncertaintyEstimate(net)], 0.1).fit(loader(60))
+    scores = detector(x)
+    assert net.training
+    net.eval()
+    assert torch.equal(detector(x), scores)
+    assert torch.equal(Combined([theirs.EnergyBased(net), UncertaintyEstimate(net)], 0.1).fit(loader(60))(x), scores)
+
+
+# Fit.
+
+
+def test_the_halves_share_no_image_and_each_does_its_work():
+    detector = three().fit(loader(61))
+    scores = detector.scores(images(61)[0])
+    fitting, scaling, calibrating = detector._parts(61, False)
+    assert (len(fitting), len(scaling), len(calibrating)) == (0, 30, 31)
+    assert sorted(torch.cat([scaling, calibrating]).tolist()) == list(range(61))
+    assert scaling.tolist() != sorted(scaling.tolist())  # as a loader may have its classes in order
+    learned = reference(scores[scaling])
+    torch.testing.assert_close(detector.reference, learned)
+    torch.testing.assert_close(detector.threshold, conformal_threshold(RULES["stouffer"](learned, scores[calibrating]), 0.1))
+    torch.testing.assert_close(detector(images()[0]), RULES["stouffer"](learned, detector.scores(images()[0])))
+
+
+def test_scores_alone_are_fitted_and_combined_as_images_are():
+    detector, again, x = three().fit(loader(61)), three(), images()[0]
+    again.fit_scores(detector.scores(images(61)[0]).double())
+    torch.testing.assert_close(again.threshold, detector.threshold)
+    torch.testing.assert_close(again.predict_scores(detector.scores(x)), detector(x))
+
+
+@pytest.mark.parametrize("encoder", [lambda net: net.features, lambda net: lambda x: net.features(x)], ids=["shared", "by itself"])
+def test_what_is_not_fitted_yet_is_on_a_quarter_that_neither_sets_a_scale_nor_draws_the_line(encoder):
+    net = trained().eval()
+    before, late = MahalanobisPlusPlus(net.features).fit(loader(60, seed=1)), theirs.Mahalanobis(encoder(net))
+    mu = before.mu.clone()
+    detector = Combined([before, late, theirs.EnergyBased(net)], 0.1).fit(loader(80))
+    fitting, scaling, calibrating = detector._parts(80, True)
+    assert (len(fitting), len(scaling), len(calibrating)) == (20, 20, 40)
+    assert sorted(torch.cat([fitting, scaling, calibrating]).tolist()) == list(range(80))
+    x, y = images(80)
+    torch.testing.assert_close(late.mu, theirs.Mahalanobis(None).fit_features(net.features(x[fitting]).detach(), y[fitting]).mu)
+    assert torch.equal(before.mu, mu)
+    torch.testing.assert_close(detector.reference, reference(detector.scores(x)[scaling]), rtol=1e-4, atol=1e-4)
+
+
+def test_fitting_again_fits_anew_what_the_first_fit_had_fitted():
+    net = trained().eval()
+    detector = Combined([theirs.Mahalanobis(net.features), theirs.EnergyBased(net)], 0.1)
+    first = detector.fit(loader(80)).detectors[0].mu.clone()
+    assert not torch.equal(detector.fit(loader(80, seed=9)).detectors[0].mu, first)
+    assert torch.equal(detector.fit(loader(80)).detectors[0].mu, first)
+
+
+def test_without_a_rate_all_images_set_the_scale_and_there_is_no_line():
+    detector = three(false_alarm=None).fit(loader(24))
+    assert len(detector.reference.ordered) == 24
+    assert detector(images()[0]).isfinite().all()
+    for use in (lambda: detector.decide(images()[0]), detector.deployed):
+        with pytest.raises(RequiresFittingException, match="false_alarm"):
+            use()
+
+
+def test_images_without_id_labels_are_left_out():
+    x, y = images(80)
+    y[40:] = -1
+    mixed = three().fit(DataLoader(TensorDataset(x, y), batch_size=50))
+    assert torch.equal(mixed.threshold, three().fit([(x[:40], y[:40])]).threshold)
+
+
+def test_another_rule_forgets_the_line_and_ranks_by_itself():
+    detector, x = three().fit(loader(60)), images()[0]
+    for rule in RULES:
+        detector.set_hyperparameters(rule=rule)
+        with pytest.raises(RequiresFittingException):
+            detector.decide(x)
+        assert torch.equal(detector(x), RULES[rule](detector.reference, detector.scores(x)))
+    assert len({tuple(three(rule=rule).fit(loader(60)).decide(x).score.tolist()) for rule in RULES}) == len(RULES)
+    with pytest.raises(ValueError, match="one of stouffer"):
+        detector.set_hyperparameters(rule="mean")
+
+
+def test_their_benchmark_takes_it_beside_its_members():
+    detector = three().fit(loader(60))
+    rows = TwoSets().evaluate([detector, *detector.detectors], loader_kwargs={"batch_size": 16}, cache=True)
+    assert {row["Detector"] for row in rows} == {"Combined", "TIEDetector", "MahalanobisPlusPlus", "EnergyBased"}
+
+
+def test_to_moves_members_and_scale():
+    detector = three().fit(loader(60)).to("meta")
+    assert detector.device.type == detector.threshold.device.type == detector.reference.mean.device.type == "meta"
+    assert detector.detectors[1].mu.is_meta
+    assert detector.network.fc.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Combined([]), "at least one detector"),
+        (lambda: three(false_alarm=0), "false_alarm"),
+        (lambda: three(rule="mean"), "one of stouffer"),
+        (lambda: three().fit([]), "none from the loader"),
+        (lambda: three().fit([(images()[0], torch.full((24,), -1))]), "none from the loader"),
+        (lambda: three(false_alarm=0.05).fit(loader(36)), "at least 37 ID images for a false-alarm rate of 0.05, half of them .* got 36"),
+        (lambda: three(false_alarm=1.0).fit(loader(3)), "at least 4 ID images"),
+        (lambda: three(false_alarm=None).fit(loader(1)), "at least 2 ID images to set the scale, but got 1"),
+        (lambda: Combined([MahalanobisPlusPlus(make_net().features)], 1.0).fit(loader(7)), "at least 8 ID images"),
+        (lambda: three().fit([(images()[0], torch.full((24,), N))]), r"labels in \[0, 3\)"),
+        (lambda: Combined([theirs.EnergyBased(Plain().eval())], 0.1).fit([(images()[0], torch.full((24,), N))]), r"labels in \[0, 3\)"),
+        (lambda: three().fit([(torch.rand(4, 3, 28, 28), torch.zeros(4).long())]), r"shape \(B, 1, 28, 28\)"),
+        (lambda: three().fit(loader(60)).predict(torch.full((2, *SHAPE), float("nan"))), "NaN"),
+        (lambda: three().fit(loader(60)).decide(torch.rand(2, *SHAPE) * 255), "value range"),
+        (lambda: three().fit(loader(60)).predict_scores(torch.zeros(2, 4)), r"shape \(B, 3\), but got"),
+        (lambda: three().fit(loader(60)).predict_scores(torch.full((2, 3), float("nan"))), "finite scores"),
+        (lambda: three().fit_scores(torch.zeros(60, 2)), r"shape \(B, 3\)"),
+        (lambda: Combined([Constant(make_net())], 0.1).fit(loader(60)), "differ between ID images"),
+        (lambda: Combined([Endless(make_net())], 0.1).fit(loader(60)), "finite scores from Endless"),
+        (lambda: Combined([Pixels(make_net())], 0.1).fit(loader(60)), r"one score an image from Pixels, but got .*\(60, 3\)"),
+    ],
+)
+def test_bad_input_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class Constant(UncertaintyEstimate):
+    def predict_logits(self, logits):
+        return logits[:, 0] * 0 + 3
+
+
+class Endless(UncertaintyEstimate):
+    def predict_logits(self, logits):
+        return logits[:, 0] / 0
+
+
+class Pixels(UncertaintyEstimate):
+    def predict_logits(self, logits):
+        return logits
+
+
+@pytest.mark.parametrize("bad", [None, 3, [nn.Linear(1, 1)], "TIE"])
+def test_what_is_no_list_of_detectors_is_refused(bad):
+    with pytest.raises(TypeError, match="Expected a list of pytorch-ood detectors, but got"):
+        Combined(bad)
+
+
+@pytest.mark.parametrize("cls", [theirs.Mahalanobis, MahalanobisPlusPlus])
+def test_a_member_that_cannot_be_fitted_on_its_share_is_named(cls):
+    x, y = images(60)
+    y[y == 1] = 0
+    y[0] = 1  # a class that is in one of the parts only
+    with pytest.raises(ValueError, match=f"Expected images that {cls.__name__} can be fitted on, but got 15 of .* fit it on training images before"):
+        Combined([cls(make_net().features)], 0.1).fit([(x, y)])
+
+
+def test_without_a_network_or_before_fit_it_says_so():
+    nobody, x = Combined([TIEDetector(None), theirs.Mahalanobis(None)], 0.1), images()[0]
+    for use in (nobody.predict, nobody.decide, nobody.scores, lambda x: nobody.fit(loader())):
+        with pytest.raises(ModelNotSetException):
+            use(x)
+    with pytest.raises(RequiresFittingException):
+        nobody.predict_scores(torch.zeros(1, 2))
+    for use in (three().predict, three().decide):
+        with pytest.raises(RequiresFittingException):
+            use(x)
+
+
+# The guarantee, and the decision.
+
+
+@rules
+@pytest.mark.parametrize(("step", "correlation"), [(0.0, 0.0), (0.5, 0.9)])
+def test_the_false_alarm_rate_holds_whatever_the_dependence_with_many_members_and_few_images(rule, step, correlation):
+    alpha, k, held_out = 0.05, 20, 38
+    rates = []
+    for seed in range(400):
+        scores = draw(seed, held_out + 200, k, correlation, step)
+        detector = Combined([theirs.EnergyBased(None)] * k, alpha, rule).fit_scores(scores[:held_out])
+        rates.append((detector.predict_scores(scores[held_out:]) > detector.threshold).float().mean())
+    rates = torch.stack(rates)
+    assert rates.mean() <= alpha + 3 * rates.std() / 20  # standard errors of the mean over 400 draws: passed by chance once in 740
+
+
+def test_it_holds_where_a_member_is_fitted_on_the_way():
+    alpha, draws, held_out, alarms = 0.1, 60, 38, []
+    x, y = images(2000, seed=5)
+    net = trained().eval()
+    for seed in range(draws):
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: held_out + 100]
+        old, new = rows[:held_out], rows[held_out:]
+        detector = Combined([theirs.KNN(net.features, k=1), theirs.EnergyBased(net)], alpha).fit([(x[old], y[old])])
+        alarms.append((detector.decide(x[new]).level > 0).float().mean())
+    rates = torch.stack(alarms)
+    assert rates.mean() <= alpha + 3 * rates.std() / draws**0.5
+
+
+def test_what_scores_above_the_threshold_is_rejected_as_garbage_or_as_uncertain():
+    detector, x = three().fit(loader(60)), torch.cat([images(200)[0], torch.zeros(2, *SHAPE), torch.ones(2, *SHAPE)])
+    net = detector.network
+    net.garbage.bias.data += net(x, garbage=True)[:, :-1].amax(1).median() - net(x, garbage=True)[:, -1].median()  # half of all images
+    detector.fit(loader(60))
+    decision, logits = detector.decide(x), net(x, garbage=True)
+    rejected, garbage = detector(x) > detector.threshold, logits.argmax(1) == N
+    assert torch.equal(decision.score, detector(x))
+    assert torch.equal(decision.level == 1, rejected & garbage)
+    assert torch.equal(decision.level == 2, rejected & ~garbage)
+    assert set(decision.level.tolist()) == {0, 1, 2}
+    assert (garbage & ~rejected).any()  # the score alone rejects
+    assert torch.equal(decision.label, logits[:, :-1].argmax(1))
+    torch.testing.assert_close(decision.uncertainty, uncertainty(logits.softmax(1)))
+
+
+def test_a_network_without_a_garbage_class_decides_over_its_n_classes():
+    net, x = Plain().eval(), images(80)[0]
+    detector = Combined([theirs.Mahalanobis(net.features), theirs.EnergyBased(net)], 0.2).fit(loader(60))
+    decision = detector.decide(x)
+    assert set(decision.level.tolist()) == {0, 2}
+    assert torch.equal(decision.level == 2, detector(x) > detector.threshold)
+    assert torch.equal(decision.label, net(x).argmax(1))
+    torch.testing.assert_close(decision.uncertainty, uncertainty(net(x).softmax(1)))
+
+
+# Files.
+
+
+@pytest.mark.parametrize("false_alarm", [0.1, None])
+def test_all_kinds_of_members_come_back(tmp_path, false_alarm):
+    detector, x = Combined(every_member(trained()), false_alarm, "fisher").fit(loader(80)), images()[0]
+    detector.save(tmp_path)
+    again = Combined.load(tmp_path)
+    assert torch.equal(again.scores(x), detector.scores(x))
+    assert torch.equal(again(x), detector(x))
+    assert (again.rule, again.false_alarm, again.threshold) == ("fisher", false_alarm, detector.threshold)
+    assert again._kinds() == detector._kinds()
+    if false_alarm is not None:
+        assert all(torch.equal(a, b) for a, b in zip(detector.decide(x), again.decide(x), strict=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"network.safetensors", "members.safetensors", "detector.json"}
+    assert Combined.load(tmp_path, device="meta").device.type == "meta"
+    assert torch.equal(again.fit(loader(80, seed=9))(x), detector.fit(loader(80, seed=9))(x))  # it knows whom its first fit had fitted
+
+
+def test_another_architecture_comes_back_when_it_is_named(tmp_path):
+    body = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, N))
+    detector = three(TIENet(body, N, SHAPE)).fit(loader(60))
+    detector.save(tmp_path)
+    with pytest.raises(ValueError, match="backbone"):
+        Combined.load(tmp_path)
+    assert torch.equal(Combined.load(tmp_path, body)(images()[0]), detector(images()[0]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: [theirs.EnergyBased(net), theirs.ODIN(net)], "members out of TIEDetector, .* but got ODIN"),
+        (lambda net: [theirs.EnergyBased(net), theirs.EnergyBased(make_net())], "but got EnergyBased on something else"),
+        (lambda net: [theirs.EnergyBased(net), theirs.KNN(net.features, metric="manhattan")], "default settings inside, but got KNN"),
+        (lambda net: [theirs.EnergyBased(net), Odd(net)], "but got Odd"),
+        (lambda net: [theirs.EnergyBased(Plain())], "detectors on a TIENet to save, but got Plain"),
+    ],
+)
+def test_what_cannot_be_written_down_is_refused_before_anything_is(tmp_path, make, message):
+    detector = Combined(make(trained()), 0.1)
+    detector.fit_scores(torch.randn(60, len(detector.detectors)))
+    with pytest.raises(TypeError, match=message):
+        detector.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Odd(theirs.EnergyBased):
+    """One whose state nobody knows."""
+
+
+def test_an_unfitted_one_is_not_saved(tmp_path):
+    with pytest.raises(RequiresFittingException):
+        three().save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    net = trained().eval()
+    members = [TIEDetector(net), MahalanobisPlusPlus(net.features), theirs.ViM(net.features, 4, net.fc.weight, net.fc.bias), theirs.EnergyBased(net)]
+    Combined([*members, theirs.KNN(net.features, k=3)], 0.1).fit(loader(80)).save(folder)
+    return folder
+
+
+@pytest.fixture
+def saved(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "d"))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Members changed by somebody who knows how to bind them to the line."""
+    from tie_ext.support.files import load_state, save_state, sha256
+
+    state = load_state(folder / "members.safetensors", "members")
+    change(state)
+    save_state(folder / "members.safetensors", "members", state)
+    edit(folder, members_sha256=sha256(folder / "members.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "detector.json").write_text("{"), "truncated or foreign"),
+        (lambda f: (f / "detector.json").write_text("[1]"), "truncated or foreign"),
+        (lambda f: edit(f, format="tie_ext detector"), "truncated or foreign"),
+        (lambda f: edit(f, version=2), "newer tie_ext"),
+        (lambda f: edit(f, rule="mean"), "one of stouffer"),
+        (lambda f: edit(f, false_alarm=7), "Expected false_alarm"),
+        (lambda f: edit(f, threshold="hostile"), "Expected threshold"),
+        (lambda f: edit(f, fitted_here=[99]), "fitted_here"),
+        (lambda f: edit(f, fitted_here=3), "truncated or foreign"),
+        (lambda f: drop(f, "threshold"), "without 'threshold'"),
+        (lambda f: drop(f, "members_sha256"), "without 'members_sha256'"),
+        (lambda f: TIENet(Conv5(1, N), N, SHAPE).save(f / "network.safetensors"), "got another"),
+        (lambda f: (f / "network.safetensors").write_bytes(b"truncated"), "truncated or foreign"),
+        (lambda f: (f / "members.safetensors").write_bytes(b"truncated"), "truncated or foreign"),
+        (lambda f: (f / "members.safetensors").write_bytes((f / "members.safetensors").read_bytes()[:-4]), "truncated or foreign"),
+        (lambda f: shutil.copy(f / "network.safetensors", f / "members.safetensors"), "got a 'network' file"),
+        (lambda f: three().fit(loader(60)).save(f / "other") or shutil.copy(f / "other/members.safetensors", f), "got others"),
+        (lambda f: rewrite(f, lambda s: s.pop("reference")), "without 'reference'"),
+        (lambda f: rewrite(f, lambda s: s["members"].pop()), "for 4 members"),
+        (lambda f: rewrite(f, lambda s: s["members"][0].update(name="eval")), "'eval'"),
+        (lambda f: rewrite(f, lambda s: s["members"][0].update(name=["x"])), "truncated or foreign"),
+        (lambda f: rewrite(f, lambda s: s["members"][0].update(t="x")), "Expected t of TIEDetector to be a number"),
+        (lambda f: rewrite(f, lambda s: s["members"][3].update(t=0)), "finite scores"),
+        (lambda f: rewrite(f, lambda s: s["members"][1].update(mu=torch.zeros(3, 2))), "truncated or foreign"),
+        (lambda f: rewrite(f, lambda s: s["members"][1].update(mu=None)), "truncated or foreign"),
+        (lambda f: rewrite(f, lambda s: s["members"][1].update(mu="x")), "Expected mu of MahalanobisPlusPlus to be finite numbers"),
+        (lambda f: rewrite(f, lambda s: s["members"][1]["mu"].fill_(float("nan"))), "Expected mu of MahalanobisPlusPlus to be finite numbers"),
+        (lambda f: rewrite(f, lambda s: s["members"][2].update(w=torch.zeros(3, 2))), "truncated or foreign"),
+        (lambda f: rewrite(f, lambda s: s["members"][4].update(k=10**9)), "Expected n_neighbors"),
+        (lambda f: rewrite(f, lambda s: s["members"][4].update(images=torch.zeros(9, 2))), "truncated or foreign"),
+        (lambda f: rewrite(f, lambda s: s["reference"]["deviation"].zero_()), "deviations are not positive"),
+        (lambda f: rewrite(f, lambda s: s["reference"]["mean"].fill_(float("inf"))), "not finite"),
+        (lambda f: rewrite(f, lambda s: s["reference"].update(ordered=s["reference"]["ordered"].flip(0))), "not in order"),
+        (lambda f: rewrite(f, lambda s: s["reference"].update(mean=torch.zeros(2))), "for 5 members"),
+    ],
+)
+def test_a_damaged_or_foreign_folder_is_refused(saved, change, message):
+    change(saved)
+    with pytest.raises(ValueError, match=message) as error:
+        Combined.load(saved)
+    assert str(error.value).startswith("Expected ")
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "members.safetensors", "detector.json"])
+def test_a_file_that_is_missing_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        Combined.load(saved)
+
+
+def test_a_file_of_a_later_minor_version_is_read_and_each_loader_refuses_the_others(saved, tmp_path):
+    edit(saved, something_new=[1, 2])
+    assert Combined.load(saved).threshold is not None
+    assert json.loads((saved / "detector.json").read_text())["members"][-1] == "KNN"
+    with pytest.raises(ValueError, match="tie_ext combined detector"):
+        TIEDetector.load(saved)
+    TIEDetector(trained()).save(tmp_path / "tie")
+    with pytest.raises(ValueError, match="format 'tie_ext detector'"):
+        Combined.load(tmp_path / "tie")
+
+
+# Export.
+
+
+def exportable(rule: str, *without: type) -> Combined:
+    net = trained().eval()
+    return Combined([member for member in every_member(net) if not isinstance(member, without)], 0.2, rule).fit(loader(60))
+
+
+@rules
+@pytest.mark.skipif(torch.__version__.startswith("2.2."), reason="torch 2.2 exports convolutions for a fixed batch size only")
+@pytest.mark.filterwarnings("ignore")
+def test_the_exported_program_decides_as_the_detector(rule):
+    detector = exportable(rule, theirs.KNN)
+    program = torch.export.export(detector.deployed(), (images(4)[0],), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}})
+    x = images(24, seed=8)[0]
+    want, got = detector.decide(x), program.module()(x)
+    assert torch.equal(want.label, got[0])
+    assert torch.equal(want.level, got[3])
+    assert set(want.level.tolist()) > {0}
+    torch.testing.assert_close(got[2], want.score, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["stouffer", "max"])  # ONNX has no search for the p-values of the others
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_decides_as_the_detector(rule, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    detector, x = exportable(rule, theirs.KNN, theirs.GEN, theirs.Entropy), images(24, seed=8)[0]  # torch.onnx has not the clamp of the last two
+    torch.onnx.export(detector.deployed(), (images(4)[0],), tmp_path / "d.onnx", dynamo=True, dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    label, _, score, level = onnxruntime.InferenceSession(tmp_path / "d.onnx").run(None, {"x": x.numpy()})
+    want = detector.decide(x)
+    assert (label == want.label.numpy()).all()
+    assert (level == want.level.numpy()).all()
+    torch.testing.assert_close(torch.from_numpy(score), want.score, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: [theirs.KNN(net.features, k=3)], "that torch can export, but got KNN"),
+        (lambda net: [theirs.EnergyBased(net), theirs.ODIN(net)], "but got ODIN"),
+        (lambda net: [theirs.EnergyBased(Plain())], "on a TIENet to export, but got Plain"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        Combined(make(trained().eval()), 0.1).fit(loader(60)).deployed()
+
+
+# Mahalanobis++.
+
+
+def test_mahalanobis_plus_plus_is_their_mahalanobis_on_features_of_length_1():
+    z, y, new = torch.randn(600, 6) * torch.rand(600, 1) * 5, torch.arange(600) % N, torch.randn(50, 6)
+    z[:, 0] += 2 * y
+    ours = MahalanobisPlusPlus(None).fit_features(z, y)
+    by_hand = theirs.Mahalanobis(None).fit_features(z / z.norm(dim=1, keepdim=True), y)
+    want = by_hand.predict_features(new / new.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(ours.predict_features(new), 600 * want, rtol=1e-3, atol=1e-3)  # whose covariance is a sum over the images
+    torch.testing.assert_close(ours.predict_features(100 * new), ours.predict_features(new), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(600 * theirs.Mahalanobis(None).fit_features(z, y).predict_features(new), 600 * want, rtol=0.1)
+
+
+def test_mahalanobis_plus_plus_before_fit_and_on_labels_that_are_none():
+    with pytest.raises(RequiresFittingException):
+        MahalanobisPlusPlus(None).predict_features(torch.zeros(1, 2))
+    with pytest.raises(ModelNotSetException):
+        MahalanobisPlusPlus(None).predict(images()[0])
+    with pytest.raises(ValueError, match="labels in"):
+        MahalanobisPlusPlus(None).fit_features(torch.zeros(2, 2), torch.tensor([0, -1]))
