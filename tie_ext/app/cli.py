@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -172,9 +172,9 @@ def _train(a: argparse.Namespace) -> None:
         raise UsageError("Expected --data and --out (or --resume RUN), but got neither or only one of them")
     else:
         folder, recipe = given.pop("out"), recipe_of(given)
+        given["ood"] = tuple(given.get("ood", ()))
+        given.setdefault("backbone", "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5")
         settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
-        backbone = given.get("backbone") or ("conv3" if data.own_shape(settings.data)[0] == 1 else "conv5")
-        settings = replace(settings, backbone=backbone, ood=tuple(settings.ood))
     record = run.train_run(folder, settings, device, progress=_interactive(), say=print)
     print(report.table(report.result_rows("TIE", record["numbers"])))
     print(f"run: {folder}; pictures: tie-ext report {folder}")
@@ -184,7 +184,7 @@ def _attach(a: argparse.Namespace) -> None:
     from tie_ext.app import attaching, models, report
 
     check_flags(vars(a))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(a).items()}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(a).items()}
     with usage():
         models.check_name(a.backbone)
         settings = attaching.AttachSettings(**{f.name: given[f.name] for f in fields(attaching.AttachSettings) if f.name in given})

@@ -327,8 +327,11 @@ def load_network(path: str | os.PathLike) -> TIENet:
     """
     file = Path(path) / "network.safetensors" if Path(path).is_dir() else Path(path)
     about = load_state(file, "network", ("backbone", "image_shape", "num_classes"))
-    if about.get("backbone") is not None or not attached(file.parent):
+    if about.get("backbone") is not None:
         return TIENet.load(file)
+    if not attached(file.parent):
+        said = "run.json of `tie-ext attach` beside it, which says what its architecture is"
+        raise ValueError(f"Expected a network of one of {', '.join(BACKBONES)} in {file}, or the {said}, but got neither")
     with reading(f"a network of the architecture that {file.parent / 'run.json'} says in {file}"):
         name = read_record(file.parent)["settings"]["backbone"]
         channels, n = check_shape(about["image_shape"])[0], about["num_classes"]
