@@ -17,7 +17,7 @@ from torch import nn
 from tie_ext import Conv3, TIENet
 from tie_ext.app import attaching, cli, data, models
 from tie_ext.app.cli import main
-from tie_ext.app.run import written
+from tie_ext.app.run import load_snapshots, written
 from tie_ext.backbones import BACKBONES
 from tie_ext.support.files import load_state, locked
 
@@ -163,6 +163,10 @@ def test_the_range_is_what_normalising_makes_of_black_and_white(folder, weights,
     net = TIENet.load(tmp_path / "run" / "network.safetensors")
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])
     assert net.high.flatten().tolist() == pytest.approx([3, 2, 4 / 3])
+    pictures, test = load_snapshots(tmp_path / "run")[0], data.load(f"folder:{folder}", "test", shape=(3, 28, 28))
+    assert torch.allclose(pictures["features"][:12], net.features(net.scaled(test.x.float() / 255)), atol=1e-5)
+    assert pictures["labels"].tolist() == [*test.y.tolist(), *[2] * 100]
+    assert pictures["outliers_0"].shape == (12, 3, 28, 28)
 
 
 def wrapped(state, how):
@@ -376,6 +380,20 @@ def test_a_folder_that_holds_a_run_is_refused_before_any_work(name, folder, weig
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_run_that_came_while_images_were_read_is_refused(folder, weights, tmp_path, capsys, monkeypatch):
+    load, out = attaching.run.load_images, tmp_path / "run"
+
+    def meanwhile(*args):
+        out.mkdir()
+        (out / "training.safetensors").write_text("another's")
+        return load(*args)
+
+    monkeypatch.setattr(attaching.run, "load_images", meanwhile)
+    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail("the work began"))
+    assert main(attach(folder, weights, out)) == 1
+    assert f"Expected a new folder, but got {out}, which holds training.safetensors of a run" in capsys.readouterr().err
+
+
 def test_neither_command_writes_over_a_finished_attached_run(run, folder, weights, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert main(attach(folder, weights, run)) == 1
@@ -415,7 +433,9 @@ def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(when, run, folder, w
         }[when]()
         assert main(attach(folder, weights, out)) == 130
     assert written(out)
+    assert main(["report", str(out)]) == (0 if when == "scores" else 1)
     assert main(attach(folder, weights, out, "--ood", f"folder:{folder}")) == 0
+    assert not (out / "report.html").exists()
     for name in ("network.safetensors", "scores.safetensors"):
         assert (out / name).read_bytes() == (run / name).read_bytes()
 
