@@ -163,6 +163,9 @@ def test_the_range_is_what_normalising_makes_of_black_and_white(folder, weights,
     net = TIENet.load(tmp_path / "run" / "network.safetensors")
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])
     assert net.high.flatten().tolist() == pytest.approx([3, 2, 4 / 3])
+    train = data.load(f"folder:{folder}", "train", shape=(3, 28, 28))
+    seen = net.statistics(net.scaled(train.x.float() / 255))[1]
+    assert torch.allclose(net.garbage.mean, seen.mean(0), atol=1e-4)  # what the head learned from was scaled too
     pictures, test = load_snapshots(tmp_path / "run")[0], data.load(f"folder:{folder}", "test", shape=(3, 28, 28))
     assert torch.allclose(pictures["features"][:12], net.features(net.scaled(test.x.float() / 255)), atol=1e-5)
     assert pictures["labels"].tolist() == [*test.y.tolist(), *[2] * 100]
