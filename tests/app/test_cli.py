@@ -23,6 +23,7 @@ from tie_ext.app import cli, data, report
 from tie_ext.app.cli import DEMO, main
 from tie_ext.app.run import written
 from tie_ext.bench import comparison
+from tie_ext.support import files
 from tie_ext.support.files import load_state, locked, write_atomically
 
 Image = pytest.importorskip("PIL.Image")
@@ -531,6 +532,20 @@ def test_a_demo_waits_for_nobody(small_demo, tmp_path, capsys):
         assert small_demo(out) == 1
     assert f"Expected {out} to be free" in capsys.readouterr().err
     assert listed(out) == before
+
+
+@pytest.mark.parametrize("last", ["save_state", "write_json"])
+def test_a_demo_is_alone_in_its_folder_to_its_last_file(last, small_demo, tmp_path, monkeypatch, capsys):
+    out, tried, write = tmp_path / "demo", [], getattr(files, last)
+
+    def busy(path, *rest):
+        tried.append(small_demo(out, "--seed", "1") if not tried else 1)
+        return write(path, *rest)
+
+    monkeypatch.setattr(files, last, busy)  # as the command takes it when it begins; a run has its own by then
+    assert small_demo(out) == 0
+    assert tried[0] == 1
+    assert f"Expected {out} to be free" in capsys.readouterr().err
 
 
 HELD = """

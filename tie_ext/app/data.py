@@ -30,7 +30,7 @@ _FOLDERS = {"tinyimagenet": ("tinyimagenet", "tin", "tiny-imagenet-200")}
 _TEST = ("test", "val", "valid", "validation")
 """What a folder of test images may be called; the first that is there is taken."""
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-_SHAPES = {"mnist": (1, 28, 28), "fashionmnist": (1, 28, 28), "tinyimagenet": (3, 64, 64)}
+_SHAPES = {"demo": (1, 28, 28), "mnist": (1, 28, 28), "fashionmnist": (1, 28, 28), "tinyimagenet": (3, 64, 64)}
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from tie_ext.support.modules import frozen
 
 @torch.no_grad()
 def all_logits(net: TIENet, images: ImageSet) -> Tensor:
-    """The n+1 logits ``(N, n+1)`` of all images, on the CPU; the network is left as it was."""
+    """The n+1 logits ``(N, n+1)`` of all images, brought to the network's value range, on the CPU; the network is left as it was."""
     device = net.fc.weight.device
     with frozen(net):
-        return torch.cat([net(x.to(device), garbage=True).cpu() for x, _ in ImageBatches(images, 500)])
+        return torch.cat([net(net.scaled(x.to(device)), garbage=True).cpu() for x, _ in ImageBatches(images, 500)])
 
 
 def tie_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
@@ -28,7 +28,7 @@ def tie_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, dic
 
     Returns:
         Scores ``{"score": {set: (N,)}}``, larger = more OOD; and, by set, ``garbage_rate`` (rejected at level 1), ``rejected`` (at either
-        level) and, for the ID set, ``accuracy`` over n+1 outputs; all in [0, 1].
+        level) and, for the ID set, ``accuracy`` over n+1 outputs and ``label_accuracy`` over n, whatever the garbage class takes; all in [0, 1].
     """
     scores, facts = {}, {}
     for name, images in sets.items():
@@ -39,6 +39,7 @@ def tie_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, dic
         facts[name] = {"garbage_rate": (level == 1).double().mean().item(), "rejected": (level > 0).double().mean().item()}
         if bool((images.y >= 0).all()):
             facts[name]["accuracy"] = (logits.argmax(1) == images.y).double().mean().item()
+            facts[name]["label_accuracy"] = (decision.label == images.y).double().mean().item()
     return {"score": scores}, facts
 
 
@@ -112,8 +113,8 @@ def evaluate(net: TIENet, test: ImageSet, ood: Mapping[str, ImageSet], fit_on: I
         garbage: It has learned a garbage class; else pytorch-ood's detectors read its n logits.
 
     Returns:
-        ``{"accuracy": ..., "rejected": ..., "scores": {score: {set: {auroc, aupr, fpr95}}}, "garbage_rate": {set: ...}}`` and the scores
-        themselves ``{score: {set: (N,)}}``, where the ID set is called ``id``.
+        ``{"accuracy": ..., "label_accuracy": ..., "rejected": ..., "scores": {score: {set: {auroc, aupr, fpr95}}}, "garbage_rate": {set: ...}}``
+        and the scores themselves ``{score: {set: (N,)}}``, where the ID set is called ``id``.
     """
     sets = {"id": test, **ood}
     scores, facts = posthoc_scores(net, sets, fit_on) if not garbage else tie_scores(net, sets)
@@ -122,6 +123,7 @@ def evaluate(net: TIENet, test: ImageSet, ood: Mapping[str, ImageSet], fit_on: I
         "scores": {label: {name: ood_metrics(of["id"], of[name]) for name in ood} for label, of in scores.items()},
     }
     if garbage:
+        numbers["label_accuracy"] = facts["id"]["label_accuracy"]
         numbers["id_garbage_rate"], numbers["id_rejected"] = facts["id"]["garbage_rate"], facts["id"]["rejected"]
         numbers["garbage_rate"] = {name: facts[name]["garbage_rate"] for name in ood}
         numbers["rejected"] = {name: facts[name]["rejected"] for name in ood}

@@ -17,9 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tie_ext.app.run import load_scores, load_snapshots, read_record
+from tie_ext.app.run import OWN, attached, load_network, load_scores, load_snapshots, read_record
 from tie_ext.log import EpochLog
-from tie_ext.network import TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.support.files import load_state, reading, write_atomically
 
@@ -92,7 +91,7 @@ def feature_map(snapshots: Mapping[int, Mapping[str, Tensor]], names: Sequence[s
         garbage = y == len(names) - 1
         ax.scatter(*points[~garbage].T, c=y[~garbage], cmap="tab10" if len(names) <= 11 else "hsv", s=5)
         ax.scatter(*points[garbage].T, c="k", s=5, marker="x", linewidths=0.6, label="garbage")
-        ax.set(xticks=[], yticks=[], title=f"epoch {epoch}")
+        ax.set(xticks=[], yticks=[], title=f"epoch {epoch}" if epoch else "")  # 0: nothing was trained in epochs
     ax.legend(loc="lower right", fontsize=7)
     return figure
 
@@ -184,10 +183,10 @@ def write_report(folder: Path) -> Path:
     snapshots = load_snapshots(folder)
     if not snapshots:
         raise ValueError(f"Expected a run with at least one finished epoch at {folder}, but got none")
-    net = TIENet.load(folder / "network.safetensors")
+    net = load_network(folder)
     names = [*(net.classes or map(str, range(net.num_classes))), "garbage"]
     with reading(f"a run whose files are of one network at {folder}"):
-        log = load_state(folder / "training.safetensors", "training", ("log",))["log"]
+        log = [] if attached(folder) else load_state(folder / "training.safetensors", "training", ("log",))["log"]
         _check_outputs(folder, snapshots, [asdict(EpochLog.of_record(entry)) for entry in log], len(names))
         results, figures = _results(record), _figures(folder, record, snapshots, log, names)
         body = [_written(folder, name, caption, figure) for name, (caption, figure) in figures.items()]
@@ -201,7 +200,7 @@ def _check_outputs(folder: Path, snapshots: Mapping[int, Mapping[str, Tensor]], 
     for epoch, snapshot in snapshots.items():
         if len(snapshot.get("inversions", range(outputs))) != outputs or int(snapshot["labels"].max()) >= outputs:
             raise ValueError(f"Expected pictures of {outputs} outputs in epoch {epoch} of {folder}, but got those of another network")
-    if not log or any(len(entry["proposed"]) != outputs for entry in log):
+    if not (log or attached(folder)) or any(len(entry["proposed"]) != outputs for entry in log):
         raise ValueError(f"Expected a log of {outputs} outputs at {folder}, but got none or that of another network")
 
 
@@ -216,10 +215,15 @@ def _figures(folder: Path, record: Mapping, snapshots: Mapping, log: Sequence[Ma
         if f"outliers_{i}" in last and name in SYNTHESIZERS:
             row = inversion_grid(last[f"outliers_{i}"][None], [""])
             figures[f"outliers_{name}"] = (f"Outliers that {name} proposes after the last epoch", row)
-    figures |= {
-        "metrics": ("Proposed outliers by the output they were aimed at: entropy, confidence, margin, uncertainty", metric_curves(log, names)),
-        "features": ("Features of test images and garbage (t-SNE)", feature_map(snapshots, names)),
-    }
+    if attached(folder) and "outliers_0" in last:
+        figures["outliers_procedural"] = (
+            "Some of the outliers that the garbage class was taught with",
+            inversion_grid(last["outliers_0"][None], [""]),
+        )
+    if log:
+        caption = "Proposed outliers by the output they were aimed at: entropy, confidence, margin, uncertainty"
+        figures["metrics"] = (caption, metric_curves(log, names))
+    figures["features"] = ("Features of test images and garbage (t-SNE)", feature_map(snapshots, names))
     if (folder / "scores.safetensors").is_file():
         for label, scores in load_scores(folder / "scores.safetensors").items():
             figures[f"curves_{label}"] = (f"{label}: ROC and precision-recall, OOD positive", roc_and_pr(scores))
@@ -253,7 +257,8 @@ def _results(record: Mapping) -> str:
 def _methods(record: Mapping) -> Mapping[str, Mapping]:
     if "comparison" in record:
         return record["comparison"]
-    return {"TIE": record["numbers"]} if "numbers" in record else {}
+    label = OWN["weights" in record["settings"]]
+    return {label: record["numbers"]} if "numbers" in record else {}
 
 
 def _settings(record: Mapping) -> str:

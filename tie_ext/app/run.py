@@ -5,20 +5,23 @@ RUN/network.safetensors    the network with its tau: what ``tie-ext score`` and 
 RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead of the others
 RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the pictures
 RUN/scores.safetensors     test scores of the ID set and each OOD set
+
+A run that attached a garbage class to a trained network (:mod:`tie_ext.app.attaching`) has the same but for training.safetensors, and one file
+of pictures, of epoch 0.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 from torch import Tensor
 
-from tie_ext.app import data
+from tie_ext.app import data, models
 from tie_ext.app.data import ImageSet, training_batches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.backbones import BACKBONES
@@ -26,11 +29,12 @@ from tie_ext.checkpoint import check_settings
 from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.recipe import Recipe
-from tie_ext.support.checks import check_number, describe
+from tie_ext.support.checks import check_number, check_shape, describe
 from tie_ext.support.files import load_state, locked, read_json, reading, save_state, write_json
 from tie_ext.support.modules import frozen
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
+from tie_ext.synthesis import Synthesizer
 from tie_ext.training import TIETrainer
 
 _WRITTEN = (
@@ -43,13 +47,15 @@ _WRITTEN = (
     "run.json",
 )
 """What a run and its report write."""
+OWN = ("TIE", "attached")
+"""What a run calls the scores of its own network, trained or :mod:`attached <tie_ext.app.attaching>`; a demo has others beside."""
 LARGEST = 2048
 """Pixels of a side."""
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """What a run is asked to do; together with the images it determines the result.
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """The images of a run, and the network they are for.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range.
@@ -60,21 +66,17 @@ class RunSettings:
     root: str = "data"
     """Where the named sets lie."""
     backbone: str = "conv3"
-    """One of the paper's CNNs."""
+    """The network by name; to train, one of the paper's CNNs."""
     images: int | None = None
-    """Train on a random subset of this many images; None for all."""
+    """Take a random subset of this many training images; None for all."""
     size: int | None = None
     """Image size; None for the set's own."""
     batch_size: int = 128
     """ID images a batch."""
-    shift: int | None = None
-    """Most pixels a training image is moved by; None for an eighth of its size."""
     ood: tuple[str, ...] = ()
     """Sets to score at the end, beside noise."""
     download: bool = False
     """Let torchvision download what is missing."""
-    recipe: Recipe = field(default_factory=Recipe)
-    """The method."""
 
     def __post_init__(self) -> None:
         for name, kind in (("data", str), ("root", str), ("backbone", str), ("download", bool)):
@@ -82,38 +84,70 @@ class RunSettings:
                 raise ValueError(f"Expected {name} to be a {kind.__name__}, but got {getattr(self, name)!r}")
         if not isinstance(self.ood, tuple) or not all(isinstance(name, str) for name in self.ood):
             raise ValueError(f"Expected ood to be names of image sets, but got {self.ood!r}")
-        for name, low, high in (("images", 1, 10**9), ("size", 1, LARGEST), ("batch_size", 1, 10**6), ("shift", 0, LARGEST)):
+        for name, low, high in (("images", 1, 10**9), ("size", 1, LARGEST), ("batch_size", 1, 10**6)):
             if getattr(self, name) is not None or name == "batch_size":
                 check_number(name, getattr(self, name), low, high, integer=True)
 
     def record(self) -> dict:
         """The settings as JSON has them."""
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "recipe": self.recipe.record()}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def load_images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(ImageSettings):
+    """What a run is asked to do; together with the images it determines the result.
+
+    Raises:
+        ValueError: If a setting is of the wrong type or out of range.
+    """
+
+    shift: int | None = None
+    """Most pixels a training image is moved by; None for an eighth of its size."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """The method."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shift is not None:
+            check_number("shift", self.shift, 0, LARGEST, integer=True)
+
+    def record(self) -> dict:
+        """The settings as JSON has them."""
+        return {**super().record(), "recipe": self.recipe.record()}
+
+
+def load_images(settings: ImageSettings, seed: int, channels: int | None = None) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
     """ID training set, ID test set and OOD sets of a run.
+
+    Arguments:
+        settings: Which.
+        seed: Of the subset, and of what is held out.
+        channels: C; None for the set's own.
 
     Raises:
         ValueError: If a set is missing or unknown.
     """
+    own = data.own_shape(settings.data)
+    C, S = channels or own[0], settings.size or own[1]
     try:
-        return _images(settings)
+        return _images(settings, seed, (C, S, S))
     except OSError as error:
         raise ValueError(f"Expected to read the images of {shorten(settings.data, 80)}, but got: {error.strerror or error}") from error
 
 
-def _images(settings: RunSettings) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+def _images(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+    root, download = settings.root, settings.download
     if settings.data == "demo":
-        return data.demo()
-    shape = None if settings.size is None else (data.own_shape(settings.data)[0], settings.size, settings.size)
-    root, download, seed = settings.root, settings.download, settings.recipe.config.seed
-    train = data.load(settings.data, "train", root, shape, download, seed).first(settings.images, seed)
-    test = data.load(settings.data, "test", root, train.shape, download, seed)
+        train, test, others = data.demo()
+        train, test, *shaped = (replace(images, x=data.reshape(images.x, *shape[:2])) for images in (train, test, *others.values()))
+        others = dict(zip(others, shaped, strict=True))
+    else:
+        train = data.load(settings.data, "train", root, shape, download, seed)
+        test = data.load(settings.data, "test", root, shape, download, seed)
+        others = {"noise": data.noise("gaussian", min(len(test), 10_000), shape)}
     if test.classes != train.classes:
         raise ValueError(f"Expected the same classes in training and test images, but got {train.classes} and {test.classes}")
-    ood = {name: data.load(name, "ood", root, train.shape, download) for name in settings.ood}
-    return train, test, ood | {"noise": data.noise("gaussian", min(len(test), 10_000), train.shape)}
+    return train.first(settings.images, seed), test, {name: data.load(name, "ood", root, shape, download) for name in settings.ood} | others
 
 
 def train_run(
@@ -143,26 +177,35 @@ def train_run(
     folder, new = Path(folder), settings is not None
     if settings is None:
         settings = read_settings(folder)
-    elif os.path.lexists(folder / "training.safetensors"):
+    elif os.path.lexists(folder / "training.safetensors") or attached(folder):
         with locked(folder):  # as one that another process is at is not there to go on with
             _refuse_a_run(folder)
     if settings.backbone not in BACKBONES:
         raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, but got {settings.backbone!r}")
-    images, test, ood = load_images(settings)
+    images, test, ood = load_images(settings, settings.recipe.config.seed)
     if say is not None and test.note:
         say(test.note)
     with locked(folder):
         if new:
             _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
-        return _train(folder, settings, images, test, ood, device, progress)
+        return train_on(folder, settings, images, test, ood, device, progress)
 
 
 def _refuse_a_run(folder: Path) -> None:
     if os.path.lexists(folder / "training.safetensors"):
         raise ValueError(f"Expected a new folder, but got {folder}, which holds a run; go on with `tie-ext train --resume {folder}`")
+    if attached(folder):
+        raise ValueError(f"Expected a new folder, but got {folder}, which holds a run of tie-ext attach; give another --out")
 
 
-def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str, progress: bool) -> dict:
+def train_on(
+    folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str = "cpu", progress: bool = False
+) -> dict:
+    """Train in a folder that this process has locked, from where it stands to the last epoch, and score the test images.
+
+    Returns:
+        The content of ``run.json``.
+    """
     begun = os.path.lexists(folder / "training.safetensors")  # a link to nowhere is no reason to begin anew
     if begun:
         check_settings(folder / "training.safetensors", settings.recipe.config, settings.recipe.methods())
@@ -175,13 +218,17 @@ def _train(folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet
     batches = training_batches(images, settings.batch_size, settings.shift)  # before anything is written: it looks at the settings
     about = {"test_images": test.note} if test.note else {}
     save_settings(folder, settings, trainer.device, about)
+
+    def garbage(count: int) -> Tensor:
+        return trainer.pool.draw(count if len(trainer.pool) else 0)
+
     while len(trainer.log) < settings.recipe.config.epochs:
         trainer.epoch(batches)
-        save_snapshot(folder, trainer, test)
+        save_snapshot(folder, len(trainer.log), net, trainer.synthesizers, garbage, test)
         net.save(folder / "network.safetensors")
         trainer.save(folder / "training.safetensors")
     numbers, scores = evaluate(net.eval(), test, ood, images)
-    save_state(folder / "scores.safetensors", "scores", {"TIE": scores["score"]})
+    save_state(folder / "scores.safetensors", "scores", {OWN[0]: scores["score"]})
     return finish(folder, settings, trainer, numbers, about)
 
 
@@ -194,18 +241,16 @@ def clear(folder: str | os.PathLike) -> None:
     """Delete what a run and its report have written, and nothing else that lies there; the lock stays, as others may wait for it.
 
     Arguments:
-        folder: The run folder.
+        folder: The run folder, which this process has locked.
 
     Raises:
-        ValueError: If another process is at it.
         OSError: If a file cannot be deleted.
     """
-    with locked(folder):
-        for file in written(folder):
-            file.unlink()
-        for name in ("epochs", "figures"):
-            with suppress(OSError):  # not there, or somebody else's files are in it
-                (Path(folder) / name).rmdir()
+    for file in written(folder):
+        file.unlink()
+    for name in ("epochs", "figures"):
+        with suppress(OSError):  # not there, or somebody else's files are in it
+            (Path(folder) / name).rmdir()
 
 
 def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Mapping, about: Mapping) -> dict:
@@ -219,7 +264,7 @@ def finish(folder: Path, settings: RunSettings, trainer: TIETrainer, numbers: Ma
     return record
 
 
-def save_settings(folder: Path, settings: RunSettings, device: torch.device, about: Mapping) -> None:
+def save_settings(folder: Path, settings: ImageSettings, device: torch.device, about: Mapping) -> None:
     """Write the settings, so that a run that is killed in its first epoch can be gone on with."""
     write_json(folder / "run.json", {"settings": settings.record(), **about, **provenance(device)})
 
@@ -234,6 +279,8 @@ def read_settings(folder: Path) -> RunSettings:
     record = read_record(folder)
     with reading(f"the settings of a run in {folder / 'run.json'}"):
         raw = record["settings"]
+        if "weights" in raw:
+            raise ValueError(f"Expected a run of tie-ext train in {folder}, but got one of tie-ext attach, which has nothing to go on with")
         if not isinstance(raw["ood"], list):
             raise TypeError(f"ood {raw['ood']!r}")
         known = {f.name: raw[f.name] for f in fields(RunSettings) if f.name in raw}
@@ -260,23 +307,75 @@ def read_record(folder: Path) -> dict:
     return record
 
 
+def attached(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a run of ``tie-ext attach``."""
+    try:
+        return "weights" in read_record(Path(folder))["settings"]
+    except (OSError, ValueError):
+        return False
+
+
+def load_network(path: str | os.PathLike) -> TIENet:
+    """The network of a run, on the CPU, in evaluation mode; where its architecture is not ours, as ``run.json`` beside it says.
+
+    Arguments:
+        path: The run folder, or the network's file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, foreign, or of an architecture that nothing says.
+    """
+    file = Path(path) / "network.safetensors" if Path(path).is_dir() else Path(path)
+    about = load_state(file, "network", ("backbone", "image_shape", "num_classes"))
+    if about.get("backbone") is not None:
+        return TIENet.load(file)
+    if not attached(file.parent):
+        said = "run.json of `tie-ext attach` beside it, which says what its architecture is"
+        raise ValueError(f"Expected a network of one of {', '.join(BACKBONES)} in {file}, or the {said}, but got neither")
+    with reading(f"a network of the architecture that {file.parent / 'run.json'} says in {file}"):
+        name = read_record(file.parent)["settings"]["backbone"]
+        channels, n = check_shape(about["image_shape"])[0], about["num_classes"]
+        check_number("num_classes", n, 2, 10**9, integer=True)
+        return TIENet.load(file, models.build_for(name, channels, n, file.stat().st_size))
+
+
 @torch.no_grad()
-def save_snapshot(folder: Path, trainer: TIETrainer, test: ImageSet, per_class: int = 8, points: int = 500) -> None:
-    """Keep what the pictures show of this epoch: inversions of every output or proposed outliers, and features of test images and garbage."""
-    net, n, epoch = trainer.net, trainer.net.num_classes, len(trainer.log)
+def save_snapshot(
+    folder: Path,
+    epoch: int,
+    net: TIENet,
+    synthesizers: Sequence[Synthesizer],
+    garbage: Callable[[int], Tensor],
+    test: ImageSet,
+    per_class: int = 8,
+    points: int = 500,
+) -> None:
+    """Keep what the pictures show of an epoch: inversions of every output or proposed outliers, and features of test images and garbage.
+
+    Arguments:
+        folder: The run folder.
+        epoch: Its number; 0 where nothing was trained in epochs.
+        net: The network.
+        synthesizers: Who proposes outliers.
+        garbage: Gives so many images ``(M, C, H, W)`` of garbage, or fewer.
+        test: ID test images.
+        per_class: Inversions of each output.
+        points: Test images whose features are kept.
+    """
+    n, device = net.num_classes, net.low.device
     state: dict[str, Tensor] = {}
     some = test.first(points)
     with seeded(epoch), frozen(net):
-        for i, synthesizer in enumerate(trainer.synthesizers):
+        for i, synthesizer in enumerate(synthesizers):
             if isinstance(synthesizer, Inversion):
                 x = synthesizer.invert(torch.arange(n + 1).repeat_interleave(per_class)).x
                 state["inversions"] = to_bytes(net, x).reshape(n + 1, per_class, *x.shape[1:])
             else:
-                x = (some.x[: 2 * per_class].float() / 255).to(trainer.device)
-                state[f"outliers_{i}"] = to_bytes(net, synthesizer.sample(net, x, some.y[: 2 * per_class].to(trainer.device)).x)
-        garbage = trainer.pool.draw(points // 5 if len(trainer.pool) else 0)
-        state["features"] = net.features(torch.cat([some.x.float() / 255, garbage]).to(trainer.device))
-        state["labels"] = torch.cat([some.y, torch.full((len(garbage),), n)])
+                x = net.scaled((some.x[: 2 * per_class].float() / 255).to(device))
+                state[f"outliers_{i}"] = to_bytes(net, synthesizer.sample(net, x, some.y[: 2 * per_class].to(device)).x)
+        x, other = net.scaled((some.x.float() / 255).to(device)), garbage(points // 5).to(device)
+        state["features"] = net.features(torch.cat([x, other]))
+        state["labels"] = torch.cat([some.y, torch.full((len(other),), n)])
     save_state(folder / "epochs" / f"{epoch:04d}.safetensors", "snapshot", dict(state))
 
 

@@ -22,7 +22,7 @@ def peak_memory() -> float | None:
 
 
 def provenance(
-    device: str | torch.device = "cpu", packages: Sequence[str] = ("torch", "torchvision", "numpy", "pytorch-ood", "scikit-learn")
+    device: str | torch.device = "cpu", packages: Sequence[str] = ("torch", "torchvision", "timm", "numpy", "pytorch-ood", "scikit-learn")
 ) -> dict:
     """Command, commit, versions, processor (that of ``device``) and threads of this process."""
     versions = {"python": platform.python_version()}

@@ -1,0 +1,493 @@
+"""``tie-ext attach`` as a user types it: a network trained elsewhere, its weights in a file, images on disk; then score and report."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import Small, make_net
+from torch import nn
+
+from tie_ext import Conv3, TIENet
+from tie_ext.app import attaching, cli, data, models
+from tie_ext.app.cli import main
+from tie_ext.app.run import load_snapshots, written
+from tie_ext.backbones import BACKBONES
+from tie_ext.support.files import load_state, locked
+
+Image = pytest.importorskip("PIL.Image")
+MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of colour images, dark and bright, in train and test."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for label, low in (("bright", 100), ("dark", 0)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(low, low + 156, (28, 28, 3), dtype=np.uint8)).save(root / split / label / f"{i}.png")
+    return root
+
+
+def make(name: str, channels: int = 3, n: int = 2) -> nn.Module:
+    """A network that somebody trained, as far as anyone here can tell."""
+    torch.manual_seed(1)
+    model = models.build(name, channels, n)
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(0.1 * torch.rand_like(buffer))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "conv3.pt"
+    torch.save(make("conv3").state_dict(), path)
+    return path
+
+
+def attach(folder, file, out, *more, backbone="conv3", size=28):
+    flags = ["--backbone", backbone, "--weights", str(file), "--data", f"folder:{folder}", "--size", str(size), "--out", str(out)]
+    return ["attach", *flags, "--device", "cpu", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def run(folder, weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
+        assert main(attach(folder, weights, out, "--ood", f"folder:{folder}")) == 0
+    return out
+
+
+def images_of(folder):
+    return [str(folder / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(6)]
+
+
+def test_a_run_says_what_it_did_and_its_accuracy_is_the_networks_own(run, folder, weights):
+    record, test = json.loads((run / "run.json").read_text()), data.load(f"folder:{folder}", "test", shape=(3, 28, 28))
+    assert record["settings"]["backbone"] == "conv3"
+    assert record["settings"]["weights"] == str(weights)
+    assert {"weights_sha256", "command", "commit", "versions", "processor"} <= set(record)
+    assert {f"folder:{folder}", "noise"} == set(record["numbers"]["garbage_rate"])
+    logits = make("conv3")(test.x.float() / 255)
+    assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
+    net = TIENet.load(run / "network.safetensors")
+    assert torch.equal(net(test.x.float() / 255), logits)
+    assert net.classes == ("bright", "dark")
+    assert torch.equal(load_state(run / "scores.safetensors", "scores")["attached"]["id"], net.decide(test.x.float() / 255).score)
+
+
+def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(folder, weights, tmp_path, monkeypatch, capsys):
+    def all_garbage(*args, **how):
+        net = sys.modules["tie_ext.attach"].attach(*args, **how)
+        net.garbage.network[-1].bias.data.fill_(1e6)
+        return net
+
+    monkeypatch.setattr(attaching, "attach", all_garbage)
+    assert main(attach(folder, weights, tmp_path / "run")) == 0
+    numbers, test = json.loads((tmp_path / "run" / "run.json").read_text())["numbers"], data.load(f"folder:{folder}", "test", shape=(3, 28, 28))
+    right = (make("conv3")(test.x.float() / 255).argmax(1) == test.y).double().mean().item()
+    assert right > 0
+    assert (numbers["accuracy"], numbers["id_garbage_rate"]) == (right, 1.0)
+    assert "of the ID images 100.00 % in garbage" in capsys.readouterr().out
+
+
+def test_how_test_images_were_come_by_is_said_before_the_work(folder, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out))
+    with pytest.raises(pytest.fail.Exception, match=r"train has no train/ and test/: 32 images to train on, 8 held out"):
+        main(attach(folder / "train", weights, tmp_path / "run"))
+
+
+def test_score_and_a_threshold_work_as_on_a_trained_run(run, folder, capsys):
+    for place in (run, run / "network.safetensors"):
+        assert main(["score", str(place), "--false-alarm", "0.25", *images_of(folder)]) == 0
+        rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        assert {row["label"] for row in rows} <= {"bright", "dark"}
+        assert sum(row["level"] != "0" for row in rows) in (2, 3)  # one is the threshold, give or take its last bit
+
+
+def test_a_report_shows_what_there_is(run, capsys):
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert {p.name for p in (run / "figures").iterdir()} == {
+        f"{n}.png" for n in ("outliers_procedural", "features", "curves_attached", "scores_attached")
+    }
+    assert page.count("<figure>") == 4
+    assert "<td>attached</td>" in page
+    assert "outliers that the garbage class was taught with" in page
+    assert "weights_sha256" in page
+    assert {path for path in run.rglob("*") if path.is_file()} - {run / ".lock"} == set(written(run))
+
+
+@pytest.mark.parametrize(("name", "channels"), [("torchvision:resnet18", 3), ("torchvision:resnet18", 1), ("torchvision:mobilenet_v3_small", 3)])
+def test_other_architectures_are_made_again_from_the_record(name, channels, folder, tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    model, out = make(name, channels), tmp_path / "run"
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    normal = [*MEAN, *STD] if channels == 3 else ["--mean", "0.5", "--std", "0.5"]
+    assert main(attach(folder, tmp_path / "w.pt", out, *normal, backbone=name, size=40)) == 0
+    record = json.loads((out / "run.json").read_text())
+    test = data.load(f"folder:{folder}", "test", shape=(channels, 40, 40))
+    mean, std = (torch.tensor(record["settings"][key]).view(-1, 1, 1) for key in ("mean", "std"))
+    logits = model((test.x.float() / 255 - mean) / std)
+    assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
+    capsys.readouterr()
+    assert main(["score", str(out), *images_of(folder)]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["label"] for row in rows] == [("bright", "dark")[i] for i in logits.argmax(1)]
+    kept = load_state(out / "scores.safetensors", "scores")["attached"]["id"]
+    assert torch.allclose(torch.tensor([float(row["score"]) for row in rows]), kept, atol=1e-2)
+    assert main(["report", str(out)]) == 0
+    (out / "run.json").unlink()
+    assert main(["score", str(out), *images_of(folder)]) == 1
+    assert "or the run.json of `tie-ext attach` beside it, which says what its architecture is, but got neither" in capsys.readouterr().err
+
+
+def test_the_range_is_what_normalising_makes_of_black_and_white(folder, weights, tmp_path):
+    assert main(attach(folder, weights, tmp_path / "run", *MEAN, *STD)) == 0
+    net = TIENet.load(tmp_path / "run" / "network.safetensors")
+    assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])
+    assert net.high.flatten().tolist() == pytest.approx([3, 2, 4 / 3])
+    train = data.load(f"folder:{folder}", "train", shape=(3, 28, 28))
+    seen = net.statistics(net.scaled(train.x.float() / 255))[1]
+    assert torch.allclose(net.garbage.mean, seen.mean(0), atol=1e-4)  # what the head learned from was scaled too
+    pictures, test = load_snapshots(tmp_path / "run")[0], data.load(f"folder:{folder}", "test", shape=(3, 28, 28))
+    assert torch.allclose(pictures["features"][:12], net.features(net.scaled(test.x.float() / 255)), atol=1e-5)
+    assert pictures["labels"].tolist() == [*test.y.tolist(), *[2] * 100]
+    assert pictures["outliers_0"].shape == (12, 3, 28, 28)
+
+
+def wrapped(state, how):
+    return {
+        "alone": state,
+        "DataParallel": {f"module.{key}": value for key, value in state.items()},
+        "compiled and DataParallel": {f"module._orig_mod.{key}": value for key, value in state.items()},
+        "a checkpoint": {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
+        "a model": {"model": {f"module.{key}": value for key, value in state.items()}},
+        "without counts": {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["alone", "DataParallel", "compiled and DataParallel", "a checkpoint", "a model", "without counts"])
+@pytest.mark.parametrize("kind", ["torch", "torch before 1.6", "safetensors"])
+def test_weights_are_read_as_people_save_them(how, kind, tmp_path):
+    state = wrapped(make("conv3").state_dict(), how)
+    if kind == "safetensors":
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            pytest.skip("holds tensors alone")
+        safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "w")
+    else:
+        torch.save(state, tmp_path / "w", _use_new_zipfile_serialization=kind == "torch")
+    weights, x = models.read_weights(tmp_path / "w"), torch.rand(2, 3, 28, 28)
+    assert models.channels_of("conv3", weights, "w") == 3
+    assert torch.equal(models.load("conv3", 3, 2, weights, "w")(x), make("conv3")(x))
+
+
+def test_weights_of_mnasnet_are_taken_though_they_have_lost_their_version(tmp_path):
+    pytest.importorskip("torchvision")
+    safetensors.torch.save_file(make("torchvision:mnasnet0_5").state_dict(), tmp_path / "w")
+    model = models.load("torchvision:mnasnet0_5", 3, 2, models.read_weights(tmp_path / "w"), "w")
+    assert torch.equal(model.classifier[1].weight, make("torchvision:mnasnet0_5").classifier[1].weight)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("echo was run > /tmp/tie_ext_was_run",)
+
+
+def changed(key, to):
+    def change(path):
+        state = make("conv3").state_dict()
+        torch.save({**state, key: to(state[key])}, path)
+
+    return change
+
+
+BAD = {
+    "nothing": (lambda path: None, "Expected weights as a state_dict at FILE, but got no file"),
+    "a folder": (Path.mkdir, "Expected weights as a state_dict at FILE, but got no file"),
+    "a pipe": (os.mkfifo, "Expected weights as a state_dict at FILE, but got no file"),
+    "empty": (Path.touch, "Expected weights as a state_dict at FILE, but got a truncated or foreign one: EOFError"),
+    "text": (lambda path: path.write_text("no weights at all"), "Expected weights as a state_dict at FILE, but got a truncated or foreign one: "),
+    "code": (
+        lambda path: torch.save(Hostile(), path),
+        "but got a file that runs code when it is read (posix.system), which was not run; save model.",
+    ),
+    "a whole model": (lambda path: torch.save(make("conv3"), path), "but got a file that runs code when it is read (tie_ext.backbones.Conv3)"),
+    "a network of ours": (lambda path: make_net().save(path), "but got a file of tie_ext's own; a network that it wrote has its garbage class"),
+    "a tensor": (
+        lambda path: torch.save(torch.ones(3), path),
+        "Expected weights as a state_dict at FILE, but got a torch.float32 tensor of shape (3,)",
+    ),
+    "no weights": (lambda path: torch.save({}, path), "Expected weights as a state_dict at FILE, but got an empty one"),
+    "an epoch": (lambda path: torch.save({"epoch": 3}, path), "tensors by name, but got int at 'epoch'"),
+    "sparse": (changed("fc.bias", torch.Tensor.to_sparse), "tensors by name, but got a torch.float32 tensor of shape (2,) at 'fc.bias'"),
+    "of another architecture": (
+        lambda path: torch.save(make("residual").state_dict(), path),
+        "Expected weights of conv3 in FILE, but got those of another architecture: none at conv.0.weight",
+    ),
+    "of a deeper one": (
+        lambda path: torch.save(make("conv5").state_dict(), path),
+        "Expected weights of conv3 for the 2 classes of the data in FILE, but got others: conv.0.weight of (64, 3, 3, 3) instead of (32, 3, 3, 3)",
+    ),
+    "of other classes": (
+        lambda path: torch.save(make("conv3", n=7).state_dict(), path),
+        "for the 2 classes of the data in FILE, but got others: fc.weight of (7, 128) instead of (2, 128), fc.bias of (7,) instead of (2,)",
+    ),
+    "with more": (lambda path: torch.save({**make("conv3").state_dict(), "x": torch.ones(3)}, path), "but got others: x of (3,)"),
+    "of four channels": (
+        lambda path: torch.save(make("conv3", channels=4).state_dict(), path),
+        "Expected weights for images of 1 or 3 channels in FILE, but got conv.0.weight of (32, 4, 3, 3)",
+    ),
+    "NaN": (changed("fc.bias", lambda w: w * float("nan")), "Expected numbers in fc.bias, but got NaN"),
+    "infinite": (changed("fc.bias", lambda w: w + float("inf")), "Expected finite weights in FILE, but got infinite ones in fc.bias"),
+    "integers": (changed("fc.bias", lambda w: w.long()), "Expected fc.bias to be of type torch.float32, but got torch.int64"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_weights_that_are_none_are_refused_in_one_line_before_any_work(what, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail("the work began"))
+    file, (put, message) = tmp_path / "weights", BAD[what]
+    put(file)
+    assert main(attach(folder, file, tmp_path / "new")) == 1
+    error = capsys.readouterr().err
+    assert message.replace("FILE", str(file)) in error
+    assert error.count("\n") == 1
+    assert "weights_only" not in error  # torch's advice, to run what is in the file
+    assert not (tmp_path / "new").exists()
+    assert not os.path.exists("/tmp/tie_ext_was_run")
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_truncated_weights_are_refused(kind, share, tmp_path):
+    state = make("conv3").state_dict()
+    torch.save(state, tmp_path / "w") if kind == "torch" else safetensors.torch.save_file(state, tmp_path / "w")
+    whole = (tmp_path / "w").read_bytes()
+    (tmp_path / "w").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"^Expected weights as a state_dict at .*, but got a truncated or foreign one: ") as refused:
+        models.read_weights(tmp_path / "w")
+    assert "\n" not in str(refused.value)
+
+
+class Softmaxed(Small):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+class Flat(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 28 * 28, 9), nn.ReLU(), nn.Linear(9, 2))
+
+
+class Headless(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Softmaxed(2, 3), "Expected a backbone that returns what its last linear layer gives, but Softmaxed returns something else"),
+        (Flat, "Expected a backbone with convolutions or transformer blocks, whose maps tell OOD images, but got Flat"),
+        (Headless, "Expected a backbone that ends in a linear layer, but got Headless without any"),
+    ],
+)
+def test_networks_that_take_no_garbage_class_are_refused(model, message, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "conv3", lambda channels, n: model())
+    torch.save(model().state_dict(), tmp_path / "w")
+    assert main(attach(folder, tmp_path / "w", tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not written(tmp_path / "run")
+
+
+def test_a_class_without_samples_is_refused(folder, weights, tmp_path, capsys):
+    assert main(attach(folder, weights, tmp_path / "run", "--images", "1")) == 1
+    assert "Expected samples of all 2 classes, but got none of class [" in capsys.readouterr().err
+    assert not written(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--backbone", "resnet18"], "Expected a backbone, one of conv3, conv5, residual, torchvision:NAME or timm:NAME, but got 'resnet18'"),
+        (["--backbone", "os:system"], "or timm:NAME, but got 'os:system'"),
+        (["--backbone", "torchvision:resnet19"], "Expected a classifier of torchvision by its name there, such as resnet1"),
+        (["--backbone", "torchvision:fcn_resnet50"], "Expected a classifier of torchvision by its name there"),
+        (["--mean", "0.5"], "Expected as many --mean as --std, but got 1 and 0"),
+        (["--mean", "123.7", "--std", "0.2"], "Expected --mean to be a number in [0, 1], but got 123.7"),
+        (["--mean", "0.5", "--std", "0"], "Expected --std to be a number in [0.001, 1], but got 0.0"),
+        (["--mean", "nan", "--std", "1"], "Expected --mean to be a number in [0, 1], but got nan"),
+        (["--images", "0"], "Expected --images to be an integer in [1, "),
+        (["--seed", "-1"], "Expected --seed to be an integer in [0, "),
+        (["--device", "abacus"], "Expected --device to be one that torch has here"),
+    ],
+)
+def test_wrong_flags_exit_as_argparse_does(more, message, folder, weights, tmp_path, capsys):
+    assert main(attach(folder, weights, tmp_path / "new", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_as_many_means_as_channels(folder, weights, tmp_path, capsys):
+    assert main(attach(folder, weights, tmp_path / "new", "--mean", "0.5", "0.5", "--std", "0.5", "0.5")) == 1
+    assert "Expected --mean and --std of 1 or 3 numbers, as the network takes 3 channels, but got 2" in capsys.readouterr().err
+
+
+def test_timm_is_asked_for_by_name_and_need_not_be_there(folder, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(attach(folder, weights, tmp_path / "new", backbone="timm:resnet18")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("tie-ext: Expected timm to be installed for timm:resnet18, but got: ")
+    assert error.endswith("; pip install timm\n")
+    assert not (tmp_path / "new").exists()
+
+
+def test_timms_registry_makes_the_network(folder, tmp_path, monkeypatch):
+    class Timm:
+        list_models = staticmethod(lambda: ["small"])
+        create_model = staticmethod(lambda name, pretrained, num_classes, in_chans: Small(num_classes, in_chans))
+
+    monkeypatch.setitem(sys.modules, "timm", Timm)
+    torch.save(Small(2, 3).state_dict(), tmp_path / "w")
+    assert main(attach(folder, tmp_path / "w", tmp_path / "run", backbone="timm:small")) == 0
+    assert main(["score", str(tmp_path / "run"), *images_of(folder)]) == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "training.safetensors", "network.safetensors"])
+def test_a_folder_that_holds_a_run_is_refused_before_any_work(name, folder, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "read_weights", lambda _: pytest.fail("the work began"))
+    (tmp_path / name).write_text("mine")
+    assert main(attach(folder, weights, tmp_path)) == 1
+    assert f"Expected a new folder, but got {tmp_path}, which holds {name} of a run; give another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_run_that_came_while_images_were_read_is_refused(folder, weights, tmp_path, capsys, monkeypatch):
+    load, out = attaching.run.load_images, tmp_path / "run"
+
+    def meanwhile(*args):
+        out.mkdir()
+        (out / "training.safetensors").write_text("another's")
+        return load(*args)
+
+    monkeypatch.setattr(attaching.run, "load_images", meanwhile)
+    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail("the work began"))
+    assert main(attach(folder, weights, out)) == 1
+    assert f"Expected a new folder, but got {out}, which holds training.safetensors of a run" in capsys.readouterr().err
+
+
+def test_neither_command_writes_over_a_finished_attached_run(run, folder, weights, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert main(attach(folder, weights, run)) == 1
+    assert main(["train", "--data", f"folder:{folder}", "--out", str(run)]) == 1
+    assert "which holds a run of tie-ext attach; give another --out" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run)]) == 1
+    assert "but got one of tie-ext attach, which has nothing to go on with" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_the_folder_is_locked_while_the_work_goes_on(folder, weights, tmp_path, capsys, monkeypatch):
+    out, work, seen = tmp_path / "run", attaching.attach, []
+
+    def busy(*args, **how):
+        seen.append(main(attach(folder, weights, out)) if not seen else 0)
+        return work(*args, **how)
+
+    monkeypatch.setattr(attaching, "attach", busy)
+    assert main(attach(folder, weights, out)) == 0
+    assert seen == [1]
+    assert f"Expected {out} to be free, but got a folder that another process is writing a run to" in capsys.readouterr().err
+    with locked(out):
+        pass
+
+
+@pytest.mark.parametrize("when", ["network", "pictures", "scores"])
+def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(when, run, folder, weights, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        {
+            "network": lambda: patched.setattr(TIENet, "save", stop),
+            "pictures": lambda: patched.setattr("tie_ext.app.run.save_snapshot", stop),
+            "scores": lambda: patched.setattr(attaching, "save_state", stop),
+        }[when]()
+        assert main(attach(folder, weights, out)) == 130
+    assert written(out)
+    assert main(["report", str(out)]) == (0 if when == "scores" else 1)
+    assert main(attach(folder, weights, out, "--ood", f"folder:{folder}")) == 0
+    assert not (out / "report.html").exists()
+    for name in ("network.safetensors", "scores.safetensors"):
+        assert (out / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.fixture
+def resnet(folder, tmp_path):
+    pytest.importorskip("torchvision")
+    torch.save(make("torchvision:resnet18").state_dict(), tmp_path / "w.pt")
+    assert main(attach(folder, tmp_path / "w.pt", tmp_path / "run", backbone="torchvision:resnet18", size=32)) == 0
+    return tmp_path / "run"
+
+
+def test_a_record_that_names_another_architecture_is_refused_and_nothing_large_is_built(resnet, folder, capsys, monkeypatch):
+    record = json.loads((resnet / "run.json").read_text())
+    for name in ("torchvision:vit_h_14", "torchvision:resnet34", "os", "torchvision:../x", "timm:x", None, 3, ["conv3"]):
+        (resnet / "run.json").write_text(json.dumps({**record, "settings": {**record["settings"], "backbone": name}}))
+        for command in (["score", str(resnet), images_of(folder)[0]], ["report", str(resnet)]):
+            capsys.readouterr()
+            assert main(command) == 1
+            error = capsys.readouterr().err
+            assert error.startswith("tie-ext: Expected ")
+            assert error.count("\n") == 1
+    monkeypatch.setattr(models, "build_plan", lambda *_: nn.Linear(10**5, 10**4, device="meta"))
+    monkeypatch.setattr(models, "build", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(ValueError, match=r"Expected a network of vit_h_14, 2000020000 bytes or more, but got a file of 50000000$"):
+        models.build_for("vit_h_14", 3, 2, 50_000_000)
+
+
+def test_the_demos_images_can_be_attached_to_and_trained_on_with_every_flag(folder, tmp_path, capsys):
+    torch.save(Conv3(3, 10).state_dict(), tmp_path / "w")
+    more = ["--images", "60", "--size", "20", "--ood", f"folder:{folder}"]
+    assert main(["attach", "--backbone", "conv3", "--weights", str(tmp_path / "w"), "--data", "demo", "--out", str(tmp_path / "a"), *more]) == 0
+    net = TIENet.load(tmp_path / "a" / "network.safetensors")
+    assert net.image_shape == (3, 20, 20)
+    fast = ["--epochs", "1", "--candidates-per-class", "2", "--pool-size", "20", "--synthesizer", "white"]
+    assert main(["train", "--data", "demo", "--out", str(tmp_path / "t"), *fast, *more]) == 0
+    net, record = TIENet.load(tmp_path / "t" / "network.safetensors"), json.loads((tmp_path / "t" / "run.json").read_text())
+    assert net.image_shape == (1, 20, 20)
+    assert type(net.backbone) is Conv3
+    assert sum(load_state(tmp_path / "t" / "training.safetensors", "training")["counts"]) == 60
+    assert {f"folder:{folder}", "photographs", "letters", "noise"} == set(record["numbers"]["garbage_rate"])
+
+
+def test_every_command_has_its_work():
+    assert set(cli.COMMANDS) == {"demo", "train", "attach", "score", "report", "reproduce"}
+
+
+def test_a_run_without_its_pictures_has_no_report(run, tmp_path, capsys):
+    out = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(out / "epochs")
+    assert main(["report", str(out)]) == 1
+    assert capsys.readouterr().err.startswith("tie-ext: Expected ")

@@ -1,0 +1,139 @@
+"""A run that gives a trained network a garbage class: weights in a file, images on disk, and the run folder that comes of them.
+
+The folder is as training leaves one (:mod:`tie_ext.app.run`), so that scores, thresholds and reports need not know how the network was made.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tie_ext.app import models, run
+from tie_ext.app.data import ImageBatches, ImageSet
+from tie_ext.app.evaluation import evaluate
+from tie_ext.attach import attach
+from tie_ext.outliers.procedural import Procedural
+from tie_ext.support.checks import check_number
+from tie_ext.support.files import locked, save_state, write_json
+from tie_ext.support.modules import Ranged
+from tie_ext.support.provenance import provenance
+
+LABEL = run.OWN[1]
+"""What tables and scores call such a network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachSettings(run.ImageSettings):
+    """What a garbage class is attached to; together with images and weights it determines the result.
+
+    Raises:
+        ValueError: If a setting is of the wrong type or out of range.
+    """
+
+    weights: str
+    """File of the network's weights."""
+    mean: tuple[float, ...] = ()
+    """What is taken off images in [0, 1], a number or one a channel, as the network was trained; none where it takes them as they are."""
+    std: tuple[float, ...] = ()
+    """What they are divided by then."""
+    seed: int = 0
+    """Of the subset, of what is held out, and of the head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("seed", self.seed, 0, 2**31 - 1, integer=True)
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"Expected as many --mean as --std, but got {len(self.mean)} and {len(self.std)}")
+        for value in self.mean:
+            check_number("--mean", value, 0, 1)
+        for value in self.std:
+            check_number("--std", value, 1e-3, 1)
+
+    def range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What black and white are to the network, a number or one a channel."""
+        pairs = list(zip(self.mean, self.std, strict=True)) or [(0.0, 1.0)]
+        return tuple(-mean / std for mean, std in pairs), tuple((1 - mean) / std for mean, std in pairs)
+
+
+class ScaledBatches:
+    """Re-iterable batches ``(x, y)`` of an image set in a network's value range: float ``(B, C, S, S)``, int64 ``(B,)``.
+
+    Arguments:
+        images: The set.
+        batch_size: Images a batch.
+        scale: Who knows the range.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, scale: Ranged):
+        self.batches, self.scale = ImageBatches(images, batch_size), scale
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.batches:
+            yield self.scale.scaled(x), y
+
+
+def attach_run(
+    folder: str | os.PathLike, settings: AttachSettings, device: str = "cpu", progress: bool = False, say: Callable[[str], object] | None = None
+) -> dict:
+    """Attach a garbage class to a trained network, score the test images, and leave a run folder.
+
+    Arguments:
+        folder: The run folder.
+        settings: What to attach to.
+        device: Where to compute.
+        progress: Show progress bars.
+        say: Told before the work how the test images were come by, where a person has to know; ``run.json`` says it too.
+
+    Returns:
+        The content of ``run.json``; its ``accuracy`` is that of the network as it came, whatever the garbage class takes.
+
+    Raises:
+        ValueError: If a setting, the data, the weights or the network is not as expected, the folder holds a run, or another process is at it.
+        FileNotFoundError: If there are no weights.
+        OSError: If a file cannot be written.
+    """
+    folder = Path(folder)
+    _refuse_a_run(folder)
+    weights = models.read_weights(settings.weights)
+    channels = models.channels_of(settings.backbone, weights, settings.weights)
+    low, high = settings.range()
+    if len(low) not in (1, channels):
+        raise ValueError(f"Expected --mean and --std of 1 or {channels} numbers, as the network takes {channels} channels, but got {len(low)}")
+    images, test, ood = run.load_images(settings, settings.seed, channels)
+    model = models.load(settings.backbone, channels, len(images.classes), weights, settings.weights).to(device)
+    if say is not None and test.note:
+        say(test.note)
+    with locked(folder):
+        _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
+        batches = ScaledBatches(images, settings.batch_size, Ranged(low, high))
+        net = attach(model, batches, len(images.classes), low, high, images.classes, seed=settings.seed, progress=progress)
+        numbers, scores = evaluate(net, test, ood, images)
+        numbers["accuracy"] = numbers.pop("label_accuracy")
+        about = {"test_images": test.note} if test.note else {}
+        record = {"settings": settings.record(), "weights_sha256": _sha256(settings.weights), **about}
+        record |= provenance(device)
+        run.clear(folder)  # of one that was stopped while it wrote
+        write_json(folder / "run.json", record)  # first, as it says whose the others are
+        net.save(folder / "network.safetensors")
+        proposer = Procedural(net).to(device)
+        run.save_snapshot(folder, 0, net, [proposer], lambda count: proposer.draw((count, *images.shape)), test)
+        save_state(folder / "scores.safetensors", "scores", {LABEL: scores["score"]})
+        write_json(folder / "run.json", {**record, "numbers": numbers})
+    return {**record, "numbers": numbers}
+
+
+def _refuse_a_run(folder: Path) -> None:
+    """Refuse a folder with anything of a run in it, but for a run of this kind that was stopped while it wrote."""
+    there = run.written(folder)
+    if there and not (run.attached(folder) and "numbers" not in run.read_record(folder)):
+        raise ValueError(f"Expected a new folder, but got {folder}, which holds {there[-1].name} of a run; give another --out")
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
