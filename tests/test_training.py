@@ -380,7 +380,7 @@ def test_accuracy_is_that_of_the_n_plus_1_outputs():
     assert log.accuracy == pytest.approx(torch.cat(right).float().mean().item())
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(1, [0.0]), (3, [0.0, 0.5, 1.0])])
+@pytest.mark.parametrize(("epochs", "expected"), [(1, [0.0]), (2, [0.0, 1.0]), (3, [0.0, 0.5, 1.0])])
 def test_synthesizers_are_told_how_far_the_run_has_come(epochs, expected):
     net = make_net()
     proposals = Fixed(net)
@@ -700,6 +700,7 @@ def test_a_run_that_goes_on_with_other_data_is_told(tmp_path):
     again.load(tmp_path / "run")
     with pytest.raises(ValueError, match=r"Expected the data this run began with, \[6, 6, 4\] images of each class, but got \[3, 3, 2\]"):
         again.epoch(make_batches(sizes=(8,)))
+    again.epoch(make_batches(sizes=(8, 7)))  # as a loader that drops its last batch
 
 
 def test_numpys_numbers_are_settings():

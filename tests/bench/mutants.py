@@ -22,15 +22,30 @@ RECORD = Path(__file__).parents[2] / "docs" / "results" / "mutants.json"
 KILLED = {1, 3, 36, -24, 24, 152, 255}
 """Exit codes of mutmut that say a test failed, or ran out of time."""
 REASONS = {
-    "device": "where a tensor lives: tests run on the CPU alone",
-    "_bar(": "what a progress bar is called",
-    "disable=": "what a progress bar is called",
-    "desc=": "what a progress bar is called",
+    "set_to_none": "speed, not a result",
+    "detach": "memory, not a result",
+    "tau: float | Tensor=2.0": "nothing: no uncertainty is above 1",
+    "-1 / Fraction": "the number of images in the words of an error",
+    "F.normalize(features, )": "nothing: 1 is its default",
+    "clearly=None": "nothing: None is as false as False",
+    "training = None": "nothing: None is as false as False",
+    "_surveyed = None": "nothing: None is as false as False",
+    "- first)": "nothing: the start is as random in either direction",
+    "+return": "nothing: the loop is the last of its function",
+    "torch.optim.Adam(net.parameters(), )": "nothing: each epoch sets the learning rate",
+    "]] = None": "nothing: the first epoch sets it",
+    "broadcast(None)": "what one process alone does not do: nothing is sent",
+    "+return BACKBONES[str(name)](channels, )": "nothing: its own default is as many classes as the tests'",
     "raise ": "the words of an error beyond those that a test asks for",
     "Expected": "the words of an error beyond those that a test asks for",
     "error": "the words of an error beyond those that a test asks for",
-    "set_to_none": "speed, not a result",
-    "detach": "memory, not a result",
+    "singles": "the words of an error: how many batches of one image there are",
+    "_own(None": "the words of an error: the file's name",
+    "desc=": "what a progress bar is called",
+    "_bar(": "what a progress bar is called",
+    "disable=": "what a progress bar is called",
+    "device": "where a tensor lives: tests run on the CPU alone",
+    ".to(None)": "where a tensor lives: tests run on the CPU alone",
     "dtype": "a type that comes out the same",
     "assert ": "a note to the type checker",
 }
@@ -73,7 +88,7 @@ def change(source: Path, name: str) -> list[str]:
 def reason(lines: list[str]) -> str:
     """Why no test tells a mutant from the code."""
     changed = " ".join(lines)
-    return next((why for word, why in REASONS.items() if word in changed), "no test tells it apart, or nothing does")
+    return next((why for word, why in REASONS.items() if word in changed), "no test tells it apart")
 
 
 def page() -> str:
