@@ -27,6 +27,12 @@ def test_uncertainty_is_0_for_one_hot_and_1_for_uniform(K):
     assert uncertainty(torch.full((1, K), 1 / K)).item() == pytest.approx(1)
 
 
+def test_uncertainty_is_of_the_last_axis():
+    p = torch.rand(2, 3, 5).softmax(-1)
+    assert torch.equal(uncertainty(p), torch.stack([uncertainty(rows) for rows in p]))
+    assert torch.equal(uncertainty(p[0, 0]), uncertainty(p)[0, 0])
+
+
 @given(logit_rows)
 def test_uncertainty_lies_in_0_1_and_ignores_the_order_of_classes(logits):
     p = logits.softmax(1)

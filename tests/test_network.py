@@ -364,6 +364,14 @@ def test_a_file_of_a_network_that_does_not_fit_is_refused_by_its_reason(tmp_path
         TIENet.load(tmp_path / "net")
 
 
+def test_a_head_is_copied():
+    head = GarbageHead({"conv.0": 8}, 48)
+    net = TIENet(Small(3), 3, SHAPE, garbage=head)
+    before = net.garbage.network[0].weight.clone()
+    torch.nn.init.zeros_(head.network[0].weight)
+    assert torch.equal(net.garbage.network[0].weight, before)
+
+
 def test_a_file_that_claims_large_images_is_not_tried_on_one(tmp_path):
     TIENet(Conv3(1, 4), 4, SHAPE).save(tmp_path / "net")
     state = load_state(tmp_path / "net", "network")

@@ -1,0 +1,110 @@
+"""Which scores to combine, and by which rule: chosen on ID and validation images by the worst column, then judged on the OOD test sets.
+
+    python tests/bench/combined.py docs/results/attached/work/*.scores.safetensors
+
+Reads what tests/bench/attached.py left. Every combination of up to three scores is tried with every rule. The scale of each score comes from one
+half of the held-out ID images, the threshold at 5 % false alarms from the other; the ID test set judges both. AUROC and FPR@95 are against that
+set. Chosen is the highest AUROC in the worst of all validation columns of all runs. Writes docs/results/attached/combined.json.
+"""
+
+import argparse
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tie_ext.app.evaluation import ood_metrics
+from tie_ext.combination import RULES, reference
+from tie_ext.decision import conformal_threshold
+from tie_ext.support.files import load_state, write_json
+from tie_ext.support.provenance import provenance
+
+OUT = Path(__file__).parents[2] / "docs" / "results" / "attached" / "combined.json"
+FALSE_ALARM = 0.05
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that an OOD image scores higher than an ID one, ties by half."""
+    ordered = inside.sort().values
+    below = torch.searchsorted(ordered, outside) + torch.searchsorted(ordered, outside, right=True)
+    return (below.double().mean() / (2 * len(ordered))).item()
+
+
+def combined(scores: Mapping[str, Mapping[str, Tensor]], members: tuple[str, ...], rule: str) -> dict[str, Tensor]:
+    """Combined scores by set; the scale comes from the first half of the held-out images."""
+    every = {name: torch.stack([scores[member][name].double() for member in members], dim=1) for name in scores[members[0]]}
+    held = every.pop("held")
+    learned = reference(held[: len(held) // 2])
+    return {name: RULES[rule](learned, of) for name, of in {**every, "calibration": held[len(held) // 2 :]}.items()}
+
+
+def validation(runs: Mapping[str, Mapping], members: tuple[str, ...], rule: str) -> dict[str, float]:
+    """AUROC of each validation column."""
+    columns = {}
+    for run, scores in runs.items():
+        of = combined(scores, members, rule)
+        columns |= {f"{run} {name}": auroc(of["id"], of[name]) for name in of if name.startswith("val:")}
+    return columns
+
+
+def judged(scores: Mapping, members: tuple[str, ...], rule: str) -> dict:
+    """Metrics of each OOD test set, and the false alarms at the calibrated threshold."""
+    of = combined(scores, members, rule)
+    threshold = conformal_threshold(of.pop("calibration"), FALSE_ALARM)
+    test = {name: x for name, x in of.items() if name != "id" and not name.startswith("val:")}
+    return {
+        "false_alarms": (of["id"] > threshold).double().mean().item(),
+        "sets": {
+            name: {
+                **{key: ood_metrics(of["id"], x)[key] for key in ("auroc", "fpr95_id")},
+                "accepted": (x <= threshold).double().mean().item(),
+            }
+            for name, x in test.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scores", type=Path, nargs="+")
+    paths = parser.parse_args().scores
+    runs = {path.name.removesuffix(".scores.safetensors"): load_state(path, "scores") for path in paths}
+    labels = [label for label in next(iter(runs.values())) if not label.startswith("head, ")]
+    tried = {}
+    for size in (1, 2, 3):
+        for members in combinations(labels, size):
+            for rule in RULES if size > 1 else ["stouffer"]:
+                columns = validation(runs, members, rule)
+                tried[members, rule] = (min(columns.values()), sum(columns.values()) / len(columns))
+    ranked = sorted(tried, key=tried.__getitem__, reverse=True)
+    best = {
+        "chosen": ranked[0],
+        "without the head": next(key for key in ranked if "head" not in key[0]),
+        "single, without the head": next(key for key in ranked if len(key[0]) == 1 and "head" not in key[0]),
+        "head": (("head",), "stouffer"),
+    }
+    best |= {f"chosen by {rule}": next(key for key in ranked if key[1] == rule and len(key[0]) > 1) for rule in RULES}
+    record = {
+        "runs": list(runs),
+        "false_alarm": FALSE_ALARM,
+        "validation": [
+            {"members": members, "rule": rule, "worst": tried[members, rule][0], "mean": tried[members, rule][1]} for members, rule in ranked
+        ],
+        "judged": {
+            name: {"members": members, "rule": rule, "runs": {run: judged(scores, members, rule) for run, scores in runs.items()}}
+            for name, (members, rule) in best.items()
+        },
+        **provenance(),
+    }
+    write_json(OUT, record)
+    for name, (members, rule) in best.items():
+        worst, mean = tried[members, rule]
+        print(f"{name}: {' + '.join(members)} by {rule}: validation worst {worst:.4f}, mean {mean:.4f}")
+    for members, rule in ranked[:20]:
+        print(f"  {' + '.join(members)} by {rule}: {tried[members, rule]}")
+
+
+if __name__ == "__main__":
+    main()
