@@ -450,6 +450,8 @@ def small_demo(monkeypatch):
     config = replace(DEMO.config, epochs=2, candidates_per_class=5, pool_size=40)
     monkeypatch.setattr(cli, "DEMO", replace(DEMO, config=config, synthesizers={"inversion": {"steps": 2, "width": 4}}))
 
+    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 20)
+
     def page(out):
         for name in ("figures/metrics.png", "report.html"):
             write_atomically(out / name, b"drawn")
@@ -466,6 +468,7 @@ def test_a_demo_gives_way_to_the_next_and_leaves_other_peoples_files(small_demo,
     out = tmp_path / "demo"
     assert small_demo(out) == 0
     first = listed(out)
+    assert list(json.loads((out / "run.json").read_text())["comparison"]) == ["TIE", "attach", "plain n-class network"]
     mine = ["notes.txt", "epochs/mine.safetensors", "epochs/0001.txt", "figures/holiday.png", "more/run.json", "network.safetensors.old"]
     for name in mine:
         (out / name).parent.mkdir(exist_ok=True)

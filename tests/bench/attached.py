@@ -25,6 +25,7 @@ from tie_ext.app import data
 from tie_ext.app.data import ImageBatches, ImageSet, moved
 from tie_ext.app.evaluation import ood_metrics
 from tie_ext.backbones import BACKBONES
+from tie_ext.bench.comparison import classifier
 from tie_ext.outliers import make
 from tie_ext.support.files import save_state, write_json
 from tie_ext.support.provenance import provenance
@@ -164,13 +165,11 @@ def main() -> None:
     start = time.perf_counter()
     scores = host_scores(net, sets)
     seconds["hosts' scores"] = time.perf_counter() - start
-    model = BACKBONES[a.backbone](images.shape[0], len(images.classes))
-    model.load_state_dict({**net.backbone.state_dict(), "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
     garbage: dict[str, dict[str, float]] = {}
     for label, names in HEADS.items():
         start = time.perf_counter()
         with_head = attach(
-            model.eval(),
+            classifier(net),
             ImageBatches(images, 500),
             len(images.classes),
             classes=images.classes,

@@ -114,7 +114,6 @@ def attach_run(
         batches = ScaledBatches(images, settings.batch_size, Ranged(low, high))
         net = attach(model, batches, len(images.classes), low, high, images.classes, seed=settings.seed, progress=progress)
         numbers, scores = evaluate(net, test, ood, images)
-        numbers["accuracy"] = numbers.pop("label_accuracy")
         about = {"test_images": test.note} if test.note else {}
         record = {"settings": settings.record(), "weights_sha256": _sha256(settings.weights), **about}
         record |= provenance(device)

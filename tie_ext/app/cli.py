@@ -119,7 +119,7 @@ def _demo(a: argparse.Namespace) -> None:
         run.clear(a.out)
         record = run.train_on(a.out, settings, images, test, ood, progress=_interactive())
         numbers, scores = {"TIE": record["numbers"]}, load_state(a.out / "scores.safetensors", "scores")
-        for method in ("multiscale", "plain"):
+        for method in ("attach", "plain"):
             net, _ = comparison.train_method(
                 method, BACKBONES["conv3"], images, settings.recipe, settings.batch_size, progress=_interactive(), shift=0
             )
@@ -127,7 +127,7 @@ def _demo(a: argparse.Namespace) -> None:
             scores |= {comparison.LABELS[method] if label == "score" else label: sets for label, sets in values.items()}
         save_state(a.out / "scores.safetensors", "scores", scores)
         write_json(a.out / "run.json", {**record, "comparison": numbers})
-    print(report.table([row for label, n in numbers.items() for row in report.result_rows(label, n)]))
+    print(report.tables(numbers))
     print(f"all numbers in percent; seed {a.seed}, {time.perf_counter() - start:.0f} s of training and scoring")
     print(f"report: {report.write_report(a.out)}\ndetector: {a.out / 'network.safetensors'}")
 
@@ -176,7 +176,7 @@ def _train(a: argparse.Namespace) -> None:
         given.setdefault("backbone", "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5")
         settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
     record = run.train_run(folder, settings, device, progress=_interactive(), say=print)
-    print(report.table(report.result_rows("TIE", record["numbers"])))
+    print(report.tables({"TIE": record["numbers"]}))
     print(f"run: {folder}; pictures: tie-ext report {folder}")
 
 
@@ -189,8 +189,8 @@ def _attach(a: argparse.Namespace) -> None:
         models.check_name(a.backbone)
         settings = attaching.AttachSettings(**{f.name: given[f.name] for f in fields(attaching.AttachSettings) if f.name in given})
     numbers = attaching.attach_run(a.out, settings, a.device, progress=_interactive(), say=print)["numbers"]
-    print(report.table(report.result_rows(attaching.LABEL, numbers)))
-    print(f"of the ID images {100 * numbers['id_garbage_rate']:.2f} % in garbage; ID accuracy is that of the network as it came")
+    print(report.tables({attaching.LABEL: numbers}))
+    print("ID accuracy is that of the network as it came")
     print(f"run: {a.out}; pictures: tie-ext report {a.out}")
 
 

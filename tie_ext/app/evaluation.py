@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tie_ext.app.data import ImageBatches, ImageSet
 from tie_ext.decision import decide
+from tie_ext.head import GarbageHead
 from tie_ext.network import TIENet
 from tie_ext.support.modules import frozen
 
@@ -28,8 +29,10 @@ def tie_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, dic
 
     Returns:
         Scores ``{"score": {set: (N,)}}``, larger = more OOD; and, by set, ``garbage_rate`` (rejected at level 1), ``rejected`` (at either
-        level) and, for the ID set, ``accuracy`` over n+1 outputs and ``label_accuracy`` over n, whatever the garbage class takes; all in [0, 1].
+        level) and, for the ID set, ``accuracy``; all in [0, 1]. The latter is over the n+1 outputs that were trained together; a head on every
+        layer leaves the classifier as it is, and its accuracy is that over n, whatever the garbage class takes.
     """
+    apart = isinstance(net.garbage, GarbageHead)
     scores, facts = {}, {}
     for name, images in sets.items():
         logits = all_logits(net, images)
@@ -38,8 +41,8 @@ def tie_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, dic
         level = decision.level
         facts[name] = {"garbage_rate": (level == 1).double().mean().item(), "rejected": (level > 0).double().mean().item()}
         if bool((images.y >= 0).all()):
-            facts[name]["accuracy"] = (logits.argmax(1) == images.y).double().mean().item()
-            facts[name]["label_accuracy"] = (decision.label == images.y).double().mean().item()
+            label = decision.label if apart else logits.argmax(1)
+            facts[name]["accuracy"] = (label == images.y).double().mean().item()
     return {"score": scores}, facts
 
 
@@ -113,7 +116,7 @@ def evaluate(net: TIENet, test: ImageSet, ood: Mapping[str, ImageSet], fit_on: I
         garbage: It has learned a garbage class; else pytorch-ood's detectors read its n logits.
 
     Returns:
-        ``{"accuracy": ..., "label_accuracy": ..., "rejected": ..., "scores": {score: {set: {auroc, aupr, fpr95}}}, "garbage_rate": {set: ...}}``
+        ``{"accuracy": ..., "rejected": ..., "scores": {score: {set: {auroc, aupr, fpr95}}}, "garbage_rate": {set: ...}}``
         and the scores themselves ``{score: {set: (N,)}}``, where the ID set is called ``id``.
     """
     sets = {"id": test, **ood}
@@ -123,7 +126,6 @@ def evaluate(net: TIENet, test: ImageSet, ood: Mapping[str, ImageSet], fit_on: I
         "scores": {label: {name: ood_metrics(of["id"], of[name]) for name in ood} for label, of in scores.items()},
     }
     if garbage:
-        numbers["label_accuracy"] = facts["id"]["label_accuracy"]
         numbers["id_garbage_rate"], numbers["id_rejected"] = facts["id"]["garbage_rate"], facts["id"]["rejected"]
         numbers["garbage_rate"] = {name: facts[name]["garbage_rate"] for name in ood}
         numbers["rejected"] = {name: facts[name]["rejected"] for name in ood}

@@ -146,25 +146,34 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def result_rows(label: str, numbers: Mapping) -> list[dict[str, object]]:
-    """The rows of a results table, in percent: one for each score and OOD set."""
-    rows = []
-    for score, sets in numbers["scores"].items():
-        for name, m in sets.items():
-            garbage = f"{100 * numbers['garbage_rate'][name]:.1f}" if "garbage_rate" in numbers else "-"
-            rows.append(
-                {
-                    "method": label if score == "score" else f"{label}, {score}",
-                    "OOD": name,
-                    "AUROC": f"{100 * m['auroc']:.2f}",
-                    "AUPR": f"{100 * m['aupr']:.2f}",
-                    "FPR@95": f"{100 * m['fpr95']:.2f}",
-                    "garbage rate": garbage,
-                    "ID accuracy": f"{100 * numbers['accuracy']:.2f}",
-                    "ID rejected": f"{100 * numbers['id_rejected']:.1f}" if "id_rejected" in numbers else "-",
-                }
-            )
-    return rows
+def id_rows(methods: Mapping[str, Mapping]) -> list[dict[str, object]]:
+    """A row for each method, in percent: what it does to ID test images."""
+    keys = {"ID accuracy": "accuracy", "ID in garbage": "id_garbage_rate", "ID rejected": "id_rejected"}
+    return [
+        {"method": label, **{name: f"{100 * numbers[key]:.2f}" if key in numbers else "-" for name, key in keys.items()}}
+        for label, numbers in methods.items()
+    ]
+
+
+def ood_rows(methods: Mapping[str, Mapping]) -> list[dict[str, object]]:
+    """A row for each method, score and OOD set, in percent."""
+    return [
+        {
+            "method": label if score == "score" else f"{label}, {score}",
+            "OOD": name,
+            "AUROC": f"{100 * m['auroc']:.2f}",
+            "FPR@95": f"{100 * m['fpr95']:.2f}",
+            "in garbage": f"{100 * numbers['garbage_rate'][name]:.1f}" if "garbage_rate" in numbers else "-",
+        }
+        for label, numbers in methods.items()
+        for score, sets in numbers["scores"].items()
+        for name, m in sets.items()
+    ]
+
+
+def tables(methods: Mapping[str, Mapping]) -> str:
+    """Both as text."""
+    return f"{table(id_rows(methods))}\n\n{table(ood_rows(methods))}"
 
 
 def write_report(folder: Path) -> Path:
@@ -242,16 +251,20 @@ def _written(folder: Path, name: str, caption: str, figure: Figure) -> str:
 
 
 def _results(record: Mapping) -> str:
-    rows = [row for label, numbers in _methods(record).items() for row in result_rows(label, numbers)]
-    if not rows:
+    methods = _methods(record)
+    if not methods:
         return "<p>The run has not reached its last epoch; there are no test scores yet.</p>"
+    note = (
+        "All numbers in percent. OOD is the positive class; in garbage is the share that level 1 rejects, ID rejected the share of ID images that "
+        "either level rejects."
+    )
+    return f"{_html(id_rows(methods))}<br>{_html(ood_rows(methods))}<p>{note}</p>"
+
+
+def _html(rows: Sequence[Mapping[str, object]]) -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
     lines = ["<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows]
-    note = (
-        "All numbers in percent. OOD is the positive class; garbage rate is the share of OOD images that level 1 rejects, "
-        "ID rejected the share of ID images that either level rejects."
-    )
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table><p>{note}</p>"
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
 def _methods(record: Mapping) -> Mapping[str, Mapping]:

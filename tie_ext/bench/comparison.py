@@ -1,11 +1,12 @@
 """TIE beside what it has to beat, on the same data, backbone, initial weights and order of batches.
 
 Methods: ``tie``; ``predecessor``, which expels every inversion; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class
-stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``vernekar`` and
-``ascood``, those papers' own training; ``openood:logitnorm`` and ``openood:ascood``, OpenOOD's own; and any synthesizers in TIE's loop, by
-name, with commas between.
+stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``attach``, a garbage
+head on that network, which stays as it is; ``vernekar`` and ``ascood``, those papers' own training; ``openood:logitnorm`` and
+``openood:ascood``, OpenOOD's own; and any synthesizers in TIE's loop, by name, with commas between.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from tie_ext.app.data import ImageBatches, ImageSet, training_batches
 from tie_ext.app.evaluation import evaluate
+from tie_ext.attach import attach
 from tie_ext.config import TIEConfig
 from tie_ext.log import EpochLog
 from tie_ext.network import TIENet
@@ -28,8 +30,8 @@ from tie_ext.support.provenance import peak_memory, provenance
 from tie_ext.support.random import seeded
 from tie_ext.training import TIETrainer
 
-METHODS = ("tie", "predecessor", "multiscale", "white", "vernekar", "ascood", "plain")
-"""TIE, its predecessor, the two no-TIE baselines, the training of two other papers, and the n-class network for post-hoc detectors."""
+METHODS = ("tie", "predecessor", "multiscale", "white", "vernekar", "ascood", "attach", "plain")
+"""TIE, its predecessor, the two no-TIE baselines, the training of two other papers, and the n-class network with and without a garbage head."""
 OPENOOD = ("openood:logitnorm", "openood:ascood")
 """Training methods that OpenOOD ships, trained by its own code where it is installed (:mod:`tie_ext.bench.openood_baselines`)."""
 LABELS = {
@@ -39,6 +41,7 @@ LABELS = {
     "white": "no TIE, white noise",
     "vernekar": "Vernekar et al.",
     "ascood": "ASCOOD",
+    "attach": "attach",
     "plain": "plain n-class network",
     "openood:logitnorm": "LogitNorm (OpenOOD's)",
     "openood:ascood": "ASCOOD (OpenOOD's)",
@@ -105,6 +108,13 @@ def train_plain(net: TIENet, batches: ImageBatches, config: TIEConfig, progress:
                 optimizer.step()
 
 
+def classifier(net: TIENet) -> nn.Module:
+    """The n-class network that a plainly trained one of :data:`tie_ext.backbones.BACKBONES` is, without the garbage class."""
+    model = copy.deepcopy(net.backbone)
+    model.fc = copy.deepcopy(net.fc)
+    return model.eval()
+
+
 def train_method(
     method: str,
     backbone: Callable[[], nn.Module],
@@ -143,8 +153,11 @@ def train_method(
     net.precision = config.precision
     batches = training_batches(images, batch_size, shift)
     log: list[EpochLog] = []
-    if method == "plain":
+    if method in ("plain", "attach"):
         train_plain(net, batches, config, progress)
+        if method == "attach":
+            model = classifier(net)
+            net = attach(model, ImageBatches(images, batch_size), net.num_classes, classes=images.classes, seed=config.seed, progress=progress)
     elif method in OPENOOD:
         from tie_ext.openood import check_requirements
 
