@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from tie_ext.config import TIEConfig
-from tie_ext.network import TIENet
+from tie_ext.network import GARBAGE, TIENet
 from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.outliers.saliency import uniform_objective
 from tie_ext.support.distributed import rank
@@ -45,6 +45,8 @@ class Recipe:
     """What the pool begins with, of :data:`PRIORS`; none for nothing."""
     objective: str = "garbage"
     """Of :data:`OBJECTIVES`."""
+    garbage: str = "linear"
+    """What gives the garbage logit, of :data:`tie_ext.network.GARBAGE`: the paper's linear function of the features, or a head on every layer."""
 
     def __post_init__(self) -> None:
         for name in self.synthesizers:
@@ -55,6 +57,8 @@ class Recipe:
                 raise ValueError(f"Expected a prior, one of {', '.join(PRIORS)}, but got {name!r}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Expected an objective, one of {', '.join(OBJECTIVES)}, but got {self.objective!r}")
+        if self.garbage not in GARBAGE:
+            raise ValueError(f"Expected garbage to be one of {', '.join(GARBAGE)}, but got {self.garbage!r}")
 
     def trainer(self, net: TIENet, progress: bool = False) -> TIETrainer:
         """The trainer of a network by this method.
@@ -84,7 +88,8 @@ class Recipe:
         settings = {}
         for name, changed in self.synthesizers.items():
             settings[name] = plain(type(SYNTHESIZERS[name][1])(**{**asdict(SYNTHESIZERS[name][1]), **changed}))  # type: ignore[call-overload]
-        return {"config": plain(self.config), "synthesizers": settings, "prior": list(self.prior), "objective": self.objective}
+        parts = {"prior": list(self.prior), "objective": self.objective, "garbage": self.garbage}
+        return {"config": plain(self.config), "synthesizers": settings, **parts}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "Recipe":
@@ -97,6 +102,8 @@ class Recipe:
         known = {f.name for f in fields(TIEConfig)}
         if unknown := sorted(set(record["config"]) - known):
             raise ValueError(f"Expected settings among {', '.join(sorted(known))}, but got {', '.join(unknown)}")
-        recipe = cls(TIEConfig(**record["config"]), record["synthesizers"], tuple(record["prior"]), record["objective"])
+        recipe = cls(
+            TIEConfig(**record["config"]), record["synthesizers"], tuple(record["prior"]), record["objective"], record.get("garbage", "linear")
+        )
         recipe.methods()  # which looks at their settings
         return recipe

@@ -12,6 +12,7 @@ import torch
 from tie_ext import __version__
 from tie_ext.backbones import BACKBONES
 from tie_ext.config import TIEConfig
+from tie_ext.network import GARBAGE
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
 from tie_ext.recipe import PRIORS, Recipe, names
@@ -58,6 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--shift", type=int, help="most pixels a training image is moved by (default: an eighth of its size)")
     train.add_argument("--synthesizer", help=f"who proposes outliers, of {', '.join(SYNTHESIZERS)}, with commas between; none. Default: inversion.")
     train.add_argument("--prior", help=f"what the garbage class begins with, of {', '.join(PRIORS)}, with commas between; none. Default: multiscale.")
+    train.add_argument(
+        "--garbage",
+        choices=GARBAGE,
+        help="what gives the garbage logit: linear, the paper's function of the penultimate features; or layers, a head on every layer, from which "
+        "no gradient reaches the classifier. Default: linear.",
+    )
     _settings(train)
 
     says = "give a trained network a garbage class, without training it again"
@@ -145,7 +152,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
             settings(**changed)  # a value out of range is said before any data is read
             if changed:
                 proposed[name] = changed
-        return Recipe(config, proposed, names(given.get("prior", "multiscale")))
+        return Recipe(config, proposed, names(given.get("prior", "multiscale")), garbage=given.get("garbage", "linear"))
 
 
 def check_flags(given: Mapping[str, Any]) -> None:

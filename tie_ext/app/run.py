@@ -211,7 +211,7 @@ def train_on(
         check_settings(folder / "training.safetensors", settings.recipe.config, settings.recipe.methods())
     with seeded(settings.recipe.config.seed):
         backbone = BACKBONES[settings.backbone](images.shape[0], len(images.classes))
-        net = TIENet(backbone, len(images.classes), images.shape, classes=images.classes).to(device)
+        net = TIENet(backbone, len(images.classes), images.shape, classes=images.classes, garbage=settings.recipe.garbage).to(device)
     trainer = settings.recipe.trainer(net, progress)
     if begun:
         trainer.load(folder / "training.safetensors")

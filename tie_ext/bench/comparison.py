@@ -149,7 +149,7 @@ def train_method(
     config = recipe.config
     with seeded(config.seed):
         inner = Standardized(backbone()) if method.endswith("ascood") else backbone()
-        net = TIENet(inner, len(images.classes), images.shape, classes=images.classes).to(device)
+        net = TIENet(inner, len(images.classes), images.shape, classes=images.classes, garbage=recipe.garbage).to(device)
     net.precision = config.precision
     batches = training_batches(images, batch_size, shift)
     log: list[EpochLog] = []

@@ -49,7 +49,8 @@ class OpenOODTIENet(TIENet):
 
 
 def tie_net(network_config) -> OpenOODTIENet:
-    """The network of a config: ``num_classes``, ``image_size``, ``normalization_type`` and ``backbone`` are read; no checkpoint is.
+    """The network of a config: ``num_classes``, ``image_size``, ``normalization_type``, ``backbone`` and, where it is there, ``garbage`` (``linear``
+    or ``layers``) are read; no checkpoint is.
 
     Images have three channels and are normalised, so that 0 becomes ``-mean / std`` and 1 ``(1 - mean) / std``.
     """
@@ -65,4 +66,4 @@ def tie_net(network_config) -> OpenOODTIENet:
     low = [-m / s for m, s in zip(mean, std, strict=True)]
     high = [(1 - m) / s for m, s in zip(mean, std, strict=True)]
     size = network_config.image_size
-    return OpenOODTIENet(backbone, network_config.num_classes, (3, size, size), low, high)
+    return OpenOODTIENet(backbone, network_config.num_classes, (3, size, size), low, high, garbage=network_config.garbage or "linear")
