@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median
 
+import attached_page
 import fire
 import mutants
 from cost import cost
@@ -340,6 +341,7 @@ def documents() -> dict[str, str]:
         "cost.md": cost(),
         "threshold.md": threshold(),
         "agreement.md": agreement(),
+        "attached.md": attached_page.page(),
         "research/under_fire.md": fire.page(),
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
         "results.md": fill((BENCH / "results.md").read_text()),

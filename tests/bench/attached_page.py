@@ -1,0 +1,105 @@
+"""docs/attached.md, of the records of attached.py and combined.py; tables.py writes it."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+from page import percent
+
+from tie_ext.app.report import table
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "attached"
+CALLED = {"tinyimagenet": "TinyImageNet", "gaussian": "Gaussian noise", "uniform": "uniform noise", "notmnist": "letters (notMNIST)"}
+
+
+def page() -> str:
+    """The page; empty where there are no records yet."""
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for path in sorted(RESULTS.glob("*-seed*.json")):
+        record = json.loads(path.read_text())
+        groups[record["data"], record["images"]["train"], record["epochs"], record["backbone"]].append(record)
+    if not groups:
+        return ""
+    parts = [
+        "# Attach: what a garbage head tells\n",
+        "Made by `python tests/bench/tables.py` of the records in `docs/results/attached/`, which hold their commands. A plain network is trained, "
+        "and stays as it is; a head that reads every layer is taught by procedural images. No OOD image was seen in training. Percent; mean ± "
+        "standard deviation over the seeds where there are several. In garbage: rejected at level 1, without a threshold. Best other: the highest AUROC of "
+        "the hosts' detectors on the same network, chosen by looking at this very column, which favours them.\n",
+    ]
+    for (data, images, epochs, backbone), records in groups.items():
+        seeds = ", ".join(str(record["seed"]) for record in records)
+        parts.append(f"## {data}, {images} images, {epochs} epochs, {backbone}, seed {seeds}\n")
+        accuracy = percent([record["accuracy"] for record in records])
+        of_id = percent([record["numbers"]["garbage_rate"]["head"]["id"] for record in records])
+        seconds = mean(record["seconds"]["head"] for record in records)
+        parts.append(f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s.\n")
+        parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
+    return "\n".join([*parts, *_combined()])
+
+
+def _columns(records: list[dict]) -> list[dict]:
+    rows = []
+    scores = [record["numbers"]["scores"] for record in records]
+    for name in scores[0]["head"]:
+        others = [label for label in scores[0] if not label.startswith("head")]
+        best = max(others, key=lambda label: mean(of[label][name]["auroc"] for of in scores))
+        rows.append(
+            {
+                "OOD set": _called(name),
+                "in garbage": percent([record["numbers"]["garbage_rate"]["head"][name] for record in records], 1),
+                "head: FPR@95": percent([of["head"][name]["fpr95_id"] for of in scores]),
+                "head: AUROC": percent([of["head"][name]["auroc"] for of in scores]),
+                "best other: AUROC": f"{percent([of[best][name]['auroc'] for of in scores])} ({best})",
+            }
+        )
+    return rows
+
+
+def _teachers(records: list[dict]) -> list[dict]:
+    rows = []
+    for label in records[0]["numbers"]["garbage_rate"]:
+        rates = [record["numbers"]["garbage_rate"][label] for record in records]
+        tests = [name for name in rates[0] if name not in ("held", "id") and not name.startswith("val:")]
+        worst = min(tests, key=lambda name: mean(rate[name] for rate in rates))
+        rows.append(
+            {
+                "outliers": label.removeprefix("head, ") if label != "head" else "procedural",
+                "ID in garbage": percent([rate["id"] for rate in rates]),
+                "OOD test sets in garbage, mean": percent([mean(rate[name] for name in tests) for rate in rates], 1),
+                "worst": f"{percent([rate[worst] for rate in rates], 1)} ({_called(worst)})",
+            }
+        )
+    return rows
+
+
+def _combined() -> list[str]:
+    if not (RESULTS / "combined.json").exists():
+        return []
+    record = json.loads((RESULTS / "combined.json").read_text())
+    tried = {(tuple(row["members"]), row["rule"]): row for row in record["validation"]}
+    rows = []
+    for name, of in record["judged"].items():
+        key = tuple(of["members"]), of["rule"]
+        sets = [m["auroc"] for run in of["runs"].values() for m in run["sets"].values()]
+        rows.append(
+            {
+                "what": name,
+                "members": f"{' + '.join(of['members'])}" + (f", {of['rule']}" if len(of["members"]) > 1 else ""),
+                "validation: worst AUROC": percent([tried[key]["worst"]]),
+                "test: worst, mean": f"{percent([min(sets)])}, {percent([mean(sets)])}",
+                "false alarms": percent([mean(run["false_alarms"] for run in of["runs"].values())]),
+            }
+        )
+    text = (
+        f"Every combination of up to three scores, by every rule of `tie_ext.combination`, on {len(record['runs'])} networks "
+        f"({', '.join(record['runs'])}): {len(record['validation'])} in all. Chosen is the highest AUROC in the worst validation column; the OOD "
+        f"test sets were looked at for this table alone. False alarms: ID test images above the threshold for {percent([record['false_alarm']], 0)}.\n"
+    )
+    return ["## One score of several\n", text, table(rows), ""]
+
+
+def _called(name: str) -> str:
+    kind, _, of = name.partition(":")
+    return f"{CALLED.get(of, of)}, validation" if kind == "val" else CALLED.get(name, name)
