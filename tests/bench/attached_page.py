@@ -13,22 +13,41 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "attached"
 CALLED = {"tinyimagenet": "TinyImageNet", "gaussian": "Gaussian noise", "uniform": "uniform noise", "notmnist": "letters (notMNIST)"}
 
 
-def page() -> str:
-    """The page; empty where there are no records yet."""
-    groups: dict[tuple, list[dict]] = defaultdict(list)
+SHORT = ("mnist", "fashionmnist", "notmnist", "cifar100", "tinyimagenet")
+"""OOD sets of the table in README."""
+
+
+def short() -> str:
+    """The table in README."""
+    rows = []
+    for (data, _, _, _), records in groups().items():
+        for row in _columns(records, [name for name in SHORT if name != data]):
+            rows.append({"in-distribution": data, **{key: value for key, value in row.items() if key != "head: FPR@95"}})
+    return table(rows)
+
+
+def groups() -> dict[tuple, list[dict]]:
+    """Records of all seeds by data, training images, epochs and backbone."""
+    found: dict[tuple, list[dict]] = defaultdict(list)
     for path in sorted(RESULTS.glob("*-seed*.json")):
         record = json.loads(path.read_text())
-        groups[record["data"], record["images"]["train"], record["epochs"], record["backbone"]].append(record)
-    if not groups:
+        found[record["data"], record["images"]["train"], record["epochs"], record["backbone"]].append(record)
+    return found
+
+
+def page() -> str:
+    """The page; empty where there are no records yet."""
+    if not groups():
         return ""
-    parts = [
-        "# Attach: what a garbage head tells\n",
-        "Made by `python tests/bench/tables.py` of the records in `docs/results/attached/`, which hold their commands. A plain network is trained, "
-        "and stays as it is; a head that reads every layer is taught by procedural images. No OOD image was seen in training. Percent; mean ± "
-        "standard deviation over the seeds where there are several. In garbage: rejected at level 1, without a threshold. Best other: the highest AUROC of "
-        "the hosts' detectors on the same network, chosen by looking at this very column, which favours them.\n",
-    ]
-    for (data, images, epochs, backbone), records in groups.items():
+    head = (
+        "# Attach: what a garbage head tells\n\n"
+        "Made by `python tests/bench/tables.py` of the records in `docs/results/attached/`, which hold their commands. A plain network is\n"
+        "trained, and stays as it is; a head that reads every layer is taught by procedural images. No OOD image was seen in training.\n"
+        "Percent; mean ± standard deviation over the seeds where there are several. In garbage: rejected at level 1, without a threshold.\n"
+        "Best other: the highest AUROC of the hosts' detectors on the same network, chosen by looking at this very column.\n"
+    )
+    parts = [head]
+    for (data, images, epochs, backbone), records in groups().items():
         seeds = ", ".join(str(record["seed"]) for record in records)
         parts.append(f"## {data}, {images} images, {epochs} epochs, {backbone}, seed {seeds}\n")
         accuracy = percent([record["accuracy"] for record in records])
@@ -39,10 +58,10 @@ def page() -> str:
     return "\n".join([*parts, *_combined()])
 
 
-def _columns(records: list[dict]) -> list[dict]:
+def _columns(records: list[dict], wanted: list[str] | None = None) -> list[dict]:
     rows = []
     scores = [record["numbers"]["scores"] for record in records]
-    for name in scores[0]["head"]:
+    for name in wanted or scores[0]["head"]:
         others = [label for label in scores[0] if not label.startswith("head")]
         best = max(others, key=lambda label: mean(of[label][name]["auroc"] for of in scores))
         rows.append(
@@ -93,9 +112,10 @@ def _combined() -> list[str]:
             }
         )
     text = (
-        f"Every combination of up to three scores, by every rule of `tie_ext.combination`, on {len(record['runs'])} networks "
-        f"({', '.join(record['runs'])}): {len(record['validation'])} in all. Chosen is the highest AUROC in the worst validation column; the OOD "
-        f"test sets were looked at for this table alone. False alarms: ID test images above the threshold for {percent([record['false_alarm']], 0)}.\n"
+        f"Every combination of up to three scores, by every rule of `tie_ext.combination`, on {len(record['runs'])} networks:\n"
+        f"{', '.join(record['runs'])}; {len(record['validation'])} in all. Chosen is the highest AUROC in the worst validation column.\n"
+        "The OOD test sets were looked at for this table alone. False alarms: ID test images above the threshold that\n"
+        f"{percent([record['false_alarm']], 0)} % of them may exceed.\n"
     )
     return ["## One score of several\n", text, table(rows), ""]
 

@@ -323,10 +323,10 @@ def agreement() -> str:
 
 
 def readme() -> str:
-    """README.md, with the advice between its two comments."""
-    start, end = "<!-- tests/bench/tables.py fills in tests/bench/advice.md here -->\n", "<!-- and ends here -->"
+    """README.md, with the table of attach between its two comments."""
+    start, end = "<!-- tests/bench/tables.py fills in docs/results/attached here -->\n", "<!-- and ends here -->"
     before, rest = (DOCS.parent / "README.md").read_text().split(start)
-    return f"{before}{start}{fill((BENCH / 'advice.md').read_text())}{end}{rest.split(end)[1]}"
+    return f"{before}{start}{attached_page.short()}\n{end}{rest.split(end)[1]}"
 
 
 def documents() -> dict[str, str]:
@@ -344,6 +344,7 @@ def documents() -> dict[str, str]:
         "attached.md": attached_page.page(),
         "research/under_fire.md": fire.page(),
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
+        "which_outliers.md": fill((BENCH / "advice.md").read_text()),
         "results.md": fill((BENCH / "results.md").read_text()),
         "findings.md": fill((BENCH / "findings.md").read_text()),
         "../README.md": readme(),
