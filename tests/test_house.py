@@ -157,8 +157,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (HOUSE.parent / "README.md").read_te
 
 @pytest.mark.parametrize(
     ("block", "written"),
-    [*zip(BLOCKS, ["network.safetensors", "attached.safetensors", "detector/detector.json"], strict=True)],
-    ids=["alone", "attach", "pytorch-ood"],
+    [*zip(BLOCKS, ["attached.safetensors", "network.safetensors", "detector/detector.json"], strict=True)],
+    ids=["attach", "alone", "pytorch-ood"],
 )
 def test_the_readme_runs(block, written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

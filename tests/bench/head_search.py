@@ -15,7 +15,7 @@ import torch
 from attached import OUT, image_sets
 from torch import Tensor
 
-from tie_ext import GarbageHead, TIENet
+from tie_ext import GarbageHead, TIENet, teaching
 from tie_ext.app.data import ImageBatches
 from tie_ext.bench.comparison import classifier
 from tie_ext.outliers import make
@@ -23,7 +23,6 @@ from tie_ext.support.files import write_json
 from tie_ext.support.modules import frozen
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
-from tie_ext.teaching import teach
 
 SEEDS = (0, 1)
 
@@ -53,26 +52,32 @@ def main() -> None:
             drawn = statistics(net, (maker.sample(net, x, y).x for x, y in images))
             outside[name] = torch.cat([outside[name], drawn]) if name in outside else drawn
     n = len(sets["train"])
-    trials = {
-        "as it is": ({"procedural": n}, 1600, 128),
-        "twice the outliers": ({"procedural": 2 * n}, 1600, 128),
-        "three times": ({"procedural": 3 * n}, 1600, 128),
-        "three times, 4800 steps": ({"procedural": 3 * n}, 4800, 128),
-        "4800 steps": ({"procedural": n}, 4800, 128),
-        "400 steps": ({"procedural": n}, 400, 128),
-        "hidden 512": ({"procedural": 2 * n}, 1600, 512),
-        "with tiles": ({"procedural": n, "shuffle": n // 4}, 1600, 128),
-        "with multi-scale noise": ({"procedural": n, "multiscale": n // 2}, 1600, 128),
+    trials = {  # outliers, steps, learning rate, hidden units
+        "as it was": ({"procedural": n}, 1600, 1e-3, 128),
+        "twice the outliers": ({"procedural": 2 * n}, 1600, 1e-3, 128),
+        "three times": ({"procedural": 3 * n}, 1600, 1e-3, 128),
+        "three times, 4800 steps": ({"procedural": 3 * n}, 4800, 1e-3, 128),
+        "4800 steps": ({"procedural": n}, 4800, 1e-3, 128),
+        "400 steps": ({"procedural": n}, 400, 1e-3, 128),
+        "hidden 512": ({"procedural": 2 * n}, 1600, 1e-3, 512),
+        "with tiles": ({"procedural": n, "shuffle": n // 4}, 1600, 1e-3, 128),
+        "with multi-scale noise": ({"procedural": n, "multiscale": n // 2}, 1600, 1e-3, 128),
+        "rate 3e-3": ({"procedural": n}, 1600, 3e-3, 128),
+        "rate 1e-2": ({"procedural": n}, 1600, 1e-2, 128),
+        "twice, rate 3e-3": ({"procedural": 2 * n}, 1600, 3e-3, 128),
+        "twice, rate 1e-2": ({"procedural": 2 * n}, 1600, 1e-2, 128),
+        "three times, rate 1e-2": ({"procedural": 3 * n}, 1600, 1e-2, 128),
     }
     results = {}
-    for label, (parts, steps, hidden) in trials.items():
+    for label, (parts, steps, rate, hidden) in trials.items():
         rows = torch.cat([outside[name][:count] for name, count in parts.items()])
         results[label] = []
         for seed in SEEDS:
             start = time.perf_counter()
             with seeded(seed):
                 head = GarbageHead(net.garbage.layers, net.feature_size, hidden)
-                teach(head, seen["train"], rows, steps)
+                teaching.RATE = rate
+                teaching.teach(head, seen["train"], rows, steps)
             with torch.no_grad():
                 scores = {name: head(of).squeeze(1) for name, of in seen.items()}
             line = scores["held"].quantile(0.999)

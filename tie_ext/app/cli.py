@@ -119,10 +119,10 @@ def _demo(a: argparse.Namespace) -> None:
         run.clear(a.out)
         record = run.train_on(a.out, settings, images, test, ood, progress=_interactive())
         numbers, scores = {"TIE": record["numbers"]}, load_state(a.out / "scores.safetensors", "scores")
-        for method in ("attach", "plain"):
-            net, _ = comparison.train_method(
-                method, BACKBONES["conv3"], images, settings.recipe, settings.batch_size, progress=_interactive(), shift=0
-            )
+        options = {"progress": _interactive(), "shift": 0}
+        plain, _ = comparison.train_method("plain", BACKBONES["conv3"], images, settings.recipe, settings.batch_size, **options)
+        nets = {"attach": comparison.attached(plain, images, a.seed, _interactive()), "plain": plain}
+        for method, net in nets.items():
             numbers[comparison.LABELS[method]], values = evaluate(net, test, ood, images, comparison.has_garbage(method))
             scores |= {comparison.LABELS[method] if label == "score" else label: sets for label, sets in values.items()}
         save_state(a.out / "scores.safetensors", "scores", scores)

@@ -115,6 +115,11 @@ def classifier(net: TIENet) -> nn.Module:
     return model.eval()
 
 
+def attached(net: TIENet, images: ImageSet, seed: int, progress: bool = False) -> TIENet:
+    """The same classifier with a garbage head on every layer, taught by procedural images beside the training images."""
+    return attach(classifier(net), ImageBatches(images, 500), net.num_classes, classes=net.classes, seed=seed, progress=progress)
+
+
 def train_method(
     method: str,
     backbone: Callable[[], nn.Module],
@@ -156,8 +161,7 @@ def train_method(
     if method in ("plain", "attach"):
         train_plain(net, batches, config, progress)
         if method == "attach":
-            model = classifier(net)
-            net = attach(model, ImageBatches(images, batch_size), net.num_classes, classes=images.classes, seed=config.seed, progress=progress)
+            net = attached(net, images, config.seed, progress)
     elif method in OPENOOD:
         from tie_ext.openood import check_requirements
 
