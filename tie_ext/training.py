@@ -194,8 +194,8 @@ class TIETrainer:
                 outside.add(self.net.statistics(self.pool.draw(len(x)).to(self.device))[1])
         # The same statistics and the same randomness in every process, so that all heads stay one.
         with seeded(self.config.seed, len(self.log) + 1, 0, 4):
-            rows = (gathered(sample.rows, self.device) for sample in (inside, outside))
-            return teach(head, *rows, HEAD_STEPS, self.config.garbage_weight, self.progress)
+            rows, garbage = (gathered(sample.rows, self.device) for sample in (inside, outside))
+            return teach(head, rows, garbage, HEAD_STEPS, self.config.garbage_weight, self.progress)
 
     def _to_training_mode(self) -> None:
         """Training mode, but for the parts that were in evaluation mode while the whole was not."""

@@ -119,8 +119,9 @@ def _demo(a: argparse.Namespace) -> None:
         run.clear(a.out)
         record = run.train_on(a.out, settings, images, test, ood, progress=_interactive())
         numbers, scores = {"TIE": record["numbers"]}, load_state(a.out / "scores.safetensors", "scores")
-        options = {"progress": _interactive(), "shift": 0}
-        plain, _ = comparison.train_method("plain", BACKBONES["conv3"], images, settings.recipe, settings.batch_size, **options)
+        plain, _ = comparison.train_method(
+            "plain", BACKBONES["conv3"], images, settings.recipe, settings.batch_size, progress=_interactive(), shift=0
+        )
         nets = {"attach": comparison.attached(plain, images, a.seed, _interactive()), "plain": plain}
         for method, net in nets.items():
             numbers[comparison.LABELS[method]], values = evaluate(net, test, ood, images, comparison.has_garbage(method))
