@@ -122,11 +122,12 @@ def _by_synthesizer(found: dict[str, dict[str, list[dict]]]) -> list[str]:
                 rate = percent([n["garbage_rate"][other] for n in numbers], 1)
                 row[other] = f"{rate} / {percent([m['auroc'] for m in scores])} / {percent([m['fpr95'] for m in scores])}"
             times = [entry["seconds"] for r in records for entry in r["log"]]
-            row["train s"] = f"{median(t['train'] for t in times):.0f}"
-            propose = median(t["invert"] + t["exclude"] for t in times)
-            first = mean(r["log"][0]["seconds"]["invert"] + r["log"][0]["seconds"]["exclude"] for r in records)
-            row["propose s"], row["once s"] = f"{propose:.0f}", f"{max(0.0, first - propose):.0f}"
-            row["peak MB"] = f"{mean(max(r['peak_memory_mb']) for r in records):.0f}"
+            if times:  # attach has no epochs
+                row["train s"] = f"{median(t['train'] for t in times):.0f}"
+                propose = median(t["invert"] + t["exclude"] for t in times)
+                first = mean(r["log"][0]["seconds"]["invert"] + r["log"][0]["seconds"]["exclude"] for r in records)
+                row["propose s"], row["once s"] = f"{propose:.0f}", f"{max(0.0, first - propose):.0f}"
+                row["peak MB"] = f"{mean(max(r['peak_memory_mb']) for r in records):.0f}"
             rows.append(row)
         if rows:
             parts += [f"## {name}\n", table(rows), ""]
