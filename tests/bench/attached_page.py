@@ -54,6 +54,7 @@ def page() -> str:
         of_id = percent([record["numbers"]["garbage_rate"]["head"]["id"] for record in records])
         seconds = mean(record["seconds"]["head"] for record in records)
         parts.append(f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s.\n")
+        parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
         parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
     return "\n".join([*parts, *_combined()])
 
@@ -117,7 +118,7 @@ def _combined() -> list[str]:
         "The OOD test sets were looked at for this table alone. False alarms: ID test images above the threshold that\n"
         f"{percent([record['false_alarm']], 0)} % of them may exceed.\n"
     )
-    return ["## One score of several\n", text, table(rows), ""]
+    return ["## One score of several\n", f"    python tests/bench/{record['command']}\n", text, table(rows), ""]
 
 
 def _called(name: str) -> str:
