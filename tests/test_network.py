@@ -364,6 +364,12 @@ def test_a_file_of_a_network_that_does_not_fit_is_refused_by_its_reason(tmp_path
         TIENet.load(tmp_path / "net")
 
 
+def test_resnet20_is_of_the_papers_size():
+    weights = sum(p.numel() for p in ResNet20().parameters())
+    assert 0.27e6 < weights < 0.28e6
+    assert sum(isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3) for part in ResNet20().modules()) == 19
+
+
 def test_a_head_is_copied():
     head = GarbageHead({"conv.0": 8}, 48)
     net = TIENet(Small(3), 3, SHAPE, garbage=head)

@@ -13,7 +13,7 @@ from conftest import TINY, make_batches, make_net, make_trainer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tie_ext import Conv3, Inversion, TIETrainer
+from tie_ext import Conv3, GarbageHead, Inversion, TIETrainer
 from tie_ext.app import cli
 from tie_ext.app.cli import main
 from tie_ext.app.data import ImageBatches
@@ -239,6 +239,18 @@ def test_every_method_sees_the_first_epoch_in_the_same_order(done, monkeypatch):
         orders[method] = seen
         monkeypatch.setattr(ImageBatches, "_rows", draw)
     assert torch.equal(orders["tie"][1], orders["plain"][0])  # the first of TIE's is that of the look at the data
+
+
+def test_attach_stands_on_the_plain_network(done, monkeypatch):
+    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 5)
+    images, *_ = reproduce.image_sets("mnist", 0, None, done[1].root)
+    asked = (("plain", 1), ("attach", 1), ("attach", 2))
+    plain, attached, other = (train_method(method, Conv3, images, changed(seed=seed))[0] for method, seed in asked)
+    x = images.x[:5].float() / 255
+    assert torch.equal(attached(x), plain(x))
+    assert isinstance(attached.garbage, GarbageHead)
+    assert attached.classes == images.classes
+    assert not torch.equal(attached.garbage.network[0].weight, other.garbage.network[0].weight)
 
 
 @pytest.mark.parametrize("method", ["tie", "plain"])

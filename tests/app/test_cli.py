@@ -117,6 +117,15 @@ def test_help_says_what_each_setting_means(command, capsys, monkeypatch):
     assert "`" not in said
 
 
+def test_the_tables_say_what_the_record_does(run):
+    numbers = json.loads((run / "run.json").read_text())["numbers"]
+    (of_id,), (of_ood,) = report.id_rows({"TIE": numbers}), report.ood_rows({"TIE": numbers})
+    shares = (numbers["accuracy"], numbers["id_garbage_rate"], numbers["id_rejected"])
+    assert list(of_id.values()) == ["TIE", *(f"{100 * share:.2f}" for share in shares)]
+    m, garbage = numbers["scores"]["score"]["noise"], numbers["garbage_rate"]["noise"]
+    assert list(of_ood.values()) == ["TIE", "noise", f"{100 * m['auroc']:.2f}", f"{100 * m['fpr95']:.2f}", f"{100 * garbage:.1f}"]
+
+
 def test_every_inversion_can_be_expelled(folder, tmp_path):
     assert main(train(folder, tmp_path / "run", "--lam=-inf", "--epochs", "1")) == 0
     log = json.loads((tmp_path / "run" / "run.json").read_text())["log"][0]

@@ -202,6 +202,13 @@ def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, 
         net.no_such_layer  # noqa: B018
 
 
+def test_a_config_asks_for_a_head_on_every_layer(openood):
+    from tie_ext import GarbageHead
+
+    assert isinstance(build(garbage="layers").garbage, GarbageHead)
+    assert isinstance(build().garbage, torch.nn.Linear)
+
+
 def test_a_networks_value_range_is_that_of_the_normalised_images(openood):
     net = build(backbone="resnet18_32x32", image_size=32, normalization_type="cifar10")
     torch.testing.assert_close(net.low.flatten(), torch.tensor([-0.4914 / 0.2470, -0.4822 / 0.2435, -0.4465 / 0.2616]))
