@@ -80,16 +80,17 @@ def test_the_softmax_over_all_outputs_gives_the_heads_odds():
     assert torch.equal(h, net.features(x))
 
 
-def test_statistics_are_mean_and_deviation_of_every_layer_standardised_on_id_images():
+def test_statistics_are_of_every_layer_before_its_relu_standardised_on_id_images():
     x, y = stripes()
     model = Small().eval()
     net = attach(model, [(x[:30], y[:30]), (x[30:], y[30:])], 3)
-    assert net.garbage.layers == {"conv.0": 8, "conv.3": 12}
-    first = model.conv[0](x)
-    second = model.conv[1:4](first)
+    assert net.garbage.layers == {"conv.1": 8, "conv.4": 12}  # the convolutions' normalisations
+    first = model.conv[:2](x).clone()
+    second = model.conv[2:5](first.clone()).clone()
     parts = [model.conv(x)]
     for maps in (first, second):
-        parts += [maps.mean((2, 3)), maps.var((2, 3), correction=0).sqrt()]
+        through = maps.clamp(min=0)
+        parts += [through.mean((2, 3)), through.var((2, 3), correction=0).sqrt(), maps.amax((2, 3)), maps.amin((2, 3))]
     want = torch.cat(parts, dim=1)
     _, statistics = net.statistics(x)
     torch.testing.assert_close(statistics, want, rtol=1e-4, atol=1e-5)
@@ -111,9 +112,27 @@ def test_the_number_of_statistics_is_bounded():
     assert len(layers) == MOST_LAYERS
     assert next(iter(layers)) == "0"
     assert list(layers)[-1] == "38"
-    assert GarbageHead(layers, 7).mean.numel() == 7 + 2 * MOST_LAYERS * MOST_CHANNELS
-    assert pooled(torch.rand(2, 150, 4, 4)).shape == (2, 2 * MOST_CHANNELS)
-    assert pooled(torch.rand(2, 9, 24)).shape == (2, 48)
+    assert GarbageHead(layers, 7).mean.numel() == 7 + 4 * MOST_LAYERS * MOST_CHANNELS
+    assert pooled(torch.rand(2, 150, 4, 4)).shape == (2, 4 * MOST_CHANNELS)
+    assert pooled(torch.rand(2, 9, 24)).shape == (2, 96)
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        ([nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True)], {"0": 4}),  # no normalisation
+        ([nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()], {"1": 4}),
+        ([nn.BatchNorm2d(1), nn.ReLU(), nn.Conv2d(1, 4, 3)], {"2": 4}),  # the normalisation is of what came before
+        ([nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)], {"0": 4}),  # of what the ReLU let through
+    ],
+)
+def test_a_layer_is_read_before_its_relu_after_its_own_normalisation(layers, found):
+    net = TIENet(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), 3, SHAPE, garbage="layers").eval()
+    assert net.garbage.layers == found
+    x = torch.rand(5, *SHAPE)
+    before = nn.Sequential(*layers[: int(next(iter(found))) + 1]).eval()(x)
+    assert torch.equal(net.statistics(x)[1][:, 4:], pooled(before))
+    assert before.min() < 0
 
 
 def test_outliers_that_were_not_taught_are_told_and_the_same_seed_gives_the_same_head(monkeypatch):

@@ -349,7 +349,7 @@ def _weight(key, value):
         (_changed(head={"layers": {1: 8}}), r"layers \{1: 8\} of a garbage head"),
         (_changed(head={"layers": {"conv.0": 0}}), r"layers \{'conv.0': 0\} of a garbage head"),
         (_changed(head={"layers": {"conv.0": "8"}}), r"layers \{'conv.0': '8'\} of a garbage head"),
-        (_changed(head={"layers": {"conv.0": 31}}), "320 statistics instead of 190"),
+        (_changed(head={"layers": {"conv.0": 31}}), "512 statistics instead of 252"),
     ],
 )
 def test_a_file_of_a_network_that_does_not_fit_is_refused_by_its_reason(tmp_path, damage, message):

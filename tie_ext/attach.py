@@ -2,8 +2,9 @@
 
 Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.head`), ``t (N,)`` 1 where an image is an outlier, else 0.
 
-One look at the ID images, one at as many outliers, and the head learns ``t`` of ``s`` by binary cross-entropy. Its log-odds become the (n+1)-th
-logit, ``logsumexp(ID logits) + head(s)``, so that the softmax over n+1 outputs gives the head's odds of garbage; no ID logit changes by a bit.
+One look at the ID images, one at three times as many outliers, and the head learns ``t`` of ``s`` by binary cross-entropy. Its log-odds become the
+(n+1)-th logit, ``logsumexp(ID logits) + head(s)``, so that the softmax over n+1 outputs gives the head's odds of garbage; no ID logit changes by a
+bit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,10 @@ from tie_ext.teaching import MEMORY, STEPS, Sample, teach
 
 LAM = 2.0
 """lambda of level 2, as the loop's default."""
+OUTLIERS = 3
+"""Outliers an ID image, of each who proposes them."""
+WEIGHT = 3.0
+"""Of all outliers together, where all ID images have 1: level 1 takes an outlier to be as dear as three ID images."""
 
 
 def attach(
@@ -85,7 +90,7 @@ def attach(
                 proposer.to(net.low.device).fit(net, _Labelled(net, batches), progress=1.0)
         head = cast(GarbageHead, net.garbage)
         inside, outside, logits = _look(net, head, batches, proposers, progress)
-        teach(head, inside, outside, STEPS, progress=progress)
+        teach(head, inside, outside, STEPS, WEIGHT, progress)
         net.tau.fill_(_tau(net, inside, logits))
     return net
 
@@ -139,7 +144,8 @@ def _look(net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence
                 counts, labelled = counts + y.cpu().bincount(minlength=net.num_classes), True
             inside.add(torch.cat([s, logits], dim=1))
             for proposer in proposers:
-                outside.add(net.statistics(proposer.sample(net, x, y.to(device)).x)[1])
+                for _ in range(OUTLIERS):
+                    outside.add(net.statistics(proposer.sample(net, x, y.to(device)).x)[1])
     if labelled and (counts == 0).any():
         missing = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"Expected samples of all {net.num_classes} classes, but got none of class {missing}")

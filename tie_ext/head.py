@@ -1,10 +1,11 @@
 """The garbage head: what every layer of a classifier says of an image, made into the log-odds of garbage.
 
-Symbols: ``a (B, C, H, W)`` or ``(B, T, C)`` a layer's output; ``h (B, F)`` penultimate features; ``s (B, S)`` the statistics of an image: ``h``
-beside mean and deviation, over space or tokens, of the chosen channels of each chosen layer.
+Symbols: ``a (B, C, H, W)`` or ``(B, T, C)`` a layer's output before its ReLU; ``h (B, F)`` penultimate features; ``s (B, S)`` the statistics of an
+image: ``h`` beside four numbers of each chosen channel of each chosen layer, over space or tokens: mean and deviation of what a ReLU lets
+through, the largest and the smallest value.
 
 The layers of a network leave what an image looks like behind as they find out what it is; an image that is nothing of what they have learned
-is seen to be so early, and often only there.
+is seen to be so early, and often only there. Mean and deviation tell textures; a thin stroke is told by the place where a filter answers most.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,13 +13,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from tie_ext.support.modules import evaluating
 
 MOST_LAYERS = 16
 """Layers read at most, evenly spaced from the first to the last."""
 MOST_CHANNELS = 128
-"""Channels read of each at most, evenly spaced: with 16 layers the statistics are no more than 4096 beside the penultimate features."""
+"""Channels read of each at most, evenly spaced."""
+STATISTICS = 4
+"""Numbers of a channel: with 16 layers of 128 channels no more than 8192 beside the penultimate features."""
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+"""What may stand between a convolution and its ReLU."""
 
 
 class GarbageHead(nn.Module):
@@ -36,7 +42,7 @@ class GarbageHead(nn.Module):
     def __init__(self, layers: Mapping[str, int], feature_size: int, hidden: int = 128):
         super().__init__()
         self.layers, self.feature_size, self.hidden = dict(layers), feature_size, hidden
-        size = feature_size + 2 * sum(min(channels, MOST_CHANNELS) for channels in self.layers.values())
+        size = feature_size + STATISTICS * sum(min(channels, MOST_CHANNELS) for channels in self.layers.values())
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(size))
         self.network = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, 1))
@@ -55,34 +61,38 @@ class GarbageHead(nn.Module):
 
     @contextmanager
     def reading(self, backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Inside, a forward pass of the backbone leaves the output of each layer that is read in the dict that is given."""
-        outputs: dict[str, Tensor] = {}
+        """Inside, a forward pass of the backbone leaves the statistics of each layer that is read, :func:`pooled`, in the dict that is given."""
+        found: dict[str, Tensor] = {}
+        # Pooled at once: a ReLU that works in place comes next, and the maps themselves need not be kept.
         hooks = [
-            backbone.get_submodule(name).register_forward_hook(lambda module, args, output, name=name: outputs.__setitem__(name, output))
+            backbone.get_submodule(name).register_forward_hook(lambda module, args, output, name=name: found.__setitem__(name, pooled(output)))
             for name in self.layers
         ]
         try:
-            yield outputs
+            yield found
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def statistics(self, outputs: Mapping[str, Tensor], h: Tensor) -> Tensor:
-        """The statistics ``(B, S)`` of what the layers gave and of features ``h (B, F)``."""
-        return torch.cat([h.to(self.mean.dtype), *(pooled(outputs[name]).to(self.mean.dtype) for name in self.layers)], dim=1)
+    def statistics(self, found: Mapping[str, Tensor], h: Tensor) -> Tensor:
+        """The statistics ``(B, S)`` of features ``h (B, F)`` and of what :meth:`reading` found."""
+        return torch.cat([h.to(self.mean.dtype), *(found[name].to(self.mean.dtype) for name in self.layers)], dim=1)
 
 
 def pooled(a: Tensor) -> Tensor:
-    """Mean and deviation ``(B, 2c)`` over space or tokens of a layer's output ``(B, C, H, W)`` or ``(B, T, C)``, of at most 128 channels."""
+    """Four statistics ``(B, 4c)`` over space or tokens of a layer's output ``(B, C, H, W)`` or ``(B, T, C)``, of c <= 128 channels."""
     a = (a.flatten(2) if a.ndim == 4 else a.transpose(1, 2)).float()  # (B, C, places)
     if a.shape[1] > MOST_CHANNELS:
         a = a[:, torch.linspace(0, a.shape[1] - 1, MOST_CHANNELS).round().long().to(a.device)]
-    mean = a.mean(2)
-    return torch.cat([mean, (a - mean[:, :, None]).square().mean(2).clamp_min(1e-12).sqrt()], dim=1)
+    through = a.relu()
+    mean = through.mean(2)
+    deviation = (through - mean[:, :, None]).square().mean(2).clamp_min(1e-12).sqrt()
+    return torch.cat([mean, deviation, a.amax(2), a.amin(2)], dim=1)
 
 
 def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
-    """The layers whose statistics tell most, of any backbone: its convolutions, or where it has none on a map, the blocks of a transformer.
+    """The layers whose statistics tell most, of any backbone: its convolutions, each with the normalisation that comes next, or where it has none
+    on a map, the blocks of a transformer.
 
     Arguments:
         backbone: The network; left as it was.
@@ -94,19 +104,22 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
     Raises:
         ValueError: If there is neither.
     """
-    convolutions: dict[str, int] = {}
+    convolutions: dict[str, Tensor] = {}  # their maps, by the name of what gave them last
     blocks: dict[str, int] = {}
 
-    def look(name: str, module: nn.Module, output: object) -> None:
+    def look(name: str, module: nn.Module, args: tuple, output: object) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         if output.ndim == 4 and isinstance(module, nn.Conv2d) and output.shape[2] * output.shape[3] > 1:
-            convolutions[name] = output.shape[1]
+            convolutions[name] = output
+        if output.ndim == 4 and isinstance(module, NORMS) and convolutions and args and args[0] is list(convolutions.values())[-1]:
+            convolutions.popitem()
+            convolutions[name] = output
         if output.ndim == 3 and isinstance(backbone.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList):
             blocks[name] = output.shape[2]
 
     hooks = [
-        module.register_forward_hook(lambda module, args, output, name=name: look(name, module, output))
+        module.register_forward_hook(lambda module, args, output, name=name: look(name, module, args, output))
         for name, module in backbone.named_modules()
         if name
     ]
@@ -118,7 +131,7 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
             hook.remove()
     outer = {name: channels for name, channels in blocks.items() if not any(name.startswith(f"{other}.") for other in blocks)}
     # A transformer has one convolution, which cuts the image into patches.
-    found = outer if len(outer) >= len(convolutions) else convolutions
+    found = outer if len(outer) >= len(convolutions) else {name: maps.shape[1] for name, maps in convolutions.items()}
     if not found:
         raise ValueError(
             f"Expected a backbone with convolutions or transformer blocks, whose maps tell OOD images, but got {type(backbone).__name__}"

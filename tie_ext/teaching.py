@@ -60,9 +60,11 @@ class Sample:
     def add(self, rows: Tensor) -> None:
         """Offer rows ``(M, S)``."""
         free = self.most - min(self.seen, self.most)
-        self.parts.append(rows[:free])
+        if free:
+            self.parts.append(rows[:free].clone())
         if rest := rows[free:].shape[0]:
-            self.parts = [torch.cat(self.parts)]
+            if len(self.parts) > 1:
+                self.parts = [torch.cat(self.parts)]
             place = (torch.rand(rest, dtype=torch.float64) * torch.arange(self.seen + free + 1, self.seen + len(rows) + 1)).long()
             taken = place < self.most
             self.parts[0][place[taken].to(rows.device)] = rows[free:][taken.to(rows.device)]

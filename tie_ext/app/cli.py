@@ -173,11 +173,13 @@ def _train(a: argparse.Namespace) -> None:
         raise UsageError("Expected --data and --out (or --resume RUN), but got neither or only one of them")
     else:
         folder, recipe = given.pop("out"), recipe_of(given)
-        given["ood"] = tuple(given.get("ood", ()))
+        for name in ("ood", "val_ood"):
+            given[name] = tuple(given.get(name, ()))
         given.setdefault("backbone", "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5")
         settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
     record = run.train_run(folder, settings, device, progress=_interactive(), say=print)
     print(report.tables({"TIE": record["numbers"]}))
+    print(report.worst_validation(record["numbers"]), end="")
     print(f"run: {folder}; pictures: tie-ext report {folder}")
 
 
@@ -191,6 +193,7 @@ def _attach(a: argparse.Namespace) -> None:
         settings = attaching.AttachSettings(**{f.name: given[f.name] for f in fields(attaching.AttachSettings) if f.name in given})
     numbers = attaching.attach_run(a.out, settings, a.device, progress=_interactive(), say=print)["numbers"]
     print(report.tables({attaching.LABEL: numbers}))
+    print(report.worst_validation(numbers), end="")
     print("ID accuracy is that of the network as it came")
     print(f"run: {a.out}; pictures: tie-ext report {a.out}")
 

@@ -116,6 +116,7 @@ def _images(parser: argparse.ArgumentParser, needed: bool) -> None:
     parser.add_argument("--root", help="where the named sets lie (default: data)")
     parser.add_argument("--download", action="store_true", help="let torchvision download what is missing")
     parser.add_argument("--ood", nargs="*", metavar="SET", help="sets to score at the end, beside noise")
+    parser.add_argument("--val-ood", nargs="*", metavar="SET", help="sets whose validation images (in val/) are scored too, to choose settings by")
     parser.add_argument("--images", type=int, help="take a random subset of this many training images")
     parser.add_argument("--size", type=int, help="image size in pixels (default: the set's own, 64 for folders)")
     parser.add_argument("--batch-size", type=int, help="ID images a batch (default: 128)")

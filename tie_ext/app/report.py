@@ -176,6 +176,15 @@ def tables(methods: Mapping[str, Mapping]) -> str:
     return f"{table(id_rows(methods))}\n\n{table(ood_rows(methods))}"
 
 
+def worst_validation(numbers: Mapping) -> str:
+    """A line on the validation set that is told worst, which settings are chosen by; nothing where there is none."""
+    found = [(of["auroc"], name, label) for label, sets in list(numbers["scores"].items())[:1] for name, of in sets.items() if name.startswith("val:")]
+    if not found:
+        return ""
+    auroc, name, label = min(found)
+    return f"worst validation set: {name.removeprefix('val:')}, AUROC {100 * auroc:.1f} by {label}\n"
+
+
 def write_report(folder: Path) -> Path:
     """Draw all figures of a run into ``RUN/figures`` and put them, the table and the settings on ``RUN/report.html``.
 

@@ -75,6 +75,8 @@ class ImageSettings:
     """ID images a batch."""
     ood: tuple[str, ...] = ()
     """Sets to score at the end, beside noise."""
+    val_ood: tuple[str, ...] = ()
+    """Sets whose validation images are scored too, as ``val:NAME``: settings may be chosen by them, and by none of the others."""
     download: bool = False
     """Let torchvision download what is missing."""
 
@@ -82,8 +84,10 @@ class ImageSettings:
         for name, kind in (("data", str), ("root", str), ("backbone", str), ("download", bool)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"Expected {name} to be a {kind.__name__}, but got {getattr(self, name)!r}")
-        if not isinstance(self.ood, tuple) or not all(isinstance(name, str) for name in self.ood):
-            raise ValueError(f"Expected ood to be names of image sets, but got {self.ood!r}")
+        for name in ("ood", "val_ood"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+                raise ValueError(f"Expected {name} to be names of image sets, but got {value!r}")
         for name, low, high in (("images", 1, 10**9), ("size", 1, LARGEST), ("batch_size", 1, 10**6)):
             if getattr(self, name) is not None or name == "batch_size":
                 check_number(name, getattr(self, name), low, high, integer=True)
@@ -147,7 +151,9 @@ def _images(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> 
         others = {"noise": data.noise("gaussian", min(len(test), 10_000), shape)}
     if test.classes != train.classes:
         raise ValueError(f"Expected the same classes in training and test images, but got {train.classes} and {test.classes}")
-    return train.first(settings.images, seed), test, {name: data.load(name, "ood", root, shape, download) for name in settings.ood} | others
+    validation = {f"val:{name}": data.load(name, "val", root, shape, download) for name in settings.val_ood}
+    ood = {name: data.load(name, "ood", root, shape, download) for name in settings.ood}
+    return train.first(settings.images, seed), test, validation | ood | others
 
 
 def train_run(
@@ -281,12 +287,14 @@ def read_settings(folder: Path) -> RunSettings:
         raw = record["settings"]
         if "weights" in raw:
             raise ValueError(f"Expected a run of tie-ext train in {folder}, but got one of tie-ext attach, which has nothing to go on with")
-        if not isinstance(raw["ood"], list):
-            raise TypeError(f"ood {raw['ood']!r}")
+        sets = {name: raw.get(name, []) for name in ("ood", "val_ood")}
+        for name, value in sets.items():
+            if not isinstance(value, list):
+                raise TypeError(f"{name} {value!r}")
         known = {f.name: raw[f.name] for f in fields(RunSettings) if f.name in raw}
         earlier = "config" in raw and "recipe" not in raw  # as 0.1.0 wrote them
         if not earlier:
-            return RunSettings(**{**known, "ood": tuple(raw["ood"]), "recipe": Recipe.of_record(raw["recipe"])})
+            return RunSettings(**{**known, **{name: tuple(value) for name, value in sets.items()}, "recipe": Recipe.of_record(raw["recipe"])})
     hint = "finish it with that version, or begin anew in another folder"
     raise ValueError(f"Expected a run of this version of tie_ext in {folder}, but got one that an earlier version made; {hint}")
 

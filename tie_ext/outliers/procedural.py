@@ -1,7 +1,7 @@
 """Procedural images: objects, strokes, waves, flat areas with an edge, and noise, drawn from nothing.
 
 A garbage class is only as wide as what it has seen. Noise covers textures that fill the frame; these families add what it lacks. Two more are
-made of ID images: shuffled tiles have their details without their layout, permuted pixels their colours alone.
+made of ID images, for those who ask: shuffled tiles have their details without their layout, permuted pixels their colours alone.
 
 Symbols: images ``(M, C, H, W)``; a family from nothing gives values in [0, 1], one made of images ``x`` keeps their range.
 """
@@ -156,10 +156,10 @@ def permuted_pixels(x: Tensor, dice: Dice) -> Tensor:
 
 
 FAMILIES: dict[str, tuple[float, Callable[[Sequence[int], Dice], Tensor]]] = {
-    "noise": (0.25, clouds),
-    "shapes": (0.4, shapes),
-    "waves": (0.1, waves),
-    "masks": (0.25, masks),
+    "noise": (0.1, clouds),
+    "shapes": (0.7, shapes),
+    "waves": (0.05, waves),
+    "masks": (0.15, masks),
     "leaves": (0.0, leaves),
     "fractals": (0.0, fractals),
 }
@@ -171,12 +171,12 @@ class ProceduralSettings(Settings):
     """How much is made of ID images."""
 
     from_images: float = setting(
-        1 / 3, "Share of candidates made of ID images, half as shuffled tiles and half as permuted pixels; a pool begins without them.", low=0, high=1
+        0.0, "Share of candidates made of ID images, half as shuffled tiles and half as permuted pixels; a pool begins without them.", low=0, high=1
     )
 
 
 class Procedural(Prior):
-    """Procedural images: a quarter multi-scale noise, two fifths shapes, a tenth waves, a quarter masks; half of colour images nearly grey.
+    """Procedural images: 70 % shapes, 15 % masks, 10 % multi-scale noise, 5 % waves; half of colour images nearly grey.
 
     Arguments:
         domain: The network the images are for, or the :class:`~tie_ext.synthesis.Domain` of the data.
@@ -186,14 +186,20 @@ class Procedural(Prior):
     settings_class: ClassVar = ProceduralSettings
 
     def draw(self, shape: Sequence[int]) -> Tensor:
-        """Images of shape ``(M, C, H, W)`` from nothing, in ``[low, high]``, on the device of the range."""
+        """Images of shape ``(M, C, H, W)`` from nothing, in ``[low, high]``, on the device of the range.
+
+        Half are drawn, the others are their mirrored negatives: as likely, and to a network as new, for nothing.
+        """
         dice, mixture = Dice(self.low.device), [(share, draw) for share, draw in FAMILIES.values() if share]
-        images = torch.empty(*shape, device=dice.device)
-        family = dice.deal(len(images), [share for share, _ in mixture])
+        images, twins = torch.empty(*shape, device=dice.device), shape[0] // 2
+        family = dice.deal(len(images) - twins, [share for share, _ in mixture])
         for i, (_, draw) in enumerate(mixture):
             for chosen in (family == i).nonzero()[:, 0].split(max(1, CHUNK // math.prod(shape[1:]))):
                 if len(chosen):
-                    images[chosen] = self.scaled(greyed(draw((len(chosen), *shape[1:]), dice), dice))
+                    drawn = greyed(draw((len(chosen), *shape[1:]), dice), dice)
+                    images[chosen] = self.scaled(drawn)
+                    paired = chosen < twins
+                    images[len(family) + chosen[paired]] = self.scaled(1 - drawn[paired].flip(3))
         return images
 
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
