@@ -114,7 +114,12 @@ def workplace(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     lists = place / "data" / "benchmark_imglist" / "mnist"
     lists.mkdir(parents=True)
-    for name, count in (("train_mnist", 240), ("val_mnist", 40), ("test_mnist", 60), ("test_fashionmnist", 40), ("test_cifar10", 40)):
+    for name, count in (
+        ("train_mnist", 240),
+        ("val_mnist", 40),
+        ("test_mnist", 60),
+        *((name, 40) for name in ("test_fashionmnist", "test_cifar10", "val_notmnist")),
+    ):
         rows = []
         (place / "data" / "images_classic" / name).mkdir(parents=True)
         for i in range(count):

@@ -267,6 +267,23 @@ def test_a_threshold_is_found_beside_the_networks_file_too(run, folder, capsys):
     assert rows[0] == rows[1]
 
 
+def test_validation_sets_are_scored_beside_the_others_and_the_worst_is_named(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(folder / "test", other / "val")
+    assert main(train(folder, tmp_path / "run", "--val-ood", f"folder:{other}", "--epochs", "1")) == 0
+    record, column = json.loads((tmp_path / "run" / "run.json").read_text()), f"val:folder:{other}"
+    assert record["settings"]["val_ood"] == [f"folder:{other}"]
+    assert list(record["numbers"]["garbage_rate"]) == [column, "noise"]
+    auroc = next(iter(record["numbers"]["scores"].values()))[column]["auroc"]
+    said = capsys.readouterr().out
+    assert f"worst validation set: folder:{other}, AUROC {100 * auroc:.1f} by " in said
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["numbers"] == record["numbers"]
+    assert main(train(folder, tmp_path / "none", "--val-ood", f"folder:{folder}")) == 1
+    assert "Expected validation images in a folder, one of " in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.fixture
 def copied(run, tmp_path):
     return Path(shutil.copytree(run, tmp_path / "run"))
@@ -283,6 +300,7 @@ def copied(run, tmp_path):
         {"shift": -1},
         {"ood": "mnist"},
         {"ood": [1]},
+        {"val_ood": "mnist"},
         {"download": "x"},
         {"data": "x" * 5000},
         {"recipe": 1},

@@ -1,4 +1,4 @@
-"""How to teach a garbage head: what it reads, by which outliers, how many, how long. Chosen on held-out ID and validation images, by the worst column.
+"""How to teach a garbage head: what it reads, which outliers, how many, how long. Chosen on held-out ID and validation images, by the worst column.
 
     python tests/bench/head_search.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors
 

@@ -37,7 +37,7 @@ def workplace(work: Path, data: Path, train: int, test: int) -> None:
         rows = path.read_text().splitlines(keepends=True)
         random.Random(0).shuffle(rows)
         (lists / path.name).write_text("".join(rows[: train if path.name.startswith("train") else test]))
-    ood = "ood_dataset:\n"
+    ood = "ood_dataset:\n  val:\n    imglist_pth: ./data/benchmark_imglist/mnist/val_tin.txt\n"
     for split, names in (("nearood", NEAR), ("farood", FAR)):
         ood += f"  {split}:\n    datasets: [{', '.join(names)}]\n"
         for name in names:

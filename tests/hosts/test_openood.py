@@ -548,15 +548,19 @@ def test_every_config_builds(openood, root, tmp_path, monkeypatch, name):
     config.network.backbone.name = {28: "lenet", 32: "resnet18_32x32", 64: "resnet18_64x64"}[config.dataset.image_size]
     config.parse_refs()
     lists = [config.dataset[split].imglist_pth for split in config.dataset.split_names]
+    assert ("val" in config.ood_dataset.split_names) == (name != "tinyimagenet")  # whose validation images the others are chosen by
     for split in config.ood_dataset.split_names:
-        lists += [config.ood_dataset[split][ood].imglist_pth for ood in config.ood_dataset[split].datasets]
-    assert len(lists) == 3 + 5
+        of = config.ood_dataset[split]
+        lists += [of.imglist_pth] if split == "val" else [of[ood].imglist_pth for ood in of.datasets]
+    assert len(lists) == 3 + 5 + (name != "tinyimagenet")
     monkeypatch.chdir(tmp_path)
     for path in lists:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text("a.png 0\n")
     loaders = get_dataloader(config)
-    assert {len(loader) for split in get_ood_dataloader(config).values() for loader in split.values()} == {1}
+    ood = get_ood_dataloader(config)
+    assert len(ood.pop("val", "a")) == 1
+    assert {len(loader) for split in ood.values() for loader in split.values()} == {1}
     net = get_network(config.network)
     assert net.num_classes == config.dataset.num_classes
     assert net.image_shape == (3, config.dataset.image_size, config.dataset.image_size)
@@ -649,6 +653,16 @@ def test_its_postprocessors_score_the_checkpoint(root, workplace, checkpoint):
         rows = (workplace / f"results/mnist_tie_net_test_ood_ood_{name}_default/s0/ood/ood.csv").read_text().split()
         assert [row.split(",")[0] for row in rows] == ["dataset", "fashionmnist", "nearood", "cifar10", "farood"], name
         assert all(0 <= float(value) <= 100 for row in rows[1:] for value in row.split(",")[1:]), name
+
+
+def test_parameters_are_searched_on_the_validation_set(root, workplace, checkpoint):
+    files = [root / "configs/datasets/mnist/mnist.yml", CONFIGS / "datasets/mnist/mnist_tie_ood.yml", workplace / "two.yml"]
+    files += [CONFIGS / "networks/tie_net.yml", root / "configs/pipelines/test/test_ood.yml", root / "configs/preprocessors/base_preprocessor.yml"]
+    files += [root / "configs/postprocessors/ash.yml"]
+    options = ["--network.backbone.name", "lenet", "--network.checkpoint", str(checkpoint), "--num_workers", "0", "--merge_option", "merge"]
+    said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, files), *options, "--postprocessor.APS_mode", "True")
+    assert "Starting automatic parameter search" in said
+    assert (workplace / "results/mnist_tie_net_test_ood_ood_ash_default/s0/ood/ood.csv").exists()
 
 
 def test_scores_it_saved_are_the_cores(root, openood, workplace, checkpoint):

@@ -178,7 +178,9 @@ def tables(methods: Mapping[str, Mapping]) -> str:
 
 def worst_validation(numbers: Mapping) -> str:
     """A line on the validation set that is told worst, which settings are chosen by; nothing where there is none."""
-    found = [(of["auroc"], name, label) for label, sets in list(numbers["scores"].items())[:1] for name, of in sets.items() if name.startswith("val:")]
+    found = [
+        (of["auroc"], name, label) for label, sets in list(numbers["scores"].items())[:1] for name, of in sets.items() if name.startswith("val:")
+    ]
     if not found:
         return ""
     auroc, name, label = min(found)
