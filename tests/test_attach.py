@@ -43,6 +43,8 @@ BACKBONES = {
     "ResNet20": (lambda: ResNet20(3, 4), 16),
     "resnet18": (lambda: torchvision_model("resnet18"), 15),  # at 32 pixels its last maps are single points
     "mobilenet_v3_small": (lambda: torchvision_model("mobilenet_v3_small"), 16),
+    "resnet50": (lambda: torchvision_model("resnet50"), 16),
+    "convnext_tiny": (lambda: torchvision_model("convnext_tiny"), 16),
     "vit": (lambda: torchvision_model("vit"), 3),
 }
 
@@ -52,7 +54,7 @@ def test_any_backbone_takes_a_head_and_keeps_its_logits(name, tmp_path):
     make_one, layers = BACKBONES[name]
     torch.manual_seed(0)
     model, x = make_one().eval(), torch.rand(6, 3, 32, 32)
-    if name == "mobilenet_v3_small":
+    if name in ("mobilenet_v3_small", "resnet50", "convnext_tiny"):
         x = torch.rand(6, 3, 64, 64)
     before = model(x)
     net = attach(model, [x], 4)

@@ -202,11 +202,18 @@ def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, 
         net.no_such_layer  # noqa: B018
 
 
-def test_a_config_asks_for_a_head_on_every_layer(openood):
+@pytest.mark.parametrize(("backbone", "size", "layers"), [("lenet", 28, 2), ("resnet18_32x32", 32, 16)])
+def test_a_config_asks_for_a_head_on_every_layer(openood, backbone, size, layers):
     from tie_ext import GarbageHead
 
-    assert isinstance(build(garbage="layers").garbage, GarbageHead)
-    assert isinstance(build().garbage, torch.nn.Linear)
+    net = build(backbone=backbone, image_size=size, garbage="layers").eval()
+    assert isinstance(net.garbage, GarbageHead)
+    assert len(net.garbage.layers) == layers
+    x = torch.rand(2, 3, size, size)
+    every, maps = net(x, return_feature_list=True, garbage=True)
+    torch.testing.assert_close(every, net(x, garbage=True))
+    assert torch.equal(every[:, :-1], net(x))
+    assert isinstance(build(backbone=backbone, image_size=size).garbage, torch.nn.Linear)
 
 
 def test_a_networks_value_range_is_that_of_the_normalised_images(openood):
