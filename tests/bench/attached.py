@@ -170,7 +170,7 @@ def main() -> None:
         start = time.perf_counter()
         with_head = attach(
             classifier(net),
-            ImageBatches(images, 500),
+            ImageBatches(images, 128),
             len(images.classes),
             classes=images.classes,
             outliers=[make(name, net) for name in names],
