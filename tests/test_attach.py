@@ -225,6 +225,7 @@ class Flat(nn.Sequential):
     ("model", "batches", "message"),
     [
         (Small(), make_batches(), "Expected a trained model in evaluation mode, but got Small in training mode; call model.eval()"),
+        (TIENet(Small(), 3, SHAPE).eval(), make_batches(), "Expected a classifier without a garbage class, but got a TIENet, which has one already"),
         (Small(5).eval(), make_batches(), "Expected a model with 3 outputs, as num_classes says, but got one with 5"),
         (Softmaxed().eval(), make_batches(), "Expected a backbone that returns what its last linear layer gives"),
         (Flat().eval(), make_batches(), "Expected a backbone with convolutions or transformer blocks"),

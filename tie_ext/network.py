@@ -74,6 +74,8 @@ class TIENet(Ranged):
         garbage: str | GarbageHead = "linear",
     ):
         super().__init__(low, high)
+        if isinstance(backbone, TIENet):
+            raise ValueError("Expected a classifier without a garbage class, but got a TIENet, which has one already")
         if not isinstance(garbage, GarbageHead) and garbage not in GARBAGE:
             raise ValueError(f"Expected garbage to be one of {', '.join(GARBAGE)} or a GarbageHead, but got {garbage!r}")
         if garbage == "layers" and image_shape is None:

@@ -210,7 +210,7 @@ def test_a_config_asks_for_a_head_on_every_layer(openood, backbone, size, layers
     assert isinstance(net.garbage, GarbageHead)
     assert len(net.garbage.layers) == layers
     x = torch.rand(2, 3, size, size)
-    every, maps = net(x, return_feature_list=True, garbage=True)
+    every, _ = net(x, return_feature_list=True, garbage=True)
     torch.testing.assert_close(every, net(x, garbage=True))
     assert torch.equal(every[:, :-1], net(x))
     assert isinstance(build(backbone=backbone, image_size=size).garbage, torch.nn.Linear)

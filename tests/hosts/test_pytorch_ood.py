@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE, make_batches, make_net
+from conftest import SHAPE, Small, make_batches, make_net
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -35,6 +35,16 @@ def trained(classes: int = N) -> TIENet:
     net = make_net(classes)
     net.tau.fill_(0.9)
     return net.train()
+
+
+def deployable(garbage: str) -> TIENet:
+    """Such a network to export, its garbage logit as the paper's or as attach gives it."""
+    if garbage == "linear":
+        return trained().eval()
+    torch.manual_seed(0)
+    net = TIENet(Small(N), N, SHAPE, garbage="layers").eval()
+    net.garbage.standardise(net.statistics(images(24)[0])[1].detach())
+    return net
 
 
 def images(count: int = 24, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -492,11 +502,12 @@ def test_an_empty_folder_is_refused(tmp_path):
 # Export.
 
 
+@pytest.mark.parametrize("garbage", ["linear", "layers"])
 @pytest.mark.parametrize("false_alarm", [None, 0.1])
 @pytest.mark.skipif(torch.__version__.startswith("2.2."), reason="torch 2.2 exports convolutions for a fixed batch size only")
 @pytest.mark.filterwarnings("ignore")
-def test_the_exported_program_decides_as_the_detector(false_alarm):
-    detector = TIEDetector(trained().eval(), false_alarm, t=0.5).fit(loader())
+def test_the_exported_program_decides_as_the_detector(false_alarm, garbage):
+    detector = TIEDetector(deployable(garbage), false_alarm, t=0.5).fit(loader())
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(detector.deployed(), (images(4)[0],), dynamic_shapes={"x": {0: batch}})
     x = images(24, seed=8)[0]
@@ -506,13 +517,14 @@ def test_the_exported_program_decides_as_the_detector(false_alarm):
     torch.testing.assert_close(want.score, got[2])
 
 
+@pytest.mark.parametrize("garbage", ["linear", "layers"])
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_decides_as_the_detector(tmp_path):
+def test_onnx_decides_as_the_detector(garbage, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     import onnxruntime
 
-    detector = TIEDetector(trained().eval(), 0.1).fit(loader())
+    detector = TIEDetector(deployable(garbage), 0.1).fit(loader())
     torch.onnx.export(detector.deployed(), (images(4)[0],), tmp_path / "d.onnx", dynamo=True, dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     x = images(24, seed=8)[0]
     label, _, score, level = onnxruntime.InferenceSession(tmp_path / "d.onnx").run(None, {"x": x.numpy()})
