@@ -202,6 +202,20 @@ def test_networks_of_other_types_take_a_head(dtype):
     assert {p.dtype for p in net.parameters()} == {dtype}
 
 
+def test_gradients_reach_the_image_though_relus_work_in_place():
+    torch.manual_seed(0)
+    net, x, slopes = TIENet(Conv3(1, 3), 3, SHAPE, garbage="layers").eval(), stripes(4)[0], []
+    for inplace in (True, False):
+        for part in net.backbone.modules():
+            if isinstance(part, nn.ReLU):
+                part.inplace = inplace
+        some = x.clone().requires_grad_()
+        net.statistics(some)[1].square().sum().backward()
+        slopes.append(some.grad)
+    assert slopes[0].abs().sum() > 0
+    torch.testing.assert_close(*slopes)
+
+
 def test_channels_last_changes_nothing():
     x, y = stripes()
     torch.manual_seed(0)

@@ -84,6 +84,8 @@ def pooled(a: Tensor) -> Tensor:
     a = (a.permute(0, 2, 3, 1).flatten(1, 2) if a.ndim == 4 else a).float()  # (B, places, C), which is the fastest to reduce in any layout
     if a.shape[2] > MOST_CHANNELS:
         a = a[:, :, torch.linspace(0, a.shape[2] - 1, MOST_CHANNELS).round().long().to(a.device)]
+    if a.requires_grad:
+        a = a.clone()  # a ReLU that works in place comes next, and the gradient wants what was there before
     through = a.relu()
     mean, square = through.mean(1), through.square().mean(1)
     return torch.cat([mean, (square - mean.square()).clamp_min(1e-12).sqrt(), a.amax(1), a.amin(1)], dim=1)
