@@ -155,6 +155,26 @@ def test_outliers_that_were_not_taught_are_told_and_the_same_seed_gives_the_same
     assert not torch.equal(other.garbage.network[0].weight, net.garbage.network[0].weight)
 
 
+def test_three_outliers_an_image_weigh_as_three_times_all_images(monkeypatch):
+    module, taught = sys.modules["tie_ext.attach"], []
+    monkeypatch.setattr(module, "teach", lambda head, inside, outside, steps, weight, progress: taught.append((inside, outside, steps, weight)))
+    x, y = stripes()
+    net = attach(Small().eval(), [(x[:50], y[:50]), (x[50:], y[50:])], 3)
+    ((inside, outside, steps, weight),) = taught
+    assert (len(inside), len(outside), steps, weight) == (60, 180, 30, 3.0)
+    torch.testing.assert_close(inside, net.statistics(x)[1])
+    assert len(outside.unique(dim=0)) == 180  # no outlier is there twice
+
+
+def test_a_sample_leaves_the_rows_it_was_offered_as_they_were():
+    sample, rows = Sample(10), torch.zeros(10, 2)
+    sample.add(rows)
+    sample.add(torch.ones(1000, 2))
+    assert rows.sum() == 0
+    assert sample.rows.shape == (10, 2)
+    assert sample.rows.sum() > 10
+
+
 def test_images_without_labels_and_other_outliers_will_do():
     x, _ = stripes()
     model = Small().eval()

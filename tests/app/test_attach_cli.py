@@ -93,13 +93,14 @@ def test_a_run_says_what_it_did_and_its_accuracy_is_the_networks_own(run, folder
 
 
 def test_validation_sets_are_scored_and_the_worst_is_named(folder, weights, tmp_path, capsys):
-    for name in ("one", "two"):
-        shutil.copytree(folder / "test" / "dark", tmp_path / name / "val" / "a")
-    assert main(attach(folder, weights, tmp_path / "run", "--val-ood", f"folder:{tmp_path / 'one'}", f"folder:{tmp_path / 'two'}")) == 0
-    scores = json.loads((tmp_path / "run" / "run.json").read_text())["numbers"]["scores"]
-    of = next(iter(scores.values()))
-    assert list(of) == [f"val:folder:{tmp_path / 'one'}", f"val:folder:{tmp_path / 'two'}", "noise"]
-    assert "worst validation set: folder:" in capsys.readouterr().out
+    for name in ("dark", "bright"):
+        shutil.copytree(folder / "test" / name, tmp_path / name / "val" / "a")
+    assert main(attach(folder, weights, tmp_path / "run", "--val-ood", f"folder:{tmp_path / 'dark'}", f"folder:{tmp_path / 'bright'}")) == 0
+    label, of = next(iter(json.loads((tmp_path / "run" / "run.json").read_text())["numbers"]["scores"].items()))
+    assert list(of) == [f"val:folder:{tmp_path / 'dark'}", f"val:folder:{tmp_path / 'bright'}", "noise"]
+    worst = min(list(of)[:2], key=lambda name: of[name]["auroc"])
+    assert of[worst]["auroc"] < max(of[name]["auroc"] for name in list(of)[:2])
+    assert f"worst validation set: {worst[4:]}, AUROC {100 * of[worst]['auroc']:.1f} by {label}\n" in capsys.readouterr().out
 
 
 def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(folder, weights, tmp_path, monkeypatch, capsys):

@@ -55,7 +55,9 @@ def page() -> str:
         accuracy = percent([record["accuracy"] for record in records])
         of_id = percent([record["numbers"]["garbage_rate"]["head"]["id"] for record in records])
         seconds = mean(record["seconds"]["head"] for record in records)
-        parts.append(f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s.\n")
+        parts.append(
+            f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s on one core.\n"
+        )
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
         parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
     return "\n".join([*parts, *_combined(), *_search()])
