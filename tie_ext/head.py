@@ -8,7 +8,7 @@ The layers of a network leave what an image looks like behind as they find out w
 is seen to be so early, and often only there. Mean and deviation tell textures; a thin stroke is told by the place where a filter answers most.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +23,8 @@ MOST_CHANNELS = 128
 """Channels read of each at most, evenly spaced."""
 STATISTICS = 4
 """Numbers of a channel: with 16 layers of 128 channels no more than 8192 beside the penultimate features."""
+PIECE = 2**18
+"""Numbers of a layer's output that a CPU pools at once."""
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 """What may stand between a convolution and its ReLU."""
 
@@ -81,14 +83,27 @@ class GarbageHead(nn.Module):
 
 def pooled(a: Tensor) -> Tensor:
     """Four statistics ``(B, 4c)`` over space or tokens of a layer's output ``(B, C, H, W)`` or ``(B, T, C)``, of c <= 128 channels."""
-    a = (a.permute(0, 2, 3, 1).flatten(1, 2) if a.ndim == 4 else a).float()  # (B, places, C), which is the fastest to reduce in any layout
-    if a.shape[2] > MOST_CHANNELS:
-        a = a[:, :, torch.linspace(0, a.shape[2] - 1, MOST_CHANNELS).round().long().to(a.device)]
+    a = (a.permute(0, 2, 3, 1) if a.ndim == 4 else a[:, :, None]).float()  # (B, H, W, C), or (B, T, 1, C)
+    if a.shape[3] > MOST_CHANNELS:
+        a = a[..., torch.linspace(0, a.shape[3] - 1, MOST_CHANNELS).round().long().to(a.device)]
     if a.requires_grad:
         a = a.clone()  # a ReLU that works in place comes next, and the gradient wants what was there before
+    # A CPU does best with pieces that fit its cache; a graph that is recorded for other batch sizes takes them whole.
+    whole = not a.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return _statistics(a) if whole else torch.cat([_statistics(piece) for piece in a.split(max(1, PIECE // a[0].numel()))])
+
+
+def _statistics(a: Tensor) -> Tensor:
+    """The four statistics ``(B, 4C)`` of ``(B, H, W, C)``."""
     through = a.relu()
-    mean, square = through.mean(1), through.square().mean(1)
-    return torch.cat([mean, (square - mean.square()).clamp_min(1e-12).sqrt(), a.amax(1), a.amin(1)], dim=1)
+    mean, square = through.mean((1, 2)), through.square().mean((1, 2))
+    return torch.cat([mean, (square - mean.square()).clamp_min(1e-12).sqrt(), _over_places(torch.amax, a), _over_places(torch.amin, a)], dim=1)
+
+
+def _over_places(reduce: Callable[..., Tensor], a: Tensor) -> Tensor:
+    """Largest or smallest value ``(B, C)`` of ``(B, H, W, C)``; by rows first where few channels lie side by side, which a CPU does many times as
+    fast."""
+    return reduce(reduce(a, 1), 1) if a.shape[3] < 32 and a.stride(3) == 1 else reduce(a, (1, 2))
 
 
 def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:

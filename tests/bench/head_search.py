@@ -50,6 +50,10 @@ TRIALS: dict[str, dict] = {
     "shapes, weight 3": {"weight": 3.0},
     "shapes, weight 10": {"weight": 10.0},
     "shapes, weight 10, a tenth made of ID images": {"weight": 10.0, "made": 0.1},
+    "shapes, three an image, weight 3": {"times": 3, "weight": 3.0},
+    "shapes, three an image, weight 3, 800 steps": {"times": 3, "weight": 3.0, "steps": 800},
+    "shapes, six an image, weight 3": {"times": 6, "weight": 3.0},
+    "shapes, six an image, weight 10": {"times": 6, "weight": 10.0},
     "shapes, 800 steps": {"steps": 800},
     "shapes, 3200 steps": {"steps": 3200},
 }
