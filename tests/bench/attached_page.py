@@ -60,7 +60,7 @@ def page() -> str:
         )
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
         parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
-    return "\n".join([*parts, *_combined(), *_search()])
+    return "\n".join([*parts, *_combined(), *_joint(), *_search()])
 
 
 def _columns(records: list[dict], wanted: list[str] | None = None) -> list[dict]:
@@ -123,6 +123,35 @@ def _combined() -> list[str]:
         f"{percent([record['false_alarm']], 0)} % of them may exceed.\n"
     )
     return ["## One score of several\n", f"    python tests/bench/{record['command']}\n", text, table(rows), ""]
+
+
+def _joint() -> list[str]:
+    records = [json.loads(path.read_text()) for path in sorted((RESULTS / "joint").glob("*.json"))]
+    if not records:
+        return []
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for record in records:
+        groups[record["network"].partition("-")[0]].append(record["results"])
+    rows = []
+    for data, results in groups.items():
+        for label in results[0]:
+            of = [result[label] for result in results]
+            worst = min(of[0]["validation"], key=lambda name: mean(result["garbage_rate"][name] for result in of))
+            rows.append(
+                {
+                    "in-distribution": data,
+                    "head": label,
+                    "held-out ID: accuracy": percent([result["held accuracy"] for result in of]),
+                    "held-out ID in garbage": percent([result["garbage_rate"]["held"] for result in of]),
+                    "worst validation set in garbage": f"{percent([result['garbage_rate'][worst] for result in of], 1)} ({_called(worst)})",
+                }
+            )
+    text = (
+        "Detached: the head learns of a network that was trained without it. Joint: the head's loss goes into the network's training, with\n"
+        "half as many procedural images as ID images in each batch. Then both get a new head. The same seeds and initial weights.\n"
+    )
+    commands = [f"    python tests/bench/{record['command']}" for record in records]
+    return ["## Joint or detached\n", *commands, "", text, table(rows), ""]
 
 
 def _search() -> list[str]:
