@@ -9,7 +9,7 @@ from conftest import SHAPE, Small, make_batches
 from torch import nn
 
 from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
-from tie_ext.head import MOST_CHANNELS, MOST_LAYERS, find_layers, pooled
+from tie_ext.head import MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
 from tie_ext.outliers import make
 from tie_ext.teaching import Sample
 
@@ -153,6 +153,25 @@ def test_outliers_that_were_not_taught_are_told_and_the_same_seed_gives_the_same
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
     other = attach(model, batches, 3, seed=1)
     assert not torch.equal(other.garbage.network[0].weight, net.garbage.network[0].weight)
+
+
+def test_a_caller_that_needs_no_gradients_gets_the_same_head():
+    x, y = stripes()
+    model = Small().eval()
+    with torch.no_grad():
+        net = attach(model, [(x, y)], 3)
+    assert torch.equal(net.garbage.network[0].weight, attach(model, [(x, y)], 3).garbage.network[0].weight)
+
+
+@pytest.mark.parametrize("channels", [16, 48, 200])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_statistics_of_large_maps_which_are_pooled_in_pieces_are_those_of_each_image(channels, layout):
+    a = torch.randn(5, channels, 64, 64).to(memory_format=layout)
+    read = a[:, torch.linspace(0, channels - 1, min(channels, MOST_CHANNELS)).round().long()].flatten(2)
+    assert a[0].numel() * 5 > PIECE
+    through = read.relu()
+    expected = torch.cat([through.mean(2), through.std(2, correction=0), read.amax(2), read.amin(2)], dim=1)
+    torch.testing.assert_close(pooled(a), expected)
 
 
 def test_three_outliers_an_image_weigh_as_three_times_all_images(monkeypatch):

@@ -79,7 +79,7 @@ def attach(
     x, _ = _pair(first)
     check_images(x)
     image_shape = tuple(x.shape[1:])
-    with seeded(seed):
+    with seeded(seed), torch.enable_grad():  # the head learns, whatever the caller needs
         net = TIENet(model, num_classes, image_shape, low, high, classes, "layers").eval()
         outputs = model(x[:1].to(next(model.parameters()))).shape[1]
         if outputs != num_classes:

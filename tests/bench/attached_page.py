@@ -159,10 +159,11 @@ def _search() -> list[str]:
     if not records:
         return []
     rows = []
-    for label in records[0]["results"]:
-        row = {"head": label}
+    for label in dict.fromkeys(label for record in records for label in record["results"]):
+        row = {"head": label} | {record["network"].partition("-")[0]: "-" for record in records}
         for record in records:
-            tried = record["results"][label]
+            if not (tried := record["results"].get(label)):
+                continue
             sets = [name for name in tried[0] if name.startswith("val:")]
             of = {name: mean(result[name]["in garbage"] for result in tried) for name in sets}
             worst = min((name for name in sets if name not in NEAR.get(record["network"].partition("-")[0], ())), key=of.__getitem__)

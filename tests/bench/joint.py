@@ -66,19 +66,19 @@ def train_jointly(net: TIENet, pool: Tensor, images: ImageSet, epochs: int, seed
     net.eval()
 
 
-@torch.no_grad()
 def judged(plain: TIENet, sets: dict[str, ImageSet], seed: int) -> dict:
     """What a new head on a network's classifier tells."""
     images = sets["train"]
     net = attach(classifier(plain), ImageBatches(images, 128), plain.num_classes, classes=images.classes, seed=seed)
     right, scores, garbage = 0, {}, {}
-    for name, of in sets.items():
-        if name in ("held", "id") or name.startswith("val:"):
-            decisions = [net.decide(x) for x, _ in ImageBatches(of, 500)]
-            scores[name] = torch.cat([decision.score for decision in decisions])
-            garbage[name] = torch.cat([decision.level == 1 for decision in decisions]).double().mean().item()
-        if name == "held":
-            right = sum(int((net(x).argmax(1) == y).sum()) for x, y in ImageBatches(of, 500))
+    with torch.no_grad():
+        for name, of in sets.items():
+            if name in ("held", "id") or name.startswith("val:"):
+                decisions = [net.decide(x) for x, _ in ImageBatches(of, 500)]
+                scores[name] = torch.cat([decision.score for decision in decisions])
+                garbage[name] = torch.cat([decision.level == 1 for decision in decisions]).double().mean().item()
+            if name == "held":
+                right = sum(int((net(x).argmax(1) == y).sum()) for x, y in ImageBatches(of, 500))
     metrics = {name: ood_metrics(scores["held"], x) for name, x in scores.items() if name.startswith("val:")}
     metrics = {name: {key: of[key] for key in ("auroc", "fpr95_id")} for name, of in metrics.items()}
     return {"held accuracy": right / len(sets["held"]), "garbage_rate": garbage, "validation": metrics}
