@@ -60,6 +60,7 @@ def train_jointly(net: TIENet, pool: Tensor, images: ImageSet, epochs: int, seed
                 loss = loss + F.binary_cross_entropy_with_logits(net.garbage(s).squeeze(1), target, weight)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # or the loss on MNIST is not finite after an epoch
                 optimizer.step()
                 schedule.step()
         print(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
