@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from tie_ext.pytorch_ood import MahalanobisPlusPlus as MahalanobisPlusPlus
     from tie_ext.pytorch_ood import TIEDetector as TIEDetector
     from tie_ext.pytorch_ood import UncertaintyEstimate as UncertaintyEstimate
+    from tie_ext.pytorch_ood import combine as combine
 
 
 def __getattr__(name: str):  # so that `import tie_ext` needs torch and numpy only
-    if name not in ("Combined", "MahalanobisPlusPlus", "TIEDetector", "UncertaintyEstimate"):
+    if name not in ("Combined", "MahalanobisPlusPlus", "TIEDetector", "UncertaintyEstimate", "combine"):
         raise AttributeError(f"module 'tie_ext' has no attribute {name!r}")
     try:
         return getattr(import_module("tie_ext.pytorch_ood"), name)

@@ -14,8 +14,9 @@ import torch
 from conftest import Small, make_net
 from torch import nn
 
-from tie_ext import Conv3, TIENet
+from tie_ext import Combined, Conv3, TIENet
 from tie_ext.app import attaching, cli, data, models
+from tie_ext.app import run as run_module
 from tie_ext.app.cli import main
 from tie_ext.app.run import load_snapshots, written
 from tie_ext.backbones import BACKBONES
@@ -131,6 +132,53 @@ def test_score_and_a_threshold_work_as_on_a_trained_run(run, folder, capsys):
         rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
         assert {row["label"] for row in rows} <= {"bright", "dark"}
         assert sum(row["level"] != "0" for row in rows) in (2, 3)  # one is the threshold, give or take its last bit
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """As many training images as a combination needs: twice the features."""
+    root, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    for split, count in (("train", 130), ("test", 20)):
+        for label, low in (("bright", 100), ("dark", 0)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(low, low + 156, (28, 28, 3), dtype=np.uint8)).save(root / split / label / f"{i}.png")
+    return root
+
+
+def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights, tmp_path, capsys):
+    out, test = tmp_path / "run", data.load(f"folder:{many}", "test", shape=(3, 28, 28))
+    assert main(attach(many, weights, out, *MEAN, *STD)) == 0
+    assert "| attached, combined | noise | " in capsys.readouterr().out
+    detector = Combined.load(out / "combined")
+    assert [type(member).__name__ for member in detector.detectors] == ["TIEDetector", "ViM"]
+    kept = load_state(out / "scores.safetensors", "scores")["combined"]
+    judging = torch.randperm(40, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
+    scores = detector.predict(detector.network.scaled(test.x.float() / 255))
+    torch.testing.assert_close(kept["id"], scores[judging])
+    line = kept["id"].sort().values
+    paths = [str(many / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(20)]
+    for rate, above in ((None, -1), (0.25, -6)):  # of 21 images, the new one among them, at most 1.05 and 5.25
+        assert main(["score", str(out), *(["--false-alarm", str(rate)] if rate else []), *paths]) == 0
+        rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        threshold = line[above].item()
+        assert {abs(float(row["score"]) - threshold) > 1e-3 or (row["level"] != "0") == (float(row["score"]) > threshold) for row in rows} == {True}
+        assert all(abs(float(row["score"]) - score) < 1e-3 * (1 + abs(score)) for row, score in zip(rows, _by_path(test, scores), strict=True))
+    assert main(["report", str(out)]) == 0
+    assert (out / "figures" / "scores_combined.png").is_file()
+    assert {path for path in out.rglob("*") if path.is_file()} - {out / ".lock"} == set(written(out))
+    net = TIENet.load(out / "network.safetensors")
+    assert run_module.load_network(out).classes == net.classes
+    (out / "combined" / "members.safetensors").write_bytes(b"{}")
+    assert main(["score", str(out), paths[0]]) == 1
+    assert "members" in capsys.readouterr().err
+
+
+def _by_path(test, scores):
+    """Scores in the order of the files, in which image folders are not read."""
+    order = [str(i) for i in range(20)]
+    read = sorted(order)
+    return [scores[20 * label + read.index(i)].item() for label in range(2) for i in order]
 
 
 def test_a_report_shows_what_there_is(run, capsys):

@@ -20,7 +20,7 @@ pytest.importorskip("pytorch_ood")
 import pytorch_ood.detector as theirs
 from pytorch_ood.api import LogitsDetector, ModelNotSetException, RequiresFittingException
 
-from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate
+from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate, combine
 from tie_ext.pytorch_ood.members import MEMBERS
 
 rules = pytest.mark.parametrize("rule", list(RULES))
@@ -61,6 +61,27 @@ def three(net: TIENet | None = None, **settings) -> Combined:
     net = trained().eval() if net is None else net
     members = [TIEDetector(net), MahalanobisPlusPlus(net.features).fit(loader(60, seed=1)), theirs.EnergyBased(net)]
     return Combined(members, **{"false_alarm": 0.1, **settings})
+
+
+# The members that validation chose.
+
+
+def test_combine_is_the_garbage_class_and_vim_of_the_training_images():
+    net = trained().eval()
+    training, held, x = loader(300, seed=1), loader(40, seed=2), images()[0]
+    found = combine(net, training, held, 0.1)
+    half = net.feature_size // 2
+    vim = theirs.ViM(net.features, half, net.fc.weight, net.fc.bias).fit(training)
+    expected = Combined([TIEDetector(net), vim], 0.1).fit(held)
+    torch.testing.assert_close(found(x), expected(x))
+    torch.testing.assert_close(found.threshold, expected.threshold)
+    assert combine(net, training, held, None).threshold is None
+
+
+def test_combine_says_how_many_training_images_it_needs():
+    net = trained().eval()
+    with pytest.raises(ValueError, match=f"Expected at least {2 * net.feature_size} training images for ViM on {net.feature_size} features, but got 3"):
+        combine(net, loader(3), loader(40))
 
 
 # One network, run once.

@@ -5,14 +5,13 @@ The folder is as training leaves one (:mod:`tie_ext.app.run`), so that scores, t
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from tie_ext.app import models, run
-from tie_ext.app.data import ImageBatches, ImageSet
+from tie_ext.app.combining import COMBINED, combined_scores
+from tie_ext.app.data import ScaledBatches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.attach import attach
 from tie_ext.outliers.procedural import Procedural
@@ -58,26 +57,6 @@ class AttachSettings(run.ImageSettings):
         return tuple(-mean / std for mean, std in pairs), tuple((1 - mean) / std for mean, std in pairs)
 
 
-class ScaledBatches:
-    """Re-iterable batches ``(x, y)`` of an image set in a network's value range: float ``(B, C, S, S)``, int64 ``(B,)``.
-
-    Arguments:
-        images: The set.
-        batch_size: Images a batch.
-        scale: Who knows the range.
-    """
-
-    def __init__(self, images: ImageSet, batch_size: int, scale: Ranged):
-        self.batches, self.scale = ImageBatches(images, batch_size), scale
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in self.batches:
-            yield self.scale.scaled(x), y
-
-
 def attach_run(
     folder: str | os.PathLike, settings: AttachSettings, device: str = "cpu", progress: bool = False, say: Callable[[str], object] | None = None
 ) -> dict:
@@ -120,9 +99,11 @@ def attach_run(
         run.clear(folder)  # of one that was stopped while it wrote
         write_json(folder / "run.json", record)  # first, as it says whose the others are
         net.save(folder / "network.safetensors")
+        metrics, combined = combined_scores(net, images, test, ood, folder / COMBINED)
+        numbers["scores"] |= metrics
         proposer = Procedural(net).to(device)
         run.save_snapshot(folder, 0, net, [proposer], lambda count: proposer.draw((count, *images.shape)), test)
-        save_state(folder / "scores.safetensors", "scores", {LABEL: scores["score"]})
+        save_state(folder / "scores.safetensors", "scores", {LABEL: scores["score"], **combined})
         write_json(folder / "run.json", {**record, "numbers": numbers})
     return {**record, "numbers": numbers}
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # 1348 small images: fewer of everything. Digits of 8x8 pixels fill the image, so they are not shifted; without the shift garbage of full weight
 # costs ID accuracy, and tau, which comes from training images then known by heart, needs a larger lambda (docs/ledger.md).
+FALSE_ALARM = 0.05
+"""Share of ID images that a combination may reject, where nobody says."""
 DEMO = Recipe(TIEConfig(epochs=10, lam=5.0, garbage_weight=0.1, candidates_per_class=100, pool_size=1000), {"inversion": {"steps": 40, "width": 16}})
 
 
@@ -104,6 +106,7 @@ def _reproduce(a: argparse.Namespace) -> None:
 
 def _demo(a: argparse.Namespace) -> None:
     from tie_ext.app import report, run
+    from tie_ext.app.combining import combined_scores
     from tie_ext.app.evaluation import evaluate
     from tie_ext.bench import comparison
     from tie_ext.support.files import locked, save_state, write_json
@@ -125,6 +128,10 @@ def _demo(a: argparse.Namespace) -> None:
         nets = {"attach": comparison.attached(plain, images, a.seed, _interactive()), "plain": plain}
         for method, net in nets.items():
             numbers[comparison.LABELS[method]], values = evaluate(net, test, ood, images, comparison.has_garbage(method))
+            if method == "attach":
+                metrics, combined = combined_scores(net, images, test, ood)
+                numbers[comparison.LABELS[method]]["scores"] |= metrics
+                values |= combined
             scores |= {comparison.LABELS[method] if label == "score" else label: sets for label, sets in values.items()}
         save_state(a.out / "scores.safetensors", "scores", scores)
         write_json(a.out / "run.json", {**record, "comparison": numbers})
@@ -205,8 +212,7 @@ def _score(a: argparse.Namespace) -> None:
         with usage():
             check_number("--false-alarm", a.false_alarm, 0, 1, above=True)
     net = run.load_network(a.run)
-    folder = a.run if a.run.is_dir() else a.run.parent
-    decide = net.decide if a.false_alarm is None else _deciding_at(net, folder / "scores.safetensors", a.false_alarm)
+    decide = _decider(net, a.run if a.run.is_dir() else a.run.parent, a.false_alarm)
     if net.image_shape is None or net.image_shape[0] not in (1, 3) or net.image_shape[1] != net.image_shape[2]:
         raise ValueError(f"Expected a network for square images, grey or of three colours, but got one for images {net.image_shape}")
     channels, size, _ = net.image_shape
@@ -223,16 +229,25 @@ def _score(a: argparse.Namespace) -> None:
                 print(json.dumps({"image": str(path), **row}))
 
 
-def _deciding_at(net: TIENet, scores: Path, false_alarm: float) -> Callable[[Tensor], Decision]:
-    """The network's decision by a threshold on the score, fitted on ID test images as the run scored them."""
-    from tie_ext.app.run import OWN, load_scores
+def _decider(net: TIENet, folder: Path, false_alarm: float | None) -> Callable[[Tensor], Decision]:
+    """The decision of a run: by a line on the score of its combination; where it has none, on the network's own, or by the paper's rule.
+
+    The line is drawn on ID test images as the run scored them.
+    """
+    from tie_ext.app.combining import COMBINED
+    from tie_ext.app.run import OWN, load_combined, load_scores
     from tie_ext.pytorch_ood import TIEDetector
 
-    detector, of = TIEDetector(net, false_alarm), load_scores(scores)
-    label = next((label for label in OWN if label in of), None)
+    combined = load_combined(folder)
+    if combined is None and false_alarm is None:
+        return net.decide
+    detector = TIEDetector(net) if combined is None else combined
+    labels, of = OWN if combined is None else (COMBINED,), load_scores(folder / "scores.safetensors")
+    label = next((label for label in labels if label in of), None)
     if label is None:
-        raise ValueError(f"Expected scores of {' or '.join(OWN)} in {scores}, but got those of {', '.join(of)}")
-    detector.threshold = conformal_threshold(of[label]["id"], false_alarm)
+        raise ValueError(f"Expected scores of {' or '.join(labels)} in {folder / 'scores.safetensors'}, but got those of {', '.join(of)}")
+    detector.false_alarm = FALSE_ALARM if false_alarm is None else false_alarm
+    detector.threshold = conformal_threshold(of[label]["id"], detector.false_alarm)
     return detector.decide
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.support.checks import check_number
+from tie_ext.support.modules import Ranged
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,6 +126,26 @@ class ImageBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in self._rows().split(self.batch_size):
             yield moved(self.images.x[rows], self.shift).float() / 255, self.images.y[rows]
+
+
+class ScaledBatches:
+    """Re-iterable batches ``(x, y)`` of an image set in a network's value range: float ``(B, C, S, S)``, int64 ``(B,)``.
+
+    Arguments:
+        images: The set.
+        batch_size: Images a batch.
+        scale: Who knows the range.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, scale: Ranged):
+        self.batches, self.scale = ImageBatches(images, batch_size), scale
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.batches:
+            yield self.scale.scaled(x), y
 
 
 def training_batches(images: ImageSet, batch_size: int = 128, shift: int | None = None) -> ImageBatches:

@@ -85,7 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--false-alarm",
         type=float,
         metavar="RATE",
-        help="decide by one threshold on the score, fitted on the run's ID test images: a new ID image exceeds it at most at this rate",
+        help="decide by one threshold on the score, fitted on the run's ID test images: a new ID image exceeds it at most at this rate; 0.05 where "
+        "the run has a combined detector, else the paper's rule decides",
     )
 
     report = commands.add_parser("report", help="figures, table and settings of a run on one HTML page")

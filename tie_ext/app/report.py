@@ -132,7 +132,7 @@ def histograms(scores: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
             label=name,
         )
     ax.axvline(0, color="k", linewidth=0.8, linestyle=":")
-    ax.set(xlabel="score (log-odds of garbage; larger = more OOD)", ylabel="density")
+    ax.set(xlabel="score (larger = more OOD)", ylabel="density")
     ax.legend()
     return _figure(ax)
 

@@ -5,6 +5,7 @@ RUN/network.safetensors    the network with its tau: what ``tie-ext score`` and 
 RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead of the others
 RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the pictures
 RUN/scores.safetensors     test scores of the ID set and each OOD set
+RUN/combined/              where garbage is told by a head: the detector that ``tie-ext score`` decides by (:mod:`tie_ext.app.combining`)
 
 A run that attached a garbage class to a trained network (:mod:`tie_ext.app.attaching`) has the same but for training.safetensors, and one file
 of pictures, of epoch 0.
@@ -17,17 +18,21 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from textwrap import shorten
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tie_ext.app import data, models
+from tie_ext.app.combining import COMBINED, combined_scores
 from tie_ext.app.data import ImageSet, training_batches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.backbones import BACKBONES
 from tie_ext.checkpoint import check_settings
+from tie_ext.head import GarbageHead
 from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
+from tie_ext.pytorch_ood import Combined
 from tie_ext.recipe import Recipe
 from tie_ext.support.checks import check_number, check_shape, describe
 from tie_ext.support.files import load_state, locked, read_json, reading, save_state, write_json
@@ -44,11 +49,13 @@ _WRITTEN = (
     "report.html",
     "epochs/[0-9][0-9][0-9][0-9].safetensors",
     *(f"figures/{name}.png" for name in ("inversions", "inversion_grid", "outliers_*", "metrics", "features", "curves_*", "scores_*")),
+    *(f"combined/{name}" for name in ("network.safetensors", "members.safetensors", "detector.json")),
     "run.json",
 )
 """What a run and its report write."""
 OWN = ("TIE", "attached")
 """What a run calls the scores of its own network, trained or :mod:`attached <tie_ext.app.attaching>`; a demo has others beside."""
+Loaded = TypeVar("Loaded")
 LARGEST = 2048
 """Pixels of a side."""
 
@@ -234,7 +241,11 @@ def train_on(
         net.save(folder / "network.safetensors")
         trainer.save(folder / "training.safetensors")
     numbers, scores = evaluate(net.eval(), test, ood, images)
-    save_state(folder / "scores.safetensors", "scores", {OWN[0]: scores["score"]})
+    combined: dict = {}
+    if isinstance(net.garbage, GarbageHead):
+        metrics, combined = combined_scores(net, images, test, ood, folder / COMBINED)
+        numbers["scores"] |= metrics
+    save_state(folder / "scores.safetensors", "scores", {OWN[0]: scores["score"], **combined})
     return finish(folder, settings, trainer, numbers, about)
 
 
@@ -254,7 +265,7 @@ def clear(folder: str | os.PathLike) -> None:
     """
     for file in written(folder):
         file.unlink()
-    for name in ("epochs", "figures"):
+    for name in ("epochs", "figures", COMBINED):
         with suppress(OSError):  # not there, or somebody else's files are in it
             (Path(folder) / name).rmdir()
 
@@ -334,17 +345,32 @@ def load_network(path: str | os.PathLike) -> TIENet:
         ValueError: If it is damaged, foreign, or of an architecture that nothing says.
     """
     file = Path(path) / "network.safetensors" if Path(path).is_dir() else Path(path)
+    return _with_architecture(TIENet.load, file, file, file.parent)
+
+
+def load_combined(folder: Path) -> Combined | None:
+    """The detector that a run decides by, on the CPU; None where it has none.
+
+    Raises:
+        ValueError: If a file of it is damaged, foreign or missing.
+    """
+    place = folder / COMBINED
+    return _with_architecture(Combined.load, place, place / "network.safetensors", folder) if place.is_dir() else None
+
+
+def _with_architecture(load: Callable[..., Loaded], path: Path, file: Path, folder: Path) -> Loaded:
+    """What ``load`` makes of a path whose network lies in a file; where its architecture is not ours, as ``run.json`` in the folder says."""
     about = load_state(file, "network", ("backbone", "image_shape", "num_classes"))
     if about.get("backbone") is not None:
-        return TIENet.load(file)
-    if not attached(file.parent):
+        return load(path)
+    if not attached(folder):
         said = "run.json of `tie-ext attach` beside it, which says what its architecture is"
         raise ValueError(f"Expected a network of one of {', '.join(BACKBONES)} in {file}, or the {said}, but got neither")
-    with reading(f"a network of the architecture that {file.parent / 'run.json'} says in {file}"):
-        name = read_record(file.parent)["settings"]["backbone"]
+    with reading(f"a network of the architecture that {folder / 'run.json'} says in {file}"):
+        name = read_record(folder)["settings"]["backbone"]
         channels, n = check_shape(about["image_shape"])[0], about["num_classes"]
         check_number("num_classes", n, 2, 10**9, integer=True)
-        return TIENet.load(file, models.build_for(name, channels, n, file.stat().st_size))
+        return load(path, models.build_for(name, channels, n, file.stat().st_size))
 
 
 @torch.no_grad()

@@ -1,0 +1,44 @@
+"""The combination of a run: fitted on its training images and one half of its ID test images; the other half judges it and draws its line."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tie_ext.app.data import ImageSet, ScaledBatches
+from tie_ext.app.evaluation import ood_metrics
+from tie_ext.network import TIENet
+from tie_ext.pytorch_ood import combine
+
+COMBINED = "combined"
+"""What a run calls it: the folder of the detector, and its scores."""
+
+
+def combined_scores(
+    net: TIENet, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], folder: Path | None = None
+) -> tuple[dict[str, dict], dict[str, dict[str, Tensor]]]:
+    """Fit a combination, save it, and score.
+
+    Arguments:
+        net: A network with a garbage head, on its device.
+        images: ID training images.
+        test: ID test images.
+        ood: OOD image sets by name.
+        folder: Where the detector is saved, without a line; None for nowhere.
+
+    Returns:
+        Metrics ``{"combined": {set: ...}}`` and scores ``{"combined": {set: (N,)}}``, larger = more OOD, as
+        :func:`tie_ext.app.evaluation.evaluate` has them; ``id`` are those of the ID test images that set no scale, by which a line is drawn.
+        Both empty where there are too few images for a combination.
+    """
+    if len(images) < 2 * net.feature_size or len(test) < 4:
+        return {}, {}
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    scaling, judging = (replace(test, x=test.x[rows], y=test.y[rows]) for rows in order.chunk(2))
+    detector = combine(net, ScaledBatches(images, 500, net), ScaledBatches(scaling, 500, net), false_alarm=None)
+    if folder is not None:
+        detector.save(folder)
+    scores = {name: torch.cat([detector.predict(x).cpu() for x, _ in ScaledBatches(of, 500, net)]) for name, of in {"id": judging, **ood}.items()}
+    return {COMBINED: {name: ood_metrics(scores["id"], scores[name]) for name in ood}}, {COMBINED: scores}
