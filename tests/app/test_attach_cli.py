@@ -151,7 +151,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
     assert main(attach(many, weights, out, *MEAN, *STD)) == 0
     assert "| attached, combined | noise | " in capsys.readouterr().out
     detector = Combined.load(out / "combined")
-    assert [type(member).__name__ for member in detector.detectors] == ["TIEDetector", "ViM"]
+    assert [type(member).__name__ for member in detector.detectors] == ["TIEDetector", "ViM", "GEN"]
     kept = load_state(out / "scores.safetensors", "scores")["combined"]
     judging = torch.randperm(40, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
     scores = detector.predict(detector.network.scaled(test.x.float() / 255))

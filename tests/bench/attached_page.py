@@ -118,7 +118,8 @@ def _combined() -> list[str]:
         )
     text = (
         f"Every combination of up to three scores, by every rule of `tie_ext.combination`, on {len(record['runs'])} networks:\n"
-        f"{', '.join(record['runs'])}; {len(record['validation'])} in all. Chosen is the highest AUROC in the worst validation column.\n"
+        f"{', '.join(record['runs'])}; {len(record['validation'])} in all. Of those whose AUROC in the worst\n"
+        "validation column is within 0.2 of the best, the highest mean over the validation columns is chosen.\n"
         "The OOD test sets were looked at for this table alone. False alarms: ID test images above the threshold that\n"
         f"{percent([record['false_alarm']], 0)} % of them may exceed.\n"
     )

@@ -66,13 +66,13 @@ def three(net: TIENet | None = None, **settings) -> Combined:
 # The members that validation chose.
 
 
-def test_combine_is_the_garbage_class_and_vim_of_the_training_images():
+def test_combine_is_the_garbage_class_gen_and_vim_of_the_training_images():
     net = trained().eval()
     training, held, x = loader(300, seed=1), loader(40, seed=2), images()[0]
     found = combine(net, training, held, 0.1)
     half = net.feature_size // 2
     vim = theirs.ViM(net.features, half, net.fc.weight, net.fc.bias).fit(training)
-    expected = Combined([TIEDetector(net), vim], 0.1).fit(held)
+    expected = Combined([TIEDetector(net), vim, theirs.GEN(net)], 0.1).fit(held)
     torch.testing.assert_close(found(x), expected(x))
     torch.testing.assert_close(found.threshold, expected.threshold)
     assert combine(net, training, held, None).threshold is None

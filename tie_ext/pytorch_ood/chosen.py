@@ -1,7 +1,7 @@
 """The combination that validation chose, in one call. Larger score = more OOD."""
 
 import torch
-from pytorch_ood.detector import ViM
+from pytorch_ood.detector import GEN, ViM
 
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood.combined import Combined
@@ -13,8 +13,8 @@ from tie_ext.teaching import MEMORY, Sample
 
 @torch.no_grad()
 def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: float | None = 0.05) -> Combined:
-    """The garbage class of a network and ViM as one detector, with one line: the members and the rule that were best in the worst of all
-    validation columns (docs/attached.md).
+    """The garbage class of a network, ViM and GEN as one detector, with one line: the members and the rule that validation sets chose by their
+    worst column (docs/attached.md). Each finds what the others miss: what looks like nothing known, odd features, odd logits.
 
     Arguments:
         net: A network that has learned a garbage class, as :func:`tie_ext.attach` gives it.
@@ -34,4 +34,4 @@ def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: floa
     weight = net.fc.weight.float()
     vim = ViM(net.features, F // 2, weight, weight.new_zeros(net.num_classes) if net.fc.bias is None else net.fc.bias)
     vim.fit_features(kept.rows, torch.zeros(len(kept.rows)))
-    return Combined([TIEDetector(net), vim], false_alarm).fit(held_out)
+    return Combined([TIEDetector(net), vim, GEN(net)], false_alarm).fit(held_out)
