@@ -102,16 +102,19 @@ def test_the_launcher_says_what_it_wants():
 def test_without_cuda_is_undone_and_leaves_a_gpu_alone(monkeypatch):
     from tie_ext.openood.cpu import without_cuda
 
-    before = torch.Tensor.cuda, nn.Module.cuda, torch.load
+    def patched():
+        return torch.Tensor.cuda, nn.Module.cuda, torch.load, torch.cuda.FloatTensor, len(torch.overrides._get_current_function_mode_stack())
+
+    before = patched()
     with without_cuda(wanted=False):
         assert torch.zeros(2).cuda().device.type == nn.Linear(1, 1).cuda().weight.device.type == "cpu"
-    assert (torch.Tensor.cuda, nn.Module.cuda, torch.load) == before
+    assert patched() == before
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with without_cuda(wanted=True):
-        assert (torch.Tensor.cuda, nn.Module.cuda, torch.load) == before
+        assert patched() == before
     with pytest.raises(KeyError), without_cuda(wanted=False):
         raise KeyError
-    assert (torch.Tensor.cuda, nn.Module.cuda, torch.load) == before
+    assert patched() == before
 
 
 def test_without_cuda_reads_onto_the_cpu_what_runs_no_code_unless_a_caller_says_otherwise(monkeypatch):
@@ -503,16 +506,76 @@ def test_another_optimiser_is_refused(openood):
         get_trainer(build(), torch.utils.data.DataLoader(Images()), None, config)
 
 
+# Attach.
+
+
+class Prepared(Images):
+    """What a loader of OpenOOD's gives beside the images that are trained on: the same, prepared as in tests."""
+
+    def __getitem__(self, i):
+        item = super().__getitem__(i)
+        return {**item, "data": -item["data"], "data_aux": item["data"]}
+
+
+class PreparedPairs(Pairs):
+    def __iter__(self):
+        return ((batch["data_aux"], batch["label"]) for batch in self.loader)
+
+
+def attach_config(checkpoint) -> object:
+    from openood.utils.config import Config
+
+    network = {**network_config(garbage="layers"), "backbone": {**network_config().backbone, "checkpoint": str(checkpoint)}}
+    return Config({"trainer": {"name": "attach"}, "network": network, "seed": 5})
+
+
+def test_trainer_attach_is_the_cores(openood, tmp_path):
+    from openood.networks.lenet import LeNet
+    from openood.trainers import get_trainer
+
+    from tie_ext import attach
+
+    plain = LeNet(10).eval()
+    torch.save(plain.state_dict(), tmp_path / "lenet.ckpt")
+    loader = torch.utils.data.DataLoader(Prepared(), batch_size=20)
+    net, metrics = get_trainer(build(garbage="layers"), loader, None, attach_config(tmp_path / "lenet.ckpt")).train_epoch(1)
+    assert metrics["epoch_idx"] == 1
+    expected = attach(plain, PreparedPairs(loader), 10, [-1.0] * 3, [1.0] * 3, seed=5).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("garbage", "checkpoint", "message"),
+    [("linear", "lenet.ckpt", "network.garbage layers"), ("layers", "none", r"best\.ckpt .* got none"), ("layers", "other.ckpt", "name lenet for")],
+)
+def test_trainer_attach_says_what_it_wants(openood, tmp_path, garbage, checkpoint, message):
+    from openood.networks.lenet import LeNet
+    from openood.trainers import get_trainer
+
+    torch.save(LeNet(10).state_dict(), tmp_path / "lenet.ckpt")
+    torch.save({}, tmp_path / "other.ckpt")  # OpenOOD itself would say nothing, and go on with random weights
+    config = attach_config("none" if checkpoint == "none" else tmp_path / checkpoint)
+    with pytest.raises(ValueError, match=message):
+        get_trainer(build(garbage=garbage), torch.utils.data.DataLoader(Prepared()), None, config)
+
+
 # Configs.
 
 
-def test_the_postprocessor_files_hold_the_defaults(openood):
-    from openood.utils.config import Config
+def test_a_postprocessor_without_a_config_has_that_of_its_file(openood, tmp_path, monkeypatch):
+    import shutil
 
+    import tie_ext.openood.postprocessors as ours
     from tie_ext.openood import DMRPostprocessor, TIEPostprocessor, TIEUEPostprocessor
 
-    for name, cls in (("tie", TIEPostprocessor), ("tie_ue", TIEUEPostprocessor), ("dmr", DMRPostprocessor)):
-        assert Config(str(CONFIGS / "postprocessors" / f"{name}.yml")) == Config({"postprocessor": cls.DEFAULTS})
+    assert TIEPostprocessor().t == 1.0
+    assert DMRPostprocessor().settings == {"k": 5, "vae_epochs": 10, "epochs": 10}
+    assert not TIEUEPostprocessor().APS_mode
+    shutil.copytree(CONFIGS / "postprocessors", tmp_path / "postprocessors")
+    monkeypatch.setattr(ours, "configs", lambda: tmp_path)
+    file = tmp_path / "postprocessors" / "tie.yml"
+    file.write_text(file.read_text().replace("t: 1.0", "t: 0.5"))
+    assert TIEPostprocessor().t == 0.5
 
 
 def test_the_training_file_holds_the_defaults(openood):
@@ -686,6 +749,44 @@ def test_scores_it_saved_are_the_cores(root, openood, workplace, checkpoint):
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(np.load(scores)["conf"]), -ood_score(net(x, garbage=True)), rtol=1e-4, atol=1e-4)
         assert F.cross_entropy(net(x), torch.zeros(40).long()).isfinite()
+
+
+@pytest.fixture(scope="module")
+def attached(root, workplace) -> Path:
+    """A head for a LeNet that OpenOOD left, attached by its main.py."""
+    from openood.networks.lenet import LeNet
+
+    torch.manual_seed(0)
+    torch.save(LeNet(10).state_dict(), workplace / "lenet.ckpt")
+    configs = [*training_configs(root)[:2], CONFIGS / "pipelines/train/attach_tie.yml", root / "configs/preprocessors/base_preprocessor.yml"]
+    options = ["--network.backbone.name", "lenet", "--network.backbone.checkpoint", "lenet.ckpt", "--num_workers", "0", "--seed", "1"]
+    run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *options)
+    return workplace / "results" / "mnist_tie_net_attach_lenet_default" / "s1" / "best.ckpt"
+
+
+def test_attach_leaves_the_network_as_it_was(openood, workplace, attached):
+    from openood.networks.lenet import LeNet
+
+    plain = LeNet(10).eval()
+    plain.load_state_dict(torch.load(workplace / "lenet.ckpt", weights_only=True))
+    net = build(pretrained=True, checkpoint=str(attached), garbage="layers").eval()
+    x = torch.rand(5, 3, 28, 28)
+    assert torch.equal(net(x), plain(x))
+    assert net.tau.isfinite()
+
+
+def test_an_attached_network_is_scored_and_its_accuracy_taken(root, workplace, attached):
+    theirs = root / "configs"
+    data, preprocessor, net = theirs / "datasets/mnist/mnist.yml", theirs / "preprocessors/base_preprocessor.yml", CONFIGS / "networks/tie_net.yml"
+    ood = [CONFIGS / "datasets/mnist/mnist_tie_ood.yml", workplace / "two.yml"]
+    scored = [data, *ood, net, theirs / "pipelines/test/test_ood.yml", preprocessor, CONFIGS / "postprocessors/tie.yml"]
+    options = ["--network.backbone.name", "lenet", "--network.garbage", "layers", "--network.checkpoint", str(attached), "--num_workers", "0"]
+    run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, scored), *options, "--mark", "attached")
+    rows = (workplace / "results/mnist_tie_net_test_ood_ood_tie_attached/s0/ood/ood.csv").read_text().split()
+    assert rows[1].startswith("fashionmnist")
+    assert float(rows[1].split(",")[2]) > 90  # noise, told by a head on a network that has learned nothing
+    counted = [data, net, theirs / "pipelines/test/test_acc.yml", preprocessor]
+    assert "Complete Evaluation, accuracy" in run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, counted), *options)
 
 
 MANY = """

@@ -1,10 +1,11 @@
 """TIE inside an unmodified OpenOOD: ``import tie_ext.openood; tie_ext.openood.register()``, or ``python -m tie_ext.openood main.py ...``.
 
-Adds trainer ``tie``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr`` wherever OpenOOD looks names up, in
-memory only.
+Adds trainers ``tie`` and ``attach``, network ``tie_net``, recorder ``last`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr``
+wherever OpenOOD looks names up, in memory only.
 """
 
 from importlib import import_module
+from pathlib import Path
 
 from tie_ext.openood.requirements import check_requirements
 
@@ -13,6 +14,9 @@ _ROOMS = {
     "registered": "registry",
     "unregister": "registry",
     "OpenOODTIENet": "network",
+    "tie_net_of": "network",
+    "OpenOODAttachTrainer": "attaching",
+    "LastRecorder": "recorder",
     "OpenOODTIETrainer": "trainer",
     "CombinedPostprocessor": "combined",
     "TIEPostprocessor": "postprocessors",
@@ -20,7 +24,14 @@ _ROOMS = {
     "DMRPostprocessor": "rejection",
     "without_cuda": "cpu",
 }
-__all__ = ["check_requirements", *_ROOMS]
+__all__ = ["check_requirements", "configs", *_ROOMS]
+
+
+def configs() -> Path:
+    """Folder of the configs for OpenOOD: ``openood_configs`` of a checkout, or its copy in an installed package."""
+    package = Path(__file__).parents[1]
+    installed = package / "openood_configs"
+    return installed if installed.is_dir() else package.parent / "openood_configs"
 
 
 def __getattr__(name: str):  # so that what is missing is named before OpenOOD's own imports fail one by one

@@ -1,7 +1,5 @@
 """Garbage class, Mahalanobis++ and energy combined, as an OpenOOD postprocessor: larger conf = more ID, the negative of the combined score."""
 
-from typing import ClassVar
-
 import torch
 from openood.postprocessors import BasePostprocessor
 from openood.utils.config import Config
@@ -11,6 +9,7 @@ from tie_ext.combination import RULES, Reference, check_rule, reference
 from tie_ext.decision import ood_score
 from tie_ext.gaussians import Gaussians, fit_gaussians, unit
 from tie_ext.network import TIENet
+from tie_ext.openood.postprocessors import arguments, shipped
 from tie_ext.openood.trainer import Pairs
 
 
@@ -22,13 +21,10 @@ class CombinedPostprocessor(BasePostprocessor):
     scale of each score.
     """
 
-    DEFAULTS: ClassVar[dict] = {"name": "tie_combined", "APS_mode": False, "postprocessor_args": {"rule": next(iter(RULES))}}
-
     def __init__(self, config: Config | None = None):
-        super().__init__(config or Config({"postprocessor": self.DEFAULTS}))
+        super().__init__(config or shipped("tie_combined"))
         self.APS_mode, self.hyperparam_search_done = False, False
-        settings = {**self.DEFAULTS["postprocessor_args"], **(self.config.postprocessor.postprocessor_args or {})}
-        self.rule = check_rule(settings["rule"])
+        self.rule = check_rule(arguments("tie_combined", self.config)["rule"])
         self.gaussians: Gaussians | None = None
         self.reference: Reference | None = None
 

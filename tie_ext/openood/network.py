@@ -1,6 +1,9 @@
 """TIE's network around any of OpenOOD's backbones, with what its postprocessors ask of a network."""
 
+from collections.abc import Iterator, Mapping
+
 from openood.preprocessors.transform import normalization_dict
+from openood.utils.config import Config
 from torch import Tensor, nn
 
 from tie_ext.backbones import BACKBONES
@@ -54,16 +57,60 @@ def tie_net(network_config) -> OpenOODTIENet:
 
     Images have three channels and are normalised, so that 0 becomes ``-mean / std`` and 1 ``(1 - mean) / std``.
     """
-    from openood.networks.utils import get_network  # at the time of the call: it may be one that knows more backbones
-
-    inner = network_config.backbone
-    if inner.name in BACKBONES:  # the paper's own
-        backbone: nn.Module = BACKBONES[inner.name](3, network_config.num_classes)
-    else:
-        inner.num_gpus = 0  # moved to its device as a part of the whole
-        backbone = get_network(inner)
+    backbone = backbone_of(network_config.backbone)
     mean, std = normalization_dict.get(network_config.normalization_type, ([0.5] * 3, [0.5] * 3))
     low = [-m / s for m, s in zip(mean, std, strict=True)]
     high = [(1 - m) / s for m, s in zip(mean, std, strict=True)]
     size = network_config.image_size
     return OpenOODTIENet(backbone, network_config.num_classes, (3, size, size), low, high, garbage=network_config.garbage or "linear")
+
+
+def backbone_of(backbone_config: Config) -> nn.Module:
+    """The classifier of a config, on the CPU: one of OpenOOD's networks, or of :data:`tie_ext.BACKBONES` for images of three channels."""
+    from openood.networks.utils import get_network  # at the time of the call: it may be one that knows more backbones
+
+    if backbone_config.name in BACKBONES:
+        return BACKBONES[backbone_config.name](3, backbone_config.num_classes)
+    backbone_config.num_gpus = 0  # moved to its device as a part of the whole
+    return get_network(backbone_config)
+
+
+OTHERS = (*BACKBONES, "wrn", "densenet")
+"""Backbones that a checkpoint may be of where it is not of the network that a script of OpenOOD's has built."""
+
+
+def tie_net_of(checkpoint: Mapping[str, Tensor], network: nn.Module, size: int) -> OpenOODTIENet:
+    """The ``tie_net`` that a checkpoint is of, with its weights, tau and value range.
+
+    Arguments:
+        checkpoint: The ``state_dict`` of a ``tie_net``, or of what :func:`tie_ext.attach` gives.
+        network: The classifier that it is taken to be around, which is copied; where it is around another one of :data:`OTHERS`, that is found.
+        size: S of its images ``(3, S, S)``.
+
+    Raises:
+        ValueError: If it is around no network that is known here, or its garbage head is for images of another size.
+    """
+    num_classes = len(checkpoint["fc.weight"])
+    shapes = {name.removeprefix("backbone."): value.shape for name, value in checkpoint.items() if name.startswith("backbone.")}
+    backbone = next((candidate for candidate in _candidates(network, num_classes) if shapes.items() <= _shapes(candidate).items()), None)
+    if backbone is None:
+        known = ", ".join([type(network).__name__, *OTHERS])
+        raise ValueError(f"Expected a checkpoint of a tie_net around one of {known}, but got one around another network; score it by main.py")
+    low, high = (checkpoint[name].flatten().tolist() for name in ("low", "high"))
+    garbage = "layers" if "garbage.mean" in checkpoint else "linear"
+    net = OpenOODTIENet(backbone, num_classes, (3, size, size), low, high, garbage=garbage)
+    try:
+        net.load_state_dict(dict(checkpoint))
+    except RuntimeError as error:
+        raise ValueError(f"Expected a checkpoint of a tie_net around {type(backbone).__name__} for {size} pixels, but got another: {error}") from None
+    return net
+
+
+def _candidates(network: nn.Module, num_classes: int) -> Iterator[nn.Module]:
+    yield network
+    for name in OTHERS:
+        yield backbone_of(Config(name=name, num_classes=num_classes, pretrained=False))
+
+
+def _shapes(network: nn.Module) -> dict:
+    return {name: value.shape for name, value in network.state_dict().items()}

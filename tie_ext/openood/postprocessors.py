@@ -1,31 +1,33 @@
 """TIE's scores as OpenOOD postprocessors: larger conf = more ID, the negative of the score."""
 
-from typing import ClassVar
-
 from openood.postprocessors import BasePostprocessor
 from openood.utils.config import Config
 from torch import Tensor, nn, no_grad
 
 from tie_ext.decision import ood_score, uncertainty
 from tie_ext.network import TIENet
+from tie_ext.openood import configs
+
+
+def shipped(name: str) -> Config:
+    """The config of one of these postprocessors, as :func:`tie_ext.openood.configs` has it."""
+    return Config(str(configs() / "postprocessors" / f"{name}.yml"))
+
+
+def arguments(name: str, config: Config) -> dict:
+    """``postprocessor_args`` of a config for one of these postprocessors; what it does not say is as shipped."""
+    return {**shipped(name).postprocessor.postprocessor_args, **(config.postprocessor.postprocessor_args or {})}
 
 
 class TIEPostprocessor(BasePostprocessor):
     """Postprocessor ``tie``: the two levels in one score, :func:`tie_ext.ood_score`. Its parameter is the temperature ``t``."""
 
-    DEFAULTS: ClassVar[dict] = {
-        "name": "tie",
-        "APS_mode": False,
-        "postprocessor_args": {"t": 1.0},
-        "postprocessor_sweep": {"t": [0.1, 0.5, 1.0, 2.0]},
-    }
-
     def __init__(self, config: Config | None = None):
-        super().__init__(config or Config({"postprocessor": self.DEFAULTS}))
+        super().__init__(config or shipped("tie"))
         settings = self.config.postprocessor
         self.APS_mode, self.hyperparam_search_done = bool(settings.APS_mode), False
         self.args_dict = settings.postprocessor_sweep
-        self.t = float((settings.postprocessor_args or Config(t=1.0)).t)
+        self.t = float(arguments("tie", self.config)["t"])
 
     @no_grad()
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,12 +51,13 @@ class TIEPostprocessor(BasePostprocessor):
 
 
 class TIEUEPostprocessor(BasePostprocessor):
-    """Postprocessor ``tie_ue``: the paper's uncertainty estimate over the n ID outputs (Table 2), of any network."""
+    """Postprocessor ``tie_ue``: the paper's uncertainty estimate UE over the n ID outputs (Table 2), of any network.
 
-    DEFAULTS: ClassVar[dict] = {"name": "tie_ue", "APS_mode": False}
+    It ranks as OpenOOD's ``gen`` with gamma 1 and M = n: UE is n / (n - 1) times that generalised entropy.
+    """
 
     def __init__(self, config: Config | None = None):
-        super().__init__(config or Config({"postprocessor": self.DEFAULTS}))
+        super().__init__(config or shipped("tie_ue"))
         self.APS_mode, self.hyperparam_search_done = False, False
 
     @no_grad()

@@ -7,6 +7,7 @@ wrapper is put wherever the original has been copied to; modules imported later 
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 import openood.evaluation_api.postprocessor as api
 import openood.evaluators
@@ -15,18 +16,22 @@ import openood.networks.utils
 import openood.pipelines
 import openood.postprocessors.info as info
 import openood.postprocessors.utils
+import openood.recorders.utils
 import openood.trainers.utils
 import openood.utils
 import torch
 from openood.networks.adascale_net import AdaScaleANet, AdaScaleLNet
 from openood.networks.ash_net import ASHNet
 from openood.networks.scale_net import ScaleNet
-from openood.utils.config import Config
+from torch import nn
 
 from tie_ext.network import TIENet
+from tie_ext.openood import configs
+from tie_ext.openood.attaching import OpenOODAttachTrainer
 from tie_ext.openood.combined import CombinedPostprocessor
-from tie_ext.openood.network import tie_net
+from tie_ext.openood.network import tie_net, tie_net_of
 from tie_ext.openood.postprocessors import TIEPostprocessor, TIEUEPostprocessor
+from tie_ext.openood.recorder import LastRecorder
 from tie_ext.openood.rejection import DMRPostprocessor
 from tie_ext.openood.trainer import OpenOODTIETrainer
 
@@ -36,18 +41,24 @@ POSTPROCESSORS: dict[str, type[TIEPostprocessor] | type[TIEUEPostprocessor] | ty
     "tie_combined": CombinedPostprocessor,
     "dmr": DMRPostprocessor,
 }
+TRAINERS: dict[str, type[OpenOODTIETrainer] | type[OpenOODAttachTrainer]] = {"tie": OpenOODTIETrainer, "attach": OpenOODAttachTrainer}
 CLASSES = {"mnist": 10, "fashionmnist": 10, "svhn": 10, "tinyimagenet": 200}
 """Class counts that MDS, RMDS, KLM, SHE, Gram and OpenMax look up by the data set's name and OpenOOD does not have."""
 SHAPED = {"ash": ASHNet, "scale": ScaleNet, "adascale_a": AdaScaleANet, "adascale_l": AdaScaleLNet}
 """Networks that these postprocessors need; OpenOOD's evaluation API puts them around the user's network, its pipelines do not."""
 
+SIZES = {"ResNet18_32x32": 32, "ResNet18_224x224": 224, "ResNet50": 224}
+"""The networks that OpenOOD's ``scripts/eval_ood*.py`` build, and the side of their images in pixels."""
+
 _wrapped: dict[Callable, Callable] = {}  # wrapper by original, while registered
 
 
 def register() -> None:
-    """Make trainer ``tie``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr`` known to OpenOOD.
+    """Make trainers ``tie`` and ``attach``, network ``tie_net``, recorder ``last`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and
+    ``dmr`` known to OpenOOD.
 
-    Calling it again changes nothing.
+    The networks that its scripts build, :data:`SIZES`, become a ``tie_net`` when they are given a checkpoint of one. Calling it again changes
+    nothing.
     """
     if _wrapped:
         return
@@ -56,22 +67,30 @@ def register() -> None:
         (_with_network, openood.networks.utils.get_network),
         (_with_postprocessors, openood.postprocessors.utils.get_postprocessor),
         (_with_configs, api.get_postprocessor),
+        (_with_recorder, openood.recorders.utils.get_recorder),
         (_with_registration, openood.utils.launch),
     ):
         _wrapped[original] = wraps(original)(wrap(original))
     _swap(_wrapped)
+    for name, size in SIZES.items():
+        _networks[name] = getattr(openood.networks, name)
+        setattr(openood.networks, name, _with_checkpoints(_networks[name], size))
     api.postprocessors.update(POSTPROCESSORS)
     _missing.update({name: n for name, n in CLASSES.items() if name not in info.num_classes_dict})
     info.num_classes_dict.update(_missing)
 
 
 _missing: dict[str, int] = {}
+_networks: dict[str, type[nn.Module]] = {}  # the originals, while registered
 
 
 def unregister() -> None:
     """Leave OpenOOD as it was before :func:`register`."""
     _swap({wrapper: original for original, wrapper in _wrapped.items()})
     _wrapped.clear()
+    for name, network in _networks.items():
+        setattr(openood.networks, name, network)
+    _networks.clear()
     for name in POSTPROCESSORS:
         api.postprocessors.pop(name, None)
     for name in _missing:
@@ -117,11 +136,35 @@ def _with_registration(original: Callable) -> Callable:
 
 def _with_trainer(original: Callable) -> Callable:
     def get_trainer(net, train_loader, val_loader, config):
-        if config.trainer.name == "tie":
-            return OpenOODTIETrainer(net, train_loader, config)
+        if config.trainer.name in TRAINERS:
+            return TRAINERS[config.trainer.name](net, train_loader, config)
         return original(net, train_loader, val_loader, config)
 
     return get_trainer
+
+
+def _with_recorder(original: Callable) -> Callable:
+    def get_recorder(config):
+        return LastRecorder(config) if config.recorder.name == "last" else original(config)
+
+    return get_recorder
+
+
+def _with_checkpoints(original: type[nn.Module], size: int) -> type[nn.Module]:
+    """A network's class whose ``load_state_dict`` takes the checkpoint of a ``tie_net`` too: its scripts build the network, then fill it."""
+
+    class Network(original):  # type: ignore[misc, valid-type]
+        def load_state_dict(self, state_dict, *args, **kwargs):
+            if not {"tau", "low", "high"} <= set(state_dict):
+                return super().load_state_dict(state_dict, *args, **kwargs)
+            net = tie_net_of(state_dict, self, size)
+            # The script holds this very object, and asks for no other.
+            self.__class__, self.__dict__ = type(net), vars(net)  # type: ignore[assignment, misc]
+            return self.load_state_dict(state_dict)
+
+    Network.__name__, Network.__qualname__, Network.__doc__ = original.__name__, original.__qualname__, original.__doc__
+    Network.__module__ = openood.networks.__name__  # where it can be found again by name
+    return Network
 
 
 def _with_network(original: Callable) -> Callable:
@@ -158,9 +201,8 @@ def _with_postprocessors(original: Callable) -> Callable:
 
 def _with_configs(original: Callable) -> Callable:
     def get_postprocessor(config_root, postprocessor_name, id_data_name):
-        if postprocessor_name not in POSTPROCESSORS:
-            return original(config_root, postprocessor_name, id_data_name)
-        cls = POSTPROCESSORS[postprocessor_name]  # OpenOOD would look for a file, and download it where there is none
-        return cls(Config({"postprocessor": cls.DEFAULTS, "dataset": {"name": id_data_name}}))
+        # Where the user has no file of his own, OpenOOD would download one, of a name that it does not know.
+        own = postprocessor_name not in POSTPROCESSORS or Path(config_root, "postprocessors", f"{postprocessor_name}.yml").exists()
+        return original(config_root if own else str(configs()), postprocessor_name, id_data_name)
 
     return get_postprocessor

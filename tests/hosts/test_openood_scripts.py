@@ -1,0 +1,303 @@
+"""OpenOOD's multi-seed path on our checkpoints: its ``scripts/eval_ood*.py`` and its evaluation API, run on stand-ins for its data."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tie_ext import Conv3
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LISTED = {"cifar10": ["cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365"]}
+LISTED["imagenet"] = [
+    "imagenet_1k",
+    "ssb_hard",
+    "ninco",
+    "inaturalist",
+    "texture",
+    "openimage_o",
+    "imagenet_v2",
+    "imagenet_c",
+    "imagenet_r",
+    "imagenet_es",
+]
+
+
+@pytest.fixture
+def openood(openood_root, monkeypatch):
+    """OpenOOD with TIE registered, without CUDA, reading images in this process; all undone afterwards."""
+    import openood.evaluation_api.datasets as datasets
+
+    import tie_ext.openood as ours
+
+    # Eight workers a loader take longer to start than a handful of images to read.
+    monkeypatch.setattr(datasets, "DataLoader", lambda *args, **kwargs: torch.utils.data.DataLoader(*args, **{**kwargs, "num_workers": 0}))
+    with ours.without_cuda(wanted=False):
+        ours.register()
+        yield ours
+        ours.unregister()
+
+
+@pytest.fixture(scope="module")
+def place(openood_root, tmp_path_factory) -> Path:
+    """A folder like a checkout of OpenOOD with its data: few drawn images, in its own lists."""
+    from openood.evaluation_api.datasets import DATA_INFO
+
+    place = tmp_path_factory.mktemp("checkout")
+    (place / "configs").symlink_to(openood_root / "configs")
+    (place / "scripts").mkdir()  # a link to the whole folder would lead its scripts back to the data of the checkout
+    for script in (openood_root / "scripts").glob("*.py"):
+        (place / "scripts" / script.name).symlink_to(script)
+    for kind in ("images_classic", "images_largescale"):
+        for name in {name for names in LISTED.values() for name in names}:  # a folder that is not empty is not downloaded
+            (place / "data" / kind / name).mkdir(parents=True)
+            (place / "data" / kind / name / "images").touch()
+    for name, many in (("cifar10", 4), ("imagenet", 1)):
+        info = DATA_INFO[name]
+        groups = [info["id"], {key: info["csid"][key] for key in info["csid"]["datasets"]}, {"val": info["ood"]["val"]}]
+        groups += [{key: info["ood"][split][key] for key in info["ood"][split]["datasets"]} for split in ("near", "far")]
+        for kind, group in zip(("id", "csid", "val", "near", "far"), groups, strict=True):
+            for of, where in group.items():
+                count = 10 * many if (kind, name) == ("id", "cifar10") else 2 * many
+                draw(place / "data", where, f"{name}_{kind}_{of}", count, kind in ("id", "csid"))
+    return place
+
+
+def draw(data: Path, where: dict, name: str, count: int, inside: bool) -> None:
+    """A list of images and the images: squares whose place is their label, or noise."""
+    import numpy as np
+    from PIL import Image
+
+    rng, rows = np.random.default_rng(len(name)), []
+    for i in range(count):
+        image = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+        if inside:
+            image //= 4
+            image[3 * (i % 10) : 3 * (i % 10) + 5] = 255
+        Image.fromarray(image).save(data / where["data_dir"] / f"{name}_{i}.png")
+        rows.append(f"{name}_{i}.png {i % 10 if inside else -1}\n")
+    path = data / where["imglist_path"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(rows))
+
+
+RANGE = [-2.0] * 3, [2.2] * 3
+
+
+def around(backbone, garbage: str = "linear", size: int = 32, seed: int = 0):
+    from tie_ext.openood import OpenOODTIENet
+
+    torch.manual_seed(seed)
+    net = OpenOODTIENet(backbone, 1000 if size == 224 else 10, (3, size, size), *RANGE, garbage=garbage).eval()
+    net.tau.fill_(0.25)
+    return net
+
+
+@pytest.fixture
+def seeds(openood, place, tmp_path) -> Path:
+    """Three seeds as OpenOOD's training leaves them; the third has a garbage head."""
+    from openood.evaluation_api.preprocessor import get_default_preprocessor
+    from PIL import Image
+
+    prepare = get_default_preprocessor("cifar10")
+    x = torch.stack([prepare(Image.open(place / f"data/images_classic/cifar10_id_train_{i}.png")) for i in range(40)])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = around(Conv3(3, 10), "layers" if seed == 2 else "linear", seed=seed)
+        learn(net, x, torch.arange(40) % 10)
+        (tmp_path / f"s{seed}").mkdir()
+        torch.save(net.state_dict(), tmp_path / f"s{seed}" / "best.ckpt")
+    return tmp_path
+
+
+@torch.no_grad()
+def learn(net, x, y) -> None:
+    """Least squares: every training image is right, which several postprocessors want of every class."""
+    h = net.features(x)
+    weight = 20 * (torch.linalg.pinv(h - h.mean(0)) @ (torch.nn.functional.one_hot(y, 10) - 0.1)).T
+    net.fc.weight.copy_(weight)
+    net.fc.bias.copy_(-weight @ h.mean(0))
+    assert torch.equal(net(x).argmax(1), y)
+
+
+def run(script: Path, *arguments: str) -> None:
+    from tie_ext.openood.__main__ import main
+
+    before = sys.argv, list(sys.path)
+    try:
+        main([str(script), *arguments])
+    finally:
+        sys.argv, sys.path[:] = before
+
+
+@pytest.mark.parametrize("name", ["tie", "tie_combined", "dmr", "msp", "react", "mds", "she", "openmax", "temp_scaling"])
+def test_eval_ood_scores_every_seed(openood, place, seeds, name):
+    import pandas as pd
+    from openood.evaluation_api import Evaluator
+    from openood.networks import ResNet18_32x32
+
+    run(place / "scripts" / "eval_ood.py", "--id-data", "cifar10", "--root", str(seeds), "--postprocessor", name, "--save-csv")
+    table = pd.read_csv(seeds / "ood" / f"{name}.csv", index_col=0)
+    assert list(table.index) == ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "farood"]
+    assert table.map(lambda cell: 0 <= float(cell.split()[0]) <= 100).all(axis=None)
+    if name != "tie":
+        return
+    found = []
+    for folder in sorted(seeds.glob("s*")):  # what the table says is what the networks say, one by one, through the evaluation API
+        net = openood.tie_net_of(torch.load(folder / "best.ckpt", weights_only=True), ResNet18_32x32(num_classes=10), 32)
+        evaluator = Evaluator(net, id_name="cifar10", data_root=str(place / "data"), postprocessor=openood.TIEPostprocessor(), num_workers=0)
+        found.append(evaluator.eval_ood(progress=False).to_numpy())
+    mean, std = (getattr(torch.tensor(found), part)(**how) for part, how in (("mean", {"dim": 0}), ("std", {"dim": 0, "correction": 0})))
+    assert table.to_numpy().tolist() == [[f"{m:.2f} ± {s:.2f}" for m, s in zip(*rows, strict=True)] for rows in zip(mean, std, strict=True)]
+    assert std[:, 1].max() > 0  # three networks, not one
+
+
+def test_eval_ood_imagenet_scores_an_attached_network(openood, place, tmp_path):
+    import pandas as pd
+    from openood.networks import ResNet50
+
+    torch.save(around(ResNet50(), "layers", 224).state_dict(), tmp_path / "best.ckpt")
+    run(place / "scripts" / "eval_ood_imagenet.py", "--ckpt-path", str(tmp_path / "best.ckpt"), "--postprocessor", "tie", "--save-csv")
+    table = pd.read_csv(tmp_path / "ood" / "tie.csv", index_col=0)
+    assert list(table.index) == ["ssb_hard", "ninco", "nearood", "inaturalist", "textures", "openimage_o", "farood"]
+    assert table.AUROC.between(0, 100).all()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "garbage"),
+    [("resnet18_32x32", "linear"), ("resnet18_32x32", "layers"), ("conv3", "linear"), ("resnet20", "layers"), ("wrn", "linear")],
+)
+def test_a_network_of_its_scripts_becomes_the_tie_net_of_a_checkpoint(openood, backbone, garbage):
+    from openood.networks import ResNet18_32x32
+    from openood.utils.config import Config
+
+    from tie_ext.openood.network import backbone_of
+
+    saved = around(backbone_of(Config(name=backbone, num_classes=10)), garbage)
+    saved.precision = "bfloat16"
+    net = ResNet18_32x32(num_classes=10)
+    net.load_state_dict(saved.state_dict())
+    net.eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert isinstance(net, openood.OpenOODTIENet)
+    assert (net.tau, net.precision, net.image_shape) == (0.25, "bfloat16", (3, 32, 32))
+    assert torch.equal(net(x, garbage=True), saved(x, garbage=True))
+
+
+def test_other_checkpoints_are_loaded_as_before_or_refused(openood):
+    from openood.networks import ResNet18_32x32
+    from openood.networks.lenet import LeNet
+
+    first, second = ResNet18_32x32(num_classes=10), ResNet18_32x32(num_classes=10)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.fc.weight, first.fc.weight)
+    assert not isinstance(second, openood.OpenOODTIENet)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        second.load_state_dict({})
+    with pytest.raises(ValueError, match=r"around one of ResNet18_32x32, conv3.* main.py"):
+        second.load_state_dict(around(LeNet(10), size=28).state_dict())
+    state = around(Conv3(3, 10), "layers").state_dict()
+    state["garbage.mean"] = state["garbage.mean"][:-4]
+    with pytest.raises(ValueError, match="for 32 pixels, but got another"):
+        second.load_state_dict(state)
+
+
+def test_networks_are_its_own_again_afterwards(openood):
+    import openood.networks as networks
+    from openood.networks.resnet50 import ResNet50
+
+    assert networks.ResNet50 is not ResNet50
+    openood.unregister()
+    assert networks.ResNet50 is ResNet50
+
+
+# The user's configs.
+
+
+def test_the_evaluation_api_reads_the_users_own_file(openood, tmp_path):
+    from openood.evaluation_api.postprocessor import get_postprocessor
+
+    assert get_postprocessor(str(tmp_path), "tie", "cifar10").t == 1.0
+    assert not list(tmp_path.iterdir())  # nothing was downloaded
+    (tmp_path / "postprocessors").mkdir()
+    (tmp_path / "postprocessors" / "tie.yml").write_text("postprocessor:\n  name: tie\n  APS_mode: False\n  postprocessor_args:\n    t: 0.5\n")
+    post = get_postprocessor(str(tmp_path), "tie", "cifar10")
+    assert (post.t, post.config.dataset.name) == (0.5, "cifar10")
+
+
+class Loader(list):
+    """Batches of normalised images, as a loader of the evaluation API has them, or without a word on how."""
+
+    def __init__(self, name: str | None):
+        super().__init__([{"data": torch.rand(6, 3, 32, 32) - 0.5, "label": torch.arange(6) % 2}])
+        if name is not None:
+            from openood.evaluation_api.preprocessor import get_default_preprocessor
+
+            self.dataset = type("", (), {"preprocessor": get_default_preprocessor(name)})()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "low"),
+    [("cifar10", None, -0.4914 / 0.2470), (None, {"name": "cifar100"}, -0.5071 / 0.2675), (None, {"name": "a", "normalization_type": "b"}, -1.0)],
+)
+def test_dmr_knows_the_value_range_without_a_config(openood, monkeypatch, name, config, low):
+    from openood.utils.config import Config
+
+    import tie_ext.openood.rejection as rejection
+
+    seen = []
+    monkeypatch.setattr(rejection, "MarginalRepresentations", lambda domain, settings: seen.append(domain))
+    monkeypatch.setattr(rejection, "marginal_features", lambda *_: (None, None))
+    monkeypatch.setattr(rejection, "fit_rejection", lambda *_, **__: None)
+    post = rejection.DMRPostprocessor(config and Config({"postprocessor": {"name": "dmr"}, "dataset": config}))
+    post.setup(Conv3(3, 2), {"train": Loader(name)}, {})
+    assert seen[0].low.shape == seen[0].high.shape == (3, 1, 1)
+    assert seen[0].low[0].item() == pytest.approx(low)
+
+
+def test_tie_ue_ranks_as_gen_with_gamma_1_over_all_classes(openood):
+    from openood.postprocessors import GENPostprocessor
+    from openood.utils.config import Config
+
+    settings = {"postprocessor_args": {"gamma": 1, "M": 10}, "postprocessor_sweep": {}}
+    logits = 5 * torch.randn(50, 10)
+    ue = openood.TIEUEPostprocessor().postprocess(torch.nn.Identity(), logits)[1]
+    gen = GENPostprocessor(Config({"postprocessor": settings})).postprocess(torch.nn.Identity(), logits)[1]
+    torch.testing.assert_close(ue, gen * 10 / 9)
+
+
+# Without a GPU.
+
+
+def test_a_device_that_is_named_is_the_cpu(openood):
+    for found in (
+        torch.eye(2, device="cuda"),
+        torch.ones(2).to("cuda:0"),
+        torch.arange(3).to(torch.device("cuda")),
+        torch.nn.Linear(1, 1).to(device="cuda").weight,
+        torch.cuda.FloatTensor([1.0]),
+    ):
+        assert found.device.type == "cpu"
+    assert torch.ones(1, device="meta").device.type == "meta"
+    assert torch.device("cuda").type == "cuda"
+    with torch.random.fork_rng():
+        torch.rand(1)
+
+
+# Which epoch is scored.
+
+
+def test_best_is_the_last_epoch(openood, tmp_path):
+    from openood.recorders import get_recorder
+    from openood.utils.config import Config
+
+    settings = {"recorder": {"name": "last", "save_all_models": False}, "optimizer": {"num_epochs": 3}, "output_dir": str(tmp_path)}
+    recorder = get_recorder(Config(settings))
+    for epoch, accuracy in ((1, 0.9), (2, 0.5), (3, 0.7)):
+        net = torch.nn.Linear(1, 1)
+        net.weight.data.fill_(epoch)
+        recorder.save_model(net, {"acc": accuracy, "epoch_idx": epoch})
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["weight"].item() == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "best_epoch3_acc0.7000.ckpt", "last_epoch3_acc0.7000.ckpt"]
+    assert (recorder.best_epoch_idx, recorder.best_acc) == (3, 0.7)
