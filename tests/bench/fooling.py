@@ -34,7 +34,7 @@ GENERATOR, ASCENT = (200, 1000), (100, 1000)
 """Steps of a generator, and of gradient ascent."""
 SEEDS, PER_CLASS = 3, 20
 """Seeds of the generator, and images of each class that each makes, or that are climbed from each kind of start."""
-QUICK = 5
+QUICK = 3
 """Images of each class where it has to be quick: fewest steps, one seed."""
 SHOWN = 5
 """Classes on a sheet, evenly spaced."""
@@ -74,7 +74,7 @@ def judge(path: Path, root: str) -> tuple[TIENet, Detector]:
 
 
 def searchers(net: TIENet, sets: Mapping[str, ImageSet], quick: bool) -> dict[str, Searcher]:
-    """Searchers by name, the quick ones first."""
+    """Searchers by name, the fast ones first."""
     y = torch.arange(net.num_classes).repeat(QUICK if quick else PER_CLASS)
     shape, others = (len(y), *net.image_shape), torch.cat([sets[name].x for name in OTHERS if name in sets])
     with seeded(0):
@@ -147,7 +147,8 @@ def main() -> None:
     for name, (net, detectors) in targets.items():
         logits, h = read(net, sets["id"])
         record["false_alarms"][name] = {label: 1 - of.accepts(logits, h).double().mean().item() for label, of in detectors.items()}
-        for searcher, search in searchers(net, sets, a.quick).items():
+    for searcher, search in searchers(attached, sets, a.quick).items():
+        for name, (net, detectors) in targets.items():
             if f"{name}: {searcher}" in record["seconds"]:
                 continue
             start, found = time.perf_counter(), []
