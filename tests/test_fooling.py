@@ -1,5 +1,6 @@
 """What searches for fooling images: it finds them, within bounds, and leaves the network as it was."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -123,6 +124,15 @@ def test_the_same_seed_finds_the_same_images_and_another_does_not(toy, monkeypat
     assert torch.equal(fooling.climb(net, start, asked(6), 5), fooling.climb(net, start, asked(6), 5))
 
 
+def test_who_is_blind_sees_the_id_logits_alone(toy, monkeypatch):
+    monkeypatch.setattr(fooling, "BATCH", 4)
+    net, _ = toy
+    other, start = copy.deepcopy(net), torch.rand(4, 1, 28, 28)
+    torch.nn.init.constant_(other.garbage.weight, 3.0)
+    assert torch.equal(*(fooling.climb(of, start, asked(4), 5) for of in (net, other)))
+    assert torch.equal(*(fooling.invert(of, asked(4), 3, 0) for of in (net, other)))
+
+
 @pytest.mark.parametrize("detector", [None, "ViM"])
 def test_the_network_is_left_as_it_was(toy, detector):
     net, detectors = toy
@@ -212,6 +222,14 @@ def test_a_judge_counts_where_it_agrees_and_accepts(toy):
     ]
     assert judged == [0.75, 0.0, 0.375]
     assert fooling.verdict(net, nothing, found, [(net, everything)])["judged"] is None
+
+
+def test_the_objective_is_the_formula_and_lets_go_of_what_is_accepted():
+    logits, h, y = torch.randn(3, N + 1), torch.tensor([[1.0], [2.0], [7.0]]), torch.tensor([0, 2, 1])
+    detector = fooling.Detector(lambda logits, h: h[:, 0], torch.tensor(2.0), torch.tensor(0.5))
+    ce = -logits[:, :N].log_softmax(1)[torch.arange(3), y]
+    assert torch.allclose(fooling.objective(logits, h, y, None), ce)
+    assert torch.allclose(fooling.objective(logits, h, y, detector) - ce, torch.tensor([0.0, 1.1, 11.1]).log().clamp_min(0), atol=1e-6)
 
 
 def test_garbage_is_scored_by_its_log_odds():

@@ -138,7 +138,6 @@ def main() -> None:
         "images": {name: len(sets[name]) for name in ("train", "held", "id")},
         "per_class": QUICK if a.quick else PER_CLASS,
         "judges": [path.stem for path in apart],
-        "networks": list(targets),
     }
     path = OUT / f"{a.network.stem}.json"
     record = json.loads(path.read_text()) if path.exists() else {}
