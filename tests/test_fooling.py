@@ -237,6 +237,42 @@ def test_garbage_is_scored_by_its_log_odds():
     assert torch.equal(fooling.garbage_score(logits, torch.zeros(4, 1)), ood_score(logits))
 
 
+def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    pytest.importorskip("PIL")
+    import fooling as script
+
+    from tie_ext import Conv3
+    from tie_ext.app.data import ImageSet
+
+    def images(seed: int) -> ImageSet:
+        x, y = stripes(120, seed)
+        return ImageSet((x * 255).byte(), y, tuple("abc"))
+
+    sets = {name: images(seed) for seed, name in enumerate(("train", "held", "id", "mnist"))}
+    monkeypatch.setattr(script, "image_sets", lambda data, root, count, seed: sets)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with_head = TIENet(Conv3(1, N), N, (1, 28, 28), garbage="layers")
+        with_head.tau.fill_(0.9)
+        with_head.save(tmp_path / f"toy-120x1-conv3-seed{seed}-head.safetensors")
+        TIENet(classifier(with_head), N, (1, 28, 28)).save(tmp_path / f"toy-120x1-conv3-seed{seed}.safetensors")
+    for name, value in {"OUT": tmp_path / "out", "GENERATOR": (2,), "ASCENT": (2,), "QUICK": 1}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(fooling, "BATCH", 4)
+    network = str(tmp_path / "toy-120x1-conv3-seed0.safetensors")
+    argv = ["fooling.py", "--quick", network, f"linear={network}"]
+    for short in (True, False):
+        monkeypatch.setattr(sys, "argv", argv[:3] if short else argv)  # what was measured at first is not measured again
+        script.main()
+    record = json.loads((tmp_path / "out" / "toy-120x1-conv3-seed0.json").read_text())
+    rows = [(row["network"], row["detector"], row["searcher"], row["form"]) for row in record["rows"]]
+    assert len(rows) == len(set(rows)) == (5 + 3 + 1) * 4 * 2
+    assert record["judges"] == ["toy-120x1-conv3-seed1"]
+    assert all(rate < 0.2 for of in record["false_alarms"].values() for rate in of.values())
+    assert any(row["judged"] is not None for row in record["rows"])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4 * 3
+
+
 def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
     assert fooling_page.page() == ""
@@ -248,7 +284,9 @@ def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     for seed in (0, 1):
         of = {**record, "seed": seed, "command": f"fooling.py {seed}", "false_alarms": {"plain": {"ViM": 0.04 + seed / 100}}}
         (tmp_path / f"mnist-seed{seed}.json").write_text(json.dumps(of))
+    (tmp_path / "mnist-20x10-conv3-seed0-plain-noise.png").touch()
     lines = fooling_page.page().splitlines()
+    assert any(line.endswith("right: [plain-noise](results/fooling/mnist-20x10-conv3-seed0-plain-noise.png).") for line in lines)
     assert max(line.count("|") for line in lines) == 6
     accepted = next(line for line in lines if line.startswith("| blind, plain, ViM"))
     assert [cell.strip() for cell in accepted.split("|")][2] == "25.0 ± 0.0 / 25.0 ± 0.0"

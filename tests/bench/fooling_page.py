@@ -53,12 +53,23 @@ def page() -> str:
             f"False alarms on ID test images: {percent([min(rates)])} to {percent([max(rates)])}. Judges: {', '.join(judges) or 'none yet'}.\n",
             *(f"    python tests/bench/{record['command']}" for record in records),
             "",
+            *_sheets(records),
         ]
         for measure, title in TITLES.items():
             rows = [row for form in ("blind", "adaptive") for row in _rows(records, measure, form)]
             if rows:
                 parts += [f"{title}:\n", table(rows), ""]
     return "\n".join(parts)
+
+
+def _sheets(records: list[dict]) -> list[str]:
+    """Where the sheets of the first seed are."""
+    first = records[0]
+    stem = f"{first['data']}-{first['images']['train']}x{first['epochs']}-{first['backbone']}-seed{first['seed']}"
+    links = [f"[{path.stem.removeprefix(stem + '-')}](results/fooling/{path.name})" for path in sorted(RESULTS.glob(f"{stem}-*.png"))]
+    if not links:
+        return []
+    return [f"Images accepted, a row for each detector as in the tables, blind at the left, adaptive at the right: {', '.join(links)}.\n"]
 
 
 def _kinds(records: list[dict]) -> dict[str, list[int]]:
