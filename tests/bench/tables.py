@@ -10,6 +10,7 @@ from statistics import mean, median
 
 import attached_page
 import fire
+import fooling_page
 import mutants
 from cost import cost
 from page import fill, percent
@@ -343,6 +344,7 @@ def documents() -> dict[str, str]:
         "threshold.md": threshold(),
         "agreement.md": agreement(),
         "attached.md": attached_page.page(),
+        "fooling.md": fooling_page.page(),
         "research/under_fire.md": fire.page(),
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
         "which_outliers.md": fill((BENCH / "advice.md").read_text()),

@@ -1,0 +1,295 @@
+"""What searches for fooling images: it finds them, within bounds, and leaves the network as it was."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Small, make_small
+
+pytest.importorskip("pytorch_ood")
+from tie_ext.attach import attach
+from tie_ext.bench import fooling
+from tie_ext.bench.comparison import classifier
+from tie_ext.decision import conformal_threshold, ood_score
+from tie_ext.network import TIENet
+from tie_ext.outliers.noise import Noise
+from tie_ext.synthesis import Candidates
+
+sys.path.append(str(Path(__file__).parent / "bench"))
+import fooling_page
+
+N = 3
+"""Classes."""
+
+
+def stripes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of three classes, a band at the top, in the middle or at the bottom, of any brightness on noise of any strength."""
+    rng = torch.Generator().manual_seed(seed)
+    strength, brightness = torch.rand(2, count, 1, 1, 1, generator=rng)
+    x, y = 0.5 * strength * torch.rand(count, 1, 28, 28, generator=rng), torch.arange(count) % N
+    for image, label, bright in zip(x, y.tolist(), brightness, strict=True):
+        image[:, 9 * label : 9 * label + 6] += 0.2 + 0.3 * bright
+    return x, y
+
+
+@pytest.fixture(scope="module")
+def toy() -> tuple[TIENet, dict]:
+    """A network that knows its classes, and its detectors."""
+    net, (x, y) = make_small(), stripes(240, 0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    logits, h = fooling.outputs(net.eval(), [x])
+    scores = fooling.host_scores(net, h, y)
+    logits, h = fooling.outputs(net, [stripes(240, 1)[0]])
+    scores["two"] = fooling.combined([scores["Mahalanobis++"], scores["ViM"]], logits[:120], h[:120])
+    return net, {name: fooling.with_line(score, logits[120:], h[120:]) for name, score in scores.items()}
+
+
+def asked(count: int) -> torch.Tensor:
+    return torch.arange(count) % N
+
+
+def probability(net: TIENet, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return net(x).softmax(1).gather(1, y[:, None]).squeeze(1)
+
+
+def test_ascent_raises_the_probability_of_the_class_and_stays_in_range(toy):
+    net, _ = toy
+    start, y = torch.rand(12, 1, 28, 28), asked(12)
+    x = fooling.climb(net, start, y, steps=40)
+    assert (probability(net, x, y) >= probability(net, start, y)).all()
+    assert probability(net, x, y).min() > 0.99
+    assert x.shape == start.shape
+    assert 0 <= x.min() < x.max() <= 1
+
+
+def test_ascent_keeps_to_a_range_of_each_channel():
+    low, high = (-1.0, 0.0, -2.0), (1.0, 0.5, 3.0)
+    net = TIENet(Small(N, 3), N, (3, 28, 28), low, high).eval()
+    x = fooling.climb(net, net.scaled(torch.rand(6, 3, 28, 28)), asked(6), steps=200)
+    assert (x >= net.low).all()
+    assert (x <= net.high).all()
+    reached = [(x.amin((0, 2, 3)) == net.low.flatten()).all(), (x.amax((0, 2, 3)) == net.high.flatten()).all()]
+    assert all(reached)  # the bounds did hold something back
+
+
+def test_no_step_leaves_images_where_they_started(toy):
+    net, detectors = toy
+    start = torch.rand(6, 1, 28, 28)
+    assert torch.equal(fooling.climb(net, start, asked(6), 0), start)
+    assert torch.equal(fooling.climb(net, start, asked(6), 0, detectors["ViM"]), start)
+    near = fooling.climb(net, start, asked(6), 1) - start
+    assert near.abs().max() == pytest.approx(fooling.RATE)
+
+
+@pytest.mark.parametrize("name", ["Mahalanobis", "Mahalanobis++", "ViM", "two"])
+def test_who_sees_the_detector_is_accepted_more_often(toy, name):
+    net, detectors = toy
+    start = torch.rand(30, 1, 28, 28)
+
+    def search(net, detector):
+        return Candidates(fooling.climb(net, start, asked(30), 60, detector), asked(30))
+
+    rows = {row["form"]: row for row, _ in fooling.measure(net, {name: detectors[name]}, {"noise": search})}
+    assert rows["adaptive"]["accepted"] > rows["blind"]["accepted"] + 0.3
+    assert rows["adaptive"]["as asked"] > 0.9
+
+
+def test_a_generator_that_sees_the_detector_is_accepted_more_often(toy, monkeypatch):
+    monkeypatch.setattr(fooling, "BATCH", 16)
+    net, detectors = toy
+    found = {form: fooling.invert(net, asked(60), 60, 0, detectors["ViM"] if form == "adaptive" else None) for form in ("blind", "adaptive")}
+    shares = {form: fooling.verdict(net, detectors["ViM"], Candidates(x, asked(60))) for form, x in found.items()}
+    assert shares["adaptive"]["accepted"] > shares["blind"]["accepted"] + 0.3
+    assert all(of["confidence"] > 0.5 for of in shares.values())
+    assert all(0 <= x.min() < x.max() <= 1 for x in found.values())
+
+
+def test_the_same_seed_finds_the_same_images_and_another_does_not(toy, monkeypatch):
+    monkeypatch.setattr(fooling, "BATCH", 4)
+    net, detectors = toy
+    before = torch.random.get_rng_state()
+    first, again, other = (fooling.invert(net, asked(6), 3, seed, detectors["energy"]) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    start = torch.rand(6, 1, 28, 28)
+    assert torch.equal(fooling.climb(net, start, asked(6), 5), fooling.climb(net, start, asked(6), 5))
+
+
+def test_who_is_blind_sees_the_id_logits_alone(toy, monkeypatch):
+    monkeypatch.setattr(fooling, "BATCH", 4)
+    net, _ = toy
+    other, start = copy.deepcopy(net), torch.rand(4, 1, 28, 28)
+    torch.nn.init.constant_(other.garbage.weight, 3.0)
+    assert torch.equal(*(fooling.climb(of, start, asked(4), 5) for of in (net, other)))
+    assert torch.equal(*(fooling.invert(of, asked(4), 3, 0) for of in (net, other)))
+
+
+@pytest.mark.parametrize("detector", [None, "ViM"])
+def test_the_network_is_left_as_it_was(toy, detector):
+    net, detectors = toy
+    net.train()
+    net.fc.weight.requires_grad_(False)
+    try:
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        flags = [parameter.requires_grad for parameter in net.parameters()]
+        start = torch.rand(6, 1, 28, 28)
+        kept = start.clone()
+        fooling.climb(net, start, asked(6), 3, detectors.get(detector))
+        fooling.invert(net, asked(6), 3, 0, detectors.get(detector))
+        fooling.verdict(net, detectors["ViM"], Candidates(start, asked(6)))
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        assert flags == [parameter.requires_grad for parameter in net.parameters()]
+        assert all(part.training for part in net.modules())
+        assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in net.parameters())
+        assert torch.equal(start, kept)
+        assert not start.requires_grad
+    finally:
+        net.fc.weight.requires_grad_(True)
+        net.eval()
+
+
+def test_scores_are_the_hosts_own_and_carry_a_gradient(toy):
+    from pytorch_ood.detector import EnergyBased, Mahalanobis, MaxSoftmax, ViM
+
+    from tie_ext import MahalanobisPlusPlus
+
+    net, _ = toy
+    x, y = stripes(240, 0)
+    logits, h = fooling.outputs(net, [x])
+    mine = fooling.host_scores(net, h, y)
+    theirs = {
+        "MSP": MaxSoftmax.score(logits[:, :N]),
+        "energy": EnergyBased.score(logits[:, :N]),
+        "Mahalanobis": Mahalanobis(None).fit_features(h, y).predict_features(h),
+        "Mahalanobis++": MahalanobisPlusPlus(None).fit_features(h, y).predict_features(h),
+        "ViM": ViM(None, net.feature_size // 2, net.fc.weight, net.fc.bias).fit_features(h, y).predict_features(h),
+    }
+    assert mine.keys() == theirs.keys()
+    for name, score in mine.items():
+        assert torch.allclose(score(logits, h), theirs[name], rtol=1e-3, atol=1e-5), name
+        x = torch.rand(2, 1, 28, 28, requires_grad=True)
+        score(*net(x, return_feature=True, garbage=True)).sum().backward()
+        assert x.grad.abs().max() > 0, name
+
+
+def test_a_head_is_seen_through_every_layer(toy):
+    net, _ = toy
+    with_head = attach(classifier(net), [stripes(60, 0)], N, outliers=[Noise(net)])
+    logits, h = fooling.outputs(with_head, [stripes(240, 1)[0]])
+    detector = fooling.with_line(fooling.garbage_score, logits, h)
+    start, y = torch.rand(30, 1, 28, 28), asked(30)
+    blind = fooling.climb(with_head, start, y, 60)
+    strict = detector._replace(line=detector.score(*fooling.outputs(with_head, [blind])).min())  # which one of 30 passes without seeing it
+    adaptive = fooling.climb(with_head, start, y, 60, strict)
+    shares = [fooling.verdict(with_head, strict, Candidates(x, y)) for x in (blind, adaptive)]
+    assert shares[0]["accepted"] < 0.1
+    assert shares[1]["accepted"] > 0.5
+    assert shares[1]["not level 1"] >= shares[1]["level 0"]
+
+
+def test_the_line_is_the_conformal_one_and_a_verdict_counts_by_it(toy):
+    net, detectors = toy
+    logits, h = fooling.outputs(net, [stripes(240, 1)[0]])
+    score = detectors["energy"].score(logits[120:], h[120:])
+    assert detectors["energy"].line == conformal_threshold(score, 0.05)
+    assert (score > detectors["energy"].line).sum() == 5  # of 120: with the next ID image 6 of 121 at most
+    x, y = stripes(12, 2)
+    x[:6] = 1.0
+    verdict = fooling.verdict(net, detectors["ViM"], Candidates(x, (y + (torch.arange(12) >= 9).long()) % N))
+    assert verdict["accepted"] == 0.5
+    assert verdict["as asked"] == 0.5
+    assert verdict["judged"] is None
+    assert "level 0" not in verdict  # nothing has taught the garbage class
+
+
+def test_a_judge_counts_where_it_agrees_and_accepts(toy):
+    net, detectors = toy
+    everything, nothing = (detectors["ViM"]._replace(line=torch.tensor(line)) for line in (1e9, -1e9))
+    x, y = stripes(12, 2)
+    y = torch.cat([y[:9], (y[9:] + 1) % N])
+    found = Candidates(x, y)
+    judged = [
+        fooling.verdict(net, everything, found, [(net, own) for own in owns])["judged"] for owns in ([everything], [nothing], [everything, nothing])
+    ]
+    assert judged == [0.75, 0.0, 0.375]
+    assert fooling.verdict(net, nothing, found, [(net, everything)])["judged"] is None
+
+
+def test_the_objective_is_the_formula_and_lets_go_of_what_is_accepted():
+    logits, h, y = torch.randn(3, N + 1), torch.tensor([[1.0], [2.0], [7.0]]), torch.tensor([0, 2, 1])
+    detector = fooling.Detector(lambda logits, h: h[:, 0], torch.tensor(2.0), torch.tensor(0.5))
+    ce = -logits[:, :N].log_softmax(1)[torch.arange(3), y]
+    assert torch.allclose(fooling.objective(logits, h, y, None), ce)
+    assert torch.allclose(fooling.objective(logits, h, y, detector) - ce, torch.tensor([0.0, 1.1, 11.1]).log().clamp_min(0), atol=1e-6)
+
+
+def test_garbage_is_scored_by_its_log_odds():
+    logits = torch.randn(4, N + 1)
+    assert torch.equal(fooling.garbage_score(logits, torch.zeros(4, 1)), ood_score(logits))
+
+
+def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    pytest.importorskip("PIL")
+    import fooling as script
+
+    from tie_ext import Conv3
+    from tie_ext.app.data import ImageSet
+
+    def images(seed: int) -> ImageSet:
+        x, y = stripes(120, seed)
+        return ImageSet((x * 255).byte(), y, tuple("abc"))
+
+    sets = {name: images(seed) for seed, name in enumerate(("train", "held", "id", "mnist"))}
+    monkeypatch.setattr(script, "image_sets", lambda data, root, count, seed: sets)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with_head = TIENet(Conv3(1, N), N, (1, 28, 28), garbage="layers")
+        with_head.tau.fill_(0.9)
+        with_head.save(tmp_path / f"toy-120x1-conv3-seed{seed}-head.safetensors")
+        TIENet(classifier(with_head), N, (1, 28, 28)).save(tmp_path / f"toy-120x1-conv3-seed{seed}.safetensors")
+    for name, value in {"OUT": tmp_path / "out", "GENERATOR": (2,), "ASCENT": (2,), "QUICK": 1}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(fooling, "BATCH", 4)
+    network = str(tmp_path / "toy-120x1-conv3-seed0.safetensors")
+    argv = ["fooling.py", "--quick", network, f"linear={network}"]
+    for short in (True, False):
+        monkeypatch.setattr(sys, "argv", argv[:3] if short else argv)  # what was measured at first is not measured again
+        script.main()
+    record = json.loads((tmp_path / "out" / "toy-120x1-conv3-seed0.json").read_text())
+    rows = [(row["network"], row["detector"], row["searcher"], row["form"]) for row in record["rows"]]
+    assert len(rows) == len(set(rows)) == (5 + 3 + 1) * 4 * 2
+    assert record["judges"] == ["toy-120x1-conv3-seed1"]
+    assert all(rate < 0.2 for of in record["false_alarms"].values() for rate in of.values())
+    assert any(row["judged"] is not None for row in record["rows"])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4 * 3
+
+
+def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
+    assert fooling_page.page() == ""
+    numbers = {"accepted": 0.25, "as asked": 1.0, "confidence": 0.875, "judged": None}
+    kinds = ("noise, 100 steps", "noise, 1000 steps", "procedural, 100 steps", "OOD images, 100 steps", "generator, 200 steps")
+    rows = [{"network": "plain", "searcher": kind, "detector": "ViM", "form": form, **numbers} for kind in kinds for form in ("blind", "adaptive")]
+    rows += [{**rows[0], "network": "attach", "detector": "head", "level 0": 0.5, "not level 1": 0.625, "judged": 0.125}]
+    record = {"data": "mnist", "backbone": "conv3", "epochs": 10, "images": {"train": 20}, "per_class": 5, "judges": [], "rows": rows}
+    for seed in (0, 1):
+        of = {**record, "seed": seed, "command": f"fooling.py {seed}", "false_alarms": {"plain": {"ViM": 0.04 + seed / 100}}}
+        (tmp_path / f"mnist-seed{seed}.json").write_text(json.dumps(of))
+    (tmp_path / "mnist-20x10-conv3-seed0-plain-noise.png").touch()
+    lines = fooling_page.page().splitlines()
+    assert any(line.endswith("right: [plain-noise](results/fooling/mnist-20x10-conv3-seed0-plain-noise.png).") for line in lines)
+    assert max(line.count("|") for line in lines) == 6
+    accepted = next(line for line in lines if line.startswith("| blind, plain, ViM"))
+    assert [cell.strip() for cell in accepted.split("|")][2] == "25.0 ± 0.0 / 25.0 ± 0.0"
+    assert any("4.00 to 5.00" in line for line in lines)
+    found = "\n".join(lines)
+    assert all(number in found for number in ("87.5 ± 0.0", "62.5 ± 0.0", "12.5 ± 0.0", "50.0 ± 0.0"))
