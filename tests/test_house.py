@@ -55,7 +55,7 @@ CORE = {"torch", "numpy", "safetensors", "tqdm", "filelock"}
 OUTSIDE = {
     **dict.fromkeys((*FLOORS[: FLOORS.index("pytorch_ood")], "tie_ext"), CORE),
     "pytorch_ood": {"torch", "pytorch_ood"},
-    "openood": {"torch", "openood", "tqdm"},
+    "openood": {"torch", "openood", "pytorch_ood", "tqdm"},
     "app.data": {"torch", "numpy", "torchvision", "PIL", "sklearn", "matplotlib"},
     "app.evaluation": {"torch", "pytorch_ood", "sklearn"},
     "app.models": {"torch", "safetensors", "torchvision", "timm"},

@@ -136,9 +136,9 @@ def test_score_and_a_threshold_work_as_on_a_trained_run(run, folder, capsys):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """As many training images as a combination needs: twice the features."""
+    """As many test images as a line needs."""
     root, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
-    for split, count in (("train", 130), ("test", 20)):
+    for split, count in (("train", 20), ("test", 20)):
         for label, low in (("bright", 100), ("dark", 0)):
             (root / split / label).mkdir(parents=True)
             for i in range(count):
@@ -158,11 +158,13 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
     torch.testing.assert_close(kept["id"], scores[judging])
     line = kept["id"].sort().values
     paths = [str(many / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(20)]
-    for rate, above in ((None, -1), (0.25, -6)):  # of 21 images, the new one among them, at most 1.05 and 5.25
+    for rate, above in ((None, -1), (0.25, -5)):  # of 21 images, the new one among them, at most 1.05 and 5.25
         assert main(["score", str(out), *(["--false-alarm", str(rate)] if rate else []), *paths]) == 0
         rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
         threshold = line[above].item()
-        assert {abs(float(row["score"]) - threshold) > 1e-3 or (row["level"] != "0") == (float(row["score"]) > threshold) for row in rows} == {True}
+        for row in rows:
+            above_it = float(row["score"]) - threshold
+            assert abs(above_it) < 1e-3 or (row["level"] != "0") == (above_it > 0)  # which side a rounded score is of is not to be seen
         assert all(abs(float(row["score"]) - score) < 1e-3 * (1 + abs(score)) for row, score in zip(rows, _by_path(test, scores), strict=True))
     assert main(["report", str(out)]) == 0
     assert (out / "figures" / "scores_combined.png").is_file()

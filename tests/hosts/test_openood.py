@@ -311,7 +311,7 @@ def id_loaders(classes: int = 3) -> dict:
 @pytest.mark.parametrize("network", ["tie_net", "lenet"])
 def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, rule):
     from openood.networks.lenet import LeNet
-    from openood.postprocessors import EBOPostprocessor, get_postprocessor
+    from openood.postprocessors import get_postprocessor
     from openood.utils.config import Config
 
     from tie_ext.combination import RULES, reference
@@ -332,21 +332,21 @@ def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, r
     assert torch.equal(pred, net(x).argmax(1))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
-    z, y = (torch.cat([batch[key] for batch in loaders["train"]]) for key in ("data", "label"))
-    z = F.normalize(net(z, return_feature=True)[1]).detach().double()
-    mu = torch.stack([z[y == c].mean(0) for c in range(3)])
-    precision = torch.linalg.pinv((z - mu[y]).T @ (z - mu[y]) / len(z), rtol=1e-10, hermitian=True)
+    # ViM by hand: the norm outside the principal space of the training features, as large as the largest logits, against the energy.
+    weight, bias = (torch.from_numpy(part) for part in net.get_fc())
+    train, origin = torch.cat([batch["data"] for batch in loaders["train"]]), -torch.linalg.pinv(weight) @ bias
+    z = net(train, return_feature=True)[1].detach() - origin
+    space = torch.linalg.eigh(z.T @ z / len(z)).eigenvectors[:, : z.shape[1] - min(z.shape) // 2]
+    alpha = net(train).amax(1).mean() / (z @ space).norm(dim=1).mean()
 
     def scores(x):
-        d = F.normalize(net(x, return_feature=True)[1]).detach().double()[:, None] - mu
-        found = [((d @ precision * d).sum(2).amin(1) / 2).float(), -EBOPostprocessor(Config({"postprocessor": EBO})).postprocess(net, x)[1]]
+        logits, h = net(x, return_feature=True)
+        p = logits.softmax(1).clamp(1e-7, 1 - 1e-7)
+        found = [alpha * ((h - origin) @ space).norm(dim=1) - logits.logsumexp(1), (p * (1 - p)).pow(0.1).mean(1)]
         return torch.stack([ood_score(net(x, garbage=True)), *found] if network == "tie_net" else found, dim=1).detach()
 
     val = torch.cat([batch["data"] for batch in loaders["val"]])
-    torch.testing.assert_close(conf, -RULES[rule](reference(scores(val)), scores(x)), rtol=1e-3, atol=1e-2)
-
-
-EBO = {"postprocessor_args": {"temperature": 1}, "postprocessor_sweep": {}}
+    torch.testing.assert_close(conf, -RULES[rule](reference(scores(val)), scores(x)), rtol=1e-2, atol=5e-2)  # small deviations are divided by
 
 
 def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
@@ -365,8 +365,8 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
     assert torch.equal(post.postprocess(net, x)[1], conf)
     with pytest.raises(ValueError, match="one of stouffer"):
         CombinedPostprocessor(Config({"postprocessor": {"name": "tie_combined", "postprocessor_args": {"rule": "mean"}}}))
-    without = {**id_loaders(), "train": [{"data": torch.rand(4, 3, 28, 28), "label": torch.tensor([0, 0, 2, 2])}]}
-    with pytest.raises(ValueError, match="none of class 1"):
+    without = {**id_loaders(), "train": [{"data": torch.rand(1, 3, 28, 28), "label": torch.tensor([0])}]}
+    with pytest.raises(ValueError, match="at least two training images for ViM, but got 1"):
         CombinedPostprocessor().setup(net, without, Unread())
 
 

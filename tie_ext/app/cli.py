@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 # 1348 small images: fewer of everything. Digits of 8x8 pixels fill the image, so they are not shifted; without the shift garbage of full weight
 # costs ID accuracy, and tau, which comes from training images then known by heart, needs a larger lambda (docs/ledger.md).
-FALSE_ALARM = 0.05
-"""Share of ID images that a combination may reject, where nobody says."""
 DEMO = Recipe(TIEConfig(epochs=10, lam=5.0, garbage_weight=0.1, candidates_per_class=100, pool_size=1000), {"inversion": {"steps": 40, "width": 16}})
 
 
@@ -234,7 +232,7 @@ def _decider(net: TIENet, folder: Path, false_alarm: float | None) -> Callable[[
 
     The line is drawn on ID test images as the run scored them.
     """
-    from tie_ext.app.combining import COMBINED
+    from tie_ext.app.combining import COMBINED, FALSE_ALARM
     from tie_ext.app.run import OWN, load_combined, load_scores
     from tie_ext.pytorch_ood import TIEDetector
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from tie_ext.app.data import ImageSet, ScaledBatches
 from tie_ext.app.evaluation import ood_metrics
+from tie_ext.decision import calibration_size
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood import combine
 
 COMBINED = "combined"
 """What a run calls it: the folder of the detector, and its scores."""
+FALSE_ALARM = 0.05
+"""Share of ID images that may be rejected, where nobody says."""
 
 
 def combined_scores(
@@ -31,9 +34,9 @@ def combined_scores(
     Returns:
         Metrics ``{"combined": {set: ...}}`` and scores ``{"combined": {set: (N,)}}``, larger = more OOD, as
         :func:`tie_ext.app.evaluation.evaluate` has them; ``id`` are those of the ID test images that set no scale, by which a line is drawn.
-        Both empty where there are too few images for a combination.
+        Both empty where there are too few ID test images to draw a line.
     """
-    if len(images) < 2 * net.feature_size or len(test) < 4:
+    if len(test) < 2 * calibration_size(FALSE_ALARM):
         return {}, {}
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     scaling, judging = (replace(test, x=test.x[rows], y=test.y[rows]) for rows in order.chunk(2))

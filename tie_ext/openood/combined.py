@@ -1,31 +1,32 @@
-"""Garbage class, Mahalanobis++ and energy combined, as an OpenOOD postprocessor: larger conf = more ID, the negative of the combined score."""
+"""Garbage class, ViM and GEN combined, as an OpenOOD postprocessor: larger conf = more ID, the negative of the combined score."""
 
 import torch
 from openood.postprocessors import BasePostprocessor
 from openood.utils.config import Config
+from pytorch_ood.detector import GEN, ViM
 from torch import Tensor, nn, no_grad
 
 from tie_ext.combination import RULES, Reference, check_rule, reference
 from tie_ext.decision import ood_score
-from tie_ext.gaussians import Gaussians, fit_gaussians, unit
 from tie_ext.network import TIENet
 from tie_ext.openood.postprocessors import arguments, shipped
 from tie_ext.openood.trainer import Pairs
+from tie_ext.pytorch_ood.chosen import FeatureSample, fit_vim
 
 
 class CombinedPostprocessor(BasePostprocessor):
-    """Postprocessor ``tie_combined``: the score of a ``tie_net``'s garbage class, Mahalanobis++ and energy as one, by one forward pass.
+    """Postprocessor ``tie_combined``: the score of a ``tie_net``'s garbage class, ViM and GEN as one, by one forward pass.
 
     Of any other network, which has no garbage class, it combines the latter two. Its parameter is the ``rule``, a name in
-    :data:`tie_ext.combination.RULES`. Set up on ID images alone: Mahalanobis++ learns the training images, and the validation images set the
-    scale of each score.
+    :data:`tie_ext.combination.RULES`. Set up on ID images alone: ViM learns the training images, and the validation images set the scale of each
+    score. The members are those of :func:`tie_ext.combine`.
     """
 
     def __init__(self, config: Config | None = None):
         super().__init__(config or shipped("tie_combined"))
         self.APS_mode, self.hyperparam_search_done = False, False
         self.rule = check_rule(arguments("tie_combined", self.config)["rule"])
-        self.gaussians: Gaussians | None = None
+        self.vim: ViM | None = None
         self.reference: Reference | None = None
 
     @no_grad()
@@ -33,15 +34,17 @@ class CombinedPostprocessor(BasePostprocessor):
         """Learn ``id_loader_dict["train"]``, and the scale of each score on ``id_loader_dict["val"]``; no OOD loader is read.
 
         Raises:
-            ValueError: If a class has no training image, or a score is the same for all validation images.
+            ValueError: If there are fewer than two training images, or a score is the same for all validation images.
         """
         if self.reference is not None:
             return
         device = next(net.parameters()).device
         net.eval()
-        found = [(_seen(net, x.to(device))[1].cpu(), y) for x, y in Pairs(id_loader_dict["train"])]
-        z, y = (torch.cat(parts) for parts in zip(*found, strict=True))
-        self.gaussians = Gaussians(*(part.to(device) for part in fit_gaussians(unit(z), y)))
+        weight, bias = (torch.as_tensor(part, device=device) for part in getattr(net, "module", net).get_fc())
+        features = FeatureSample(weight.shape[1])
+        for x, _ in Pairs(id_loader_dict["train"]):
+            features.add(_seen(net, x.to(device))[1].float())
+        self.vim = fit_vim(features.rows, weight, bias)
         self.reference = reference(torch.cat([self._scores(*_seen(net, x.to(device))) for x, _ in Pairs(id_loader_dict["val"])]))
 
     @no_grad()
@@ -60,8 +63,7 @@ class CombinedPostprocessor(BasePostprocessor):
 
     def _scores(self, logits: Tensor, h: Tensor, garbage: Tensor | None) -> Tensor:
         """Scores ``(B, k)``, larger = more OOD."""
-        distance = self.gaussians.distance(unit(h))  # type: ignore[union-attr]  # both who call have fitted it
-        scores = [distance, -logits.logsumexp(dim=1)]
+        scores = [self.vim.predict_features(h), GEN.score(logits)]  # type: ignore[union-attr]  # both who call have fitted it
         return torch.stack(scores if garbage is None else [garbage, *scores], dim=1)
 
 

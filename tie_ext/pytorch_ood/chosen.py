@@ -2,6 +2,7 @@
 
 import torch
 from pytorch_ood.detector import GEN, ViM
+from torch import Tensor
 
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood.combined import Combined
@@ -23,15 +24,38 @@ def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: floa
         false_alarm: Reject ID images with at most this probability; None for scores without a line.
 
     Raises:
-        ValueError: If there are fewer training images than twice the features, or too few held-out ones.
+        ValueError: If there are fewer than two training images, or too few held-out ones.
     """
-    F, kept = net.feature_size, Sample(max(1, MEMORY // (4 * net.feature_size)))
+    features = FeatureSample(net.feature_size)
     with evaluating(net):
         for x, _ in training:
-            kept.add(net.features(x.to(net.low.device)).float())
-    if len(kept.rows) < 2 * F:
-        raise ValueError(f"Expected at least {2 * F} training images for ViM on {F} features, but got {len(kept.rows)}")
-    weight = net.fc.weight.float()
-    vim = ViM(net.features, F // 2, weight, weight.new_zeros(net.num_classes) if net.fc.bias is None else net.fc.bias)
-    vim.fit_features(kept.rows, torch.zeros(len(kept.rows)))
+            features.add(net.features(x.to(net.low.device)).float())
+    vim = fit_vim(features.rows, net.fc.weight, net.fc.bias)
+    vim.encoder = net.features
     return Combined([TIEDetector(net), vim, GEN(net)], false_alarm).fit(held_out)
+
+
+class FeatureSample(Sample):
+    """A uniform random sample of features ``(N, F)`` that takes at most :data:`~tie_ext.teaching.MEMORY`."""
+
+    def __init__(self, feature_size: int):
+        super().__init__(max(2, MEMORY // (4 * feature_size)))
+
+
+def fit_vim(features: Tensor, weight: Tensor, bias: Tensor | None) -> ViM:
+    """ViM of training features alone.
+
+    Its principal space has half as many dimensions as there are features, or images where these are fewer: something is left of it to measure.
+
+    Arguments:
+        features: ``(N, F)``, N >= 2.
+        weight: Of the classifier's last layer, ``(n, F)``.
+        bias: ``(n,)``; None for zeros.
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
+    if len(features) < 2:
+        raise ValueError(f"Expected at least two training images for ViM, but got {len(features)}")
+    vim = ViM(None, min(features.shape) // 2, weight.float(), weight.new_zeros(len(weight)) if bias is None else bias)
+    return vim.fit_features(features, torch.zeros(len(features), dtype=torch.long))
