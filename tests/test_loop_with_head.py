@@ -62,6 +62,25 @@ def test_the_head_learns_the_pool(monkeypatch):
     assert (net.decide(make_batches()[0][0]).level != 1).all()
 
 
+def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(monkeypatch):
+    taught, drawn = [], []
+
+    class Counted(Noise):
+        def draw(self, shape):
+            drawn.append(shape[0])
+            return super().draw(shape)
+
+    monkeypatch.setattr("tie_ext.training.teach", lambda head, inside, outside, *how: taught.append((len(inside), len(outside), how[1])) or 0.5)
+    net = make_net()
+    trainer = TIETrainer(net, replace(TINY, garbage_weight=2.0), [], [Counted(net)])
+    drawn.clear()
+    batches = make_batches(sizes=(9, 6))
+    for _ in range(2):
+        trainer.epoch(batches)
+    assert drawn == [27, 18] * 2
+    assert taught == [(15, 60, 6.0)] * 2
+
+
 def test_more_weight_of_garbage_puts_more_in_it(monkeypatch):
     monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 200)
     nets = [make_net() for _ in range(2)]

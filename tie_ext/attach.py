@@ -23,14 +23,10 @@ from tie_ext.support.checks import check_images, check_labels, describe
 from tie_ext.support.modules import frozen
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Synthesizer
-from tie_ext.teaching import MEMORY, STEPS, Sample, teach
+from tie_ext.teaching import MEMORY, OUTLIERS, STEPS, WEIGHT, Sample, teach
 
 LAM = 2.0
 """lambda of level 2, as the loop's default."""
-OUTLIERS = 3
-"""Outliers an ID image, of each who proposes them."""
-WEIGHT = 3.0
-"""Of all outliers together, where all ID images have 1: level 1 takes an outlier to be as dear as three ID images."""
 
 
 def attach(

@@ -14,6 +14,10 @@ from tie_ext.head import GarbageHead
 
 MEMORY = 2**28
 """Bytes of statistics kept of ID images, and as many of outliers; of more images a random sample of this size is kept."""
+OUTLIERS = 3
+"""Outliers an ID image, of each who proposes them."""
+WEIGHT = 3.0
+"""Of all outliers together, where all ID images have 1: level 1 takes an outlier to be as dear as three ID images."""
 STEPS, BATCH, RATE = 1600, 512, 1e-3
 """How the head learns: steps, images a step, Adam's learning rate, which falls along half a cosine. As many steps for few images as for many:
 some seconds on a CPU."""

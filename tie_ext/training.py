@@ -29,7 +29,7 @@ from tie_ext.support.distributed import average_gradients, average_statistics, b
 from tie_ext.support.modules import frozen, settle_statistics
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Batches, Prior, Synthesizer
-from tie_ext.teaching import MEMORY, Sample, teach
+from tie_ext.teaching import MEMORY, OUTLIERS, WEIGHT, Sample, teach
 
 GARBAGE_SHARE = 1 / 3
 """Garbage images for each ID image of a batch. Its weight in the loss comes from the class weights; this is what it costs in time. The same
@@ -51,7 +51,8 @@ class TIETrainer:
     pool; networks, generators and tau stay the same in all of them, and each saves and resumes its own file.
 
     A network whose ``garbage`` is a head on every layer (:class:`~tie_ext.head.GarbageHead`) learns its n classes as any network does; after that
-    the head learns the pool's garbage from what the layers say of it, and no gradient of garbage reaches the classifier.
+    the head learns, from what the layers say of it, the pool's garbage and the prior's, drawn anew in every epoch as :func:`tie_ext.attach` does. No
+    gradient of garbage reaches the classifier.
 
     Parts of the network that are in evaluation mode while the whole is in training mode, such as a BatchNorm layer that was frozen by
     ``.eval()``, stay so.
@@ -184,18 +185,20 @@ class TIETrainer:
         return isinstance(self.net.garbage, GarbageHead)
 
     def _teach(self, batches: Batches) -> float:
-        """The head on every layer learns the pool's garbage from as many ID images; its mean loss."""
+        """The head on every layer learns the pool's garbage, and new images of the prior, from the ID images; its mean loss."""
         head = cast(GarbageHead, self.net.garbage)
         most = max(2, MEMORY // (4 * head.mean.numel() * world()))
         inside, outside = Sample(most), Sample(most)
         with frozen(self.net), torch.no_grad():
             for x, _ in self._bar(batches, "statistics"):
                 inside.add(self.net.statistics(x.to(self.device))[1])
-                outside.add(self.net.statistics(self.pool.draw(len(x)).to(self.device))[1])
+                fresh = [part for prior in self.prior for part in prior.draw((OUTLIERS * len(x), *self.image_shape)).split(len(x))]
+                for garbage in (self.pool.draw(len(x)), *fresh):
+                    outside.add(self.net.statistics(garbage.to(self.device))[1])
         # The same statistics and the same randomness in every process, so that all heads stay one.
         with seeded(self.config.seed, len(self.log) + 1, 0, 4):
             rows, garbage = (gathered(sample.rows, self.device) for sample in (inside, outside))
-            return teach(head, rows, garbage, HEAD_STEPS, self.config.garbage_weight, self.progress)
+            return teach(head, rows, garbage, HEAD_STEPS, WEIGHT * self.config.garbage_weight, self.progress)
 
     def _to_training_mode(self) -> None:
         """Training mode, but for the parts that were in evaluation mode while the whole was not."""

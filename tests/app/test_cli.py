@@ -141,23 +141,26 @@ def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_pa
     assert {"outliers_gradient.png", "outliers_boundary.png"} <= {p.name for p in (tmp_path / "run" / "figures").iterdir()}
 
 
-def test_a_head_on_every_layer_is_a_flag_and_a_run_like_any_other(folder, tmp_path, capsys, monkeypatch):
+def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_asked_for(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 20)
     out = tmp_path / "run"
-    assert main(train(folder, out, "--garbage", "layers", "--epochs", "1")) == 0
+    assert main(train(folder, out, "--epochs", "1")) == 0
     record = json.loads((out / "run.json").read_text())
-    assert record["settings"]["recipe"]["garbage"] == "layers"
+    assert (record["settings"]["recipe"]["garbage"], record["settings"]["recipe"]["prior"]) == ("layers", ["procedural"])
     assert "head" in record["log"][0]["losses"]
     assert main(["train", "--resume", str(out)]) == 0
     assert main(["report", str(out)]) == 0
     capsys.readouterr()
     assert main(["score", str(out), str(folder / "test" / "dark" / "0.png")]) == 0
-    assert main(train(folder, tmp_path / "other", "--garbage", "layers", "--prior", "none")) == 1
+    assert main(train(folder, tmp_path / "other", "--prior", "none")) == 1
     assert "Expected a prior for the garbage head" in capsys.readouterr().err
+    assert main(train(folder, tmp_path / "paper", "--garbage", "linear", "--epochs", "1")) == 0
+    recipe = json.loads((tmp_path / "paper" / "run.json").read_text())["settings"]["recipe"]
+    assert (recipe["garbage"], recipe["prior"]) == ("linear", ["multiscale"])
 
 
 def test_a_pool_that_stays_empty_is_no_trouble(folder, tmp_path):
-    assert main(train(folder, tmp_path / "run", "--prior", "none", "--lam", "1000", "--epochs", "2")) == 0
+    assert main(train(folder, tmp_path / "run", "--garbage", "linear", "--prior", "none", "--lam", "1000", "--epochs", "2")) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [entry["pool"] for entry in record["log"]] == [0, 0]
     assert main(["report", str(tmp_path / "run")]) == 0

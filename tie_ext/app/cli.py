@@ -177,7 +177,8 @@ def _train(a: argparse.Namespace) -> None:
     elif "data" not in given or "out" not in given:
         raise UsageError("Expected --data and --out (or --resume RUN), but got neither or only one of them")
     else:
-        folder, recipe = given.pop("out"), recipe_of(given)
+        given = {"garbage": "layers", **given}
+        folder, recipe = given.pop("out"), recipe_of({"prior": "procedural" if given["garbage"] == "layers" else "multiscale", **given})
         for name in ("ood", "val_ood"):
             given[name] = tuple(given.get(name, ()))
         given.setdefault("backbone", "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5")

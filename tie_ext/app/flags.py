@@ -58,12 +58,16 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--backbone", choices=list(BACKBONES), help="default: conv3 for grey, conv5 for colour images")
     train.add_argument("--shift", type=int, help="most pixels a training image is moved by (default: an eighth of its size)")
     train.add_argument("--synthesizer", help=f"who proposes outliers, of {', '.join(SYNTHESIZERS)}, with commas between; none. Default: inversion.")
-    train.add_argument("--prior", help=f"what the garbage class begins with, of {', '.join(PRIORS)}, with commas between; none. Default: multiscale.")
+    train.add_argument(
+        "--prior",
+        help=f"what the garbage class begins with, of {', '.join(PRIORS)}, with commas between; none. Default: procedural, or "
+        "multiscale with --garbage linear.",
+    )
     train.add_argument(
         "--garbage",
         choices=GARBAGE,
         help="what gives the garbage logit: linear, the paper's function of the penultimate features; or layers, a head on every layer, from which "
-        "no gradient reaches the classifier. Default: linear.",
+        "no gradient reaches the classifier. Default: layers.",
     )
     _settings(train)
 
