@@ -292,7 +292,12 @@ def test_best_is_the_last_epoch(openood, tmp_path):
     from openood.recorders import get_recorder
     from openood.utils.config import Config
 
-    settings = {"recorder": {"name": "last", "save_all_models": False}, "optimizer": {"num_epochs": 3}, "output_dir": str(tmp_path)}
+    settings = {
+        "trainer": {"name": "tie"},
+        "recorder": {"name": "base", "save_all_models": False},
+        "optimizer": {"num_epochs": 3},
+        "output_dir": str(tmp_path),
+    }
     recorder = get_recorder(Config(settings))
     for epoch, accuracy in ((1, 0.9), (2, 0.5), (3, 0.7)):
         net = torch.nn.Linear(1, 1)

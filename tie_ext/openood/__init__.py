@@ -1,6 +1,6 @@
 """TIE inside an unmodified OpenOOD: ``import tie_ext.openood; tie_ext.openood.register()``, or ``python -m tie_ext.openood main.py ...``.
 
-Adds trainers ``tie`` and ``attach``, network ``tie_net``, recorder ``last`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr``
+Adds trainers ``tie`` and ``attach``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr``
 wherever OpenOOD looks names up, in memory only.
 """
 

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class LastRecorder(BaseRecorder):
-    """Recorder ``last``: ``best.ckpt``, which OpenOOD's scripts score, is the newest epoch's.
+    """Recorder of trainers ``tie`` and ``attach``: ``best.ckpt``, which OpenOOD's scripts score, is the newest epoch's.
 
     OpenOOD's own keeps the epoch with the best ID accuracy, which may be from before TIE expelled anything: its garbage class and tau are then
     those of no outlier.

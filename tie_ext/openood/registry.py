@@ -54,8 +54,8 @@ _wrapped: dict[Callable, Callable] = {}  # wrapper by original, while registered
 
 
 def register() -> None:
-    """Make trainers ``tie`` and ``attach``, network ``tie_net``, recorder ``last`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and
-    ``dmr`` known to OpenOOD.
+    """Make trainers ``tie`` and ``attach``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr`` known to
+    OpenOOD; ``best.ckpt`` of these trainers is the last epoch's.
 
     The networks that its scripts build, :data:`SIZES`, become a ``tie_net`` when they are given a checkpoint of one. Calling it again changes
     nothing.
@@ -145,7 +145,7 @@ def _with_trainer(original: Callable) -> Callable:
 
 def _with_recorder(original: Callable) -> Callable:
     def get_recorder(config):
-        return LastRecorder(config) if config.recorder.name == "last" else original(config)
+        return LastRecorder(config) if config.trainer.name in TRAINERS else original(config)
 
     return get_recorder
 
