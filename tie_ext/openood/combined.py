@@ -40,7 +40,7 @@ class CombinedPostprocessor(BasePostprocessor):
             return
         device = next(net.parameters()).device
         net.eval()
-        weight, bias = (torch.as_tensor(part, device=device) for part in getattr(net, "module", net).get_fc())
+        weight, bias = (torch.as_tensor(part, device=device) for part in getattr(net, "module", net).get_fc())  # type: ignore[operator]
         features = FeatureSample(weight.shape[1])
         for x, _ in Pairs(id_loader_dict["train"]):
             features.add(_seen(net, x.to(device))[1].float())
