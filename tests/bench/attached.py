@@ -12,7 +12,7 @@ scores.
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -59,6 +59,15 @@ def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, 
     return sets | {kind: data.noise(kind, MOST, test.shape) for kind in ("gaussian", "uniform")}
 
 
+def batches(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in a new order, images moved (colour ones also mirrored)."""
+    for rows in torch.randperm(len(images)).split(128):
+        x = moved(images.x[rows], images.shape[-1] // 8).float() / 255
+        if images.shape[0] == 3:
+            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+        yield x, images.y[rows]
+
+
 def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path) -> float:
     """Plain cross-entropy, SGD with one cycle of learning rate, images moved (colour ones also mirrored). Seconds it took in all."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -76,10 +85,7 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path) ->
         net.train()
         right = 0
         with seeded(seed, epoch):
-            for rows in torch.randperm(len(images)).split(128):
-                x, y = moved(images.x[rows], images.shape[-1] // 8).float() / 255, images.y[rows]
-                if images.shape[0] == 3:
-                    x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+            for x, y in batches(images):
                 logits = net(x)
                 loss = F.cross_entropy(logits, y)
                 optimizer.zero_grad(set_to_none=True)

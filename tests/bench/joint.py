@@ -9,12 +9,11 @@ ID images. Then both get a new head by ``attach``, so that they differ in the ba
 
 import argparse
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attached import OUT, image_sets, moved
+from attached import OUT, batches, image_sets
 from torch import Tensor
 
 from tie_ext import TIENet, attach
@@ -29,15 +28,6 @@ from tie_ext.support.random import seeded
 
 POOL = 20000
 """Procedural images that joint training draws from."""
-
-
-def batches(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """ID batches as tests/bench/attached.py makes them."""
-    for rows in torch.randperm(len(images)).split(128):
-        x = moved(images.x[rows], images.shape[-1] // 8).float() / 255
-        if images.shape[0] == 3:
-            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
-        yield x, images.y[rows]
 
 
 def train_jointly(net: TIENet, pool: Tensor, images: ImageSet, epochs: int, seed: int) -> None:
