@@ -14,22 +14,50 @@ CALLED = {"tinyimagenet": "TinyImageNet", "gaussian": "Gaussian noise", "uniform
 
 
 COMBINED = RESULTS / "combined.json"
-SHORT = ("mnist", "fashionmnist", "notmnist", "cifar100", "tinyimagenet")
-"""OOD sets of the table in README."""
 NEAR = {"cifar10": ("val:tinyimagenet",), "cifar100": ("val:tinyimagenet",)}
 """Validation sets that no outlier from nothing is near."""
 
 
-def short() -> str:
-    """The table in README."""
+FRONT = {
+    "attach, combined": "the trained network, ID images, a minute",
+    "head": "the same",
+    "ViM": "the trained network, ID images",
+    "KNN": "the same",
+    "Mahalanobis++": "the same",
+    "GEN": "the trained network",
+    "energy": "the same",
+    "MSP": "the same",
+}
+"""Rows of the table in README, and what each needs."""
+FAR_AND_NEAR = {
+    "far: mean (worst)": ("mnist", "fashionmnist", "notmnist", "gaussian", "uniform"),
+    "near: mean (worst)": ("cifar100", "tinyimagenet"),
+}
+
+
+def front(data: str = "cifar10") -> str:
+    """The table in README, and what there is to say of other data."""
+    (records,) = (found for (name, *_), found in groups().items() if name == data)
+    runs = json.loads(COMBINED.read_text())["judged"]["chosen"]["runs"]
+    stems = [stem for stem in runs if stem.startswith(f"{data}-")]
     rows = []
-    judged = {(row["in-distribution"], row["OOD set"]): row for row in _by_set(json.loads(COMBINED.read_text())["judged"]["chosen"]["runs"])}
-    for (data, *_), records in groups().items():
-        for row in _columns(records, [name for name in SHORT if name != data]):
-            of = judged[data, row["OOD set"]]
-            rows.append({**{key: of[key] for key in ("in-distribution", "OOD set")}, "in garbage": row["in garbage"]})
-            rows[-1] |= {key: of[key] for key in ("combined: AUROC", "best single: AUROC")}
-    return table(rows)
+    for label, needs in FRONT.items():
+        combined = label == "attach, combined"
+        scores = [runs[stem]["sets"] for stem in stems] if combined else [record["numbers"]["scores"][label] for record in records]
+        row = {"method": "attach, head alone" if label == "head" else label, "what it needs": needs}
+        row["ID accuracy"] = percent([record["accuracy"] for record in records])
+        for column, names in FAR_AND_NEAR.items():
+            of = [mean(score[name]["auroc"] for score in scores) for name in names]
+            row[column] = f"{100 * mean(of):.1f} ({100 * min(of):.1f})"
+        rows.append(row)
+    shares = {name: [r["numbers"]["garbage_rate"]["head"] for r in found] for (name, *_), found in groups().items() if not name.startswith("cifar")}
+    least = min(mean(rate[of] for rate in rates) for rates in shares.values() for of in rates[0] if of not in ("held", "id") and "val:" not in of)
+    of_id = max(mean(rate["id"] for rate in rates) for rates in shares.values())
+    seeds = {name: len(rates) for name, rates in shares.items()}
+    return (
+        f"{table(rows)}\n\nOn {' and '.join(f'{name} ({many} seeds)' for name, many in sorted(seeds.items()))} the garbage class takes "
+        f"{100 * least:.0f} % or more of every\nother set without any threshold, and at most {100 * of_id:.1f} % of the ID images.\n"
+    )
 
 
 def groups() -> dict[tuple, list[dict]]:

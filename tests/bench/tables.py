@@ -328,7 +328,7 @@ def readme() -> str:
     """README.md, with the table of attach between its two comments."""
     start, end = "<!-- tests/bench/tables.py fills in docs/results/attached here -->\n", "<!-- and ends here -->"
     before, rest = (DOCS.parent / "README.md").read_text().split(start)
-    return f"{before}{start}{attached_page.short()}\n{end}{rest.split(end)[1]}"
+    return f"{before}{start}{attached_page.front()}\n{end}{rest.split(end)[1]}"
 
 
 def documents() -> dict[str, str]:
