@@ -130,7 +130,8 @@ def _teachers(records: list[dict]) -> list[dict]:
     return rows
 
 
-def _combined() -> list[str]:
+def judged_rows() -> list[dict]:
+    """A row for each combination that was chosen, and for single scores; none where there is no record."""
     if not COMBINED.exists():
         return []
     record = json.loads(COMBINED.read_text())
@@ -148,6 +149,13 @@ def _combined() -> list[str]:
                 "false alarms": percent([mean(run["false_alarms"] for run in of["runs"].values())]),
             }
         )
+    return rows
+
+
+def _combined() -> list[str]:
+    if not COMBINED.exists():
+        return []
+    record = json.loads(COMBINED.read_text())
     text = (
         f"Every combination of up to three scores, by every rule of `tie_ext.combination`, on {len(record['runs'])} networks:\n"
         f"{', '.join(record['runs'])}; {len(record['validation'])} in all. Of those whose AUROC in the worst\n"
@@ -157,7 +165,16 @@ def _combined() -> list[str]:
     )
     text_by_set = "The chosen one by OOD test set; best single: the highest AUROC of the hosts' detectors, chosen by looking at this very column.\n"
     command = f"    python tests/bench/{record['command']}\n"
-    return ["## One score of several\n", command, text, table(rows), "", text_by_set, table(_by_set(record["judged"]["chosen"]["runs"])), ""]
+    return [
+        "## One score of several\n",
+        command,
+        text,
+        table(judged_rows()),
+        "",
+        text_by_set,
+        table(_by_set(record["judged"]["chosen"]["runs"])),
+        "",
+    ]
 
 
 def _by_set(runs: dict[str, dict]) -> list[dict]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import attached_page
+import detectors_page
 import fire
 import fooling_page
 import mutants
@@ -344,6 +345,8 @@ def documents() -> dict[str, str]:
         "threshold.md": threshold(),
         "agreement.md": agreement(),
         "attached.md": attached_page.page(),
+        "detectors.md": detectors_page.page(),
+        **detectors_page.pull_requests(),
         "fooling.md": fooling_page.page(),
         "research/under_fire.md": fire.page(),
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",

@@ -375,6 +375,7 @@ def upstream_info(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     package = types.ModuleType("tests")  # by hand, because OpenOOD's checkout has a package of this name too
     package.__path__ = [str(root / "tests")]
+    monkeypatch.syspath_prepend(root)  # its tests import the package as src.pytorch_ood
     monkeypatch.setitem(sys.modules, "tests", package)
     if not (root / "tests" / "detectors").exists():  # the source distribution carries the top-level tests only
 

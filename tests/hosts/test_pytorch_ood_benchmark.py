@@ -1,0 +1,125 @@
+"""pytorch-ood as its users use it: its own benchmark on stand-ins for its images, and attach on a network of normalised images."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Small
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tie_ext import TIEDetector, attach
+
+pytest.importorskip("pytorch_ood")
+pytest.importorskip("torchvision")
+from PIL import Image
+from pytorch_ood.benchmark import CIFAR10_OpenOOD
+from pytorch_ood.model import WideResNet
+from torchvision.models import resnet18
+
+REPOSITORY = Path(__file__).parents[2]
+MEAN, STD = torch.tensor([0.491, 0.482, 0.447]), torch.tensor([0.247, 0.243, 0.262])
+LOW, HIGH = (-MEAN / STD).tolist(), ((1 - MEAN) / STD).tolist()
+
+
+def images(count: int, classes: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Squares of a colour for each class, in [0, 1]."""
+    colours = torch.rand(classes, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(count)
+    y = torch.arange(count) % classes
+    return (colours[y] + 0.1 * torch.randn(count, 3, size, size, generator=rng)).clamp(0, 1), y
+
+
+def normalised(x: Tensor) -> Tensor:
+    return (x - MEAN[:, None, None]) / STD[:, None, None]
+
+
+class Inside(nn.Module):
+    """A model that normalises its images itself."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(normalised(x))
+
+
+def theirs(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return (WideResNet(4, depth=10, widen_factor=1) if name == "WideResNet" else resnet18(num_classes=4)).eval()
+
+
+@pytest.mark.parametrize("name", ["WideResNet", "resnet18"])
+def test_attach_to_normalised_images_is_attach_to_a_model_that_normalises(name):
+    model = theirs(name)
+    x, y = images(64, 4)
+    net = attach(model, DataLoader(TensorDataset(normalised(x), y), 32), 4, LOW, HIGH)
+    within = attach(Inside(model).eval(), DataLoader(TensorDataset(x, y), 32), 4)
+    new = torch.cat([images(20, 4)[0], torch.rand(20, 3, 32, 32)])
+    torch.testing.assert_close(net(normalised(new)), model(normalised(new)), rtol=0, atol=0)
+    ours, same = TIEDetector(net)(normalised(new)), TIEDetector(within)(new)
+    torch.testing.assert_close(ours, same, rtol=0.01, atol=0.02)
+    assert ours[20:].min() > ours[:20].max()  # noise beside squares of colour
+
+
+def test_bounds_of_one_channel_do_not_do_for_another():
+    x, y = images(64, 4)
+    loader = DataLoader(TensorDataset(normalised(x), y), 32)
+    for bounds in ({}, {"low": LOW[0], "high": HIGH[0]}):
+        with pytest.raises(ValueError, match="Expected images"):
+            attach(theirs("WideResNet"), loader, 4, **bounds)
+
+
+def test_the_page_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "pytorch_ood.md").read_text(), re.S)
+    found: dict = {}
+    exec(code, found)
+    assert found["scores"].shape == (8,)
+    assert found["net"].low.flatten().tolist() == pytest.approx([-1.988, -1.984, -1.706], abs=1e-3)
+
+
+@pytest.fixture
+def stand_ins(tmp_path) -> tuple[Path, Path]:
+    """Images and lists as the benchmark wants them, few and made up: a root, and a hub folder that has the lists."""
+    root, hub = tmp_path / "images_classic", tmp_path / "hub"
+    lists = hub / "openood_benchmark_imglist" / "benchmark_imglist" / "cifar10"
+    lists.mkdir(parents=True)
+    of = CIFAR10_OpenOOD
+    ood = [(name, file, -1) for name, file in of._ood_imglists] + [("val", of._val_ood_imglist, -1)]
+    known = [("train", of._train_imglist, 0), ("held", of._val_id_imglist, 0), ("test", of._test_id_imglist, 0)]
+    for name, file, label in known + ood:
+        x, y = images(60, 10) if label == 0 else (torch.rand(20, 3, 32, 32), torch.full((20,), -1))
+        (root / name).mkdir(parents=True)
+        rows = []
+        for i, (one, of_one) in enumerate(zip(x, y.tolist(), strict=True)):
+            Image.fromarray((one * 255).byte().permute(1, 2, 0).numpy()).save(root / name / f"{i}.png")
+            rows.append(f"{name}/{i}.png {of_one}\n")
+        (lists / file).write_text("".join(rows))
+    return root, hub
+
+
+def test_its_openood_benchmark_evaluates_ours(stand_ins, tmp_path):
+    root, hub = stand_ins
+    torch.manual_seed(0)
+    x, y = images(60, 10)
+    model = Small(10, 3).eval()
+    attach(model, DataLoader(TensorDataset(x, y), 30), 10).save(tmp_path / "net.safetensors")
+    script = REPOSITORY / "tests" / "bench" / "benchmark.py"
+    code = (
+        f"import sys, torch; sys.path[:0] = [{str(script.parent)!r}, {str(REPOSITORY / 'tests')!r}]; torch.hub.set_dir({str(hub)!r})\n"
+        "import benchmark; from conftest import Small; from tie_ext import TIENet\n"
+        "load = TIENet.load; benchmark.TIENet.load = lambda path: load(path, Small(10, 3))\n"
+        f"sys.argv = ['benchmark.py', '--root', {str(root)!r}, '--batch-size', '30', {str(tmp_path / 'net.safetensors')!r}]\n"
+        "benchmark.main()"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines()[2:]]
+    assert {(row[0], row[1]) for row in rows} == {
+        (detector, name) for detector in ("MSP", "energy", "TIEDetector", "Combined") for name, _ in CIFAR10_OpenOOD._ood_imglists
+    }
+    assert all(float(row[2]) > 99 for row in rows if row[0] == "TIEDetector")  # noise beside squares of colour
