@@ -41,10 +41,10 @@ class Run(NamedTuple):
 
 
 RUNS = {
-    "lenet": Run(LeNet, 28, "mnist", 1e-2, 10, 48, (1.0, 1.0)),
+    "lenet": Run(LeNet, 28, "mnist", 5e-3, 40, 48, (1.0, 1.0)),
     "resnet18_32x32": Run(ResNet18_32x32, 32, "cifar10", 1e-3, 2, 24, (10.0, 100.0)),
 }
-LOOP = {"lam": 0.2, "candidates_per_class": 5, "pool_size": 60}
+LOOP = {"lam": 0.5, "candidates_per_class": 5, "pool_size": 60}
 INVERSION = {"batch_size": 8, "lr": 1e-3, "alpha": 0.1, "beta": 1.0}
 
 

@@ -149,7 +149,7 @@ def draw(data: Path, name: str, count: int, inside: bool) -> None:
 @pytest.fixture(scope="module")
 def trained(patched) -> Path:
     """Results of two seeds of one epoch on a few drawn images, all scored; as its scripts for CIFAR-10 do it, but smaller."""
-    for name in ("train_cifar10", "val_cifar10", "test_cifar10"):
+    for name in ("train_cifar10", "val_cifar10", "test_cifar10", "test_cifar10c"):
         draw(patched / "data", name, 20 if name == "train_cifar10" else 10, True)
     for name in ("val_tin", *(f"test_{ood}" for ood in ("cifar100", "tin", "mnist", "svhn", "texture", "places365"))):
         draw(patched / "data", name, 4, False)
