@@ -1,0 +1,129 @@
+"""Two epochs of the patched OpenOOD's trainer, and of tie_ext's, from the same weights, images and seed; what differs is said, and ends it.
+
+python beside_tie_ext.py BACKBONE, where ``openood`` is the patched one. tie_ext draws each epoch from a stream of its own and keeps its generator
+in another memory layout, so that it may resume and be fast; here it does neither, as OpenOOD does not. All else is as both ship it.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from openood.networks.lenet import LeNet
+from openood.networks.resnet18_32x32 import ResNet18_32x32
+from openood.networks.tie_net import TIENet as Patched
+from openood.postprocessors import TIEPostprocessor
+from openood.preprocessors.transform import normalization_dict
+from openood.trainers.tie_trainer import TIETrainer as PatchedTrainer
+from openood.utils.config import Config
+from torch import nn
+
+import tie_ext.training
+from tie_ext import Inversion, InversionSettings, TIEConfig, TIENet, TIETrainer, ood_score
+from tie_ext.openood.cpu import without_cuda
+
+tie_ext.training.seeded = lambda *key: nullcontext()
+EPOCHS = 2
+
+
+class Run(NamedTuple):
+    """A network of OpenOOD's, and settings by which some of what it is offered is excluded, and some is not."""
+
+    network: type
+    size: int
+    name: str
+    lr: float
+    steps: int
+    images: int
+    gamma: tuple[float, float]
+
+
+RUNS = {
+    "lenet": Run(LeNet, 28, "mnist", 5e-3, 40, 48, (1.0, 1.0)),
+    "resnet18_32x32": Run(ResNet18_32x32, 32, "cifar10", 1e-3, 2, 24, (10.0, 100.0)),
+}
+LOOP = {"lam": 0.5, "candidates_per_class": 5, "pool_size": 60}
+INVERSION = {"batch_size": 8, "lr": 1e-3, "alpha": 0.1, "beta": 1.0}
+
+
+class Loader(list):
+    """Batches as OpenOOD's loaders give them, each the same whenever it is read."""
+
+    def __init__(self, batches):
+        super().__init__({"data": x, "label": y} for x, y in batches)
+        self.dataset = SimpleNamespace(imglist=[f"a.png {label}\n" for _, y in batches for label in y.tolist()])
+
+
+def patched(net: nn.Module, batches: list, run: Run) -> PatchedTrainer:
+    """OpenOOD's trainer, by its config."""
+    arguments = {**LOOP, "generator_steps": run.steps, "gamma_start": run.gamma[0], "gamma_end": run.gamma[1]}
+    arguments |= {f"generator_{name}" if name in ("batch_size", "lr") else name: value for name, value in INVERSION.items()}
+    dataset = {"num_classes": 10, "image_size": run.size, "normalization_type": run.name}
+    optimizer = {"num_epochs": EPOCHS, "lr": run.lr}
+    return PatchedTrainer(net, Loader(batches), Config({"dataset": dataset, "optimizer": optimizer, "trainer": {"trainer_args": arguments}}))
+
+
+def original(net: TIENet, run: Run) -> TIETrainer:
+    """The same of tie_ext."""
+    inversion = Inversion(net, InversionSettings(**INVERSION, steps=run.steps, gamma_start=run.gamma[0], gamma_end=run.gamma[1]))
+    inversion.generator.to(memory_format=torch.contiguous_format)
+    return TIETrainer(net, TIEConfig(epochs=EPOCHS, lr=run.lr, **LOOP), [inversion])
+
+
+def named_as_patched(net: TIENet) -> dict:
+    """The weights of tie_ext's network by the names of the patched one."""
+    state = {name: value for name, value in net.state_dict().items() if name not in ("low", "high", "_extra_state")}
+    return {f"backbone.{name}" if name.startswith("fc.") else name: value for name, value in state.items()}
+
+
+def main(run: Run) -> None:
+    """Print, as JSON, what is equal."""
+    torch.manual_seed(1)
+    theirs = Patched(run.network(num_classes=10))
+    ours = TIENet(theirs.backbone, 10, (3, run.size, run.size), *value_range(run.name))
+    ours.garbage.load_state_dict(theirs.garbage.state_dict())
+    images = ours.scaled(torch.rand(run.images, 3, run.size, run.size))
+    labels = torch.cat([torch.arange(20) % 10, torch.arange(run.images - 20) % 3])  # unequal, so that the class weights matter
+    batches = list(zip(images.split(8), labels.split(8), strict=True))  # of 8, as tie_ext proposes as many candidates at a time
+
+    torch.manual_seed(2)
+    trainer = original(ours, run)
+    logs = [trainer.epoch(batches) for _ in range(EPOCHS)]
+    torch.manual_seed(2)
+    again = patched(theirs, batches, run)
+    losses, taus = [], []
+    for epoch in range(EPOCHS):
+        losses.append(again.train_epoch(epoch + 1)[1]["loss"])
+        taus.append(float(theirs.tau))
+
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        logits = ours(images, garbage=True)
+    pred, conf = TIEPostprocessor(Config({"postprocessor": {"postprocessor_args": {"temperature": 1.0}}})).postprocess(theirs, images)
+    held = len(trainer.pool)
+    equal = {
+        "loss": [log.losses["classifier"] for log in logs] == losses,
+        "tau": torch.tensor([log.tau for log in logs]).tolist() == taus,
+        "pool": trainer.pool.offered == again.pool.offered and torch.equal(trainer.pool.images[:held], again.pool.images[:held]),
+        "generator": same(trainer.synthesizers[0].generator.state_dict(), again.generator.state_dict()),
+        "weights": same(named_as_patched(ours), theirs.state_dict()),
+        "scores": torch.equal(conf, -ood_score(logits)) and torch.equal(pred, logits[:, :10].argmax(1)),
+    }
+    print(json.dumps({"equal": equal, "excluded": [sum(log.excluded) for log in logs], "loss": losses, "tau": taus}))
+
+
+def same(first: dict, second: dict) -> bool:
+    return set(second) <= set(first) and all(torch.equal(value, first[name]) for name, value in second.items())
+
+
+def value_range(name: str):
+    """What black and white are after OpenOOD's normalisation."""
+    mean, std = normalization_dict.get(name, ([0.5] * 3, [0.5] * 3))
+    return [-m / s for m, s in zip(mean, std, strict=True)], [(1 - m) / s for m, s in zip(mean, std, strict=True)]
+
+
+if __name__ == "__main__":
+    with without_cuda(wanted=False):
+        main(RUNS[sys.argv[1]])

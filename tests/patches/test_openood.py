@@ -1,0 +1,312 @@
+"""The patches for OpenOOD: short, in its style, on the commit they name, and by numbers what tie_ext is; the patched trees train and score."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from patches.upstream import PATCHES, added, apply, cloned, git, other_than_pinned
+
+PLUG_INS, TIE = OURS = sorted(PATCHES.glob("openood/*.patch"))
+CPU = Path(__file__).parents[2] / "tie_ext" / "openood" / "cpu.py"
+NEW = ["openood/networks/tie_net.py", "openood/postprocessors/tie_postprocessor.py", "openood/trainers/tie_trainer.py", "openood/utils/plugins.py"]
+
+
+@pytest.fixture(scope="module")
+def patched(openood_root, tmp_path_factory) -> Path:
+    """OpenOOD with both patches."""
+    return apply(cloned(openood_root, tmp_path_factory.mktemp("patched") / "OpenOOD"), *OURS)
+
+
+def run(tree: Path, *command: str, path: str = "") -> str:
+    """What a Python command says in a tree, whose ``openood`` is the one imported."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), path, os.environ.get("PYTHONPATH", "")]), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+# What a reviewer sees first.
+
+
+@pytest.mark.parametrize(("patch", "lines", "files"), [(PLUG_INS, 45, 5), (TIE, 550, 18)], ids=lambda value: getattr(value, "stem", None))
+def test_a_patch_is_short_and_needs_nothing_of_ours(patch, lines, files):
+    found = added(patch)
+    assert sum(map(len, found.values())) <= lines
+    assert len(found) <= files
+    assert "tie_ext" not in "\n".join(map("\n".join, found.values()))
+
+
+def test_what_is_added_is_counted(tmp_path):
+    (tmp_path / "a.patch").write_text("From\n---\ndiff --git a/b b/b\n--- a/b\n+++ b/b\n@@ -1 +1,2 @@\n-x\n+y\n++z\n")
+    assert added(tmp_path / "a.patch") == {"b": ["y", "+z"]}
+
+
+def test_each_applies_to_the_commit_it_names(openood_root, tmp_path):
+    tree = cloned(openood_root, tmp_path / "OpenOOD")
+    for patch in OURS:  # on its own, and one after the other
+        assert not other_than_pinned(tree, PLUG_INS), "this is not OpenOOD at the commit that patches/README.md names"
+        apply(tree, patch)
+        git(tree, "reset", "-q", "--hard", "HEAD~1")
+    apply(tree, *OURS)
+    assert git(tree, "log", "--format=%s", "-2").splitlines() == [
+        "Add TIE: training, inversion, exclusion",
+        "Find trainers, networks and postprocessors of installed packages",
+    ]
+
+
+def revision(tree: Path, hook: str) -> str:
+    """The version that OpenOOD's .pre-commit-config.yaml asks for of a tool."""
+    before = (tree / ".pre-commit-config.yaml").read_text().partition(f"- id: {hook}\n")[0]
+    return re.findall(r"rev: v?(\S+)", before)[-1]
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("flake8", []),
+        ("yapf", ["--diff"]),
+        ("docformatter", ["--check", "--wrap-descriptions", "79"]),
+        ("codespell", ["--ignore-words=codespell_ignored.txt"]),
+        ("double-quote-string-fixer", []),
+        ("isort", ["--check"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_its_formatters_have_nothing_to_say(patched, tool, arguments):
+    if not shutil.which(tool):
+        pytest.skip(f"no {tool} on the path: pip install flake8==3.8.3 yapf==0.30.0 docformatter==1.3.1 codespell==2.1.0 isort")
+    if tool in ("flake8", "yapf", "docformatter", "codespell"):
+        said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+        if revision(patched, tool) not in said:
+            pytest.skip(f"OpenOOD asks for {tool} {revision(patched, tool)}, but this is {said.strip()}")
+    files = [*NEW, "openood/networks/utils.py", "openood/postprocessors/utils.py", "openood/trainers/utils.py"] if tool == "yapf" else NEW
+    done = subprocess.run([tool, *arguments, *files], cwd=patched, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_training_config_holds_the_defaults_of_tie_ext(patched):
+    import yaml
+
+    from tie_ext import InversionSettings, TIEConfig
+
+    config = yaml.safe_load((patched / "configs/pipelines/train/train_tie.yml").read_text())
+    given, loop, inversion = config["trainer"]["trainer_args"], TIEConfig(), InversionSettings()
+    named = {"generator_steps": "steps", "generator_batch_size": "batch_size", "generator_lr": "lr"}
+    assert given == {name: getattr(loop, name, None) or getattr(inversion, named.get(name, name)) for name in given}
+    assert config["optimizer"] == {"name": "adam", "num_epochs": loop.epochs, "lr": loop.lr}
+
+
+# By numbers what tie_ext is.
+
+
+@pytest.mark.parametrize("backbone", ["lenet", "resnet18_32x32"])
+def test_two_epochs_are_those_of_tie_ext_to_the_last_bit(patched, backbone):
+    here = Path(__file__).parent
+    found = json.loads(run(patched, str(here / "beside_tie_ext.py"), backbone, path=str(here.parents[1])).splitlines()[-1])
+    assert found["equal"] == dict.fromkeys(["loss", "tau", "pool", "generator", "weights", "scores"], True)
+    assert backbone != "lenet" or any(0 < count < 55 for count in found["excluded"])  # a threshold that divides nothing would prove little
+
+
+# Trained by its main.py, scored by its scripts.
+
+LAUNCH = """
+import json, runpy, sys
+
+with runpy.run_path({cpu!r})['without_cuda'](wanted=False):
+    sys.modules['tie_ext'] = None  # so that nothing of it can be imported
+    import openood.evaluation_api.datasets as datasets, torch
+    datasets.DataLoader = lambda *args, **kwargs: torch.utils.data.DataLoader(*args, **{{**kwargs, 'num_workers': 0}})
+    for sys.argv in json.load(open('runs.json')):
+        runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+SCORED = ["tie", "msp", "react"]
+
+
+def draw(data: Path, name: str, count: int, inside: bool) -> None:
+    """One of OpenOOD's lists for CIFAR-10, and its images: squares whose place is their label, or noise."""
+    import numpy as np
+    from PIL import Image
+
+    rng, rows = np.random.default_rng(len(name)), []
+    (data / "images_classic" / name).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        image = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+        if inside:
+            image //= 4
+            image[3 * (i % 10) : 3 * (i % 10) + 5] = 255
+        Image.fromarray(image).save(data / "images_classic" / name / f"{i}.png")
+        rows.append(f"{name}/{i}.png {i % 10 if inside else -1}\n")
+    (data / "benchmark_imglist" / "cifar10").mkdir(parents=True, exist_ok=True)
+    (data / "benchmark_imglist" / "cifar10" / f"{name}.txt").write_text("".join(rows))
+
+
+@pytest.fixture(scope="module")
+def trained(patched) -> Path:
+    """Results of two seeds of one epoch on a few drawn images, all scored; as its scripts for CIFAR-10 do it, but smaller."""
+    for name in ("train_cifar10", "val_cifar10", "test_cifar10", "test_cifar10c"):
+        draw(patched / "data", name, 20 if name == "train_cifar10" else 10, True)
+    for name in ("val_tin", *(f"test_{ood}" for ood in ("cifar100", "tin", "mnist", "svhn", "texture", "places365"))):
+        draw(patched / "data", name, 4, False)
+    for folder in ("cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365"):  # what is there is not downloaded
+        (patched / "data" / "images_classic" / folder / "images").mkdir(parents=True)
+    (command,) = re.findall(r"^python (main\.py.*?)\n\n?$", script(patched, "train"), re.M | re.S)
+    small = "--dataset.train.batch_size 10 --optimizer.num_epochs 1 --num_workers 0 --trainer.trainer_args.generator_steps 2 --merge_option merge"
+    small += " --trainer.trainer_args.generator_batch_size 4 --trainer.trainer_args.candidates_per_class 1"
+    runs = [[*command.replace("\\\n", "").replace("${SEED}", str(seed)).split(), *small.split()] for seed in range(2)]
+    (command,) = re.findall(r"^python (scripts/eval_ood\.py.*?)\n\n?$", script(patched, "test"), re.M | re.S)
+    command = command.replace("\\\n", "").replace("_e20_", "_e1_").split()
+    assert command[-4:] == ["--postprocessor", "tie", "--save-score", "--save-csv"]
+    runs += [[*command[:-3], name, "--save-csv"] for name in SCORED]
+    (patched / "runs.json").write_text(json.dumps(runs))
+    (patched / "launch.py").write_text(LAUNCH.format(cpu=str(CPU)))
+    said = run(patched, "launch.py")
+    assert said.count("Training Completed!") == 2
+    return patched / "results" / "cifar10_tie_net_tie_e1_lr0.001_default"
+
+
+def script(tree: Path, kind: str) -> str:
+    """One of the scripts for CIFAR-10, ending in an empty line."""
+    return (tree / f"scripts/ood/tie/cifar10_{kind}_tie.sh").read_text() + "\n"
+
+
+def test_its_eval_ood_scores_every_seed(trained):
+    import pandas as pd
+
+    assert sorted(path.name for path in trained.iterdir()) == ["ood", "s0", "s1"]
+    for name in SCORED:
+        table = pd.read_csv(trained / "ood" / f"{name}.csv", index_col=0)
+        assert list(table.index) == ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "farood"]
+        assert table.map(lambda cell: 0 <= float(cell.split()[0]) <= 100).all(axis=None)
+    assert (trained / "ood" / "tie.csv").read_text() != (trained / "ood" / "msp.csv").read_text()
+
+
+def test_the_last_epoch_is_what_is_scored_and_it_has_tau(trained):
+    import torch
+
+    for folder in trained.glob("s*"):
+        state = torch.load(folder / "best.ckpt", weights_only=True)
+        assert state["tau"].isfinite()
+        assert state["garbage.weight"].shape == (1, 512)
+    first, second = (torch.load(trained / seed / "best.ckpt", weights_only=True) for seed in ("s0", "s1"))
+    assert not torch.equal(first["garbage.weight"], second["garbage.weight"])
+
+
+def test_the_recorder_keeps_the_last_epoch_where_asked_and_the_best_elsewhere(patched, tmp_path):
+    code = """
+import sys, torch
+from openood.recorders import get_recorder
+from openood.utils.config import Config
+for last in (True, None):
+    config = Config({'recorder': {'name': 'base', 'save_all_models': False}, 'optimizer': {'num_epochs': 2}, 'output_dir': sys.argv[1]})
+    if last:
+        config.recorder.best_is_last = True
+    recorder = get_recorder(config)
+    for epoch, accuracy in ((1, 0.9), (2, 0.5)):
+        net = torch.nn.Linear(1, 1)
+        net.weight.data.fill_(epoch)
+        recorder.save_model(net, {'acc': accuracy, 'epoch_idx': epoch})
+    print(int(torch.load(sys.argv[1] + '/best.ckpt')['weight']), recorder.best_epoch_idx)
+"""
+    assert run(patched, "-c", code, str(tmp_path)).split() == ["2", "2", "1", "1"]
+
+
+# Plug-ins.
+
+PLUG = """
+def of(kind):
+    return type(kind, (), {'__init__': lambda self, *given: setattr(self, 'given', given)})
+Trainer, Post = of('Trainer'), of('Post')
+def network(config):
+    import torch
+    return torch.nn.Linear(config.size, 1)
+"""
+CALLS = """
+import sys, torch
+from torch.utils.data import DataLoader
+from openood.evaluation_api.postprocessor import get_postprocessor as of_the_api
+from openood.networks import get_network
+from openood.postprocessors import get_postprocessor
+from openood.trainers import get_trainer
+from openood.utils.config import Config
+
+net = get_network(Config({'name': 'plugged', 'size': 3, 'num_gpus': 0, 'pretrained': True, 'checkpoint': 'net.ckpt'}))
+assert torch.equal(net.weight, torch.ones(1, 3))  # its checkpoint is read as of a built-in
+config = Config({'trainer': {'name': 'plugged'}, 'postprocessor': {'name': 'plugged'}})
+loader = DataLoader([0])
+assert get_trainer(net, loader, None, config).given == (net, loader, config)
+assert get_trainer(net, [loader, loader], None, config).given == (net, loader, loader, config)
+assert get_postprocessor(config).given == (config,)
+post = of_the_api('.', 'plugged', 'cifar10')
+assert post.given[0].dataset.name == 'cifar10' and post.given[0].postprocessor.postprocessor_args.t == 0.5
+assert post.APS_mode is True and post.hyperparam_search_done is False
+config.trainer.name = config.postprocessor.name = 'other'
+for ask in (lambda: get_trainer(net, loader, None, config), lambda: get_network(Config({'name': 'other'})), lambda: get_postprocessor(config)):
+    try:
+        ask()
+    except KeyError as error:
+        assert "'other' is neither built in" in str(error) and 'plugged' in str(error), error
+    else:
+        raise SystemExit('nothing was said of an unknown name')
+from openood.postprocessors import BasePostprocessor
+config.postprocessor.name = 'msp'
+assert type(get_postprocessor(config)) is BasePostprocessor  # built-ins come first
+print('called')
+"""
+
+
+def installed(folder: Path, name: str, entry_points: str) -> Path:
+    """A folder that has a package's entry points as if it were installed there."""
+    (folder / f"{name}-1.0.dist-info").mkdir(parents=True)
+    (folder / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (folder / f"{name}-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plugged(openood_root, tmp_path_factory) -> Path:
+    """OpenOOD with the first patch alone."""
+    return apply(cloned(openood_root, tmp_path_factory.mktemp("plugged") / "OpenOOD"), PLUG_INS)
+
+
+def test_plug_ins_are_called_as_built_ins_are(plugged, tmp_path):
+    import torch
+
+    kinds = {"trainers": "Trainer", "networks": "network", "postprocessors": "Post"}
+    points = "".join(f"[openood.{kind}]\nplugged = plug:{name}\n" for kind, name in kinds.items()) + "msp = plug:Post\n"
+    (installed(tmp_path, "plug", points) / "plug.py").write_text(PLUG)
+    torch.save({"weight": torch.ones(1, 3), "bias": torch.zeros(1)}, plugged / "net.ckpt")
+    (plugged / "postprocessors").mkdir()
+    (plugged / "postprocessors" / "plugged.yml").write_text("postprocessor:\n  APS_mode: True\n  postprocessor_args:\n    t: 0.5\n")
+    assert run(plugged, "-c", CALLS, path=str(tmp_path)).endswith("called\n")
+
+
+OF_TIE_EXT = """
+from torch.utils.data import DataLoader
+from openood.networks import get_network
+from openood.postprocessors import get_postprocessor
+from openood.trainers import get_trainer
+from openood.utils.config import Config, merge_configs
+from tie_ext.openood import configs
+
+files = ['networks/tie_net.yml', 'pipelines/train/train_tie.yml', 'postprocessors/tie.yml']
+config = merge_configs(Config('configs/datasets/mnist/mnist.yml'), *[Config(str(configs() / file)) for file in files])
+config.num_gpus, config.trainer.trainer_args.pool_size, config.network.backbone.name = 0, 10, 'lenet'
+config.parse_refs()
+net = get_network(config.network)
+trainer = get_trainer(net, DataLoader([0]), None, config)
+print(*[type(thing).__name__ for thing in (net, trainer, get_postprocessor(config))])
+"""
+
+
+def test_tie_ext_is_found_without_a_launcher(plugged, tmp_path):
+    table = re.findall(r'^\[project\.entry-points\."(openood\.\w+)"\]\n((?:\w+ = .*\n)+)', (CPU.parents[2] / "pyproject.toml").read_text(), re.M)
+    assert len(table) == 3
+    points = "".join(f"[{group}]\n{lines}" for group, lines in table).replace('"', "")
+    path = os.pathsep.join([str(installed(tmp_path, "tie_ext", points)), str(CPU.parents[2])])
+    assert run(plugged, "-c", OF_TIE_EXT, path=path).split()[-3:] == ["OpenOODTIENet", "OpenOODTIETrainer", "TIEPostprocessor"]
