@@ -11,7 +11,7 @@ from torch import nn
 from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
 from tie_ext.head import MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
 from tie_ext.outliers import make
-from tie_ext.teaching import Sample
+from tie_ext.support.sample import Sample
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def batches(rank: int | None, size: int = 8) -> list:
 
 def train(rank: int | None, epochs: int):
     net = make_net()
-    config = replace(TINY, epochs=epochs, pool_size=60, candidates_per_class=12)
+    config = replace(TINY, epochs=epochs, pool_size=60, candidates=48)
     trainer = TIETrainer(net, config, [Inversion(net, InversionSettings(steps=4, width=4))])
     return trainer, [trainer.epoch(batches(rank)) for _ in range(epochs)]
 

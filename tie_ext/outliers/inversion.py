@@ -81,15 +81,15 @@ class InversionSettings(Settings):
     """How the generator is trained."""
 
     steps: int = setting(
-        200, "Generator steps an epoch; 200 against 100: more inversions land where they were asked (docs/defaults.md).", low=1, high=10**6
+        80, "Generator steps an epoch, from where it stood (docs/cost.md says what they take).", low=1, high=10**6
     )
-    batch_size: int = setting(128, "Images a generator step.", low=2, high=10**6)
+    batch_size: int = setting(64, "Images a generator step.", low=2, high=10**6)
     lr: float = setting(1e-3, "Learning rate of the generator (Adam).", low=0, high=1, above=True)
     alpha: float = setting(0.1, "Weight of the KL term of the inversion loss.", low=0, high=1e6)
     beta: float = setting(1.0, "Weight of its CE term.", low=0, high=1e6)
     gamma_start: float = setting(1.0, "Weight of its cosine term at the start of the run (the paper: 10).", low=0, high=1e6)
     gamma_end: float = setting(1.0, "Weight of its cosine term at the end of the run (the paper: 100); linear between.", low=0, high=1e6)
-    width: int = setting(32, "Width of the generator.", low=1, high=4096)
+    width: int = setting(16, "Width of the generator.", low=1, high=4096)
 
     def gamma(self, progress: float) -> float:
         """Weight of the cosine term when a share ``progress`` in [0, 1] of the run is done."""
@@ -122,7 +122,7 @@ class Inversion(Synthesizer):
     def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
         """Train the generator against the frozen classifier for ``steps`` steps; see :meth:`Synthesizer.fit`."""
         weight = {"kl": self.settings.alpha, "ce": self.settings.beta, "cosine": self.settings.gamma(progress)}
-        sums = dict.fromkeys([*weight, "agreement"], 0.0)
+        told: list[Tensor] = []
         self.generator.train()
         with frozen(classifier):
             for _ in range(self.settings.steps):
@@ -135,11 +135,10 @@ class Inversion(Synthesizer):
                 loss.backward()
                 average_gradients(self.generator)
                 self.optimizer.step()
-                for name, term in terms.items():
-                    sums[name] += term.item()
-                sums["agreement"] += (logits.argmax(1) == y).float().mean().item()
+                told.append(torch.stack([*terms.values(), (logits.argmax(1) == y).float().mean()]).detach())
         average_statistics(self.generator)
-        return {name: value / self.settings.steps for name, value in sums.items()}
+        # Read here, as a number that is read in a step makes it wait for the device.
+        return dict(zip([*weight, "agreement"], torch.stack(told).double().mean(0).tolist(), strict=True))
 
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """As many inversions as there are images in ``x``, every class (garbage included) asked for equally often."""
