@@ -322,3 +322,19 @@ def test_a_sample_is_a_uniform_one_of_all_rows():
     assert held.sum() == 4000
     assert held.min() > 65  # 100 expected, deviation 8.7
     assert held.max() < 135
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 6), (2, 40, 5, 7), (2, 3, 1, 1)])
+def test_the_gradient_of_the_statistics_is_autograds(shape):
+    from tie_ext.head import _statistics
+
+    a = torch.randn(shape, dtype=torch.float32)
+    a[0, 0, :3] = 1.5  # places that share the largest value
+    a[1, 1] = -2.0  # nothing gets through
+    weights = torch.randn(shape[0], 4 * shape[1])
+    gradients = []
+    for of in (pooled, lambda a: _statistics(a.permute(0, 2, 3, 1))):
+        a = a.detach().requires_grad_()
+        (of(a) * weights).sum().backward()
+        gradients.append(a.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

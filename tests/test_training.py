@@ -11,15 +11,31 @@ import torch
 from conftest import FEW, SHAPE, TINY, Small, make_batches
 from conftest import make_small as make_net
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from tie_ext import Candidates, Conv3, Inversion, Noise, NoiseSettings, Synthesizer, TIEConfig, TIENet, TIETrainer, uncertainty
+from tie_ext import (
+    Candidates,
+    Conv3,
+    GarbageHead,
+    GarbagePool,
+    Inversion,
+    InversionSettings,
+    Noise,
+    NoiseSettings,
+    Synthesizer,
+    TIEConfig,
+    TIENet,
+    TIETrainer,
+    uncertainty,
+)
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import uniform_objective
 from tie_ext.recipe import Recipe
 from tie_ext.support.files import load_state, save_state
 from tie_ext.support.modules import settle_statistics
 from tie_ext.support.random import seeded
+from tie_ext.teaching import teach
 from tie_ext.training import GARBAGE_SHARE
 
 
@@ -55,10 +71,19 @@ def test_class_weights_are_inverse_proportions():
     trainer.counts = torch.tensor([10, 20, 30])
     weights = trainer._class_weights()
     sizes = torch.tensor([10, 20, 30, 60 * GARBAGE_SHARE])
-    torch.testing.assert_close(weights * sizes, torch.full((4,), sizes.sum().item() / 4))
+    torch.testing.assert_close(weights * sizes / sizes.sum(), torch.tensor([1.0, 1.0, 1.0, 3 / 10]) / 4)
     lighter = TIETrainer(make_net(5), replace(TINY, garbage_weight=0.1), [])
     lighter.counts = torch.tensor([10, 20, 30, 40, 50])
-    torch.testing.assert_close(lighter._class_weights()[-1], torch.tensor(0.1 * (1 + GARBAGE_SHARE) / (6 * GARBAGE_SHARE)))  # of 3 classes and garbage the factor would be 1
+    torch.testing.assert_close(lighter._class_weights()[-1], torch.tensor(0.1 * 5 / 10 * (1 + GARBAGE_SHARE) / (6 * GARBAGE_SHARE)))
+
+
+@pytest.mark.parametrize("n", [2, 10, 1000])
+def test_garbage_has_the_same_share_of_the_loss_whatever_the_number_of_classes(n):
+    trainer = TIETrainer(TIENet(Small(n), n, SHAPE), TINY, [])
+    trainer.counts = torch.full((n,), 20)
+    weights = trainer._class_weights()
+    inside, garbage = weights[:-1].sum() * 20, weights[-1] * n * 20 * GARBAGE_SHARE
+    assert (garbage / (inside + garbage)).item() == pytest.approx(1 / 11, rel=1e-4)
 
 
 def test_the_learning_rate_falls_along_half_a_cosine():
@@ -263,7 +288,7 @@ def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
     x = torch.zeros(24, *SHAPE)
     for i in range(24):
         x[i, :, 8 * (i % 3) : 8 * (i % 3) + 8] = 1
-    trainer = TIETrainer(conftest.make_net(), replace(TINY, epochs=15), [], objective=uniform_objective)
+    trainer = TIETrainer(conftest.make_net(), replace(TINY, epochs=15, garbage_weight=3.0), [], objective=uniform_objective)
     for _ in range(15):
         trainer.epoch([(x, torch.arange(24) % 3)])
     inside, outside = trainer.net.decide(x), trainer.net.decide(trainer.pool.draw(24))
@@ -405,7 +430,7 @@ def test_the_loss_weighs_classes_by_the_inverse_of_their_counts(garbage_weight):
     target = torch.cat([y, torch.full((2,), 3)])
     with torch.no_grad():
         nll = -before(whole, garbage=True).log_softmax(1)[torch.arange(11), target]
-    weight = torch.tensor([1 / 6, 1 / 2, 1 / 1, garbage_weight / (9 * GARBAGE_SHARE)])[target]
+    weight = torch.tensor([1 / 6, 1 / 2, 1 / 1, garbage_weight * 3 / 10 / (9 * GARBAGE_SHARE)])[target]
     log = trainer.epoch([(x, y)])
     assert log.losses["classifier"] == pytest.approx(((weight * nll).sum() / weight.sum()).item(), rel=1e-4)
     assert abs(log.losses["classifier"] - nll.mean().item()) > 1e-3
@@ -517,10 +542,9 @@ def test_each_stream_of_randomness_is_the_seeds_the_epochs_and_the_processs_own(
 
 def test_the_streams_are_those_that_runs_before_had():
     batches, _, weight, _ = rolls(3)
-    with seeded(3, 0, 0, 3):
-        assert batches[0] == torch.rand(1).item()
-    with seeded(3, 1, 0):
-        assert batches[1] == torch.rand(1).item()
+    for epoch in (1, 2):
+        with seeded(3, epoch, 0):
+            assert batches[epoch - 1] == torch.rand(1).item()
     net = make_net()
     with seeded(3, 0, 0, 1):
         generator = Inversion(net).generator
@@ -531,18 +555,84 @@ def test_the_streams_are_those_that_runs_before_had():
     assert torch.equal(pool, (first * 255).round().to(torch.uint8))
 
 
-def test_data_is_looked_at_once_and_again_after_a_stop(tmp_path):
-    def reads(trainer):
-        batches = Rolling(make_batches())
-        trainer.epoch(batches)
-        return len(batches.rolled)
+class Counted(TensorDataset):
+    """A data set that counts how often an image of it is read."""
 
+    read = 0
+
+    def __getitem__(self, index):
+        self.read += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("make", [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")], ids=["linear", "layers"])
+def test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 5)
+    images = Counted(torch.rand(50, *SHAPE), torch.arange(50) % 3)
+    loader = DataLoader(images, 8, shuffle=True)
+    for epochs in (2, 3):
+        net = make()
+        trainer = TIETrainer(net, TINY, [Inversion(net, FEW)])
+        if (tmp_path / "run").exists():
+            trainer.load(tmp_path / "run")
+        while len(trainer.log) < epochs:
+            images.read = 0
+            trainer.epoch(loader)
+            assert images.read == len(images)
+        trainer.save(tmp_path / "run")
+
+
+def test_data_is_looked_at_once_and_again_after_a_stop(tmp_path, monkeypatch):
+    looked = []
+    checked = TIETrainer._checked
+    monkeypatch.setattr(TIETrainer, "_checked", lambda self, *args: looked.append(len(self.log)) or checked(self, *args))
     trainer = TIETrainer(make_net(), TINY, [])
-    assert [reads(trainer) for _ in range(3)] == [2, 1, 1]  # looked at, trained on
+    for _ in range(2):
+        trainer.epoch(make_batches())
     trainer.save(tmp_path / "run")
     again = TIETrainer(make_net(), TINY, [])
     again.load(tmp_path / "run")
-    assert [reads(again) for _ in range(2)] == [2, 1]
+    for _ in range(2):
+        again.epoch(make_batches())
+    assert looked == [0, 2]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a program wait for its device: a number that is read, or a size that depends on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
+        self.count += func.overloadpacket.__name__ in waiting or "bool" in {str(getattr(i, "dtype", ""))[6:] for i in _indices(func, args)}
+        return func(*args, **(kwargs or {}))
+
+
+def _indices(func, args):
+    return [i for i in args[1] if i is not None] if func.overloadpacket.__name__ in ("index", "index_put", "index_put_") else []
+
+
+@pytest.mark.parametrize("make", [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")], ids=["linear", "layers"])
+def test_no_step_waits_for_the_device(make, monkeypatch):
+    monkeypatch.setattr("tie_ext.training.check_images", lambda *args: None)  # which looks at images while they are on the CPU
+    monkeypatch.setattr(GarbagePool, "draw", lambda self, k: self.low + torch.zeros(k, *SHAPE))  # so is the pool
+    waits = {}
+    for steps in (2, 7):
+        net = make()
+        inversion = Inversion(net, InversionSettings(steps=steps, width=4, batch_size=4))
+        trainer = TIETrainer(net, TINY, [inversion])
+        trainer.counts, trainer._surveyed = torch.tensor([8, 8, 8]), True
+        for name, work in (
+            ("generator", lambda inversion=inversion, net=net: inversion.fit(net, [], 0.0)),
+            ("train", lambda trainer=trainer, steps=steps: trainer._train(make_batches(sizes=(8,) * steps))),
+            ("head", lambda steps=steps: teach(GarbageHead({}, 80), torch.rand(9, 80), torch.rand(9, 80), steps)),
+        ):
+            with Waits() as mode:
+                work()
+            waits.setdefault(name, []).append(mode.count)
+    assert {name: few == many for name, (few, many) in waits.items()} == dict.fromkeys(waits, True), waits
 
 
 def test_what_was_counted_is_batches_and_those_of_one_image():
@@ -593,7 +683,7 @@ def test_progress_is_shown_to_who_asks(progress, capsys):
     trainer.epoch(make_batches())
     shown = capsys.readouterr().err
     stages = [f"epoch {epoch}: {stage}:" for epoch in (1, 2) for stage in ("train", "tau")]
-    assert [stage in shown for stage in ["epoch 1: check:", *stages]] == [bool(progress)] * 5
+    assert [stage in shown for stage in stages] == [bool(progress)] * 4
     assert "\n" not in shown  # bars that are done do not stay
     assert ("epoch 3" in shown, "epoch 0" in shown) == (False, False)
 

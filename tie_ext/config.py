@@ -39,7 +39,7 @@ class TIEConfig(Settings):
         high=10**9,
     )
     garbage_weight: float = setting(
-        1.0, "Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1).", low=0, high=1e6, above=True
+        1.0, "Weight of the garbage class in the loss, where the ID classes together have 10 (Vernekar et al.: 0.1).", low=0, high=1e6, above=True
     )
     precision: str = setting(
         "float32",

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tie_ext.support.checks import check_number
 
-CONVERTED = 256
-"""Images made bytes at once."""
+CONVERTED = 2**22
+"""Values made bytes at once."""
 
 
 def cutoff(u: Tensor, lam: float) -> float:
@@ -68,9 +68,10 @@ class GarbagePool:
         slot = torch.where(count < len(self.images), count, (torch.rand(len(rows), dtype=torch.float64) * (count + 1)).long())
         # Of two images for one slot the later wins, as if they had come one by one.
         winner = list({s: i for s, i in zip(slot.tolist(), rows.tolist(), strict=True) if s < len(self.images)}.items())
-        # Only these are copied and converted, as a full pool takes few; a few at a time, as floating-point numbers take several times their place.
-        for first in range(0, len(winner), CONVERTED):
-            slots, of = zip(*winner[first : first + CONVERTED], strict=True)
+        # Only these are copied and converted, as a full pool takes few; a few at a time, as that takes several times their place.
+        step = max(1, CONVERTED // max(1, self.images[0].numel()))
+        for first in range(0, len(winner), step):
+            slots, of = zip(*winner[first : first + step], strict=True)
             kept = x.detach()[list(of)].float().cpu()
             self.images[list(slots)] = ((kept - self.low) / (self.high - self.low) * 255).round().clamp(0, 255).to(torch.uint8)
         self.offered += len(rows)

@@ -52,5 +52,3 @@ def teach(head: GarbageHead, inside: Tensor, outside: Tensor, steps: int = STEPS
         optimizer.step()
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())
-
-

@@ -3,6 +3,7 @@
 Symbols: ``x (B, C, H, W)``, ``y (B,)`` in ``[0, n)``; garbage index ``n``; ``logits (B, n+1)``; ``u`` uncertainties; ``tau`` the threshold.
 """
 
+import copy
 import math
 import os
 import time
@@ -24,7 +25,7 @@ from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.outliers.noise import Noise
 from tie_ext.support.checks import check_images, check_labels
-from tie_ext.support.distributed import average_gradients, average_statistics, broadcast, gathered, rank, share, total
+from tie_ext.support.distributed import average_gradients, average_statistics, broadcast, gathered, rank, share, total, world
 from tie_ext.support.modules import frozen, settle_statistics
 from tie_ext.support.random import seeded
 from tie_ext.support.sample import Sample
@@ -40,8 +41,11 @@ BatchNorm's statistics, garbage head, tau and candidates. So no image is read tw
 grow with the data."""
 HEAD_STEPS = 200
 """Steps a garbage head on every layer learns in an epoch, from where it stood."""
+CLASSES = 10
+"""ID classes beside which garbage of weight 1 weighs as much as one of them. Among a thousand it would have a thousandth of the loss."""
 BATCH = 128
 """Kept images that are passed through the network at once."""
+EMPTY = "at least one batch of training data, but got an empty loader"
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """Batches ``(x, y)`` that are kept in memory."""
 NEW = 2
@@ -115,6 +119,7 @@ class TIETrainer:
         self.counts: Tensor | None = None  # ID images of each class (n,), once the data has been looked at
         self.log: list[EpochLog] = []
         self._surveyed = False
+        self._seen = torch.zeros(net.num_classes, dtype=torch.long)  # the same, of an epoch that is under way
         self._evaluating: list[torch.nn.Module] = []  # the parts that stay in evaluation mode
 
     def _first_pool(self) -> GarbagePool:
@@ -145,17 +150,17 @@ class TIETrainer:
             The :class:`EpochLog`, also appended to ``self.log``.
 
         Raises:
-            ValueError: If the data is empty, of the wrong shape, type or range, lacks a class, or can be read only once; nothing has been
-                trained then.
+            ValueError: If the data is empty, of the wrong shape, type or range, lacks a class, or can be read only once; network and optimiser
+                are as they were before.
             FloatingPointError: If the loss is no longer finite.
         """
         t, batches = len(self.log), _Uniform(batches)
-        if not self._surveyed:
+        if not self._surveyed and world() > 1:
             with seeded(self.config.seed, 0, rank(), 3):  # a stream of its own, so that the first epoch's order is that of any other method
                 self._survey(batches)
         with seeded(self.config.seed, t + 1, rank()):
             start = time.perf_counter()
-            losses, kept = self._train(batches)
+            losses, kept = self._train(batches) if self._surveyed else self._train_looking(batches)
             trained = time.perf_counter()
             losses |= self._invert(batches, t / max(1, self.config.epochs - 1))
             inverted = time.perf_counter()
@@ -171,19 +176,20 @@ class TIETrainer:
         """Weighted cross-entropy on the ID data and a draw from the garbage pool; its mean, and the ID images that were kept of those seen."""
         self._to_training_mode()
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
-        weights, losses = self._class_weights(), []
+        losses = []
         # A stream of its own, so that the classifier beside a head sees the images that any other method would see.
         sample = Sample(share(self._at_once), torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63))
         for x, y in self._with_garbage(sample.passing(self._bar(batches, "train"))):
             logits = widened(self.net(x, garbage=not self._apart))
-            loss = self.objective(logits, y, weights[: logits.shape[1]].to(logits.dtype))
+            loss = self.objective(logits, y, self._class_weights()[: logits.shape[1]].to(logits.dtype))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(self.net)
             self.optimizer.step()
             losses.append(loss.detach())
         if not losses:
-            raise ValueError("Expected batches of two or more images in every epoch, but got none")
+            wanted = "batches of two or more images in every epoch, but got none" if sample.seen else EMPTY
+            raise ValueError(f"Expected {wanted}")
         mean = float(gathered(torch.stack(losses), self.device).mean())
         if not math.isfinite(mean):
             raise FloatingPointError(f"Expected a finite training loss, but got {mean} in epoch {len(self.log) + 1}; lower `lr`")
@@ -230,15 +236,16 @@ class TIETrainer:
             part.training = False
 
     def _class_weights(self) -> Tensor:
-        """Weights ``(n+1,)`` of the cross-entropy, from the counts of the data: every ID class weighs the same in sum, their mean is 1.
+        """Weights ``(n+1,)`` of the cross-entropy, from the counts of the data, in the first epoch of what has been seen of it: every ID class
+        weighs the same in sum, and garbage a tenth of them all, whatever their number.
 
         Paper: "proportions". Here: inverse proportions, because only these correct the imbalance that the growing garbage class brings.
         """
-        assert self.counts is not None  # epoch() has surveyed the data
-        garbage = self.counts.sum() * GARBAGE_SHARE
-        counts = torch.cat([self.counts.float(), garbage.reshape(1).float()])
+        known = self._seen.clamp(min=1) if self.counts is None else self.counts
+        garbage = known.sum() * GARBAGE_SHARE
+        counts = torch.cat([known.float(), garbage.reshape(1).float()])
         weights = counts.sum() / (len(counts) * counts)
-        weights[-1] *= self.config.garbage_weight
+        weights[-1] *= self.config.garbage_weight * self.net.num_classes / CLASSES
         return weights.to(self.device)
 
     def _with_garbage(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
@@ -308,10 +315,23 @@ class TIETrainer:
         """Garbage images in the pools of all processes."""
         return int(total(torch.tensor(len(self.pool)), self.device))
 
-    # The data, looked at once by each process that trains.
+    # The data, looked at once by each process that trains: shapes, types, ranges, labels, and how many samples each class has ``(n,)``.
+
+    def _train_looking(self, batches: Batches) -> tuple[dict[str, float], Pairs]:
+        """:meth:`_train`, each batch looked at before it is trained on; what is wrong with one leaves network and optimiser as they were."""
+        before = copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict()))
+        self._seen.zero_()
+        try:
+            trained = self._train(self._checked(batches, self._seen))
+            self._take(self._seen.clone())
+        except ValueError:
+            self.net.load_state_dict(before[0])
+            self.optimizer.load_state_dict(before[1])
+            raise
+        return trained
 
     def _survey(self, batches: Batches) -> None:
-        """Look at all data before any work: shapes, types, ranges, labels, and how many samples each class has ``(n,)``."""
+        """Look at all data before any work, as a process that found something wrong while others train would leave them waiting for it."""
         error, counts, steps = None, torch.zeros(self.net.num_classes, dtype=torch.long), [0, 0]
         try:
             counts, steps = self._look(batches)
@@ -329,9 +349,12 @@ class TIETrainer:
                 f"Expected as many batches in every process, as a DistributedSampler gives them, but got {[steps for steps, _ in each]}, "
                 f"of which {[one for _, one in each]} of one image"
             )
-        counts = total(counts, self.device)
+        self._take(total(counts, self.device))
+
+    def _take(self, counts: Tensor) -> None:
+        """Take note of how many images each class has."""
         if counts.sum() == 0:
-            raise ValueError("Expected at least one batch of training data, but got an empty loader")
+            raise ValueError(f"Expected {EMPTY}")
         if (counts == 0).any():
             missing = (counts == 0).nonzero().flatten().tolist()
             raise ValueError(f"Expected samples of all {self.net.num_classes} classes, but got none of class {missing}")
@@ -343,14 +366,19 @@ class TIETrainer:
 
     def _look(self, batches: Batches) -> tuple[Tensor, list[int]]:
         """Samples of each class ``(n,)`` in this process's share, and its batches and those of one image."""
+        counts, steps, singles = torch.zeros(self.net.num_classes, dtype=torch.long), 0, 0
+        for x, _ in self._checked(self._bar(batches, "check"), counts):
+            steps, singles = steps + 1, singles + (len(x) == 1)
+        return counts, [steps, singles]
+
+    def _checked(self, batches: Batches, counts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batches, each refused if it is not as it should be, and else added to the samples of each class ``(n,)``."""
         n, low, high = self.net.num_classes, self.net.low.cpu(), self.net.high.cpu()
-        counts, steps, singles = torch.zeros(n, dtype=torch.long), 0, 0
-        for x, y in self._bar(batches, "check"):
+        for x, y in batches:
             check_images(x.cpu(), self.image_shape, low, high)
             check_labels(y, len(x), n)
             counts += y.cpu().bincount(minlength=n)
-            steps, singles = steps + 1, singles + (len(x) == 1)
-        return counts, [steps, singles]
+            yield x, y
 
     def _bar(self, batches: Iterable, name: str) -> Iterable:
         return tqdm(batches, desc=f"epoch {len(self.log) + 1}: {name}", leave=False, disable=not self.progress)

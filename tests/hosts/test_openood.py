@@ -487,6 +487,23 @@ def test_an_epoch_is_the_cores(openood):
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), core.net.state_dict().values(), strict=True))
 
 
+def test_an_epoch_reads_each_image_once(openood):
+    from openood.trainers import get_trainer
+
+    read = []
+
+    class Counted(Images):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    trainer = get_trainer(build(), torch.utils.data.DataLoader(Counted(), batch_size=20), None, trainer_config())
+    for epoch in (1, 2):
+        read.clear()
+        trainer.train_epoch(epoch)
+        assert sorted(read) == list(range(40))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"), [({"generator_step": 3}, "generator_step"), ({"lr": 1.0}, "got lr"), ({"pool_size": 0}, "pool_size")]
 )
