@@ -6,6 +6,7 @@
     python tests/bench/cost.py memory
     python tests/bench/cost.py classes
     python tests/bench/cost.py large
+    python tests/bench/cost.py head --root DATA NETWORK
     python tests/bench/cost.py detection before-0=RUN after-0=RUN ...
 
 Epochs of both are trained in turn, each after the other's; the ratio is that of the medians. Seconds are those that the process computed for, on
@@ -26,8 +27,9 @@ import torch
 from tie_ext import Inversion, InversionSettings, Noise, Procedural, TIEConfig, TIENet, TIETrainer
 from tie_ext.app import data
 from tie_ext.app.data import ImageBatches, ImageSet, training_batches
+from tie_ext.app.evaluation import ood_metrics
 from tie_ext.backbones import BACKBONES
-from tie_ext.bench.comparison import train_plain
+from tie_ext.bench.comparison import classifier, train_plain
 from tie_ext.network import GARBAGE
 from tie_ext.outliers.drawing import Dice
 from tie_ext.recipe import Recipe
@@ -150,6 +152,33 @@ def large(a: argparse.Namespace) -> dict:
     return found
 
 
+def head(a: argparse.Namespace) -> dict:
+    """Some epochs of the loop around a network of attached.py that learns no more, scored as attached.py scores its head."""
+    import attached
+
+    name, seed = a.network.stem.split("-")[0], int(a.network.stem.rpartition("seed")[2])
+    count = int(a.network.stem.split("-")[1].split("x")[0])
+    sets = attached.image_sets(name, a.root, count, seed)
+    images = sets["train"].first(3000, seed)
+    net = TIENet(classifier(TIENet.load(a.network)), len(images.classes), images.shape, garbage="layers")
+    for part in net.modules():
+        part.training = not isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+    config = TIEConfig(epochs=a.epochs, lr=1e-12, seed=seed)
+    trainer = Recipe(config, prior=("procedural",), garbage="layers").trainer(net)
+    for _ in range(a.epochs):
+        log = trainer.epoch(training_batches(images))
+        print(log.epoch, log.losses, log.excluded, flush=True)
+    decisions = {of: [net.decide(x) for x, _ in ImageBatches(sets[of], 500)] for of in sets if of != "train"}
+    score = {of: torch.cat([decision.score for decision in each]) for of, each in decisions.items()}
+    garbage = {of: torch.cat([decision.level == 1 for decision in each]).double().mean().item() for of, each in decisions.items()}
+    metrics = {of: ood_metrics(score["id"], score[of]) for of in score if of not in ("id", "held")}
+    found = {of: {"garbage": garbage[of], "auroc": m["auroc"], "fpr95": m["fpr95_id"]} for of, m in metrics.items()}
+    record = {"network": a.network.stem, "epochs": a.epochs, "tau": log.tau, "ID in garbage": garbage["id"], "sets": found}
+    record["ID rejected"] = torch.cat([decision.level > 0 for decision in decisions["id"]]).double().mean().item()
+    print(record)
+    return record
+
+
 def detection(a: argparse.Namespace) -> dict:
     """Accuracy, garbage rate, AUROC and FPR@95 by OOD set of runs of ``tie-ext train``, by the name each is given."""
     runs = {}
@@ -180,16 +209,24 @@ def main() -> None:
     three.add_argument("--epochs", type=int, default=3)
     three.add_argument("--kind", choices=GARBAGE, default="layers")
     commands.add_parser("large", help=large.__doc__)
+    four = commands.add_parser("head", help=head.__doc__)
+    four.add_argument("network", type=Path, help="NETWORK.safetensors of attached.py")
+    four.add_argument("--root", default="data")
+    four.add_argument("--epochs", type=int, default=3)
     five = commands.add_parser("detection", help=detection.__doc__)
     five.add_argument("runs", nargs="+", metavar="NAME=RUN")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    found = {"epoch": epoch, "memory": memory, "classes": classes, "large": large, "detection": detection}[a.what](a)
+    found = {"epoch": epoch, "memory": memory, "classes": classes, "large": large, "head": head, "detection": detection}[a.what](a)
     if found:
-        stem = f"epoch-{a.data}-{found['images']}-{a.backbone}" if a.what == "epoch" else a.what
+        stem = {"epoch": lambda: f"epoch-{a.data}-{found['images']}-{a.backbone}", "head": lambda: f"head-{a.network.stem}"}.get(
+            a.what, lambda: a.what
+        )()
         record = {**found, **provenance()}
         if hasattr(a, "root"):
             record["command"] = record["command"].replace(a.root, "DATA")
+        if hasattr(a, "network"):
+            record["command"] = record["command"].replace(str(a.network), a.network.name)
         write_json(OUT / f"{stem}.json", record)
 
 
