@@ -19,7 +19,7 @@ settings.register_profile("slow machines are fine", deadline=None)
 settings.load_profile("slow machines are fine")
 
 SHAPE = (1, 28, 28)
-TINY = TIEConfig(epochs=2, lam=0.5, candidates_per_class=4, pool_size=40)
+TINY = TIEConfig(epochs=2, lam=0.5, candidates=16, pool_size=40)
 FEW = InversionSettings(steps=2, width=4)
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     batches = [(torch.rand(8, 1, 28, 28), torch.arange(8) % 2)]
     net = tie_ext.TIENet(tie_ext.Conv3(1, 2), 2, (1, 28, 28))
     inversion = tie_ext.Inversion(net, tie_ext.InversionSettings(steps=2, width=4))
-    tie_ext.TIETrainer(net, tie_ext.TIEConfig(epochs=1, candidates_per_class=4, pool_size=20), [inversion]).epoch(batches)
+    tie_ext.TIETrainer(net, tie_ext.TIEConfig(epochs=1, candidates=12, pool_size=20), [inversion]).epoch(batches)
     with tempfile.TemporaryDirectory() as folder:
         net.eval().save(Path(folder) / "network.safetensors")
         again = tie_ext.TIENet.load(Path(folder) / "network.safetensors")

@@ -11,7 +11,7 @@ from torch import nn
 from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
 from tie_ext.head import MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
 from tie_ext.outliers import make
-from tie_ext.teaching import Sample
+from tie_ext.support.sample import Sample
 
 
 @pytest.fixture(autouse=True)
@@ -322,3 +322,19 @@ def test_a_sample_is_a_uniform_one_of_all_rows():
     assert held.sum() == 4000
     assert held.min() > 65  # 100 expected, deviation 8.7
     assert held.max() < 135
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 6), (2, 40, 5, 7), (2, 3, 1, 1)])
+def test_the_gradient_of_the_statistics_is_autograds(shape):
+    from tie_ext.head import _statistics
+
+    a = torch.randn(shape, dtype=torch.float32)
+    a[0, 0, :3] = 1.5  # places that share the largest value
+    a[1, 1] = -2.0  # nothing gets through
+    weights = torch.randn(shape[0], 4 * shape[1])
+    gradients = []
+    for of in (pooled, lambda a: _statistics(a.permute(0, 2, 3, 1))):
+        a = a.detach().requires_grad_()
+        (of(a) * weights).sum().backward()
+        gradients.append(a.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

@@ -54,7 +54,7 @@ def write_images(folder: Path) -> None:
 
 def test_inversions_are_shared_out_by_how_they_were_asked_for(tmp_path):
     write_images(tmp_path / "images")
-    fast = ["--epochs", "1", "--candidates-per-class", "5", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
+    fast = ["--epochs", "1", "--candidates", "55", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
     assert main(["train", "--data", f"folder:{tmp_path / 'images'}", "--size", "28", "--out", str(tmp_path / "run"), *fast]) == 0
     judge = TIENet.load(tmp_path / "run" / "network.safetensors")
     found = agreement.shares_of(tmp_path / "run", [judge], per_class=50)

@@ -135,3 +135,37 @@ def test_a_pool_goes_on_where_its_state_was_taken():
 def test_a_pool_of_no_size_is_refused(capacity):
     with pytest.raises(ValueError, match="Expected pool_size to be an integer in"):
         GarbagePool(capacity, (1, 2, 2))
+
+
+def as_it_was(pool, x, out):
+    """The pool's rule on images that were gathered and converted first, all of them."""
+    x = ((x[out].float() - pool.low) / (pool.high - pool.low) * 255).round().clamp(0, 255).to(torch.uint8)
+    for i, u in enumerate(torch.rand(len(x), dtype=torch.float64)):
+        count = pool.offered + i
+        slot = count if count < len(pool.images) else int(u * (count + 1))
+        if slot < len(pool.images):
+            pool.images[slot] = x[i]
+    pool.offered += len(x)
+
+
+@pytest.mark.parametrize("converted", [1, 12, 2**22])
+def test_slots_are_chosen_before_images_are_converted_and_bit_for_bit_the_same(converted, monkeypatch):
+    monkeypatch.setattr("tie_ext.exclusion.CONVERTED", converted)
+    pools = [GarbagePool(20, (1, 2, 2), low=-1.0, high=2.0) for _ in range(2)]
+    for seed in range(12):
+        rng = torch.Generator().manual_seed(seed)
+        x, out = torch.rand(9, 1, 2, 2, generator=rng) * 3 - 1, torch.rand(9, generator=rng) < 0.6
+        for pool, add in zip(pools, (GarbagePool.add, as_it_was), strict=True):
+            torch.manual_seed(seed)
+            add(pool, x, out)
+    assert pools[0].offered == pools[1].offered > 40
+    assert torch.equal(pools[0].images, pools[1].images)
+
+
+def test_a_full_pool_converts_few(monkeypatch):
+    pool = GarbagePool(10, (1, 2, 2))
+    pool.offered = 10_000
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: copied.append(len(self)) or self.to(torch.float32))
+    pool.add(torch.rand(100, 1, 2, 2))
+    assert sum(copied) < 10

@@ -77,8 +77,8 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
     batches = make_batches(sizes=(9, 6))
     for _ in range(2):
         trainer.epoch(batches)
-    assert drawn == [27, 18] * 2
-    assert taught == [(15, 60, 6.0)] * 2
+    assert drawn == [15, 15] * 2
+    assert taught == [(15, 45, 6.0)] * 2
 
 
 def test_more_weight_of_garbage_puts_more_in_it(monkeypatch):
@@ -119,7 +119,7 @@ def test_a_batch_of_one_is_passed_over_and_uncertain_inversions_join():
     log = trainer.epoch(make_batches(sizes=(8, 1)))
     assert log.excluded == log.proposed
     assert sum(log.excluded) == 16
-    assert log.pool == len(trainer.pool) == 32  # 16 of the prior beside them
+    assert log.pool == len(trainer.pool) == 36  # 20 of the prior beside them
 
 
 def test_what_a_head_cannot_learn_is_refused():

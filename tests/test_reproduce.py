@@ -181,7 +181,7 @@ def test_openoods_own_training_makes_a_cell(openood_root, root, tmp_path, name):
 
 
 def test_the_command_line_runs_it(root, tmp_path, capsys):
-    small = ["--inversion-steps", "1", "--inversion-width", "4", "--candidates-per-class", "2", "--pool-size", "20", "--epochs", "1"]
+    small = ["--inversion-steps", "1", "--inversion-width", "4", "--candidates", "20", "--pool-size", "20", "--epochs", "1"]
     arguments = ["reproduce", "--root", str(root), "--out", str(tmp_path), "--data", "fashionmnist", "--methods", "white", "--seeds", "3", *small]
     assert main(arguments) == 0
     assert (tmp_path / "cells" / "fashionmnist-allx1-white-seed3.json").exists()

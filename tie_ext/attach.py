@@ -22,8 +22,9 @@ from tie_ext.outliers.procedural import Procedural
 from tie_ext.support.checks import check_images, check_labels, describe
 from tie_ext.support.modules import frozen
 from tie_ext.support.random import seeded
+from tie_ext.support.sample import Sample
 from tie_ext.synthesis import Synthesizer
-from tie_ext.teaching import MEMORY, OUTLIERS, STEPS, WEIGHT, Sample, teach
+from tie_ext.teaching import MEMORY, OUTLIERS, STEPS, WEIGHT, teach
 
 LAM = 2.0
 """lambda of level 2, as the loop's default."""

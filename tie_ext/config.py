@@ -29,7 +29,9 @@ class TIEConfig(Settings):
         low=-math.inf,
         high=1e6,
     )
-    candidates_per_class: int = setting(1000, "Outliers proposed an epoch and output, garbage included.", low=1, high=10**6)
+    candidates: int = setting(
+        2000, "Outliers proposed an epoch by each synthesizer: a tenth of the pool, for any number of classes.", low=1, high=10**9
+    )
     pool_size: int = setting(
         20_000,
         "Most garbage images kept, as uint8: 16 MB at 28x28 grey, 60 MB at 32x32 colour, 3 GB at 224x224 colour.",
@@ -37,7 +39,7 @@ class TIEConfig(Settings):
         high=10**9,
     )
     garbage_weight: float = setting(
-        1.0, "Weight of the garbage class in the loss, where an ID class has 1 (Vernekar et al.: 0.1).", low=0, high=1e6, above=True
+        1.0, "Weight of the garbage class in the loss, where the ID classes together have 10 (Vernekar et al.: 0.1).", low=0, high=1e6, above=True
     )
     precision: str = setting(
         "float32",

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from tie_ext.support.checks import check_number
 
+CONVERTED = 2**22
+"""Values made bytes at once."""
+
 
 def cutoff(u: Tensor, lam: float) -> float:
     """The dynamic threshold ``tau = mean + lam * std`` of the ID uncertainties.
@@ -53,16 +56,25 @@ class GarbagePool:
     def __len__(self) -> int:
         return min(self.offered, len(self.images))
 
-    def add(self, x: Tensor) -> None:
-        """Offer images ``(M, C, H, W)`` in ``[low, high]``; a full pool keeps a fair share of them."""
-        count = torch.arange(self.offered, self.offered + len(x))
-        slot = torch.where(count < len(self.images), count, (torch.rand(len(x), dtype=torch.float64) * (count + 1)).long())
+    def add(self, x: Tensor, chosen: Tensor | None = None) -> None:
+        """Offer images ``(M, C, H, W)`` in ``[low, high]``; a full pool keeps a fair share of them.
+
+        Arguments:
+            x: The images.
+            chosen: Which of them are offered ``(M,)``, bool; None for all.
+        """
+        rows = torch.arange(len(x)) if chosen is None else chosen.nonzero()[:, 0].cpu()
+        count = torch.arange(self.offered, self.offered + len(rows))
+        slot = torch.where(count < len(self.images), count, (torch.rand(len(rows), dtype=torch.float64) * (count + 1)).long())
         # Of two images for one slot the later wins, as if they had come one by one.
-        winner = {s: i for i, s in enumerate(slot.tolist()) if s < len(self.images)}
-        if winner:  # only these are converted, as a full pool takes few
-            kept = x.detach()[list(winner.values())].float().cpu()
-            self.images[list(winner)] = ((kept - self.low) / (self.high - self.low) * 255).round().clamp(0, 255).to(torch.uint8)
-        self.offered += len(x)
+        winner = list({s: i for s, i in zip(slot.tolist(), rows.tolist(), strict=True) if s < len(self.images)}.items())
+        # Only these are copied and converted, as a full pool takes few; a few at a time, as that takes several times their place.
+        step = max(1, CONVERTED // max(1, self.images[0].numel()))
+        for first in range(0, len(winner), step):
+            slots, of = zip(*winner[first : first + step], strict=True)
+            kept = x.detach()[list(of)].float().cpu()
+            self.images[list(slots)] = ((kept - self.low) / (self.high - self.low) * 255).round().clamp(0, 255).to(torch.uint8)
+        self.offered += len(rows)
 
     def draw(self, k: int) -> Tensor:
         """``k`` images ``(k, C, H, W)`` in ``[low, high]``, drawn with replacement.

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from tie_ext.support.modules import Ranged
 
+LARGEST = 11
+"""Codes of more entries are not scaled up any further."""
+
 
 class Generator(Ranged):
     """The conditional generator: latent vector and soft code to image, by 4 to 6 transposed convolutions.
@@ -59,8 +62,8 @@ class Generator(Ranged):
 
     def forward(self, z: Tensor, code: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` in ``[low, high]`` from latent vectors ``(B, Z)`` and soft codes ``(B, n+1)``, rows summing to 1."""
-        # n+1 times the code has mean 1 for every number of classes, as z has variance 1.
-        seed = torch.cat([z, code * self.code_size - 1], dim=1)
+        # Of mean 0, and as large as of ten classes and garbage for any greater number, as z has variance 1.
+        seed = torch.cat([z, (code - 1 / self.code_size) * min(self.code_size, LARGEST)], dim=1)
         x = self.layers(seed[:, :, None, None]).sigmoid()
         return self.scaled(x).contiguous()  # for the backbone, whose layout is its own
 

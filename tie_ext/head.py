@@ -25,6 +25,8 @@ STATISTICS = 4
 """Numbers of a channel: with 16 layers of 128 channels no more than 8192 beside the penultimate features."""
 PIECE = 2**18
 """Numbers of a layer's output that a CPU pools at once."""
+FLAT = 1e-6
+"""Deviations are no smaller."""
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 """What may stand between a convolution and its ReLU."""
 
@@ -90,14 +92,40 @@ def pooled(a: Tensor) -> Tensor:
         a = a.clone()  # a ReLU that works in place comes next, and the gradient wants what was there before
     # A CPU does best with pieces that fit its cache; a graph that is recorded for other batch sizes takes them whole.
     whole = not a.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return _statistics(a) if whole else torch.cat([_statistics(piece) for piece in a.split(max(1, PIECE // a[0].numel()))])
+    of = _Statistics.apply if a.requires_grad else _statistics
+    return of(a) if whole else torch.cat([of(piece) for piece in a.split(max(1, PIECE // a[0].numel()))])
+
+
+class _Statistics(torch.autograd.Function):
+    """:func:`_statistics` with its gradient in one expression: what autograd makes of it takes a CPU three times as long."""
+
+    @staticmethod
+    def forward(a: Tensor) -> Tensor:
+        return _statistics(a)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        a, statistics = ctx.saved_tensors
+        size = a.shape[1] * a.shape[2]
+        mean, deviation, largest, smallest = (part[:, None, None] for part in statistics.chunk(4, dim=1))
+        of_mean, of_deviation, of_largest, of_smallest = (part[:, None, None] for part in gradient.chunk(4, dim=1))
+        slope = torch.where(deviation > FLAT, of_deviation / (size * deviation), 0.0)
+        out = torch.addcmul(of_mean / size - slope * mean, slope, a) * (a > 0)
+        for value, by in ((largest, of_largest), (smallest, of_smallest)):
+            there = a == value
+            out = out + there * (by / there.sum((1, 2), keepdim=True))  # shared by all places that have it
+        return out
 
 
 def _statistics(a: Tensor) -> Tensor:
     """The four statistics ``(B, 4C)`` of ``(B, H, W, C)``."""
     through = a.relu()
     mean, square = through.mean((1, 2)), through.square().mean((1, 2))
-    return torch.cat([mean, (square - mean.square()).clamp_min(1e-12).sqrt(), _over_places(torch.amax, a), _over_places(torch.amin, a)], dim=1)
+    return torch.cat([mean, (square - mean.square()).clamp_min(FLAT**2).sqrt(), _over_places(torch.amax, a), _over_places(torch.amin, a)], dim=1)
 
 
 def _over_places(reduce: Callable[..., Tensor], a: Tensor) -> Tensor:

@@ -52,29 +52,3 @@ def teach(head: GarbageHead, inside: Tensor, outside: Tensor, steps: int = STEPS
         optimizer.step()
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())
-
-
-class Sample:
-    """A uniform random sample of at most ``most`` of all rows ``(M, S)`` that were added, by Vitter's algorithm R."""
-
-    def __init__(self, most: int):
-        self.most, self.seen = most, 0
-        self.parts: list[Tensor] = []
-
-    def add(self, rows: Tensor) -> None:
-        """Offer rows ``(M, S)``."""
-        free = self.most - min(self.seen, self.most)
-        if free:
-            self.parts.append(rows[:free].clone())
-        if rest := rows[free:].shape[0]:
-            if len(self.parts) > 1:
-                self.parts = [torch.cat(self.parts)]
-            place = (torch.rand(rest, dtype=torch.float64) * torch.arange(self.seen + free + 1, self.seen + len(rows) + 1)).long()
-            taken = place < self.most
-            self.parts[0][place[taken].to(rows.device)] = rows[free:][taken.to(rows.device)]
-        self.seen += len(rows)
-
-    @property
-    def rows(self) -> Tensor:
-        """The sample."""
-        return torch.cat(self.parts) if self.parts else torch.empty(0, 0)

@@ -3,11 +3,11 @@
 Symbols: ``x (B, C, H, W)``, ``y (B,)`` in ``[0, n)``; garbage index ``n``; ``logits (B, n+1)``; ``u`` uncertainties; ``tau`` the threshold.
 """
 
+import copy
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import cast
 
 import torch
@@ -28,17 +28,28 @@ from tie_ext.support.checks import check_images, check_labels
 from tie_ext.support.distributed import average_gradients, average_statistics, broadcast, gathered, rank, share, total, world
 from tie_ext.support.modules import frozen, settle_statistics
 from tie_ext.support.random import seeded
+from tie_ext.support.sample import Sample
 from tie_ext.synthesis import Batches, Prior, Synthesizer
-from tie_ext.teaching import MEMORY, OUTLIERS, WEIGHT, Sample, teach
+from tie_ext.teaching import WEIGHT, teach
 
-GARBAGE_SHARE = 1 / 3
+GARBAGE_SHARE = 1 / 4
 """Garbage images for each ID image of a batch. Its weight in the loss comes from the class weights; this is what it costs in time. The same
 from the first epoch on, so that batches, and with them memory and time, do not grow while the pool fills."""
-STATISTICS_BATCHES = 100
-"""Most batches that BatchNorm's statistics are computed from: 17 000 images at the default batch size, where a whole epoch would
-cost as much again as scoring it."""
-HEAD_STEPS = 400
-"""Steps a garbage head on every layer learns in an epoch, from where it stood: 2 s on a CPU."""
+KEPT, KEPT_BYTES = 3000, 2**28
+"""ID images of each epoch, and bytes of them, that are kept as they go by in training: a random sample that the rest of the epoch stands on,
+BatchNorm's statistics, garbage head, tau and candidates. So no image is read twice in an epoch, and what TIE adds to plain training does not
+grow with the data."""
+HEAD_STEPS = 200
+"""Steps a garbage head on every layer learns in an epoch, from where it stood."""
+CLASSES = 10
+"""ID classes beside which garbage of weight 1 weighs as much as one of them. Among a thousand it would have a thousandth of the loss."""
+BATCH = 128
+"""Kept images that are passed through the network at once."""
+EMPTY = "at least one batch of training data, but got an empty loader"
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""Batches ``(x, y)`` that are kept in memory."""
+NEW = 2
+"""New images of each prior that the head learns in an epoch, for each ID image that was kept."""
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A loss of logits ``(B, n+1)``, targets ``(B,)`` in ``[0, n]`` and class weights ``(n+1,)``; a scalar."""
 
@@ -108,16 +119,25 @@ class TIETrainer:
         self.counts: Tensor | None = None  # ID images of each class (n,), once the data has been looked at
         self.log: list[EpochLog] = []
         self._surveyed = False
+        self._seen = torch.zeros(net.num_classes, dtype=torch.long)  # the same, of an epoch that is under way
         self._evaluating: list[torch.nn.Module] = []  # the parts that stay in evaluation mode
 
     def _first_pool(self) -> GarbagePool:
         size = share(self.config.pool_size)
         pool = GarbagePool(size, self.image_shape, self.net.low, self.net.high)
-        # As much as an epoch proposes, and at most half the pool, so that the first proposals find room.
-        wanted = min(share(self.config.candidates_per_class * (self.net.num_classes + 1)), (size + 1) // 2)
+        # Half the pool, so that the first proposals find room.
         for i, prior in enumerate(self.prior):
-            pool.add(prior.draw((wanted // len(self.prior) + (i < wanted % len(self.prior)), *self.image_shape)))
+            left = (size + 1) // 2 // len(self.prior) + (i < (size + 1) // 2 % len(self.prior))
+            while left > 0:
+                drawn = prior.draw((min(left, self._at_once), *self.image_shape))
+                pool.add(drawn)
+                left -= len(drawn)
         return pool
+
+    @property
+    def _at_once(self) -> int:
+        """Images that are held as floating-point numbers at once, so that large ones do not take memory of another order than training does."""
+        return max(2, min(KEPT, KEPT_BYTES // (4 * math.prod(self.image_shape))))
 
     def epoch(self, batches: Batches) -> EpochLog:
         """Train, invert, exclude.
@@ -130,21 +150,21 @@ class TIETrainer:
             The :class:`EpochLog`, also appended to ``self.log``.
 
         Raises:
-            ValueError: If the data is empty, of the wrong shape, type or range, lacks a class, or can be read only once; nothing has been
-                trained then.
+            ValueError: If the data is empty, of the wrong shape, type or range, lacks a class, or can be read only once; network and optimiser
+                are as they were before.
             FloatingPointError: If the loss is no longer finite.
         """
         t, batches = len(self.log), _Uniform(batches)
-        if not self._surveyed:
+        if not self._surveyed and world() > 1:
             with seeded(self.config.seed, 0, rank(), 3):  # a stream of its own, so that the first epoch's order is that of any other method
                 self._survey(batches)
         with seeded(self.config.seed, t + 1, rank()):
             start = time.perf_counter()
-            losses = self._train(batches)
+            losses, kept = self._train(batches) if self._surveyed else self._train_looking(batches)
             trained = time.perf_counter()
             losses |= self._invert(batches, t / max(1, self.config.epochs - 1))
             inverted = time.perf_counter()
-            outcome = self._exclude(batches)
+            outcome = self._exclude(kept)
             excluded = time.perf_counter()
         seconds = {"train": trained - start, "invert": inverted - trained, "exclude": excluded - inverted}
         self.log.append(EpochLog(epoch=t + 1, losses=losses, pool=self._pooled(), seconds=seconds, **outcome))
@@ -152,53 +172,60 @@ class TIETrainer:
 
     # Stage 1.
 
-    def _train(self, batches: Batches) -> dict[str, float]:
-        """Weighted cross-entropy on the ID data and a draw from the garbage pool."""
+    def _train(self, batches: Batches) -> tuple[dict[str, float], Pairs]:
+        """Weighted cross-entropy on the ID data and a draw from the garbage pool; its mean, and the ID images that were kept of those seen."""
         self._to_training_mode()
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
-        weights, losses = self._class_weights(), []
-        for x, y in self._with_garbage(batches, "train"):
+        losses = []
+        # A stream of its own, so that the classifier beside a head sees the images that any other method would see.
+        sample = Sample(share(self._at_once), torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63))
+        for x, y in self._with_garbage(sample.passing(self._bar(batches, "train"))):
             logits = widened(self.net(x, garbage=not self._apart))
-            loss = self.objective(logits, y, weights[: logits.shape[1]].to(logits.dtype))
+            loss = self.objective(logits, y, self._class_weights()[: logits.shape[1]].to(logits.dtype))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(self.net)
             self.optimizer.step()
             losses.append(loss.detach())
         if not losses:
-            raise ValueError("Expected batches of two or more images in every epoch, but got none")
+            wanted = "batches of two or more images in every epoch, but got none" if sample.seen else EMPTY
+            raise ValueError(f"Expected {wanted}")
         mean = float(gathered(torch.stack(losses), self.device).mean())
         if not math.isfinite(mean):
             raise FloatingPointError(f"Expected a finite training loss, but got {mean} in epoch {len(self.log) + 1}; lower `lr`")
+        x, y = sample.columns
+        kept = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
         if self._apart:
             average_statistics(self.net)
-            return {"classifier": mean, "head": self._teach(batches)}
+            return {"classifier": mean, "head": self._teach(kept)}, kept
         # BatchNorm's running statistics lag behind the weights, and behind garbage that is new in every epoch: measured on the demo, ID accuracy
         # fell from 100 to 77 % between two epochs and came back in the next. A forward pass over the same mixture settles them.
-        settle_statistics(self.net, (x for x, _ in islice(self._with_garbage(batches, "statistics"), STATISTICS_BATCHES)))
+        settle_statistics(self.net, (x for x, _ in self._with_garbage(kept)))
         average_statistics(self.net)
-        return {"classifier": mean}
+        return {"classifier": mean}, kept
 
     @property
     def _apart(self) -> bool:
         """Whether garbage is learned by a head of its own, from which no gradient reaches the classifier."""
         return isinstance(self.net.garbage, GarbageHead)
 
-    def _teach(self, batches: Batches) -> float:
+    def _teach(self, kept: Pairs) -> float:
         """The head on every layer learns the pool's garbage, and new images of the prior, from the ID images; its mean loss."""
-        head = cast(GarbageHead, self.net.garbage)
-        most = max(2, MEMORY // (4 * head.mean.numel() * world()))
-        inside, outside = Sample(most), Sample(most)
+        head, count = cast(GarbageHead, self.net.garbage), sum(len(x) for x, _ in kept)
         with frozen(self.net), torch.no_grad():
-            for x, _ in self._bar(batches, "statistics"):
-                inside.add(self.net.statistics(x.to(self.device))[1])
-                fresh = [part for prior in self.prior for part in prior.draw((OUTLIERS * len(x), *self.image_shape)).split(len(x))]
-                for garbage in (self.pool.draw(len(x)), *fresh):
-                    outside.add(self.net.statistics(garbage.to(self.device))[1])
+            inside = [self.net.statistics(x.to(self.device))[1] for x, _ in self._bar(kept, "head")]
+            outside = [self.net.statistics(part.to(self.device))[1] for images in self._garbage(count) for part in images.split(BATCH)]
         # The same statistics and the same randomness in every process, so that all heads stay one.
         with seeded(self.config.seed, len(self.log) + 1, 0, 4):
-            rows, garbage = (gathered(sample.rows, self.device) for sample in (inside, outside))
-            return teach(head, rows, garbage, HEAD_STEPS, WEIGHT * self.config.garbage_weight, self.progress)
+            rows, others = (gathered(torch.cat(parts), self.device) for parts in (inside, outside))
+            return teach(head, rows, others, HEAD_STEPS, WEIGHT * self.config.garbage_weight, self.progress)
+
+    def _garbage(self, count: int) -> Iterator[Tensor]:
+        """Images of the pool, and new ones of each prior, ``count`` at a time."""
+        yield self.pool.draw(count)
+        for prior in self.prior:
+            for _ in range(NEW):
+                yield prior.draw((count, *self.image_shape))
 
     def _to_training_mode(self) -> None:
         """Training mode, but for the parts that were in evaluation mode while the whole was not."""
@@ -209,22 +236,23 @@ class TIETrainer:
             part.training = False
 
     def _class_weights(self) -> Tensor:
-        """Weights ``(n+1,)`` of the cross-entropy, from the counts of the data: every ID class weighs the same in sum, their mean is 1.
+        """Weights ``(n+1,)`` of the cross-entropy, from the counts of the data, in the first epoch of what has been seen of it: every ID class
+        weighs the same in sum, and garbage a tenth of them all, whatever their number.
 
         Paper: "proportions". Here: inverse proportions, because only these correct the imbalance that the growing garbage class brings.
         """
-        assert self.counts is not None  # epoch() has surveyed the data
-        garbage = self.counts.sum() * GARBAGE_SHARE
-        counts = torch.cat([self.counts.float(), garbage.reshape(1).float()])
+        known = self._seen.clamp(min=1) if self.counts is None else self.counts
+        garbage = known.sum() * GARBAGE_SHARE
+        counts = torch.cat([known.float(), garbage.reshape(1).float()])
         weights = counts.sum() / (len(counts) * counts)
-        weights[-1] *= self.config.garbage_weight
+        weights[-1] *= self.config.garbage_weight * self.net.num_classes / CLASSES
         return weights.to(self.device)
 
-    def _with_garbage(self, batches: Batches, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def _with_garbage(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         """ID batches, each with its share of the garbage pool once that holds any, on the device of the network."""
         # Asked of all processes, as one that skipped a batch alone would leave the others waiting for it.
         everywhere = not int(total(torch.tensor(int(len(self.pool) == 0 or self._apart)), self.device))
-        for x, y in self._bar(batches, name):
+        for x, y in batches:
             check_images(x, self.image_shape)
             garbage = self.pool.draw(max(1, round(len(x) * GARBAGE_SHARE)) if len(self.pool) and not self._apart else 0)
             if len(x) == 1 and not everywhere:
@@ -244,39 +272,39 @@ class TIETrainer:
     # Stage 3.
 
     @torch.no_grad()
-    def _exclude(self, batches: Batches) -> dict:
+    def _exclude(self, kept: Pairs) -> dict:
         """tau from the ID uncertainties; candidates above it join the pool."""
         with frozen(self.net):
-            u, accuracy = self._uncertainties(batches)
+            u, accuracy = self._uncertainties(kept)
             tau = cutoff(gathered(u, self.device), self.config.lam)
             self.net.tau.fill_(tau if math.isfinite(tau) else 1.0)
             tally = CandidateTally(self.net.num_classes + 1)
             for synthesizer in self.synthesizers:
-                for x, y in self._draws(batches):
+                for x, y in self._draws(kept):
                     candidates = synthesizer.sample(self.net, x, y)
                     p = widened(self.net(candidates.x, garbage=True)).softmax(1)
                     out = uncertainty(p) > tau
-                    self.pool.add(candidates.x[out])
+                    self.pool.add(candidates.x, out)
                     tally.add(p, candidates.y, out)
             tally.proposed, tally.excluded, tally.sums = (total(x, self.device) for x in (tally.proposed, tally.excluded, tally.sums))
         return {"tau": tau if math.isfinite(tau) else None, "accuracy": accuracy, **tally.result()}
 
-    def _uncertainties(self, batches: Batches) -> tuple[Tensor, float]:
-        """UE of all ID samples ``(N,)``, and the share whose class the n+1 outputs name."""
-        u, right = [], 0
-        for x, y in self._bar(batches, "tau"):
+    def _uncertainties(self, kept: Pairs) -> tuple[Tensor, float]:
+        """UE of ID samples ``(N,)``, and the share whose class the n+1 outputs name."""
+        u, right = [], []
+        for x, y in self._bar(kept, "tau"):
             logits = widened(self.net(x.to(self.device), garbage=True))
-            u.append(uncertainty(logits.softmax(1)).cpu())
-            right += int((logits.argmax(1).cpu() == y.cpu()).sum())
-        uncertainties = torch.cat(u)
-        right, seen = total(torch.tensor([right, len(uncertainties)]), self.device).tolist()
-        return uncertainties, right / seen
+            u.append(uncertainty(logits.softmax(1)))
+            right.append(logits.argmax(1) == y.to(self.device))
+        uncertainties, hits = torch.cat(u).cpu(), torch.cat(right)
+        named, seen = total(torch.tensor([int(hits.sum()), len(hits)]), self.device).tolist()
+        return uncertainties, named / seen
 
-    def _draws(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        """ID batches, over and over, until ``candidates_per_class`` candidates for each output have been asked for."""
-        left = share(self.config.candidates_per_class * (self.net.num_classes + 1))
+    def _draws(self, kept: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+        """ID batches, over and over, until ``candidates`` candidates have been asked for."""
+        left = share(self.config.candidates)
         while left > 0:
-            for x, y in batches:
+            for x, y in kept:
                 x, y = x[:left], y[:left]
                 yield x.to(self.device), y.to(self.device)
                 left -= len(x)
@@ -287,10 +315,23 @@ class TIETrainer:
         """Garbage images in the pools of all processes."""
         return int(total(torch.tensor(len(self.pool)), self.device))
 
-    # The data, looked at once by each process that trains.
+    # The data, looked at once by each process that trains: shapes, types, ranges, labels, and how many samples each class has ``(n,)``.
+
+    def _train_looking(self, batches: Batches) -> tuple[dict[str, float], Pairs]:
+        """:meth:`_train`, each batch looked at before it is trained on; what is wrong with one leaves network and optimiser as they were."""
+        before = copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict()))
+        self._seen.zero_()
+        try:
+            trained = self._train(self._checked(batches, self._seen))
+            self._take(self._seen.clone())
+        except ValueError:
+            self.net.load_state_dict(before[0])
+            self.optimizer.load_state_dict(before[1])
+            raise
+        return trained
 
     def _survey(self, batches: Batches) -> None:
-        """Look at all data before any work: shapes, types, ranges, labels, and how many samples each class has ``(n,)``."""
+        """Look at all data before any work, as a process that found something wrong while others train would leave them waiting for it."""
         error, counts, steps = None, torch.zeros(self.net.num_classes, dtype=torch.long), [0, 0]
         try:
             counts, steps = self._look(batches)
@@ -308,9 +349,12 @@ class TIETrainer:
                 f"Expected as many batches in every process, as a DistributedSampler gives them, but got {[steps for steps, _ in each]}, "
                 f"of which {[one for _, one in each]} of one image"
             )
-        counts = total(counts, self.device)
+        self._take(total(counts, self.device))
+
+    def _take(self, counts: Tensor) -> None:
+        """Take note of how many images each class has."""
         if counts.sum() == 0:
-            raise ValueError("Expected at least one batch of training data, but got an empty loader")
+            raise ValueError(f"Expected {EMPTY}")
         if (counts == 0).any():
             missing = (counts == 0).nonzero().flatten().tolist()
             raise ValueError(f"Expected samples of all {self.net.num_classes} classes, but got none of class {missing}")
@@ -322,14 +366,19 @@ class TIETrainer:
 
     def _look(self, batches: Batches) -> tuple[Tensor, list[int]]:
         """Samples of each class ``(n,)`` in this process's share, and its batches and those of one image."""
+        counts, steps, singles = torch.zeros(self.net.num_classes, dtype=torch.long), 0, 0
+        for x, _ in self._checked(self._bar(batches, "check"), counts):
+            steps, singles = steps + 1, singles + (len(x) == 1)
+        return counts, [steps, singles]
+
+    def _checked(self, batches: Batches, counts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batches, each refused if it is not as it should be, and else added to the samples of each class ``(n,)``."""
         n, low, high = self.net.num_classes, self.net.low.cpu(), self.net.high.cpu()
-        counts, steps, singles = torch.zeros(n, dtype=torch.long), 0, 0
-        for x, y in self._bar(batches, "check"):
+        for x, y in batches:
             check_images(x.cpu(), self.image_shape, low, high)
             check_labels(y, len(x), n)
             counts += y.cpu().bincount(minlength=n)
-            steps, singles = steps + 1, singles + (len(x) == 1)
-        return counts, [steps, singles]
+            yield x, y
 
     def _bar(self, batches: Iterable, name: str) -> Iterable:
         return tqdm(batches, desc=f"epoch {len(self.log) + 1}: {name}", leave=False, disable=not self.progress)

@@ -538,7 +538,7 @@ def test_the_demos_images_can_be_attached_to_and_trained_on_with_every_flag(fold
     assert main(["attach", "--backbone", "conv3", "--weights", str(tmp_path / "w"), "--data", "demo", "--out", str(tmp_path / "a"), *more]) == 0
     net = TIENet.load(tmp_path / "a" / "network.safetensors")
     assert net.image_shape == (3, 20, 20)
-    fast = ["--epochs", "1", "--candidates-per-class", "2", "--pool-size", "20", "--synthesizer", "white"]
+    fast = ["--epochs", "1", "--candidates", "22", "--pool-size", "20", "--synthesizer", "white"]
     assert main(["train", "--data", "demo", "--out", str(tmp_path / "t"), *fast, *more]) == 0
     net, record = TIENet.load(tmp_path / "t" / "network.safetensors"), json.loads((tmp_path / "t" / "run.json").read_text())
     assert net.image_shape == (1, 20, 20)

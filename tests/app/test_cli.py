@@ -27,7 +27,7 @@ from tie_ext.support import files
 from tie_ext.support.files import load_state, locked, write_atomically
 
 Image = pytest.importorskip("PIL.Image")
-FAST = ["--epochs", "3", "--candidates-per-class", "5", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
+FAST = ["--epochs", "3", "--candidates", "55", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +492,7 @@ def small_demo(monkeypatch):
         x[i, :, 8 * label : 8 * label + 8] += 150
     sets = {"noise": data.noise("gaussian", 12, (1, 28, 28))}
     monkeypatch.setattr(data, "demo", lambda: (data.ImageSet(x[:24], y[:24], tuple("abc")), data.ImageSet(x[24:], y[24:], tuple("abc")), sets))
-    config = replace(DEMO.config, epochs=2, candidates_per_class=5, pool_size=40)
+    config = replace(DEMO.config, epochs=2, candidates=55, pool_size=40)
     monkeypatch.setattr(cli, "DEMO", replace(DEMO, config=config, synthesizers={"inversion": {"steps": 2, "width": 4}}))
 
     monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 20)
@@ -644,7 +644,7 @@ def of_earlier_version(run):
     """Give a run the settings as 0.1.0 wrote them."""
     record = json.loads((run / "run.json").read_text())
     settings = {name: value for name, value in record["settings"].items() if name != "recipe"}
-    config = {"epochs": 3, "lr": 0.001, "lam": 2.0, "candidates_per_class": 5, "pool_size": 40, "prior": "multiscale", "synthesizer": "inversion"}
+    config = {"epochs": 3, "lr": 0.001, "lam": 2.0, "candidates": 55, "pool_size": 40, "prior": "multiscale", "synthesizer": "inversion"}
     config |= {"garbage_weight": 1.0, "garbage_shift": 0, "objective": "garbage", "generator_steps": 2, "generator_lr": 0.001, "generator_width": 4}
     config |= {"alpha": 0.1, "beta": 1.0, "gamma_start": 1.0, "gamma_end": 1.0, "code_margin": 0.0, "precision": "float32", "seed": 0}
     (run / "run.json").write_text(json.dumps({**record, "settings": {**settings, "config": config}}))

@@ -46,7 +46,7 @@ from tie_ext.support.provenance import peak_memory, provenance
 from tie_ext.training import TIETrainer
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fire.json"
-FAST = ["--epochs", "3", "--candidates-per-class", "5", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
+FAST = ["--epochs", "3", "--candidates", "55", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
 RESULTS = ("network.safetensors", "scores.safetensors")
 AIMS = ("any moment", "a half-written file is there", "inside a write")
 LIMIT, ALLOWANCE = 10, 64

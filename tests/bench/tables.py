@@ -13,7 +13,7 @@ import detectors_page
 import fire
 import fooling_page
 import mutants
-from cost import cost
+from cost_page import cost
 from page import fill, percent
 
 from tie_ext.app.report import table

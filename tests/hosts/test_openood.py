@@ -448,7 +448,7 @@ def test_a_networks_precision_holds_in_every_way_through_it(openood):
 def trainer_config(**changes):
     from openood.utils.config import Config
 
-    args = {"synthesizers": {"inversion": {"steps": 1}}, "candidates_per_class": 2, "pool_size": 30, **changes}
+    args = {"synthesizers": {"inversion": {"steps": 1}}, "candidates": 20, "pool_size": 30, **changes}
     return Config({"trainer": {"name": "tie", "trainer_args": args}, "optimizer": {"name": "adam", "lr": 1e-3, "num_epochs": 2}, "seed": 5})
 
 
@@ -479,12 +479,29 @@ def test_an_epoch_is_the_cores(openood):
     loader = torch.utils.data.DataLoader(Images(), batch_size=20)
     theirs = get_trainer(build(), loader, None, trainer_config(lam="-inf"))
     net, metrics = theirs.train_epoch(1)
-    settings = TIEConfig(epochs=2, lr=1e-3, seed=5, candidates_per_class=2, pool_size=30, lam=-float("inf"))
+    settings = TIEConfig(epochs=2, lr=1e-3, seed=5, candidates=20, pool_size=30, lam=-float("inf"))
     core = Recipe(settings, {"inversion": {"steps": 1}}).trainer(build())
     log = core.epoch(Pairs(loader))
     assert metrics["loss"] == log.losses["classifier"]
     assert metrics["epoch_idx"] == 1
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), core.net.state_dict().values(), strict=True))
+
+
+def test_an_epoch_reads_each_image_once(openood):
+    from openood.trainers import get_trainer
+
+    read = []
+
+    class Counted(Images):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    trainer = get_trainer(build(), torch.utils.data.DataLoader(Counted(), batch_size=20), None, trainer_config())
+    for epoch in (1, 2):
+        read.clear()
+        trainer.train_epoch(epoch)
+        assert sorted(read) == list(range(40))
 
 
 @pytest.mark.parametrize(
@@ -687,7 +704,7 @@ def checkpoint(root, workplace) -> Path:
     configs = training_configs(root)
     # Enough for every class to be right sometimes: SHE averages over the correctly predicted images of a class.
     small = ["--optimizer.num_epochs", "25", "--optimizer.lr", "0.003", "--num_workers", "0", "--network.backbone.name", "lenet"]
-    less = ["--trainer.trainer_args.synthesizers.inversion.steps", "3", "--trainer.trainer_args.candidates_per_class", "10"]
+    less = ["--trainer.trainer_args.synthesizers.inversion.steps", "3", "--trainer.trainer_args.candidates", "100"]
     said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less)
     assert "Training Completed!" in said
     assert said.count("expelled") == 25
@@ -816,7 +833,7 @@ def test_its_train_pipeline_runs_in_two_processes(root, workplace):
     (workplace / "two_processes.py").write_text(MANY)
     configs = training_configs(root)
     options = ["--optimizer.num_epochs", "1", "--num_workers", "0", "--num_gpus", "2", "--mark", "two", "--network.backbone.name", "lenet"]
-    less = ["--trainer.trainer_args.synthesizers.inversion.steps", "2", "--trainer.trainer_args.candidates_per_class", "10"]
+    less = ["--trainer.trainer_args.synthesizers.inversion.steps", "2", "--trainer.trainer_args.candidates", "100"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-W", "ignore", "two_processes.py", "--config", *map(str, configs), *options, *less]
     run = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +183,38 @@ def test_mixed_images_are_of_different_classes():
     assert synthesizer.partners(torch.tensor([1, 1])).shape == (2, 1)
     drawn = torch.cat([synthesizer.partners(y) for _ in range(300)])
     assert drawn.flatten().bincount(minlength=6).min() > 100
+    of_two = MarginalRepresentations(domain(), MarginalSettings(k=2), Identity()).partners(torch.arange(4).repeat(500))
+    assert (of_two[:, 0] % 4 != of_two[:, 1] % 4).all()
+    assert (of_two % 4).flatten().bincount(minlength=4).min() > 800
+
+
+THOUSAND = """
+import torch
+from tie_ext import Domain
+from tie_ext.outliers.marginal import MarginalRepresentations
+from tie_ext.outliers.vae import VAE
+from tie_ext.support.provenance import peak_memory
+domain = Domain(1000, (3, 224, 224), torch.tensor(0.0), torch.tensor(1.0))
+y = torch.arange(1000)
+vae, before = VAE(domain, width=4), peak_memory()
+with torch.no_grad():
+    vae.eval().encode(torch.rand(8, 3, 224, 224), y[:8])
+MarginalRepresentations(domain, codec=vae).partners(y.repeat(2))
+print(peak_memory() - before)
+"""
+
+
+def test_a_thousand_classes_take_no_plane_each_and_mixing_them_no_cube():
+    done = subprocess.run([sys.executable, "-c", THOUSAND], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 300  # MB; as planes the classes of eight images took 1600, and to choose partners among 2000 16 000
+
+
+def test_the_vaes_encoder_is_told_the_class():
+    vae, x = VAE(domain(), width=4).eval(), torch.rand(1, 1, 28, 28).repeat(3, 1, 1, 1)
+    told = vae.encode(x, torch.arange(3))
+    assert (told[0] - told[1]).abs().max() > 1e-4
+    untold = VAE(domain(), conditional=False, width=4).eval().encode(x, torch.arange(3))
+    torch.testing.assert_close(untold[0], untold[1])
 
 
 # ASCOOD.

@@ -147,6 +147,37 @@ def test_soft_codes_have_the_distribution_of_a_softmax_of_normals():
     torch.testing.assert_close(asked.std(0), free.std(0), atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("K", [11, 101, 1001])
+def test_codes_name_their_class_as_clearly_among_a_thousand_as_among_ten(K):
+    y = torch.randint(K, (4000,))
+    code = soft_code(y, K)
+    assert torch.equal(code.argmax(1), y)
+    first, second = code.topk(2, dim=1).values.mean(0).tolist()
+    assert first == pytest.approx(0.34, abs=0.02)
+    assert second == pytest.approx(0.18, abs=0.02)
+    assert ((code > 0).sum(1) == 11).all()
+    rivals = (code > 0).sum(0)
+    assert rivals.min() > 0.3 * rivals.float().mean()  # each class stands beside others as often as any
+
+
+def test_a_code_of_many_classes_weighs_as_much_in_a_generator_as_one_of_ten():
+    seeds = []
+    for K in (11, 1001):
+        generator = Inversion(domain(K - 1), InversionSettings(width=4)).generator
+        generator.layers[0].register_forward_pre_hook(lambda module, args: seeds.append(args[0][:, 64:, 0, 0]))
+        generator.eval()(torch.randn(200, 64), soft_code(torch.randint(K, (200,)), K))
+    few, many = (seed.square().sum(1).sqrt().mean() for seed in seeds)
+    assert 0.8 < many / few < 1.25
+
+
+def test_any_number_of_inversions_is_generated_a_few_at_a_time():
+    inversion, sizes = Inversion(make_small(), InversionSettings(width=4)), []
+    inversion.generator.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    x, y = inversion.invert(torch.arange(600) % 4)
+    assert sizes == [256, 256, 88]
+    assert (len(x), y.tolist()) == (600, (torch.arange(600) % 4).tolist())
+
+
 def test_training_asks_as_it_comes_and_people_clearly(monkeypatch):
     asked = []
 

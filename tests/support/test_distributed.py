@@ -13,7 +13,7 @@ from conftest import SHAPE, TINY, Small, make_net, make_small
 from tie_ext import Inversion, InversionSettings, Noise, Synthesizer, TIENet, TIETrainer, uncertainty
 from tie_ext.exclusion import cutoff
 from tie_ext.outliers import BoundarySettings, ManifoldBoundary, MarginalRepresentations, MarginalSettings
-from tie_ext.support.distributed import average_gradients, average_statistics, gathered, total
+from tie_ext.support.distributed import average_gradients, average_statistics, buckets, gathered, total
 from tie_ext.support.random import seeded
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
@@ -36,7 +36,7 @@ def batches(rank: int | None, size: int = 8) -> list:
 
 def train(rank: int | None, epochs: int):
     net = make_net()
-    config = replace(TINY, epochs=epochs, pool_size=60, candidates_per_class=12)
+    config = replace(TINY, epochs=epochs, pool_size=60, candidates=48)
     trainer = TIETrainer(net, config, [Inversion(net, InversionSettings(steps=4, width=4))])
     return trainer, [trainer.epoch(batches(rank)) for _ in range(epochs)]
 
@@ -77,6 +77,15 @@ def parts(rank: int, again: TIETrainer) -> dict:
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.grad = torch.tensor([[1.0, 2.0]]) * (rank + 1)
     average_gradients(layer)
+    pair = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Linear(4, 2), torch.nn.Linear(1, 1).double())
+    messages, sent = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, *args: messages.append(tensor.numel()) or sent(tensor, *args)
+    for p in pair.parameters():
+        p.grad = torch.arange(p.numel(), dtype=p.dtype).view_as(p) * (rank + 1)
+    pair[0].weight.grad = pair[0].weight.grad.contiguous(memory_format=torch.channels_last)
+    average_gradients(pair)
+    dist.all_reduce = sent
+    found |= {"messages": messages, "pair": [p.grad for p in pair.parameters()]}
     norm = torch.nn.BatchNorm1d(3)
     norm.running_mean.fill_(rank)
     average_statistics(norm)
@@ -192,6 +201,15 @@ def test_gradients_and_statistics_are_means_and_what_is_gathered_is_whole(two):
         assert torch.equal(each["statistics"], torch.tensor([0.5, 0.5, 0.5]))
         assert torch.equal(each["gathered"], torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]))
         assert each["total"] == 3
+        assert each["messages"] == [37, 2]  # one for each type, not one for each tensor
+        for grad in each["pair"]:
+            assert torch.equal(grad, 1.5 * torch.arange(grad.numel(), dtype=grad.dtype).view_as(grad))
+
+
+def test_a_message_is_no_larger_than_a_bucket(monkeypatch):
+    monkeypatch.setattr("tie_ext.support.distributed.BUCKET", 10)
+    tensors = [torch.zeros(size) for size in (4, 5, 3, 20, 1)]
+    assert [[len(t) for t in bucket] for bucket in buckets(tensors)] == [[4, 5], [3], [20], [1]]
 
 
 def test_a_step_on_two_shares_is_the_step_on_the_whole(two):

@@ -195,6 +195,58 @@ def test_a_folder_is_one_process_at_a_time_and_free_again_when_that_is_killed(tm
         assert not part.exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_files_are_safetensors_whatever_they_hold(dtype, tmp_path):
+    x = torch.arange(6).reshape(2, 3).to(dtype)
+    held = {"odd": torch.ones(3, dtype=torch.uint8), "x": x, "turned": x.T, "part": x[:, 1], "none": x[:0], "scalar": x[1, 2]}
+    save_state(tmp_path / "s", "training", held)
+    theirs, ours = safetensors.torch.load_file(tmp_path / "s"), load_state(tmp_path / "s", "training")
+    for name, value in held.items():
+        assert torch.equal(theirs[f"/{name}"], value)
+        assert torch.equal(ours[name], value)
+        assert ours[name].dtype == value.dtype
+
+
+def test_what_no_file_holds_is_refused_and_an_earlier_file_stays(tmp_path):
+    save_state(tmp_path / "s", "training", {"x": torch.zeros(1)})
+    with pytest.raises(TypeError, match=r"Expected a tensor of real numbers to save, but got torch.complex64 at /x"):
+        save_state(tmp_path / "s", "training", {"x": torch.zeros(1, dtype=torch.complex64)})
+    assert load_state(tmp_path / "s", "training")["x"] == 0
+
+
+SAVER = """
+import sys
+from tie_ext.support.provenance import peak_memory
+import torch
+from tie_ext import GarbagePool, Noise, NoiseSettings, Domain
+from tie_ext.support.files import save_state
+low, high = torch.tensor(0.0), torch.tensor(1.0)
+if sys.argv[1] == "save":
+    pool = GarbagePool(2000, (3, 224, 224))
+    pool.images.zero_()
+    pool.offered = 2000
+    size, before = pool.images.numel() / 2**20, peak_memory()
+    save_state(sys.argv[2], "training", {"pool": pool.state_dict()})
+elif sys.argv[1] == "add":
+    pool, x = GarbagePool(1000, (3, 224, 224)), torch.zeros(1000, 3, 224, 224)
+    pool.images.zero_()
+    size, before = pool.images.numel() / 2**20, peak_memory()
+    pool.add(x)
+else:
+    noise = Noise(Domain(3, (3, 224, 224), low, high), NoiseSettings(kind=sys.argv[1]))
+    noise.draw((2, 3, 224, 224))
+    size, before = 400 * 3 * 224**2 * 4 / 2**20, peak_memory()
+    noise.draw((400, 3, 224, 224))
+print((peak_memory() - before) / size)
+"""
+
+
+@pytest.mark.parametrize(("what", "most"), [("save", 0.2), ("add", 1.0), ("multiscale", 1.3), ("white", 1.3)])
+def test_large_images_take_little_more_than_their_place(what, most, tmp_path):
+    done = subprocess.run([sys.executable, "-c", SAVER, what, str(tmp_path / "s")], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < most  # of what is saved, kept or drawn; once saving took three times as much, drawing four
+
+
 class Small(nn.Module):
     """The backbone of the network that version 0.1.0 saved."""
 

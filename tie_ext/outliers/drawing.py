@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = 2**18
+"""Values painted at once. What a brush needs on the way is several times that, and so stays small beside a pool of large images."""
 CURVE = 10
 """Straight pieces that a quadratic curve is drawn with."""
 

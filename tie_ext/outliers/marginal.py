@@ -98,11 +98,11 @@ class MarginalRepresentations(Synthesizer):
 
     def partners(self, y: Tensor) -> Tensor:
         """For each of ``B`` outliers the rows ``(B, k)`` of a batch to mix: a random image of each of k random classes that it has."""
-        present = y.unique()
-        member = y[None, :] == present[:, None]  # (classes, B)
-        draw = torch.rand(len(y), *member.shape, device=y.device).masked_fill(~member, -1).argmax(2)  # (B, classes)
-        chosen = torch.rand(len(y), len(present), device=y.device).argsort(1)[:, : self.settings.k]
-        return draw.gather(1, chosen)
+        _, of, counts = y.unique(return_inverse=True, return_counts=True)
+        rows, first = of.argsort(), counts.cumsum(0) - counts  # rows by class, and where each class begins
+        chosen = torch.rand(len(y), len(counts), device=y.device).topk(min(self.settings.k, len(counts)), dim=1).indices
+        member = (torch.rand(chosen.shape, device=y.device) * counts[chosen]).long().minimum(counts[chosen] - 1)
+        return rows[first[chosen] + member]
 
 
 @torch.no_grad()

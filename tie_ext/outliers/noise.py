@@ -1,12 +1,14 @@
 """Noise: outliers that need neither data nor a classifier, and what the garbage pool begins with."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from tie_ext.outliers.drawing import Dice, clouds
+from tie_ext.outliers.drawing import CHUNK, Dice, clouds
 from tie_ext.support.settings import Settings, setting
 from tie_ext.synthesis import Prior
 
@@ -35,5 +37,12 @@ class Noise(Prior):
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Noise images of shape ``(M, C, H, W)`` in ``[low, high]``, on the device of the range."""
-        dice = Dice(self.low.device)
-        return self.scaled(clouds(shape, dice) if self.settings.kind == "multiscale" else (dice.normal(*shape) / 2 + 0.5).clamp(0, 1))
+        dice, images = Dice(self.low.device), torch.empty(*shape, device=self.low.device)
+        for part in images.split(max(1, CHUNK // math.prod(shape[1:]))):
+            part.copy_(self.scaled(clouds(part.shape, dice) if self.settings.kind == "multiscale" else white(part.shape, dice)))
+        return images
+
+
+def white(shape: Sequence[int], dice: Dice) -> Tensor:
+    """White noise ``(M, C, H, W)`` in [0, 1], as the paper's N(0, I) looks where images lie in [-1, 1]."""
+    return (dice.normal(*shape) / 2 + 0.5).clamp(0, 1)

@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.network import TIENet
-from tie_ext.outliers.drawing import Dice, clouds, covered, fills, grid, multiscale, silhouettes
+from tie_ext.outliers.drawing import CHUNK, Dice, clouds, covered, fills, grid, multiscale, silhouettes
 from tie_ext.support.settings import Settings, setting
 from tie_ext.synthesis import Candidates, Prior
 
-CHUNK = 2**18
-"""Values painted at once. What a brush needs on the way is several times that, and so stays small beside a pool of large images."""
 TILES = 4
 """Tiles along each side of a shuffled image."""
 

@@ -30,16 +30,18 @@ class VAE(Ranged):
         check_number("latent_size", latent_size, 1, 4096, integer=True)
         self.num_classes, self.latent_size, self.conditional = domain.num_classes, latent_size, conditional
         self.decoder = Generator(domain.image_shape or (), domain.num_classes, latent_size, width, self.low, self.high)
-        layers: list[nn.Module] = []
-        for cin, cout in ((self.decoder.image_shape[0] + domain.num_classes, width), (width, 2 * width), (2 * width, 4 * width)):
+        self.first = nn.Conv2d(self.decoder.image_shape[0], width, 3, 2, 1, bias=False)
+        self.told = nn.Linear(domain.num_classes, width, bias=False)  # a class adds to each channel what a plane of ones beside the image would
+        layers: list[nn.Module] = [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        for cin, cout in ((width, 2 * width), (2 * width, 4 * width)):
             layers += [nn.Conv2d(cin, cout, 3, 2, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * width, 2 * latent_size))
-        self.encoder.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance ``(B, L)`` of the codes of images ``(B, C, S, S)`` with labels ``(B,)``."""
-        planes = self.code(y)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        mean, log_variance = self.encoder(torch.cat([self.unit(x.to(self.low)), planes], dim=1)).chunk(2, dim=1)
+        seen = self.first(self.unit(x.to(self.low))) + self.told(self.code(y))[:, :, None, None]
+        mean, log_variance = self.encoder(seen).chunk(2, dim=1)
         return mean, log_variance.clamp(-10, 10)
 
     def encode(self, x: Tensor, y: Tensor) -> Tensor:

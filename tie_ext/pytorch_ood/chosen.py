@@ -8,8 +8,9 @@ from tie_ext.network import TIENet
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector
 from tie_ext.support.modules import evaluating
+from tie_ext.support.sample import Sample
 from tie_ext.synthesis import Batches
-from tie_ext.teaching import MEMORY, Sample
+from tie_ext.teaching import MEMORY
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ With one process, or none initialised, every function gives back what it got. Ea
 (``DistributedSampler``) and keeps its own share of the garbage pool.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ if dist.is_available():
     # Its functions have the process group as a default argument. The first optimizer imports it; where that comes after
     # init_process_group, the group outlives destroy_process_group, and its threads can abort the process as Python ends.
     import torch.distributed.nn.functional
+
+BUCKET = 2**23
+"""Numbers sent in one message: 32 MB."""
 
 
 def world() -> int:
@@ -50,9 +53,22 @@ def average_statistics(module: nn.Module) -> None:
 
 def _average(tensors: Iterable[Tensor]) -> None:
     if world() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= world()
+        for bucket in buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, mean in zip(bucket, (flat / world()).split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors by type and device, together at most :data:`BUCKET` numbers or a single tensor: one message each, instead of one a tensor."""
+    filling: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kind = (tensor.dtype, tensor.device)
+        if kind in filling and sum(other.numel() for other in filling[kind]) + tensor.numel() > BUCKET:
+            yield filling.pop(kind)
+        filling.setdefault(kind, []).append(tensor)
+    yield from filling.values()
 
 
 def total(x: Tensor, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import math
 import numbers
 import os
 import re
+import struct
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -17,17 +18,34 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import safetensors.torch
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FORMAT = "tie_ext"
 VERSION = 1
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls each type."""
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+def write_atomically(path: str | os.PathLike, *content: bytes | memoryview) -> None:
     """Write a file whole or not at all; what was there before stays until the new content is on disk.
+
+    Arguments:
+        path: The file.
+        content: What is written, one piece after the other, and not put together before.
 
     Raises:
         OSError: If it cannot be written (full disk, no permission), saying that the earlier file is intact.
@@ -37,7 +55,8 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as f:
-            f.write(content)
+            for piece in content:
+                f.write(piece)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -45,7 +64,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         with suppress(OSError):  # a folder that is no folder, or has just gone
             part.unlink()
         kept = "the earlier file there is intact" if path.exists() else "nothing was left there"
-        reason = f"Expected to write {len(content)} bytes to {path}, but got: {error.strerror or error}; {kept}"
+        reason = f"Expected to write {sum(map(len, content))} bytes to {path}, but got: {error.strerror or error}; {kept}"
         raise OSError(error.errno, reason) from error
 
 
@@ -144,7 +163,24 @@ def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
     skeleton = _flatten(state, "", tensors)
     # One entry, because safetensors writes several in an order that differs between processes, and equal runs shall give equal files.
     header = {FORMAT: json.dumps({"kind": kind, "version": VERSION, "state": skeleton})}
-    write_atomically(path, safetensors.torch.save(tensors, metadata=header))
+    write_atomically(path, *_serialised(tensors, header))
+
+
+def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece, its tensors where they lie; the library's own function takes memory for two copies of them."""
+    layout: dict[str, Any] = {"__metadata__": metadata}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # large types first, so that all are aligned
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _TYPES:
+            raise TypeError(f"Expected a tensor of real numbers to save, but got {tensor.dtype} at {name}")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        layout[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(layout).encode()
+    header += b" " * (-len(header) % 8)
+    yield struct.pack("<Q", len(header)) + header
+    for _, tensor in ordered:
+        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def load_state(path: str | os.PathLike, kind: str, only: Collection[str] | None = None) -> dict:
@@ -197,7 +233,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         while name in tensors:  # {"a/b": ...} beside {"a": {"b": ...}}, or the keys 1 and "1"
             name += "'"
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().cpu().contiguous()
         return {"$tensor": name}
     if isinstance(value, dict):  # as pairs, because JSON would turn an optimiser's integer keys into strings
         return {"$items": [[key, _flatten(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
