@@ -75,7 +75,7 @@ def test_bounds_of_one_channel_do_not_do_for_another():
 
 
 def test_the_page_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "pytorch_ood.md").read_text(), re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "hosts.md").read_text(), re.S)
     found: dict = {}
     exec(code, found)
     assert found["scores"].shape == (8,)
