@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 from attached_page import CALLED, judged_rows
-from detectors import OURS
+from detectors import IMAGES, OURS
 from page import percent
 
 from tie_ext.app.report import table
@@ -19,8 +19,11 @@ HEAD = """# pytorch-ood's detectors beside ours, on one network
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/detectors/`. {data}, {images} training images, {epochs} epochs, {backbone},
 seed {seeds}; the network of [attached.md](attached.md) with its garbage head, which leaves the ID logits as they are. AUROC and FPR@95 against all
-ID test images, mean over the OOD test sets {sets}; worst: the set with the lowest mean AUROC. Percent, mean ± standard deviation over the
-seeds; sorted by mean AUROC. Seconds: processor time of 1000 images by the detector's own `predict`, the network's forward pass included (mean).
+ID test images, mean over the OOD test sets
+({sets});
+worst: the set with the lowest mean AUROC. Percent, mean ± standard deviation over the seeds; sorted by mean AUROC. Seconds: processor time
+of 1000 images by the detector's own `predict`, the network's forward pass included (mean; on a core that other programs shared, so that rows can
+be compared with each other only).
 
 {commands}
 
@@ -51,7 +54,7 @@ def rows(of: list[dict]) -> list[dict]:
             "mean AUROC": percent(auroc),
             "worst AUROC": f"{percent([run['sets'][worst]['auroc'] for run in runs])} ({CALLED.get(worst, worst)})",
             "mean FPR@95": percent([mean(run["sets"][ood]["fpr95_id"] for ood in sets) for run in runs]),
-            "seconds": f"{mean(run['seconds']['1000 images'] for run in runs):.2f}",
+            "seconds": f"{mean(run['seconds'] for run in runs):.2f}",
         }
         found.append((mean(auroc), row))
     return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
@@ -68,9 +71,11 @@ def page() -> str:
     seeds = ", ".join(str(record["seed"]) for record in of)
     text = HEAD.format(**said, seeds=seeds, sets=", ".join(CALLED.get(name, name) for name in sets), commands=commands)
     reasons = {name: run["reason"] for record in of for name, run in record["detectors"].items() if "reason" in run}
+    left = [name for name in IMAGES if any(name not in record["detectors"] for record in of)]
+    reasons |= dict.fromkeys(left, "reads the images themselves, and has not been run on every network")
     missing = "\n".join(f"- {name}: {reason.strip()}" for name, reason in reasons.items())
-    parts = [text, table(rows(of)), "", "Not in the table, with what they say:\n", missing, ""]
-    return "\n".join(parts if reasons else parts[:3])
+    parts = [text, table(rows(of)), ""]
+    return "\n".join([*parts, "Not in the table:\n", missing, ""] if reasons else parts)
 
 
 def pull_requests() -> dict[str, str]:

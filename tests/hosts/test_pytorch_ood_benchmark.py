@@ -25,6 +25,12 @@ MEAN, STD = torch.tensor([0.491, 0.482, 0.447]), torch.tensor([0.247, 0.243, 0.2
 LOW, HIGH = (-MEAN / STD).tolist(), ((1 - MEAN) / STD).tolist()
 
 
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    """A head that learns for a moment only."""
+    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 100)
+
+
 def images(count: int, classes: int, size: int = 32) -> tuple[Tensor, Tensor]:
     """Squares of a colour for each class, in [0, 1]."""
     colours = torch.rand(classes, 3, 1, 1, generator=torch.Generator().manual_seed(0))
