@@ -186,9 +186,8 @@ class TIETrainer:
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
         losses = []
         # A stream of its own, so that the classifier beside a head sees the images that any other method would see.
-        sample = Sample(
-            share(self._fitting if self._last else min(KEPT, self._fitting)), torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
-        )
+        numbers = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
+        sample = Sample(share(self._fitting if self._last else min(KEPT, self._fitting)), numbers)
         for x, y in self._with_garbage(sample.passing(self._bar(batches, "train"))):
             logits = widened(self.net(x, garbage=not self._apart))
             loss = self.objective(logits, y, self._class_weights()[: logits.shape[1]].to(logits.dtype))

@@ -126,8 +126,8 @@ def _heads(records: list[dict]) -> str:
     commands = "\n".join(f"    {r['command']}" for r in records)
     return (
         f"## What the head learns from fewer images\n\nThe same networks, which learn no more. Attach: all training images once, three outliers an "
-        f"image, 1600 steps. The loop: {records[0]['epochs']} epochs as they are now, inversions and all. Garbage rate / AUROC / FPR@95 of the score; "
-        f"percent, mean ± standard deviation over the networks; `val:` rows are validation images.\n\n"
+        f"image, 1600 steps. The loop: {records[0]['epochs']} epochs as they are now, inversions and all. Garbage rate / AUROC / FPR@95 of the "
+        f"score; percent, mean ± standard deviation over the networks; `val:` rows are validation images.\n\n"
         f"{commands}\n\n{table(rows)}"
     )
 

@@ -180,7 +180,7 @@ def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterato
     header += b" " * (-len(header) % 8)
     yield struct.pack("<Q", len(header)) + header
     for _, tensor in ordered:
-        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def load_state(path: str | os.PathLike, kind: str, only: Collection[str] | None = None) -> dict:
