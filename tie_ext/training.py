@@ -35,10 +35,10 @@ from tie_ext.teaching import MEMORY, OUTLIERS, STEPS, WEIGHT, teach
 GARBAGE_SHARE = 1 / 4
 """Garbage images for each ID image of a batch. Its weight in the loss comes from the class weights; this is what it costs in time. The same
 from the first epoch on, so that batches, and with them memory and time, do not grow while the pool fills."""
-KEPT, KEPT_BYTES = 3000, 2**28
-"""ID images of each epoch, and bytes of them, that are kept as they go by in training: a random sample that the rest of the epoch stands on,
+KEPT, FINAL, KEPT_BYTES = 3000, 8192, 2**28
+"""ID images of each epoch, of the last one, and bytes of them, that are kept as they go by in training: a random sample that the rest of the epoch stands on,
 BatchNorm's statistics, garbage head, tau and candidates. So no image is read twice in an epoch, and what TIE adds to plain training does not
-grow with the data. In the last epoch as many are kept as the bytes allow."""
+grow with the data."""
 HEAD_STEPS = 200
 """Steps a garbage head on every layer learns in an epoch, from where it stood."""
 CLASSES = 10
@@ -144,7 +144,7 @@ class TIETrainer:
 
     @property
     def _last(self) -> bool:
-        """Whether this is the run's last epoch, whose network people will use: all images that fit are kept, and the head learns in full."""
+        """Whether this is the run's last epoch, whose network people will use: more images are kept, and the head learns as long as attach's."""
         return len(self.log) + 1 >= self.config.epochs
 
     def epoch(self, batches: Batches) -> EpochLog:
@@ -187,7 +187,7 @@ class TIETrainer:
         losses = []
         # A stream of its own, so that the classifier beside a head sees the images that any other method would see.
         numbers = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
-        sample = Sample(share(self._fitting if self._last else min(KEPT, self._fitting)), numbers)
+        sample = Sample(share(min(FINAL if self._last else KEPT, self._fitting)), numbers)
         for x, y in self._with_garbage(sample.passing(self._bar(batches, "train"))):
             logits = widened(self.net(x, garbage=not self._apart))
             loss = self.objective(logits, y, self._class_weights()[: logits.shape[1]].to(logits.dtype))

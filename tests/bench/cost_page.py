@@ -93,6 +93,7 @@ def _epochs(records: list[dict]) -> str:
                     "plain s": f"{median(found['seconds']['plain']):.1f}",
                     "TIE s": f"{median(found['seconds']['tie']):.1f}",
                     "ratio": f"{found['ratio']:.2f}",
+                    "last epoch": f"{found['seconds']['tie'][-1] / median(found['seconds']['plain']):.2f}",
                     "promised": "-" if wanted is None else f"{wanted} ({'held' if found['ratio'] <= wanted else 'not held'})",
                     "of TIE's: train / invert / exclude": " / ".join(f"{100 * found['stages'][s]:.0f} %" for s in ("train", "invert", "exclude")),
                     "agreement, last epoch": f"{found['agreement'][-1]:.2f}",
