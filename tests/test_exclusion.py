@@ -148,7 +148,7 @@ def as_it_was(pool, x, out):
     pool.offered += len(x)
 
 
-@pytest.mark.parametrize("converted", [1, 12, 2**22])
+@pytest.mark.parametrize("converted", [1, 12, 2**20])
 def test_slots_are_chosen_before_images_are_converted_and_bit_for_bit_the_same(converted, monkeypatch):
     monkeypatch.setattr("tie_ext.exclusion.CONVERTED", converted)
     pools = [GarbagePool(20, (1, 2, 2), low=-1.0, high=2.0) for _ in range(2)]

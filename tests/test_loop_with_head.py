@@ -15,6 +15,7 @@ from tie_ext.outliers.saliency import uniform_objective
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
     monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 20)
+    monkeypatch.setattr("tie_ext.training.STEPS", 30)
 
 
 def make_net() -> TIENet:
@@ -70,15 +71,15 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
             drawn.append(shape[0])
             return super().draw(shape)
 
-    monkeypatch.setattr("tie_ext.training.teach", lambda head, inside, outside, *how: taught.append((len(inside), len(outside), how[1])) or 0.5)
+    monkeypatch.setattr("tie_ext.training.teach", lambda head, inside, outside, *how: taught.append((len(inside), len(outside), how[0])) or 0.5)
     net = make_net()
     trainer = TIETrainer(net, replace(TINY, garbage_weight=2.0), [], [Counted(net)])
     drawn.clear()
     batches = make_batches(sizes=(9, 6))
     for _ in range(2):
         trainer.epoch(batches)
-    assert drawn == [15, 15] * 2
-    assert taught == [(15, 45, 6.0)] * 2
+    assert drawn == [30, 45]
+    assert taught == [(15, 45, 20), (15, 60, 30)]  # the last epoch teaches in full
 
 
 def test_more_weight_of_garbage_puts_more_in_it(monkeypatch):

@@ -661,11 +661,17 @@ def test_what_follows_training_stands_on_so_many_of_its_images_and_no_more(monke
     monkeypatch.setattr("tie_ext.training.KEPT", 5)
     net = make_net()
     seen, batches = seen_by(net), make_batches()
-    TIETrainer(net, TINY, [], []).epoch(batches)
+    trainer = TIETrainer(net, TINY, [], [])
+    trainer.epoch(batches)
     assert [len(x) for _, x in seen] == [8, 8, 5, 5]  # trained on, BatchNorm's statistics, tau
     given = torch.cat([x for x, _ in batches])
     assert torch.equal(seen[2][1], seen[3][1])
     assert all(any(torch.equal(x, y) for y in given) for x in seen[3][1])
+    trainer.epoch(batches)
+    assert [len(x) for _, x in seen[4:]] == [8, 8, 16, 16]  # the last epoch keeps more
+    monkeypatch.setattr("tie_ext.training.KEPT_BYTES", 3 * 784 * 4)
+    trainer.epoch(batches)
+    assert [len(x) for _, x in seen[8:]] == [8, 8, 3, 3]
 
 
 def test_the_losses_of_all_synthesizers_are_told():

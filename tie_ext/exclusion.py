@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tie_ext.support.checks import check_number
 
-CONVERTED = 2**22
+CONVERTED = 2**20
 """Values made bytes at once."""
 
 

@@ -30,13 +30,13 @@ from tie_ext.support.modules import frozen, settle_statistics
 from tie_ext.support.random import seeded
 from tie_ext.support.sample import Sample
 from tie_ext.synthesis import Batches, Prior, Synthesizer
-from tie_ext.teaching import WEIGHT, teach
+from tie_ext.teaching import MEMORY, OUTLIERS, STEPS, WEIGHT, teach
 
 GARBAGE_SHARE = 1 / 4
 """Garbage images for each ID image of a batch. Its weight in the loss comes from the class weights; this is what it costs in time. The same
 from the first epoch on, so that batches, and with them memory and time, do not grow while the pool fills."""
-KEPT, KEPT_BYTES = 3000, 2**28
-"""ID images of each epoch, and bytes of them, that are kept as they go by in training: a random sample that the rest of the epoch stands on,
+KEPT, FINAL, KEPT_BYTES = 3000, 8192, 2**28
+"""ID images of each epoch, of the last one, and bytes of them, that are kept as they go by in training: a random sample that the rest of the epoch stands on,
 BatchNorm's statistics, garbage head, tau and candidates. So no image is read twice in an epoch, and what TIE adds to plain training does not
 grow with the data."""
 HEAD_STEPS = 200
@@ -127,17 +127,25 @@ class TIETrainer:
         pool = GarbagePool(size, self.image_shape, self.net.low, self.net.high)
         # Half the pool, so that the first proposals find room.
         for i, prior in enumerate(self.prior):
-            left = (size + 1) // 2 // len(self.prior) + (i < (size + 1) // 2 % len(self.prior))
-            while left > 0:
-                drawn = prior.draw((min(left, self._at_once), *self.image_shape))
-                pool.add(drawn)
-                left -= len(drawn)
+            for images in self._drawn(prior, (size + 1) // 2 // len(self.prior) + (i < (size + 1) // 2 % len(self.prior))):
+                pool.add(images)
         return pool
 
+    def _drawn(self, prior: Prior, count: int) -> Iterator[Tensor]:
+        """So many new images of a prior, a few at a time."""
+        step = min(KEPT, self._fitting)
+        for first in range(0, count, step):
+            yield prior.draw((min(step, count - first), *self.image_shape))
+
     @property
-    def _at_once(self) -> int:
-        """Images that are held as floating-point numbers at once, so that large ones do not take memory of another order than training does."""
-        return max(2, min(KEPT, KEPT_BYTES // (4 * math.prod(self.image_shape))))
+    def _fitting(self) -> int:
+        """Images that fit the memory which is there for them, as floating-point numbers."""
+        return max(2, KEPT_BYTES // (4 * math.prod(self.image_shape)))
+
+    @property
+    def _last(self) -> bool:
+        """Whether this is the run's last epoch, whose network people will use: more images are kept, and the head learns as long as attach's."""
+        return len(self.log) + 1 >= self.config.epochs
 
     def epoch(self, batches: Batches) -> EpochLog:
         """Train, invert, exclude.
@@ -178,7 +186,8 @@ class TIETrainer:
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
         losses = []
         # A stream of its own, so that the classifier beside a head sees the images that any other method would see.
-        sample = Sample(share(self._at_once), torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63))
+        numbers = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
+        sample = Sample(share(min(FINAL if self._last else KEPT, self._fitting)), numbers)
         for x, y in self._with_garbage(sample.passing(self._bar(batches, "train"))):
             logits = widened(self.net(x, garbage=not self._apart))
             loss = self.objective(logits, y, self._class_weights()[: logits.shape[1]].to(logits.dtype))
@@ -212,20 +221,24 @@ class TIETrainer:
     def _teach(self, kept: Pairs) -> float:
         """The head on every layer learns the pool's garbage, and new images of the prior, from the ID images; its mean loss."""
         head, count = cast(GarbageHead, self.net.garbage), sum(len(x) for x, _ in kept)
+        most = max(2, MEMORY // (4 * head.mean.numel() * world()))
+        inside, outside = Sample(most), Sample(most)
         with frozen(self.net), torch.no_grad():
-            inside = [self.net.statistics(x.to(self.device))[1] for x, _ in self._bar(kept, "head")]
-            outside = [self.net.statistics(part.to(self.device))[1] for images in self._garbage(count) for part in images.split(BATCH)]
+            for x, _ in self._bar(kept, "head"):
+                inside.add(self.net.statistics(x.to(self.device))[1])
+            for part in (part for images in self._garbage(count) for part in images.split(BATCH)):
+                outside.add(self.net.statistics(part.to(self.device))[1])
         # The same statistics and the same randomness in every process, so that all heads stay one.
         with seeded(self.config.seed, len(self.log) + 1, 0, 4):
-            rows, others = (gathered(torch.cat(parts), self.device) for parts in (inside, outside))
-            return teach(head, rows, others, HEAD_STEPS, WEIGHT * self.config.garbage_weight, self.progress)
+            rows, others = (gathered(sample.rows, self.device) for sample in (inside, outside))
+            return teach(head, rows, others, STEPS if self._last else HEAD_STEPS, WEIGHT * self.config.garbage_weight, self.progress)
 
     def _garbage(self, count: int) -> Iterator[Tensor]:
-        """Images of the pool, and new ones of each prior, ``count`` at a time."""
-        yield self.pool.draw(count)
+        """As many images of the pool, and two or, in the last epoch, three times as many new ones of each prior."""
+        for first in range(0, count, KEPT):
+            yield self.pool.draw(min(KEPT, count - first))
         for prior in self.prior:
-            for _ in range(NEW):
-                yield prior.draw((count, *self.image_shape))
+            yield from self._drawn(prior, count * (OUTLIERS if self._last else NEW))
 
     def _to_training_mode(self) -> None:
         """Training mode, but for the parts that were in evaluation mode while the whole was not."""

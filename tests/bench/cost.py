@@ -159,7 +159,7 @@ def head(a: argparse.Namespace) -> dict:
     name, seed = a.network.stem.split("-")[0], int(a.network.stem.rpartition("seed")[2])
     count = int(a.network.stem.split("-")[1].split("x")[0])
     sets = attached.image_sets(name, a.root, count, seed)
-    images = sets["train"].first(3000, seed)
+    images = sets["train"]
     net = TIENet(classifier(TIENet.load(a.network)), len(images.classes), images.shape, garbage="layers")
     for part in net.modules():
         part.training = not isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
@@ -212,16 +212,18 @@ def main() -> None:
     four = commands.add_parser("head", help=head.__doc__)
     four.add_argument("network", type=Path, help="NETWORK.safetensors of attached.py")
     four.add_argument("--root", default="data")
-    four.add_argument("--epochs", type=int, default=3)
+    four.add_argument("--epochs", type=int, default=2)
     five = commands.add_parser("detection", help=detection.__doc__)
     five.add_argument("runs", nargs="+", metavar="NAME=RUN")
     a = parser.parse_args()
     torch.set_num_threads(1)
     found = {"epoch": epoch, "memory": memory, "classes": classes, "large": large, "head": head, "detection": detection}[a.what](a)
     if found:
-        stem = {"epoch": lambda: f"epoch-{a.data}-{found['images']}-{a.backbone}", "head": lambda: f"head-{a.network.stem}"}.get(
-            a.what, lambda: a.what
-        )()
+        stem = a.what
+        if a.what == "epoch":
+            stem += f"-{a.data}-{found['images']}-{a.backbone}"
+        if a.what == "head":
+            stem += f"-{a.network.stem}"
         record = {**found, **provenance()}
         if hasattr(a, "root"):
             record["command"] = record["command"].replace(a.root, "DATA")

@@ -71,6 +71,8 @@ def _measured() -> list[str]:
         parts.append(
             f"## 224 pixels\n\n`{r['command']}`: a torchvision ResNet-18, ten steps of everything: {took}; peak memory {r['peak_memory_mb']:.0f} MB."
         )
+    if heads := [r for name, r in records.items() if name.startswith("head-")]:
+        parts.append(_heads(heads))
     if r := records.get("detection"):
         parts.append(_detection(r))
     return parts
@@ -91,6 +93,7 @@ def _epochs(records: list[dict]) -> str:
                     "plain s": f"{median(found['seconds']['plain']):.1f}",
                     "TIE s": f"{median(found['seconds']['tie']):.1f}",
                     "ratio": f"{found['ratio']:.2f}",
+                    "last epoch": f"{found['seconds']['tie'][-1] / median(found['seconds']['plain']):.2f}",
                     "promised": "-" if wanted is None else f"{wanted} ({'held' if found['ratio'] <= wanted else 'not held'})",
                     "of TIE's: train / invert / exclude": " / ".join(f"{100 * found['stages'][s]:.0f} %" for s in ("train", "invert", "exclude")),
                     "agreement, last epoch": f"{found['agreement'][-1]:.2f}",
@@ -100,6 +103,33 @@ def _epochs(records: list[dict]) -> str:
     return (
         "## An epoch\n\nTIE's and plain ones in turn, one thread; medians of the seconds that the process computed for. With `layers` the head "
         f"learns inside `train`.\n\n{commands}\n\n{table(rows)}"
+    )
+
+
+def _heads(records: list[dict]) -> str:
+    """Heads as the loop teaches them beside those of attach, on the same networks."""
+    full = [json.loads((DOCS / "results" / "attached" / f"{r['network']}.json").read_text())["numbers"] for r in records]
+    rows = [
+        {
+            "": "ID test images in garbage",
+            "attach": percent([f["garbage_rate"]["head"]["id"] for f in full]),
+            "the loop": percent([r["ID in garbage"] for r in records]),
+        }
+    ]
+    for name in records[0]["sets"]:
+        theirs = [(f["garbage_rate"]["head"][name], f["scores"]["head"][name]["auroc"], f["scores"]["head"][name]["fpr95_id"]) for f in full]
+        ours = [(r["sets"][name]["garbage"], r["sets"][name]["auroc"], r["sets"][name]["fpr95"]) for r in records]
+        row = {"": name}
+        for label, of in (("attach", theirs), ("the loop", ours)):
+            garbage, auroc, fpr95 = zip(*of, strict=True)
+            row[label] = f"{percent(garbage, 1)} / {percent(auroc)} / {percent(fpr95)}"
+        rows.append(row)
+    commands = "\n".join(f"    {r['command']}" for r in records)
+    return (
+        f"## What the head learns from fewer images\n\nThe same networks, which learn no more. Attach: all training images once, three outliers an "
+        f"image, 1600 steps. The loop: {records[0]['epochs']} epochs as they are now, inversions and all. Garbage rate / AUROC / FPR@95 of the "
+        f"score; percent, mean ± standard deviation over the networks; `val:` rows are validation images.\n\n"
+        f"{commands}\n\n{table(rows)}"
     )
 
 

@@ -36,6 +36,9 @@ _TYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 """What safetensors calls each type."""
 
@@ -173,14 +176,15 @@ def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterato
     end = 0
     for name, tensor in ordered:
         if tensor.dtype not in _TYPES:
-            raise TypeError(f"Expected a tensor of real numbers to save, but got {tensor.dtype} at {name}")
+            raise TypeError(f"Expected a tensor of a type that safetensors have to save, but got {tensor.dtype} at {name}")
         start, end = end, end + tensor.numel() * tensor.element_size()
         layout[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     header = json.dumps(layout).encode()
     header += b" " * (-len(header) % 8)
     yield struct.pack("<Q", len(header)) + header
     for _, tensor in ordered:
-        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        yield flat.reshape(-1).view(torch.uint8).numpy().data
 
 
 def load_state(path: str | os.PathLike, kind: str, only: Collection[str] | None = None) -> dict:

@@ -36,7 +36,7 @@ class Sample:
                 kept[to.to(kept.device)] = column[free:][of.to(column.device)]
         self.seen += count
 
-    def passing(self, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    def passing(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same batches; each is offered as it goes by."""
         for batch in batches:
             self.add(*batch)
