@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import attached_page
+import explained_page
 import fire
 import fooling_page
 import mutants
@@ -345,6 +346,7 @@ def documents() -> dict[str, str]:
         "agreement.md": agreement(),
         "attached.md": attached_page.page(),
         "fooling.md": fooling_page.page(),
+        "explain.md": explained_page.page(),
         "research/under_fire.md": fire.page(),
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
         "which_outliers.md": fill((BENCH / "advice.md").read_text()),
