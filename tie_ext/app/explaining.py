@@ -20,7 +20,6 @@ from tie_ext.app.report import PAGE_STYLE, inversion_grid, written
 from tie_ext.decision import Decision
 from tie_ext.explain import STEPS, Explanation, Outside, explain
 from tie_ext.network import TIENet
-from tie_ext.support.checks import check_shape
 from tie_ext.support.files import locked, reading, write_atomically
 
 SHOWN = 8
@@ -48,12 +47,14 @@ def explain_run(folder: Path, steps: int = STEPS, root: str | None = None, progr
     """
     folder = Path(folder)
     settings, net, examples = run.read_record(folder)["settings"], run.load_network(folder), run.load_examples(folder)
+    if net.image_shape is None:
+        raise ValueError(f"Expected a network for images of one shape at {folder}, but got one for any")
     if not examples:
         raise ValueError(f"Expected a run with examples.safetensors, which a run leaves when it ends, at {folder}, but got none")
     with reading(f"the settings of a run in {folder / 'run.json'}"):
         chosen = {name: settings[name] for name in ("data", "root", "images", "size")} | ({"root": root} if root else {})
         seed = settings["seed"] if run.attached(folder) else settings["recipe"]["config"]["seed"]
-    images, test, _ = run.load_images(run.ImageSettings(**chosen), seed, check_shape(net.image_shape)[0])
+    images, test, _ = run.load_images(run.ImageSettings(**chosen), seed, net.image_shape[0])
     found = explain(net, ScaledBatches(images.first(MOST), 250, net), steps=steps, progress=progress)
     found.layers.hold(ScaledBatches(test, 250, net))
     names = net.classes or tuple(map(str, range(net.num_classes)))
