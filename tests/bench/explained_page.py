@@ -32,7 +32,8 @@ found.layers.outside(x).times  # for each image and layer: above 1 = farther out
 ## How to read the pictures
 
 - **Inversions beside training images.** What both share is what the network knows of the class. What only the training image has, such as a print
-  on a shirt, the network does not look at. What only the inversion has, such as a grey veil, it does not mind.
+  on a shirt, the network does not look at. What only the inversion has, such as a grey veil, it does not mind. People see less in inversions than
+  networks do: often no more than an outline, as of trousers or a boot. That, too, says what networks go by.
 - **Layers of a rejected image.** A bar for each layer, the first at the top: how far its statistics lie outside those of ID images. Early layers see
   strokes and textures, late ones shapes and classes. An image that is odd in the first layer is drawn otherwise than ID images are (other contrast,
   other strokes); one that is odd in late layers alone is a new thing drawn in the same way.

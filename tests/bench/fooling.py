@@ -224,8 +224,8 @@ def main() -> None:
                 record["seconds"][key] = time.perf_counter() - start
                 save_state(pictures, "shown", shown)
                 write_json(path, {**record, **provenance()})
-    curves(json.loads(path.read_text())["rows"]).savefig(FIGURES / f"fooling_steps_{a.network.stem}.png", dpi=90)
-    sheet(shown).save(FIGURES / f"fooling_{a.network.stem}.png", optimize=True)
+        curves(json.loads(path.read_text())["rows"]).savefig(FIGURES / f"fooling_steps_{a.network.stem}.png", dpi=90)
+        sheet(shown).save(FIGURES / f"fooling_{a.network.stem}.png", optimize=True)
 
 
 if __name__ == "__main__":

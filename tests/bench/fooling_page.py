@@ -10,6 +10,8 @@ from tie_ext.app.report import table
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 SHOWN = ("10", "30", "100")
 """Steps of ascent in the tables; the figure has all."""
+HUNTED = ("20", "30", "50")
+"""Steps of ascent by which the trial is judged."""
 HEAD = """# Fooling images: what is found by somebody who searches
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/fooling/`, which hold their commands. A searcher looks for images that a
@@ -34,7 +36,31 @@ NAMES = "\nPercent. Small is good, but for steps.\n"
 def page() -> str:
     """The page; empty where there are no records yet."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
-    return "\n".join([HEAD + NAMES, *(part for record in records for part in _section(record))]) if records else ""
+    return "\n".join([HEAD + NAMES, *(part for record in records for part in _section(record)), *_hunted()]) if records else ""
+
+
+def _hunted() -> list[str]:
+    """The trial of a head that is taught by what was found against it."""
+    parts = []
+    for path in sorted((RESULTS / "hunted").glob("*.json")):
+        record = json.loads(path.read_text())
+        rows = [
+            {
+                "round": str(row["round"]) if row["round"] else "0: attach",
+                "images kept": row["kept"],
+                "false alarms": percent([row["false alarms"]]),
+                **{kind: " / ".join(percent([found[mark]], 0) for mark in HUNTED) for kind, found in row["found"].items()},
+            }
+            for row in record["rounds"]
+        ]
+        title = f"## A head that is taught by what was found against it: {path.stem}\n"
+        said = (
+            f"One trial: rounds of adaptive ascent from noise and procedural images ({record['searched']} a round) against the head as it stands; "
+            f"all that was found is kept beside procedural images, and the head is taught anew, with fewer ID images ({record['id']}) than attach has. "
+            f"Found by adaptive ascent from new starts after {' / '.join(HUNTED)} steps, percent:\n"
+        )
+        parts += [title, f"    python tests/bench/{record['command']}\n", said, table(rows), ""]
+    return parts
 
 
 def _section(record: dict) -> list[str]:
