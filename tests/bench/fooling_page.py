@@ -56,8 +56,8 @@ def _hunted() -> list[str]:
         title = f"## A head that is taught by what was found against it: {path.stem}\n"
         said = (
             f"One trial: rounds of adaptive ascent from noise and procedural images ({record['searched']} a round) against the head as it stands; "
-            f"all that was found is kept beside procedural images, and the head is taught anew, with fewer ID images ({record['id']}) than attach has. "
-            f"Found by adaptive ascent from new starts after {' / '.join(HUNTED)} steps, percent:\n"
+            f"all that was found is kept beside procedural images, and the head is taught anew, with fewer ID images ({record['id']}) than attach "
+            f"has. Found by adaptive ascent from new starts after {' / '.join(HUNTED)} steps, percent:\n"
         )
         parts += [title, f"    python tests/bench/{record['command']}\n", said, table(rows), ""]
     return parts
