@@ -8,7 +8,7 @@ from conftest import Small
 
 import tie_ext
 from tie_ext import TIENet
-from tie_ext.explain import Layers, explain
+from tie_ext.explain import Layers, _nearest, explain
 
 N = 3
 """Classes."""
@@ -48,13 +48,16 @@ def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apa
     assert found.agreement > 0.8
 
 
-def test_beside_an_inversion_stands_the_nearest_training_image_of_its_class(found):
-    x, y = bars(120, 0)
-    net = found.layers.net
-    for c in range(N):
-        own = x[y == c]
-        distance = torch.cdist(net.features(found.inversions[c]), net.features(own))
-        assert torch.equal(found.nearest[c], own[distance.argmin(1)])
+def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):
+    (x, y), images, net = bars(120, 0), torch.rand(2 * N, 1, 28, 28), found.layers.net
+    nearest = _nearest(net, images, 2, [(x[:60], y[:60]), (x[60:], y[60:])])
+    with torch.no_grad():
+        distance = torch.cdist(net.features(images), net.features(x))
+    for row in range(2 * N):
+        own = (y == row // 2).nonzero().flatten()
+        assert torch.equal(nearest[row // 2, row % 2], x[own[distance[row, own].argmin()]])
+    assert (distance.argmin(1) % N != torch.arange(2 * N) // 2).any()  # of another class some are nearer
+    assert torch.equal(found.nearest, _nearest(net, found.inversions.flatten(0, 1), 2, [(x, y)]))
 
 
 def test_layers_are_read_in_deviations_from_all_id_images(found):
