@@ -54,11 +54,12 @@ class Layers:
         batches: ID images ``(x, y)``; its training images will do.
 
     Raises:
-        ValueError: If an image is not as the network takes it, or there are fewer than two of a class.
+        ValueError: If the network has another garbage logit, an image is not as it takes them, or there are fewer than two of a class.
     """
 
     def __init__(self, net: TIENet, batches: Batches):
-        assert isinstance(net.garbage, GarbageHead)
+        if not isinstance(net.garbage, GarbageHead):
+            raise ValueError("Expected a network with a head on every layer, but got one with a linear garbage logit")
         self.net, self.head = net, net.garbage
         self.names = (*self.head.layers, "features")
         self.sizes = [STATISTICS * min(channels, MOST_CHANNELS) for channels in self.head.layers.values()]

@@ -44,6 +44,7 @@ held to those of the class's training images too; `tie_ext/explain.py` has the f
 ## Does anybody else see the class?
 
 Networks trained apart, from other seeds and on other images, are asked what the inversions are. Percent that are called the class asked for.
+Where others do not see the class, a picture shows what this one network goes by, stripes of the generator included; more `--steps` may help.
 """
 
 
