@@ -8,6 +8,7 @@ from tie_ext.backbones import Conv3, Conv5, ResidualCNN, ResNet20
 from tie_ext.config import TIEConfig
 from tie_ext.decision import Decision, decide, ood_score, uncertainty
 from tie_ext.exclusion import GarbagePool
+from tie_ext.explain import explain
 from tie_ext.generator import Generator
 from tie_ext.head import GarbageHead
 from tie_ext.log import EpochLog
@@ -78,6 +79,7 @@ __all__ = [
     "TIETrainer",
     "attach",
     "decide",
+    "explain",
     "ood_score",
     "uncertainty",
 ]

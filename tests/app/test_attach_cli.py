@@ -187,9 +187,9 @@ def test_a_report_shows_what_there_is(run, capsys):
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert {p.name for p in (run / "figures").iterdir()} == {
-        f"{n}.png" for n in ("outliers_procedural", "features", "curves_attached", "scores_attached")
+        f"{n}.png" for n in ("outliers_procedural", "features", "examples", "curves_attached", "scores_attached")
     }
-    assert page.count("<figure>") == 4
+    assert page.count("<figure>") == 5
     assert "<td>attached</td>" in page
     assert "outliers that the garbage class was taught with" in page
     assert "weights_sha256" in page
@@ -548,7 +548,7 @@ def test_the_demos_images_can_be_attached_to_and_trained_on_with_every_flag(fold
 
 
 def test_every_command_has_its_work():
-    assert set(cli.COMMANDS) == {"demo", "train", "attach", "score", "report", "reproduce"}
+    assert set(cli.COMMANDS) == {"demo", "train", "attach", "score", "report", "explain", "reproduce"}
 
 
 def test_a_run_without_its_pictures_has_no_report(run, tmp_path, capsys):

@@ -23,6 +23,7 @@ from tie_ext.app import cli, data, report
 from tie_ext.app.cli import DEMO, main
 from tie_ext.app.run import written
 from tie_ext.bench import comparison
+from tie_ext.decision import Decision, conformal_threshold
 from tie_ext.support import files
 from tie_ext.support.files import load_state, locked, write_atomically
 
@@ -98,12 +99,49 @@ def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert (run / ".lock").exists()  # which a report passes over
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 6
+    assert page.count('src="data:image/png;base64,') == 7
+    assert "accepted ones at the left" in page
     assert "http" not in page.replace("http-equiv", "")
     assert "AUROC" in page
     assert "ID rejected" in page
     assert {"inversions.png", "metrics.png", "features.png", "curves_TIE.png"} <= {p.name for p in (run / "figures").iterdir()}
     assert {path for path in run.rglob("*") if path.is_file()} - {run / ".lock"} == set(written(run))
+
+
+def test_a_report_shows_what_was_accepted_and_what_was_rejected():
+    x, level = torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    decision = Decision(torch.tensor([0, 1, 0, 1]), torch.zeros(4), torch.tensor([-3.0, 7.5, 1.0, -2.0]), level)
+    figure = report.decided({"id": x, "letters": x[:2]}, {"id": decision, "letters": Decision(*(part[:2] for part in decision))}, ["cat", "dog"], 2)
+    said = [[(ax.get_title(), ax.title.get_color()) for ax in figure.axes[row * 4 : row * 4 + 4]] for row in range(2)]
+    black, red, none = "k", "tab:red", ("", "black")
+    assert said[0] == [
+        ("cat\nlevel 0, -3.0", black),
+        ("dog\nlevel 0, -2.0", black),
+        ("dog\nlevel 1, 7.5", red),
+        ("cat\nlevel 2, 1.0", red),
+    ]
+    assert said[1] == [("cat\nlevel 0, -3.0", red), none, ("dog\nlevel 1, 7.5", black), none]
+
+
+def test_a_histogram_says_where_the_line_is():
+    scores = {"id": torch.linspace(0, 1, 100), "noise": torch.linspace(2, 3, 50)}
+    texts = [text.get_text() for text in report.histograms(scores).axes[0].get_legend().get_texts()]
+    line = float(conformal_threshold(scores["id"], 0.05))
+    assert f"line at {line:.2f}: above it 5% of ID images" in texts
+    few = {"id": torch.linspace(0, 1, 5), "noise": scores["noise"]}  # too few to draw one
+    assert len(report.histograms(few).axes[0].get_legend().get_texts()) == 2
+
+
+def test_explain_leaves_one_page_with_classes_and_layers(run, folder, tmp_path, capsys):
+    assert main(["explain", str(run), "--steps", "2"]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "explain.html")
+    page = (run / "explain.html").read_text()
+    assert page.count('src="data:image/png;base64,') in (1, 2)  # a second one if anything was rejected
+    assert (run / "figures" / "explain_classes.png").is_file()
+    assert {path for path in run.rglob("*") if path.is_file()} - {run / ".lock"} == set(written(run))
+    assert main(["explain", str(run), "--steps", "0"]) == 2
+    assert main(["explain", str(tmp_path)]) == 1
+    assert "Expected a run with a run.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "reproduce"])

@@ -1,43 +1,56 @@
 """Which images that were searched for does a detector take for a class? The searchers are those of tie_ext/bench/fooling.py.
 
-    python tests/bench/fooling.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors [NAME=FILE ...]
+    python tests/bench/fooling.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors
 
-Reads a plain network that tests/bench/attached.py trained, and its garbage head (``...-head.safetensors``; attached here where that is missing), and
-measures the hosts' detectors, the head, and both combined. NAME=FILE is a further network, with a garbage class of its own, that has seen none of the
-same held-out images; its rate of false alarms on ID test images is recorded, and would tell. Judges are the networks of other seeds beside the
-file. Writes docs/results/fooling/NAME.json after each searcher, goes on from there, and leaves sheets of what was accepted beside it.
+Reads a plain network that tests/bench/attached.py trained, with its garbage head (``...-head.safetensors``), and the networks that
+fooling_rivals.py trained on the same images, so far as they are there. The rate of false alarms on ID test images is recorded, and would tell if
+one had seen the held-out ones. Judges are the networks of other seeds beside the file. Writes docs/results/fooling/NAME.json after each search,
+goes on from there, and ends with a sheet of what was found in docs/figures/.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 import torch
-from attached import OTHERS, image_sets
-from PIL import Image
+from attached import HELD
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tie_ext import Procedural, TIENet, attach
+from tie_ext import Procedural, TIENet
+from tie_ext.app import data
 from tie_ext.app.data import ImageBatches, ImageSet
 from tie_ext.bench import fooling
-from tie_ext.bench.comparison import classifier
-from tie_ext.bench.fooling import Detector, Score, Searcher, outputs, with_line
-from tie_ext.support.files import write_json
+from tie_ext.bench.fooling import Detector, Score, outputs, verdict, with_line
+from tie_ext.support.files import load_state, save_state, write_json
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Candidates
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fooling"
-GENERATOR, ASCENT = (200, 1000), (100, 1000)
-"""Steps of a generator, and of gradient ascent."""
-SEEDS, PER_CLASS = 3, 20
-"""Seeds of the generator, and images of each class that each makes, or that are climbed from each kind of start."""
-QUICK = 3
-"""Images of each class where it has to be quick: fewest steps, one seed."""
-SHOWN = 5
-"""Classes on a sheet, evenly spaced."""
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
+RIVALS = ("procedural", "tie", "loop", "acet", "hunted")
+"""Of fooling_rivals.py; those that are there are measured."""
+GENERATOR = 200
+"""Steps of a generator."""
+PER_CLASS = 5
+"""Images of each class from each kind of start, and by the generator."""
+OTHERS = ("mnist", "fashionmnist", "notmnist")
+"""OOD sets whose images ascent starts from, but for the ID set."""
+SHOWN = (0, 5, 9)
+"""Classes on the sheet."""
+
+
+def id_sets(name: str, root: str, count: int, seed: int) -> dict[str, ImageSet]:
+    """``train``, ``held`` and ``id`` as attached.py has them."""
+    whole, test = data.load(name, "train", root), data.load(name, "test", root)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    rows = {"held": order[-HELD:], "train": order[:-HELD][:count]}
+    return {part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()} | {"id": test}
 
 
 def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -45,121 +58,174 @@ def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
     return outputs(net, (x for x, _ in ImageBatches(images, 500)))
 
 
-def with_head(path: Path, sets: Mapping[str, ImageSet], seed: int) -> TIENet:
-    """A plain network with its garbage head, as tests/bench/attached.py attaches it."""
-    head, images = path.with_name(f"{path.stem}-head.safetensors"), sets["train"]
-    if head.exists():
-        return TIENet.load(head)
-    plain = TIENet.load(path)
-    return attach(classifier(plain), ImageBatches(images, 128), plain.num_classes, classes=images.classes, seed=seed)
-
-
-def detectors_of(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, Detector], dict[str, Detector]]:
-    """The hosts' detectors, and those that read the head too; one half of the held-out images sets scales, the other draws lines."""
-    hosts = fooling.host_scores(net, read(net, sets["train"])[1], sets["train"].y)
+def detectors_of(net: TIENet, sets: Mapping[str, ImageSet], attached: bool) -> dict[str, Detector]:
+    """Detectors by name: of an attached network the hosts', its head, and the combination that :func:`tie_ext.combine` makes; of another its garbage
+    class, or MSP where it has none. One half of the held-out images sets scales, the other draws lines."""
     logits, h = read(net, sets["held"])
     half = len(h) // 2
-    both: dict[str, Score] = {"head": fooling.garbage_score}
-    both |= {f"head + {name}": fooling.combined([fooling.garbage_score, hosts[name]], logits[:half], h[:half]) for name in ("Mahalanobis++", "ViM")}
-    lined = ({name: with_line(score, logits[half:], h[half:]) for name, score in scores.items()} for scores in (hosts, both))
-    return next(lined), next(lined)
+    scores: dict[str, Score] = {}
+    if attached:
+        hosts = fooling.host_scores(net, read(net, sets["train"])[1], sets["train"].y)
+        scores = {name: hosts[name] for name in ("MSP", "energy", "Mahalanobis", "ViM")}
+        parts = [fooling.garbage_score, hosts["ViM"], hosts["GEN"]]
+        scores |= {"attach": fooling.garbage_score, "attach, combined": fooling.combined(parts, logits[:half], h[:half])}
+    elif net.tau.isfinite():
+        scores = {"garbage class": fooling.garbage_score}
+    else:
+        scores = {"MSP": lambda logits, h: -logits[:, :-1].softmax(1).amax(1)}
+    made = {name: with_line(score, logits[half:], h[half:]) for name, score in scores.items()}
+    if net.tau.isfinite():
+        line = with_line(fooling.level_1_score, logits[half:], h[half:])
+        made["attach, level 1" if attached else "level 1"] = line._replace(line=torch.tensor(0.0))
+    return made
 
 
 def judge(path: Path, root: str) -> tuple[TIENet, Detector]:
-    """A network trained apart, on images of its own, with head and Mahalanobis++ combined: what it accepts, it takes for an image of the class."""
-    data, size, _, seed = path.stem.split("-")
-    sets = image_sets(data, root, int(size.partition("x")[0]), int(seed.removeprefix("seed")))
-    net = with_head(path, sets, int(seed.removeprefix("seed")))
-    return net, detectors_of(net, sets)[1]["head + Mahalanobis++"]
+    """A network trained apart, on images of its own, with its own combination: what it accepts, it takes for an image of the class."""
+    name, size, _, seed = path.stem.split("-")
+    sets = id_sets(name, root, int(size.partition("x")[0]), int(seed.removeprefix("seed")))
+    net = TIENet.load(path.with_name(f"{path.stem}-head.safetensors"))
+    return net, detectors_of(net, sets, attached=True)["attach, combined"]
 
 
-def searchers(net: TIENet, sets: Mapping[str, ImageSet], quick: bool) -> dict[str, Searcher]:
-    """Searchers by name, the fast ones first."""
-    y = torch.arange(net.num_classes).repeat(QUICK if quick else PER_CLASS)
-    shape, others = (len(y), *net.image_shape), torch.cat([sets[name].x for name in OTHERS if name in sets])
+def starts(net: TIENet, sets: Mapping[str, ImageSet], y: Tensor) -> dict[str, Tensor]:
+    """Where ascent begins, an image for each class asked for, by kind."""
+    shape, others = (len(y), *net.image_shape), sets["ood"].x
     with seeded(0):
-        starts = {
+        return {
             "noise": net.scaled(torch.rand(shape)),
             "procedural": Procedural(net).draw(shape),
             "OOD images": others[torch.randperm(len(others))[: len(y)]].float() / 255,
         }
 
-    def generator(steps: int) -> Searcher:
-        seeds = range(1 if quick else SEEDS)
-        return lambda net, detector: Candidates(torch.cat([fooling.invert(net, y, steps, seed, detector) for seed in seeds]), y.repeat(len(seeds)))
 
-    def ascent(start: Tensor, steps: int) -> Searcher:
-        return lambda net, detector: Candidates(fooling.climb(net, start, y, steps, detector), y)
+def search(
+    net: TIENet,
+    sets: Mapping[str, ImageSet],
+    detectors: Mapping[str, Detector],
+    judges: Sequence[tuple[TIENet, Detector]],
+    generator: bool,
+    seen: Detector | None,
+) -> Iterator[tuple[dict, Candidates, Tensor]]:
+    """What one searcher finds: a row for each detector that then looks at it, and start, beside the images and which of them were found."""
+    y = torch.arange(net.num_classes).repeat(PER_CLASS)
+    if generator:
+        images = Candidates(fooling.invert(net, y, GENERATOR, 0, seen), y)
+        for name, detector in detectors.items():
+            row, found = verdict(net, detector, images, judges)
+            yield {"detector": name, "searcher": f"generator, {GENERATOR} steps", **row}, images, found
+        return
+    kinds = starts(net, sets, y)
+    paths: dict[tuple[str, str], dict[int, float]] = {}
+    for step, x in fooling.climb(net, torch.cat(list(kinds.values())), y.repeat(len(kinds)), seen):
+        last = step == fooling.MARKS[-1]
+        for kind, part in zip(kinds, x.split(len(y)), strict=True):
+            for name, detector in detectors.items():
+                row, found = verdict(net, detector, Candidates(part, y), judges if last else ())
+                path = paths.setdefault((name, kind), {})
+                path[step] = row["found"]
+                if last:
+                    half = fooling.steps_until(path) if seen else None
+                    yield {"detector": name, "searcher": kind, **row, "path": path, "half": half}, Candidates(part, y), found
 
-    found = {}
-    for slow, fast in list(zip(GENERATOR, ASCENT, strict=True))[: 1 if quick else None]:
-        found |= {f"{name}, {fast} steps": ascent(start, fast) for name, start in starts.items()} | {f"generator, {slow} steps": generator(slow)}
-    return found
 
-
-def sheet(rows: Sequence[tuple[dict, Candidates, Tensor]], classes: int) -> Image.Image:
-    """A row for each detector, blind at the left and adaptive at the right: an accepted image of some classes, white where there is none."""
-    shown = torch.linspace(0, classes - 1, min(SHOWN, classes)).round().long().tolist()
-    side = rows[0][1].x.shape[-1]
-    step = side + 2
-    page = Image.new("RGB", (step * (2 * len(shown) + 1), step * (len(rows) // 2)), "white")
-    for place, (_, found, accepted) in enumerate(rows):
-        for column, y in enumerate(shown):
-            for x in found.x[accepted & (found.y == y)][:1]:
-                pixels = (x * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
-                page.paste(Image.fromarray(pixels), (step * (column + place % 2 * (len(shown) + 1)), step * (place // 2)))
+def sheet(shown: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
+    """A row for each detector, a group of images ``(k, C, S, S)`` for each searcher, black where nothing was found."""
+    groups = next(iter(shown.values()))
+    side, count = next(iter(groups.values())).shape[-1] + 2, len(SHOWN)
+    page = Image.new("RGB", (160 + (count * side + 12) * len(groups), 14 + side * len(shown)), "white")
+    pen = ImageDraw.Draw(page)
+    for place, (label, kinds) in enumerate(shown.items()):
+        pen.text((4, 14 + side * place + side // 2 - 6), label, fill="black")
+        for group, (kind, images) in enumerate(kinds.items()):
+            left = 160 + group * (count * side + 12)
+            pen.text((left, 1), kind.partition(",")[0], fill="black")
+            for column, x in enumerate(images):
+                page.paste(Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).numpy()), (left + side * column, 14 + side * place))
     return page
+
+
+def curves(rows: Sequence[Mapping]) -> Figure:
+    """Share found by adaptive ascent against its steps, a line for each network and detector, mean over the kinds of start."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    ax = figure.subplots()
+    paths: dict[str, list[Mapping]] = {}
+    for row in rows:
+        if row["form"] == "adaptive" and "path" in row:
+            paths.setdefault(f"{row['network']}: {row['detector']}", []).append(row["path"])
+    for place, (label, found) in enumerate(paths.items()):
+        marks = [mark for mark in found[0] if int(mark)]
+        ax.plot(
+            [int(mark) for mark in marks], [100 * mean(path[mark] for path in found) for mark in marks], ("o-", "s--")[place // 10 % 2], label=label
+        )
+    ax.set(xscale="log", xlabel="steps of gradient ascent", ylabel="found (%)")
+    figure.legend(loc="outside right center", fontsize=7)
+    return figure
+
+
+def some(searched: Candidates, found: Tensor) -> Tensor:
+    """One found image of each class that is shown, as uint8 ``(k, C, S, S)``."""
+    chosen = torch.zeros(len(SHOWN), *searched.x.shape[1:], dtype=torch.uint8)
+    for place, y in enumerate(SHOWN):
+        for x in searched.x[found & (searched.y == y)][:1]:
+            chosen[place] = (x * 255).round().byte()
+    return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} images a class, one seed of the generator, the fewest steps")
     parser.add_argument("network", type=Path)
-    parser.add_argument("others", nargs="*", metavar="NAME=FILE", help="networks with a garbage class")
     a = parser.parse_args()
-    data, size, backbone, seed = a.network.stem.split("-")
+    of, size, backbone, seed = a.network.stem.split("-")
     images, _, epochs = size.partition("x")
-    sets = image_sets(data, a.root, int(images), int(seed.removeprefix("seed")))
-    attached = with_head(a.network, sets, int(seed.removeprefix("seed")))
-    hosts, both = detectors_of(attached, sets)
-    targets = {"plain": (TIENet.load(a.network), hosts), "attach": (attached, both)}
-    for name, _, file in (other.partition("=") for other in a.others):
-        net = TIENet.load(file)
-        logits, h = read(net, sets["held"])
-        targets[name] = net, {"garbage class": with_line(fooling.garbage_score, *(part[len(part) // 2 :] for part in (logits, h)))}
-    apart = sorted(set(a.network.parent.glob(f"{data}-{size}-{backbone}-seed?.safetensors")) - {a.network})
+    sets = id_sets(of, a.root, int(images), int(seed.removeprefix("seed")))
+    others = [data.load(other, "test", a.root, sets["id"].shape) for other in OTHERS if other != of]
+    sets["ood"] = ImageSet(torch.cat([other.x for other in others]), torch.cat([other.y for other in others]), ())
+    nets = {"plain": TIENet.load(a.network.with_name(f"{a.network.stem}-head.safetensors"))}
+    files = {name: OUT / "work" / f"{a.network.stem}-{name}.safetensors" for name in RIVALS}
+    nets |= {name: TIENet.load(file) for name, file in files.items() if file.exists()}
+    apart = sorted(set(a.network.parent.glob(f"{of}-{size}-{backbone}-seed?.safetensors")) - {a.network})
     judges = [judge(path, a.root) for path in apart]
     about = {
-        "data": data,
+        "data": of,
         "backbone": backbone,
         "epochs": int(epochs),
         "seed": int(seed.removeprefix("seed")),
         "images": {name: len(sets[name]) for name in ("train", "held", "id")},
-        "per_class": QUICK if a.quick else PER_CLASS,
+        "per_class": PER_CLASS,
         "judges": [path.stem for path in apart],
     }
-    path = OUT / f"{a.network.stem}.json"
+    path, pictures = OUT / f"{a.network.stem}.json", OUT / "work" / f"{a.network.stem}.shown"
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(path.read_text()) if path.exists() else {}
     if any(record.get(key) != value for key, value in about.items()):
-        record = {**about, "false_alarms": {}, "seconds": {}, "rows": []}
-    for name, (net, detectors) in targets.items():
+        record = {**about, "accuracy": {}, "false_alarms": {}, "seconds": {}, "rows": []}
+    shown = load_state(pictures, "shown") if record["rows"] else {}
+    made = {name: detectors_of(net, sets, attached=name == "plain") for name, net in nets.items()}
+    for name, net in nets.items():
         logits, h = read(net, sets["id"])
-        record["false_alarms"][name] = {label: 1 - of.accepts(logits, h).double().mean().item() for label, of in detectors.items()}
-    for searcher, search in searchers(attached, sets, a.quick).items():
-        for name, (net, detectors) in targets.items():
-            if f"{name}: {searcher}" in record["seconds"]:
-                continue
-            start, found = time.perf_counter(), []
-            for row, candidates in fooling.measure(net, detectors, {searcher: search}, judges):
-                found.append((row, candidates, detectors[row["detector"]].accepts(*outputs(net, candidates.x.split(500)))))
-                record["rows"].append({"network": name, **row})
-                shares = ", ".join(f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
-                print(f"{name}: {row['detector']}, {row['form']}, {searcher}: {shares}", flush=True)
-            record["seconds"][f"{name}: {searcher}"] = time.perf_counter() - start
-            write_json(path, {**record, **provenance()})
-            page = sheet(found, net.num_classes)
-            page.save(OUT / f"{a.network.stem}-{name}-{searcher.replace(', ', '-').replace(' ', '_')}.png".lower(), optimize=True)
+        record["accuracy"][name] = (logits[:, :-1].argmax(1) == sets["id"].y).double().mean().item()
+        record["false_alarms"][name] = {label: 1 - one.accepts(logits, h).double().mean().item() for label, one in made[name].items()}
+    for generator in (False, True):
+        for name, net in nets.items():
+            for label, seen in [("blind", None), *made[name].items()]:
+                key = f"{name}, {label}, {'generator' if generator else 'ascent'}"
+                if key in record["seconds"]:
+                    continue
+                start = time.perf_counter()
+                looking = made[name] if seen is None else {label: seen}
+                for row, searched, found in search(net, sets, looking, judges, generator, seen):
+                    record["rows"].append({"network": name, "form": "blind" if seen is None else "adaptive", **row})
+                    shares = ", ".join(f"{what} {value:.3f}" for what, value in row.items() if isinstance(value, float))
+                    print(f"{name}: {row['detector']}, {label}, {row['searcher']}: {shares}; {row.get('path', '')}", flush=True)
+                    if seen is not None:
+                        shown.setdefault(f"{name}: {label}", {})[row["searcher"]] = some(searched, found)
+                record["seconds"][key] = time.perf_counter() - start
+                save_state(pictures, "shown", shown)
+                write_json(path, {**record, **provenance()})
+        curves(json.loads(path.read_text())["rows"]).savefig(FIGURES / f"fooling_steps_{a.network.stem}.png", dpi=90)
+        sheet(shown).save(FIGURES / f"fooling_{a.network.stem}.png", optimize=True)
 
 
 if __name__ == "__main__":

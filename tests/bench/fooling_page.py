@@ -1,7 +1,6 @@
 """docs/fooling.md, of the records of fooling.py; tables.py writes it."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 from page import percent
@@ -9,92 +8,102 @@ from page import percent
 from tie_ext.app.report import table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "fooling"
+SHOWN = ("10", "30", "100")
+"""Steps of ascent in the tables; the figure has all."""
+HUNTED = ("20", "30", "50")
+"""Steps of ascent by which the trial is judged."""
 HEAD = """# Fooling images: what is found by somebody who searches
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/fooling/`, which hold their commands. A searcher looks for images that a
-finished network takes for a class: by a generator that starts afresh and is trained against the frozen network, or by gradient ascent from uniform
-noise, from procedural images or from OOD test images. Nothing that is found need look like the class. *Blind*: the searcher sees the ID
-logits. *Adaptive*: it sees the detector too, whatever that computes, and wants to be accepted. `tie_ext/bench/fooling.py` has the formulas.
+finished network takes for a class. Nothing that is found need look like the class.
 
-Percent; mean ± standard deviation over the seeds of the network where there are several. Small is good, but for confidence. In a cell, fewest steps
-first.
+- *Gradient ascent* on the class's probability, in steps of 1 % of the value range along the gradient's sign, from uniform noise, from procedural
+  images or from OOD test images.
+- *Generator*: one that starts afresh and is trained against the frozen network, 200 steps.
+
+*Blind*: the searcher sees the ID logits. *Adaptive*: it sees the detector too, whatever that computes, and stops when it is accepted. An image is
+*found* where the detector accepts it *and* the network calls it the class asked for. Given enough steps an adaptive searcher fools everything:
+what tells detectors apart is how many it takes. Where the blind searcher finds more (MSP), the detector's part of the objective held the adaptive one
+back: the stronger of both counts. `tie_ext/bench/fooling.py` has the formulas.
+
+Lines reject 5 % of ID images; *level 1* is the garbage class's own decision, without a line. Networks, so far as a record has them: *plain*, with
+the hosts' detectors, the head of `attach`, and what `tie_ext.combine` makes of head, ViM and GEN; *procedural*, a linear garbage class taught by
+procedural images alone; *tie*, the paper's linear one, by noise and inversions; *loop*, the default of `tie-ext train`, a head on every layer taught
+by procedural images and inversions; *acet*, trained against noise moved to where the network is surest; *hunted*, the head of attach taught again by
+what searchers found.
 """
-TITLES = {
-    "accepted": "Accepted, where 5 % of ID images are rejected",
-    "judged": "Of the accepted, called the class asked for *and* accepted by networks trained apart",
-    "confidence": "Mean probability of the class asked for, of all images found",
-    "level 0": "Accepted without a threshold: level 0",
-    "not level 1": "Not in garbage: level 0 or 2",
-}
-
-
-def groups() -> dict[tuple, list[dict]]:
-    """Records of all seeds by data, training images, epochs, backbone, and images found of each class."""
-    found: dict[tuple, list[dict]] = defaultdict(list)
-    for path in sorted(RESULTS.glob("*-seed*.json")):
-        record = json.loads(path.read_text())
-        found[record["data"], record["images"]["train"], record["epochs"], record["backbone"], record["per_class"]].append(record)
-    return found
+NAMES = "\nPercent. Small is good, but for steps.\n"
 
 
 def page() -> str:
     """The page; empty where there are no records yet."""
-    if not groups():
-        return ""
-    parts = [HEAD]
-    for (data, images, epochs, backbone, per_class), records in groups().items():
-        seeds = ", ".join(str(record["seed"]) for record in records)
-        parts.append(f"## {data}, {images} images, {epochs} epochs, {backbone}, seed {seeds}\n")
-        judges = sorted({name for record in records for name in record["judges"]})
-        rates = [rate for record in records for of in record["false_alarms"].values() for rate in of.values()]
-        kinds = "; ".join(f"{kind} {' / '.join(map(str, steps))}" for kind, steps in _kinds(records).items())
-        parts += [
-            f"{per_class} images of each class from each start, and from each seed of the generator. Steps: {kinds}.",
-            f"False alarms on ID test images: {percent([min(rates)])} to {percent([max(rates)])}. Judges: {', '.join(judges) or 'none yet'}.\n",
-            *(f"    python tests/bench/{record['command']}" for record in records),
-            "",
-            *_sheets(records),
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
+    return "\n".join([HEAD + NAMES, *(part for record in records for part in _section(record)), *_hunted()]) if records else ""
+
+
+def _hunted() -> list[str]:
+    """The trial of a head that is taught by what was found against it."""
+    parts = []
+    for path in sorted((RESULTS / "hunted").glob("*.json")):
+        record = json.loads(path.read_text())
+        rows = [
+            {
+                "round": str(row["round"]) if row["round"] else "0: attach",
+                "images kept": row["kept"],
+                "false alarms": percent([row["false alarms"]]),
+                **{kind: " / ".join(percent([found[mark]], 0) for mark in HUNTED) for kind, found in row["found"].items()},
+            }
+            for row in record["rounds"]
         ]
-        for measure, title in TITLES.items():
-            rows = [row for form in ("blind", "adaptive") for row in _rows(records, measure, form)]
-            if rows:
-                parts += [f"{title}:\n", table(rows), ""]
-    return "\n".join(parts)
+        title = f"## A head that is taught by what was found against it: {path.stem}\n"
+        said = (
+            f"One trial: rounds of adaptive ascent from noise and procedural images ({record['searched']} a round) against the head as it stands; "
+            f"all that was found is kept beside procedural images, and the head is taught anew, with fewer ID images ({record['id']}) than attach "
+            f"has. Found by adaptive ascent from new starts after {' / '.join(HUNTED)} steps, percent:\n"
+        )
+        parts += [title, f"    python tests/bench/{record['command']}\n", said, table(rows), ""]
+    return parts
 
 
-def _sheets(records: list[dict]) -> list[str]:
-    """Where the sheets of the first seed are."""
-    first = records[0]
-    stem = f"{first['data']}-{first['images']['train']}x{first['epochs']}-{first['backbone']}-seed{first['seed']}"
-    links = [f"[{path.stem.removeprefix(stem + '-')}](results/fooling/{path.name})" for path in sorted(RESULTS.glob(f"{stem}-*.png"))]
-    if not links:
-        return []
-    return [f"Images accepted, a row for each detector as in the tables, blind at the left, adaptive at the right: {', '.join(links)}.\n"]
+def _section(record: dict) -> list[str]:
+    stem = f"{record['data']}-{record['images']['train']}x{record['epochs']}-{record['backbone']}-seed{record['seed']}"
+    rates = [rate for of in record["false_alarms"].values() for label, rate in of.items() if "level" not in label]
+    accuracy = ", ".join(f"{name} {percent([value])}" for name, value in record["accuracy"].items())
+    steps = " / ".join(SHOWN)
+    parts = [
+        f"## {stem}\n",
+        f"    python tests/bench/{record['command']}\n",
+        f"{record['per_class']} images of each class from each kind of start, and by the generator. ID accuracy: {accuracy}. False alarms on ID test "
+        f"images: {percent([min(rates)])} to {percent([max(rates)])}. Judges: {', '.join(record['judges']) or 'none'}.\n",
+        f"![Share found against steps](figures/fooling_steps_{stem}.png)\n",
+    ]
+    titles = {
+        "blind": f"Blind, found after {steps} steps:",
+        "adaptive": f"Adaptive, found after {steps} steps:",
+        "half": "Adaptive, steps by which half were found (of 0, 1, 2, 3, 5, 10, 20, 30, 50, 100):",
+        "judged": "Adaptive, of the found, called the class asked for *and* accepted by networks trained apart, by their own combination:",
+        "confidence": "Adaptive, mean probability of the class asked for, of the found:",
+    }
+    for what, title in titles.items():
+        rows = _rows(record["rows"], what)
+        if rows:
+            parts += [title + "\n", table(rows), ""]
+    return [*parts, f"![Images found, adaptive](figures/fooling_{stem}.png)\n"]
 
 
-def _kinds(records: list[dict]) -> dict[str, list[int]]:
-    """Steps of each kind of searcher that all records have."""
-    common = set.intersection(*({row["searcher"] for row in record["rows"]} for record in records))
-    kinds: dict[str, list[int]] = defaultdict(list)
-    for searcher in dict.fromkeys(row["searcher"] for row in records[0]["rows"]):
-        if searcher in common:
-            kind, _, steps = searcher.partition(", ")
-            kinds[kind].append(int(steps.partition(" ")[0]))
-    return {kind: sorted(steps) for kind, steps in kinds.items()}
+def _rows(rows: list[dict], what: str) -> list[dict]:
+    """A row for each network and detector, a column for each searcher."""
+    form = "blind" if what == "blind" else "adaptive"
+    chosen = [row for row in rows if row["form"] == form and not (what == "half" and "path" not in row)]
+    searchers = dict.fromkeys(row["searcher"] for row in chosen)
+    cells = {(row["network"], row["detector"], row["searcher"]): _cell(row, what) for row in chosen}
+    who = dict.fromkeys(key[:2] for key in cells)
+    return [{"network: detector": ": ".join(label), **{searcher: cells.get((*label, searcher), "-") for searcher in searchers}} for label in who]
 
 
-def _rows(records: list[dict], measure: str, form: str) -> list[dict]:
-    """A row for each network and detector that have a measure, a column for each kind of searcher."""
-    values: dict[tuple, list[float]] = defaultdict(list)
-    for record in records:
-        for row in record["rows"]:
-            if row["form"] == form and row.get(measure) is not None:
-                values[row["network"], row["detector"], row["searcher"]].append(row[measure])
-    rows = []
-    for network, detector in dict.fromkeys(key[:2] for key in values):
-        row = {"searched, network, detector": f"{form}, {network}, {detector}"}
-        for kind, steps in _kinds(records).items():
-            cells = [values.get((network, detector, f"{kind}, {count} steps")) for count in steps]
-            row[kind] = " / ".join(percent(cell, 1) if cell else "-" for cell in cells)
-        rows.append(row)
-    return rows
+def _cell(row: dict, what: str) -> str:
+    if what == "half":
+        return "-" if row["half"] is None else str(row["half"])
+    if what in ("judged", "confidence"):
+        return "-" if row[what] is None else percent([row[what]], 0)
+    return " / ".join(percent([row["path"][mark]], 0) for mark in SHOWN) if "path" in row else percent([row["found"]], 0)

@@ -10,6 +10,7 @@ from statistics import mean, median
 
 import attached_page
 import detectors_page
+import explained_page
 import fire
 import fooling_page
 import mutants
@@ -348,6 +349,7 @@ def documents() -> dict[str, str]:
         "detectors.md": detectors_page.page(),
         **detectors_page.pull_requests(),
         "fooling.md": fooling_page.page(),
+        "explain.md": explained_page.page(),
         "research/under_fire.md": fire.page(),
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
         "which_outliers.md": fill((BENCH / "advice.md").read_text()),

@@ -103,6 +103,7 @@ def attach_run(
         numbers["scores"] |= metrics
         proposer = Procedural(net).to(device)
         run.save_snapshot(folder, 0, net, [proposer], lambda count: proposer.draw((count, *images.shape)), test)
+        run.save_examples(folder, test, ood)
         save_state(folder / "scores.safetensors", "scores", {LABEL: scores["score"], **combined})
         write_json(folder / "run.json", {**record, "numbers": numbers})
     return {**record, "numbers": numbers}

@@ -1,4 +1,4 @@
-"""The command line: ``tie-ext demo | train | attach | score | report | reproduce``. The only room that prints."""
+"""The command line: ``tie-ext demo | train | attach | score | report | explain | reproduce``. The only room that prints."""
 
 import argparse
 import csv
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from tie_ext.app.flags import UsageError, check_flags, make_parser, recipe_of, usage
 from tie_ext.backbones import BACKBONES
 from tie_ext.config import TIEConfig
-from tie_ext.decision import Decision, conformal_threshold
+from tie_ext.decision import Decision
 from tie_ext.network import TIENet
 from tie_ext.recipe import Recipe
 from tie_ext.support.checks import check_number
@@ -206,12 +205,13 @@ def _attach(a: argparse.Namespace) -> None:
 
 def _score(a: argparse.Namespace) -> None:
     from tie_ext.app import data, run
+    from tie_ext.app.deciding import decider
 
     if a.false_alarm is not None:
         with usage():
             check_number("--false-alarm", a.false_alarm, 0, 1, above=True)
     net = run.load_network(a.run)
-    decide = _decider(net, a.run if a.run.is_dir() else a.run.parent, a.false_alarm)
+    decide = decider(net, a.run if a.run.is_dir() else a.run.parent, a.false_alarm)
     if net.image_shape is None or net.image_shape[0] not in (1, 3) or net.image_shape[1] != net.image_shape[2]:
         raise ValueError(f"Expected a network for square images, grey or of three colours, but got one for images {net.image_shape}")
     channels, size, _ = net.image_shape
@@ -228,28 +228,6 @@ def _score(a: argparse.Namespace) -> None:
                 print(json.dumps({"image": str(path), **row}))
 
 
-def _decider(net: TIENet, folder: Path, false_alarm: float | None) -> Callable[[Tensor], Decision]:
-    """The decision of a run: by a line on the score of its combination; where it has none, on the network's own, or by the paper's rule.
-
-    The line is drawn on ID test images as the run scored them.
-    """
-    from tie_ext.app.combining import COMBINED, FALSE_ALARM
-    from tie_ext.app.run import OWN, load_combined, load_scores
-    from tie_ext.pytorch_ood import TIEDetector
-
-    combined = load_combined(folder)
-    if combined is None and false_alarm is None:
-        return net.decide
-    detector = TIEDetector(net) if combined is None else combined
-    labels, of = OWN if combined is None else (COMBINED,), load_scores(folder / "scores.safetensors")
-    label = next((label for label in labels if label in of), None)
-    if label is None:
-        raise ValueError(f"Expected scores of {' or '.join(labels)} in {folder / 'scores.safetensors'}, but got those of {', '.join(of)}")
-    detector.false_alarm = FALSE_ALARM if false_alarm is None else false_alarm
-    detector.threshold = conformal_threshold(of[label]["id"], detector.false_alarm)
-    return detector.decide
-
-
 def _rows(net: TIENet, decision: Decision) -> list[dict]:
     columns = (field.tolist() for field in decision)
     return [
@@ -264,12 +242,21 @@ def _report(a: argparse.Namespace) -> None:
     print(report.write_report(a.run))
 
 
+def _explain(a: argparse.Namespace) -> None:
+    from tie_ext.app.explaining import explain_run
+
+    with usage():
+        check_number("--steps", a.steps, 1, 10**6, integer=True)
+    print(explain_run(a.run, a.steps, a.root, _interactive()))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": _demo,
     "train": _train,
     "attach": _attach,
     "score": _score,
     "report": _report,
+    "explain": _explain,
     "reproduce": _reproduce,
 }
 """What each command does."""

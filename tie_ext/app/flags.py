@@ -12,6 +12,7 @@ import torch
 from tie_ext import __version__
 from tie_ext.backbones import BACKBONES
 from tie_ext.config import TIEConfig
+from tie_ext.explain import STEPS
 from tie_ext.network import GARBAGE
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
@@ -44,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; ``name`` is the one that was asked for."""
     parser = argparse.ArgumentParser(prog="tie-ext", description="TIE: out-of-distribution detection with a garbage class")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, dest="name", metavar="demo | train | attach | score | report | reproduce")
+    commands = parser.add_subparsers(required=True, dest="name", metavar="demo | train | attach | score | report | explain | reproduce")
 
     demo = commands.add_parser("demo", help="train and compare on images that need no download, in two minutes")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for table, figures and detector (default: demo)")
@@ -95,6 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="figures, table and settings of a run on one HTML page")
     report.add_argument("run", type=Path, metavar="RUN")
+
+    explain = commands.add_parser("explain", help="what the classes look like to a run's network, and which layers find a rejected image odd")
+    explain.add_argument("run", type=Path, metavar="RUN")
+    explain.add_argument("--steps", type=int, default=STEPS, help=f"of the generator that makes the images (default: {STEPS})")
+    explain.add_argument("--root", help="where the run's data sets lie (default: as they did for the run)")
 
     reproduce = commands.add_parser("reproduce", help="the paper's tables, a JSON a cell; goes on where it was stopped")
     reproduce.add_argument("--root", default="data", help="where the data sets lie (default: data)")

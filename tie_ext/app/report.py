@@ -17,8 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tie_ext.app.run import OWN, attached, load_network, load_scores, load_snapshots, read_record
+from tie_ext.app.combining import FALSE_ALARM
+from tie_ext.app.deciding import decider
+from tie_ext.app.run import OWN, attached, load_examples, load_network, load_scores, load_snapshots, read_record
+from tie_ext.decision import Decision, calibration_size, conformal_threshold
 from tie_ext.log import EpochLog
+from tie_ext.network import TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.support.files import load_state, reading, write_atomically
 
@@ -118,7 +122,7 @@ def roc_and_pr(scores: Mapping[str, Tensor]) -> Figure:
 
 
 def histograms(scores: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
-    """Scores of the ID set and of each OOD set; larger = more OOD (the paper's Figures 5 and 6, bottom)."""
+    """Scores of each set, larger = more OOD (the paper's Figures 5 and 6, bottom), and the line that 5 % of ID images exceed."""
     ax = _axes(ax, 8, 3.5)
     every = torch.cat(list(scores.values()))
     edges = np.linspace(float(every.quantile(0.001)), float(every.quantile(0.999)) + 1e-6, 60)
@@ -131,10 +135,39 @@ def histograms(scores: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
             alpha=0.4 if name == "id" else 1,
             label=name,
         )
-    ax.axvline(0, color="k", linewidth=0.8, linestyle=":")
+    if len(scores["id"]) >= calibration_size(FALSE_ALARM):
+        line = float(conformal_threshold(scores["id"], FALSE_ALARM))
+        ax.axvline(line, color="k", linewidth=0.8, linestyle=":", label=f"line at {line:.2f}: above it {FALSE_ALARM:.0%} of ID images")
     ax.set(xlabel="score (larger = more OOD)", ylabel="density")
     ax.legend()
     return _figure(ax)
+
+
+def decided(examples: Mapping[str, Tensor], decisions: Mapping[str, Decision], names: Sequence[str], most: int = 5) -> Figure:
+    """Accepted images of each set at the left, rejected ones at the right, each with its label, level and score; red where the set says it is wrong.
+
+    Arguments:
+        examples: uint8 ``(M, C, S, S)`` by set; the one called ``id`` is ID.
+        decisions: Of the images, by set.
+        names: Of the ID classes.
+        most: Images of a set on each side.
+    """
+    figure = Figure(figsize=(2.4 * most, 1.45 * len(examples) + 0.4), layout="constrained")
+    grid = figure.subplots(len(examples), 2 * most, squeeze=False)
+    for line, (name, x) in zip(grid, examples.items(), strict=True):
+        decision = decisions[name]
+        for side, which in enumerate((decision.level == 0, decision.level > 0)):
+            cells = line[side * most : (side + 1) * most]
+            for ax in cells:
+                ax.axis("off")
+            for ax, row in zip(cells, which.nonzero().flatten().tolist(), strict=False):
+                ax.imshow(x[row].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+                said = f"{names[int(decision.label[row])]}\nlevel {int(decision.level[row])}, {float(decision.score[row]):.1f}"
+                ax.set_title(said, fontsize=6, color="tab:red" if (name == "id") == bool(side) else "k")
+        line[0].axis("on")
+        line[0].set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, fontsize=8)
+    return figure
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -208,8 +241,8 @@ def write_report(folder: Path) -> Path:
     with reading(f"a run whose files are of one network at {folder}"):
         log = [] if attached(folder) else load_state(folder / "training.safetensors", "training", ("log",))["log"]
         _check_outputs(folder, snapshots, [asdict(EpochLog.of_record(entry)) for entry in log], len(names))
-        results, figures = _results(record), _figures(folder, record, snapshots, log, names)
-        body = [_written(folder, name, caption, figure) for name, (caption, figure) in figures.items()]
+        results, figures = _results(record), _figures(folder, net, record, snapshots, log, names)
+        body = [written(folder, name, caption, figure) for name, (caption, figure) in figures.items()]
         page = _PAGE.format(title=html.escape(folder.resolve().name), table=results, figures="\n".join(body), settings=_settings(record))
     write_atomically(folder / "report.html", page.encode())
     return folder / "report.html"
@@ -224,7 +257,9 @@ def _check_outputs(folder: Path, snapshots: Mapping[int, Mapping[str, Tensor]], 
         raise ValueError(f"Expected a log of {outputs} outputs at {folder}, but got none or that of another network")
 
 
-def _figures(folder: Path, record: Mapping, snapshots: Mapping, log: Sequence[Mapping], names: Sequence[str]) -> dict[str, tuple[str, Figure]]:
+def _figures(
+    folder: Path, net: TIENet, record: Mapping, snapshots: Mapping, log: Sequence[Mapping], names: Sequence[str]
+) -> dict[str, tuple[str, Figure]]:
     """Caption and figure by name."""
     figures: dict[str, tuple[str, Figure]] = {}
     last = snapshots[max(snapshots)]
@@ -245,13 +280,17 @@ def _figures(folder: Path, record: Mapping, snapshots: Mapping, log: Sequence[Ma
         figures["metrics"] = (caption, metric_curves(log, names))
     figures["features"] = ("Features of test images and garbage (t-SNE)", feature_map(snapshots, names))
     if (folder / "scores.safetensors").is_file():
+        if examples := load_examples(folder):
+            decide = decider(net, folder)
+            decisions = {name: decide(net.scaled(x.float() / 255)) for name, x in examples.items()}
+            figures["examples"] = (EXAMPLES, decided(examples, decisions, names))
         for label, scores in load_scores(folder / "scores.safetensors").items():
             figures[f"curves_{label}"] = (f"{label}: ROC and precision-recall, OOD positive", roc_and_pr(scores))
             figures[f"scores_{label}"] = (f"{label}: scores", histograms(scores))
     return figures
 
 
-def _written(folder: Path, name: str, caption: str, figure: Figure) -> str:
+def written(folder: Path, name: str, caption: str, figure: Figure) -> str:
     """Write a figure, and give it as HTML."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
@@ -289,10 +328,19 @@ def _settings(record: Mapping) -> str:
     return html.escape(json.dumps({k: v for k, v in record.items() if k not in ("log", "numbers", "comparison")}, indent=1))
 
 
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>TIE: {title}</title><style>
+EXAMPLES = (
+    "Test images as the run decides on them: accepted ones at the left, rejected ones at the right, with label (nearest class), level (0 accepted, "
+    "1 garbage, 2 uncertain or above the line) and score. Red: an OOD image that is accepted, or an ID image that is rejected."
+)
+PAGE_STYLE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>TIE: {title}</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse}}td,th{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}}
 td:nth-child(-n+2),th:nth-child(-n+2){{text-align:left}}figure{{margin:1.5rem 0}}img{{max-width:100%}}
-figcaption{{color:#555}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}</style></head><body>
+figcaption{{color:#555}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}</style></head><body>"""
+"""Where a page begins."""
+_PAGE = (
+    PAGE_STYLE
+    + """
 <h1>TIE: {title}</h1>{table}{figures}<h2>Settings</h2><pre>{settings}</pre></body></html>
 """
+)

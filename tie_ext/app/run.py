@@ -5,6 +5,7 @@ RUN/network.safetensors    the network with its tau: what ``tie-ext score`` and 
 RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead of the others
 RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the pictures
 RUN/scores.safetensors     test scores of the ID set and each OOD set
+RUN/examples.safetensors   some test images of the ID set and each OOD set, for the pictures
 RUN/combined/              where garbage is told by a head: the detector that ``tie-ext score`` decides by (:mod:`tie_ext.app.combining`)
 
 A run that attached a garbage class to a trained network (:mod:`tie_ext.app.attaching`) has the same but for training.safetensors, and one file
@@ -46,9 +47,14 @@ _WRITTEN = (
     "training.safetensors",
     "network.safetensors",
     "scores.safetensors",
+    "examples.safetensors",
     "report.html",
+    "explain.html",
     "epochs/[0-9][0-9][0-9][0-9].safetensors",
-    *(f"figures/{name}.png" for name in ("inversions", "inversion_grid", "outliers_*", "metrics", "features", "curves_*", "scores_*")),
+    *(
+        f"figures/{name}.png"
+        for name in ("inversions", "inversion_grid", "outliers_*", "metrics", "features", "curves_*", "scores_*", "examples", "explain_*")
+    ),
     *(f"combined/{name}" for name in ("network.safetensors", "members.safetensors", "detector.json")),
     "run.json",
 )
@@ -56,6 +62,8 @@ _WRITTEN = (
 OWN = ("TIE", "attached")
 """What a run calls the scores of its own network, trained or :mod:`attached <tie_ext.app.attaching>`; a demo has others beside."""
 Loaded = TypeVar("Loaded")
+EXAMPLES = 24
+"""Images of a set that are kept for the pictures."""
 LARGEST = 2048
 """Pixels of a side."""
 
@@ -245,6 +253,7 @@ def train_on(
     if isinstance(net.garbage, GarbageHead):
         metrics, combined = combined_scores(net, images, test, ood, folder / COMBINED)
         numbers["scores"] |= metrics
+    save_examples(folder, test, ood)
     save_state(folder / "scores.safetensors", "scores", {OWN[0]: scores["score"], **combined})
     return finish(folder, settings, trainer, numbers, about)
 
@@ -442,6 +451,28 @@ def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
                 raise ValueError(f"Expected a label for each of {len(features)} images in {path}, but got {describe(labels)}")
             snapshots[int(path.stem)] = snapshot
     return snapshots
+
+
+def save_examples(folder: Path, test: ImageSet, ood: Mapping[str, ImageSet]) -> None:
+    """Keep some test images of each set but those that settings are chosen by."""
+    sets = {"id": test, **{name: images for name, images in ood.items() if not name.startswith("val:")}}
+    save_state(folder / "examples.safetensors", "examples", {name: images.x[:EXAMPLES].clone() for name, images in sets.items()})
+
+
+def load_examples(folder: Path) -> dict[str, Tensor]:
+    """Test images uint8 ``(M, C, S, S)`` by set, the ID set first and called ``id``; none of a run that kept none.
+
+    Raises:
+        ValueError: If the file is damaged or foreign.
+    """
+    path = Path(folder) / "examples.safetensors"
+    if not path.is_file():
+        return {}
+    examples = load_state(path, "examples")
+    for name, x in examples.items():
+        if not isinstance(name, str) or not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+            raise ValueError(f"Expected images of {name!r} in {path}, but got {describe(x)}")
+    return examples
 
 
 def load_scores(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:

@@ -8,19 +8,21 @@ Symbols: ``x (B, C, S, S)`` images; ``y (B,)`` the class asked for; ``logits (B,
 A *blind* searcher minimises the first term: it knows the classifier, and nothing of the detector. An *adaptive* one minimises both, so that
 whatever the detector computes is against it. The logarithm is there because far from ID images scores differ by thousands of deviations, beside
 which no cross-entropy would be seen.
+
+An image is *found* where the detector accepts it and the network calls it the class asked for. Gradient ascent finds one against every detector,
+if it may take enough steps: what tells detectors apart is how many it takes.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pytorch_ood.detector import EnergyBased, Mahalanobis, MaxSoftmax, ViM
+from pytorch_ood.detector import GEN, EnergyBased, Mahalanobis, MaxSoftmax, ViM
 from torch import Tensor
 
 from tie_ext.combination import reference, stouffer
-from tie_ext.decision import conformal_threshold, decide, ood_score
+from tie_ext.decision import conformal_threshold, ood_score
 from tie_ext.gaussians import Gaussians, fit_gaussians, unit
 from tie_ext.generator import Generator
 from tie_ext.network import TIENet
@@ -33,10 +35,12 @@ FALSE_ALARM = 0.05
 """Share of ID images that a detector may reject."""
 MARGIN = 0.1
 """How far below the line an adaptive searcher wants to be, in deviations: m."""
-RATE = 0.02
-"""First step of gradient ascent, a share of the value range; steps shrink to 0, so that 100 of them can carry a pixel from one end to the other."""
+RATE = 0.01
+"""Step of gradient ascent, a share of the value range: 100 of them can carry a pixel from one end to the other."""
+MARKS = (0, 1, 2, 3, 5, 10, 20, 30, 50, 100)
+"""Steps of ascent after which what was found is counted; it ends with the last."""
 BATCH = 64
-"""Images a generator step, and images climbed at once."""
+"""Images a generator step."""
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """A score ``(B,)`` of logits ``(B, n+1)`` and features ``(B, F)``, through which gradients flow; larger = more OOD."""
@@ -55,10 +59,6 @@ class Detector(NamedTuple):
     def accepts(self, logits: Tensor, h: Tensor) -> Tensor:
         """Whether images are accepted ``(B,)``."""
         return self.score(logits, h) <= self.line
-
-
-Searcher = Callable[[TIENet, Detector | None], Candidates]
-"""Images found against a network and a detector, and the class ``(B,)`` each was to be taken for; blind where the detector is None."""
 
 
 @torch.no_grad()
@@ -80,10 +80,16 @@ def host_scores(net: TIENet, h: Tensor, y: Tensor) -> dict[str, Score]:
     return {
         "MSP": lambda logits, h: MaxSoftmax.score(logits[:, :-1]),
         "energy": lambda logits, h: EnergyBased.score(logits[:, :-1]),
+        "GEN": lambda logits, h: GEN.score(logits[:, :-1]),
         "Mahalanobis": lambda logits, h: gaussians.distance(h),
         "Mahalanobis++": lambda logits, h: plus.distance(unit(h)),
         "ViM": lambda logits, h: vim.alpha * ((h - vim.u) @ vim.principal_subspace).norm(dim=1) - logits[:, :-1].logsumexp(1),
     }
+
+
+def level_1_score(logits: Tensor, h: Tensor) -> Tensor:
+    """By how much the garbage logit leads ``(B,)``: level 1 rejects above 0."""
+    return logits[:, -1] - logits[:, :-1].amax(1)
 
 
 def garbage_score(logits: Tensor, h: Tensor) -> Tensor:
@@ -156,90 +162,69 @@ def invert(net: TIENet, y: Tensor, steps: int, seed: int, detector: Detector | N
             return torch.cat([generate(part)[0] for part in y.to(device).split(BATCH)])
 
 
-def climb(net: TIENet, start: Tensor, y: Tensor, steps: int, detector: Detector | None = None) -> Tensor:
+def climb(net: TIENet, start: Tensor, y: Tensor, detector: Detector | None = None, marks: Sequence[int] = MARKS) -> Iterator[tuple[int, Tensor]]:
     """Gradient ascent on the log-probability of the class asked for: steps along the gradient's sign, in ``[low, high]``.
 
     Arguments:
         net: The network; left as it was.
         start: Images ``(M, C, S, S)`` to start from.
         y: Classes asked for ``(M,)`` in ``[0, n)``.
-        steps: Of ascent, their size from :data:`RATE` of the value range down to 0 along a line.
-        detector: What an adaptive searcher sees; it climbs the negative objective.
+        detector: What an adaptive searcher sees; it climbs the negative objective, and leaves an image as it is from when it is found.
+        marks: Steps at which to look, ascending.
 
     Returns:
-        Each image as it was when its objective was smallest, ``(M, C, S, S)``.
+        At each of the marks, the steps taken and the images ``(M, C, S, S)``.
     """
-    with frozen(net):
-        return torch.cat([_climb(net, *part, steps, detector) for part in zip(start.split(BATCH), y.split(BATCH), strict=True)])
+    x, going = net.clip(start.detach()).clone(), torch.arange(len(start), device=start.device)
+    for step in range(marks[-1] + 1):
+        if len(going):
+            there = x[going].requires_grad_()
+            with frozen(net), torch.enable_grad():
+                logits, h = net(there, return_feature=True, garbage=True)
+                (gradient,) = torch.autograd.grad(objective(logits, h, y[going], detector).sum(), there)
+            if detector is not None:
+                missing = ~fooled(detector, logits.detach(), h.detach(), y[going])
+                going, there, gradient = going[missing], there[missing], gradient[missing]
+        if step in marks:
+            yield step, x.clone()
+        if len(going):
+            x[going] = net.clip(there.detach() - RATE * (net.high - net.low) * gradient.sign())
 
 
-def _climb(net: TIENet, start: Tensor, y: Tensor, steps: int, detector: Detector | None) -> Tensor:
-    x = best = net.clip(start.detach())
-    least = torch.full((len(x),), math.inf, device=x.device)
-    for step in range(steps + 1):
-        x = x.detach().requires_grad_()
-        logits, h = net(x, return_feature=True, garbage=True)
-        loss = objective(logits, h, y, detector)
-        better = loss.detach() < least
-        best, least = torch.where(better[:, None, None, None], x.detach(), best), torch.where(better, loss.detach(), least)
-        (gradient,) = torch.autograd.grad(loss.sum(), x)
-        x = net.clip(x - RATE * (1 - step / (steps + 1)) * (net.high - net.low) * gradient.sign())
-    return best
+def fooled(detector: Detector, logits: Tensor, h: Tensor, y: Tensor) -> Tensor:
+    """Whether images are accepted and called the class asked for, ``(B,)``."""
+    return detector.accepts(logits, h) & (logits[:, :-1].argmax(1) == y)
 
 
-def verdict(net: TIENet, detector: Detector, found: Candidates, judges: Sequence[tuple[TIENet, Detector]] = ()) -> dict[str, float | None]:
+def verdict(net: TIENet, detector: Detector, searched: Candidates, judges: Sequence[tuple[TIENet, Detector]] = ()) -> tuple[dict, Tensor]:
     """What becomes of images that were searched for.
 
     Arguments:
-        net: The network they were searched against.
+        net: The network.
         detector: Its detector.
-        found: Images, and the class in ``[0, n)`` each was to be taken for.
+        searched: Images, and the class in ``[0, n)`` each was to be taken for.
         judges: Networks trained apart, with detectors of their own.
 
     Returns:
-        Shares of 1: ``accepted`` by the detector; of these ``as asked``, those that the network calls the class asked for, and ``judged``, those that
-        a judge calls so *and* accepts, mean over the judges (None where nothing was accepted, or nobody judges). ``confidence``: mean
-        probability of the class asked for, of all images. Where the garbage class was trained, what passes without a threshold: ``level 0``, and
-        ``not level 1``.
+        Which were found ``(M,)``, and shares of 1: ``found``; of these ``judged``, those that a judge accepts *and* calls the class asked
+        for, mean over the judges, and ``confidence``, their mean probability of that class (None where nothing was found, or nobody judges).
     """
-    logits, h = outputs(net, found.x.split(500))
-    accepted = detector.accepts(logits, h)
-    result: dict[str, float | None] = {
-        "accepted": _share(accepted),
-        "as asked": _share(logits[accepted, :-1].argmax(1) == found.y[accepted]),
-        "confidence": logits[:, :-1].softmax(1).gather(1, found.y[:, None]).mean().item(),
-        "judged": None,
-    }
-    if math.isfinite(net.tau):
-        level = decide(logits, net.tau).level
-        result |= {"level 0": _share(level == 0), "not level 1": _share(level != 1)}
-    if judges and accepted.any():
-        through = []
-        for judge, own in judges:
-            logits, h = outputs(judge, found.x[accepted].split(500))
-            through.append(own.accepts(logits, h) & (logits[:, :-1].argmax(1) == found.y[accepted]))
-        result["judged"] = _share(torch.cat(through))
-    return result
+    logits, h = outputs(net, searched.x.split(500))
+    found = fooled(detector, logits, h, searched.y)
+    x, y = searched.x[found], searched.y[found]
+    judged = [fooled(own, *outputs(judge, x.split(500)), y) for judge, own in judges if len(x)]
+    return {
+        "found": _share(found),
+        "judged": _share(torch.cat(judged)) if judged else None,
+        "confidence": _share(logits[found, :-1].softmax(1).gather(1, y[:, None])),
+    }, found
+
+
+def steps_until(path: Mapping[int, float]) -> int | None:
+    """The first mark by which half of the images were found; None if never, of shares by mark."""
+    return next((mark for mark, share in path.items() if share >= 0.5), None)
 
 
 def _share(which: Tensor) -> float | None:
-    """Share of an outcome ``(M,)``; None of none."""
+    """Mean of an outcome ``(M,)``; None of none."""
     return which.double().mean().item() if len(which) else None
-
-
-def measure(
-    net: TIENet, detectors: Mapping[str, Detector], searchers: Mapping[str, Searcher], judges: Sequence[tuple[TIENet, Detector]] = ()
-) -> Iterator[tuple[dict, Candidates]]:
-    """The table of a network: detectors x searchers x forms.
-
-    A blind search is made once, whatever the number of detectors that then look at what it found.
-
-    Returns:
-        Row by row, ``searcher``, ``detector``, ``form`` and the :func:`verdict`, and the images it is about.
-    """
-    for name, search in searchers.items():
-        blind = search(net, None)
-        for label, detector in detectors.items():
-            for form in ("blind", "adaptive"):
-                found = blind if form == "blind" else search(net, detector)
-                yield {"searcher": name, "detector": label, "form": form, **verdict(net, detector, found, judges)}, found

@@ -1,0 +1,62 @@
+"""Are inversions of a class what independent networks take for it too?
+
+    python tests/bench/explained.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors [--steps STEPS]
+
+Reads a plain network that tests/bench/attached.py trained, inverts it by :func:`tie_ext.explain`, and asks the networks of other seeds beside the
+file. Adds to docs/results/explained.json, and draws the inversions beside their nearest training images into docs/figures/.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from fooling import FIGURES, id_sets
+
+from tie_ext import TIENet, explain
+from tie_ext.app.data import ImageBatches
+from tie_ext.app.explaining import class_grid
+from tie_ext.explain import STEPS
+from tie_ext.support.files import write_json
+from tie_ext.support.provenance import provenance
+
+RECORD = Path(__file__).parents[2] / "docs" / "results" / "explained.json"
+PER_CLASS = 20
+"""Inversions of each class."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("network", type=Path)
+    a = parser.parse_args()
+    name, size, backbone, seed = a.network.stem.split("-")
+    sets = id_sets(name, a.root, int(size.partition("x")[0]), int(seed.removeprefix("seed")))
+    start = time.perf_counter()
+    found = explain(TIENet.load(a.network), ImageBatches(sets["train"], 500), per_class=PER_CLASS, steps=a.steps)
+    seconds = time.perf_counter() - start
+    x = found.inversions.flatten(0, 1)
+    y = torch.arange(len(found.inversions)).repeat_interleave(PER_CLASS)
+    apart = sorted(set(a.network.parent.glob(f"{name}-{size}-{backbone}-seed?.safetensors")) - {a.network})
+    judged = {}
+    for path in apart:
+        with torch.no_grad():
+            judged[path.stem] = (TIENet.load(path)(x).argmax(1) == y).double().mean().item()
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record[a.network.stem] = {
+        "steps": a.steps,
+        "inversions": len(x),
+        "agreement": found.agreement,
+        "judged": judged,
+        "seconds": seconds,
+        **provenance(),
+    }
+    write_json(RECORD, record)
+    class_grid(found, sets["train"].classes, 4).savefig(FIGURES / f"explain_{a.network.stem}.png", dpi=80, bbox_inches="tight")
+    print(f"{a.network.stem}: as asked {found.agreement:.4f}, judged {judged}, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Networks that fooling.py compares: with a garbage class, or trained against images that were searched for.
+
+    python tests/bench/fooling_rivals.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors [NAME ...]
+
+Each is trained on the images of the plain network given, which has the same held-out ones, for as many epochs, and is written to
+docs/results/fooling/work/, where a finished one stays as it is.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from attached import batches
+from fooling import OUT, id_sets
+from torch import Tensor
+
+from tie_ext import TIEConfig, TIENet
+from tie_ext.app.data import ImageSet
+from tie_ext.backbones import BACKBONES
+from tie_ext.bench.comparison import train_method
+from tie_ext.outliers import make
+from tie_ext.recipe import Recipe
+from tie_ext.support.modules import frozen
+from tie_ext.support.random import seeded
+
+STEPS, RADIUS = 5, 0.3
+"""Steps of ascent in a batch of ACET, and how far in all they go from where they start, a share of the value range (the paper: 40, 0.3)."""
+
+
+def loop(epochs: int, seed: int, **parts) -> Callable[[ImageSet, str, Path], TIENet]:
+    """TIE's loop by a recipe."""
+    recipe = Recipe(TIEConfig(epochs=epochs, seed=seed), **parts)
+    return lambda images, backbone, state: train_method(
+        "tie", lambda: BACKBONES[backbone](images.shape[0], len(images.classes)), images, recipe, state=state
+    )[0]
+
+
+def surest(net: TIENet, x: Tensor) -> Tensor:
+    """Images ``(B, C, S, S)`` moved, by at most :data:`RADIUS`, to where the network is surest of any class."""
+    with frozen(net):
+        for _ in range(STEPS):
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(net(x).log_softmax(1).amax(1).sum(), x)
+            x = net.clip(x + RADIUS / STEPS * (net.high - net.low) * gradient.sign())
+    return x.detach()
+
+
+def acet(epochs: int, seed: int) -> Callable[[ImageSet, str, Path], TIENet]:
+    """Adversarial confidence enhancing training: beside each batch half as many images of noise, moved to where the network is surest; their
+    largest log-probability is pushed down (Hein et al., 2019). Otherwise as the plain network of attached.py is trained."""
+
+    def train(images: ImageSet, backbone: str, state: Path) -> TIENet:
+        with seeded(seed):
+            net = TIENet(BACKBONES[backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
+        noise = make("multiscale", net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * -(-len(images) // 128))
+        for epoch in range(epochs):
+            with seeded(seed, epoch):
+                for x, y in batches(images):
+                    found = surest(net, noise.draw((len(x) // 2, *x.shape[1:])))
+                    net.train()
+                    logits = net(torch.cat([x, found]))
+                    loss = F.cross_entropy(logits[: len(x)], y) + logits[len(x) :].log_softmax(1).amax(1).mean()
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+        return net.eval()
+
+    return train
+
+
+def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path], TIENet]]:
+    """How to train each, by name."""
+    return {
+        "procedural": loop(epochs, seed, synthesizers={}, prior=("procedural",)),
+        "acet": acet(epochs, seed),
+        "tie": loop(epochs, seed),
+        "loop": loop(epochs, seed, prior=("procedural",), garbage="layers"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data")
+    parser.add_argument("network", type=Path)
+    parser.add_argument("names", nargs="*", help="default: all")
+    a = parser.parse_args()
+    data, size, backbone, seed = a.network.stem.split("-")
+    images, _, epochs = size.partition("x")
+    number = int(seed.removeprefix("seed"))
+    sets = id_sets(data, a.root, int(images), number)
+    (OUT / "work").mkdir(parents=True, exist_ok=True)
+    known = rivals(int(epochs), number)
+    for name in a.names or known:
+        path = OUT / "work" / f"{a.network.stem}-{name}.safetensors"
+        if path.exists():
+            continue
+        start = time.perf_counter()
+        net = known[name](sets["train"], backbone, path.with_suffix(".training"))
+        net.save(path)
+        logits = torch.cat([net(x.float() / 255).detach() for x in sets["id"].x.split(500)])
+        print(f"{path.stem}: accuracy {(logits.argmax(1) == sets['id'].y).double().mean():.4f}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

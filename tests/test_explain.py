@@ -1,0 +1,123 @@
+"""Pictures of a classifier: inversions are of the class asked for, and layers tell what is odd."""
+
+import copy
+
+import pytest
+import torch
+from conftest import Small
+
+import tie_ext
+from tie_ext import TIENet
+from tie_ext.explain import Layers, _nearest, explain
+
+N = 3
+"""Classes."""
+
+
+def bars(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of three classes, a bar at the top, in the middle or at the bottom, on weak noise."""
+    x, y = 0.2 * torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(seed)), torch.arange(count) % N
+    for image, label in zip(x, y.tolist(), strict=True):
+        image[:, 9 * label : 9 * label + 6] += 0.6
+    return x, y
+
+
+@pytest.fixture(scope="module")
+def trained() -> Small:
+    """A plain classifier, without TIE, that knows its classes."""
+    torch.manual_seed(0)
+    model, (x, y) = Small(N), bars(120, 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def found(trained):
+    return explain(trained, [bars(120, 0)], N, per_class=2, steps=60)
+
+
+def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apart(trained, found):
+    assert found.inversions.shape == found.nearest.shape == (N, 2, 1, 28, 28)
+    assert 0 <= found.inversions.min() < found.inversions.max() <= 1
+    asked = torch.arange(N).repeat_interleave(2)
+    assert found.agreement == (trained(found.inversions.flatten(0, 1)).argmax(1) == asked).double().mean()
+    assert found.agreement > 0.8
+
+
+def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):
+    (x, y), images, net = bars(120, 0), torch.rand(2 * N, 1, 28, 28), found.layers.net
+    nearest = _nearest(net, images, 2, [(x[:60], y[:60]), (x[60:], y[60:])])
+    with torch.no_grad():
+        distance = torch.cdist(net.features(images), net.features(x))
+    for row in range(2 * N):
+        own = (y == row // 2).nonzero().flatten()
+        assert torch.equal(nearest[row // 2, row % 2], x[own[distance[row, own].argmin()]])
+    assert (distance.argmin(1) % N != torch.arange(2 * N) // 2).any()  # of another class some are nearer
+    assert torch.equal(found.nearest, _nearest(net, found.inversions.flatten(0, 1), 2, [(x, y)]))
+
+
+def test_layers_are_read_in_deviations_from_all_id_images(found):
+    x = bars(30, 1)[0]
+    layers, head = found.layers, found.layers.head
+    every = layers.read(bars(120, 0)[0])
+    z = (layers.read(x) - every.mean(0)) / every.std(0)
+    usual = (every.std(0) > 1e-3 * (1 + every.mean(0).abs())).all()
+    far = layers.far(x)
+    assert far.shape == (30, len(layers.names))
+    if usual:
+        assert torch.allclose(far[:, -1], z[:, : head.feature_size].square().mean(1).sqrt(), rtol=1e-3)
+        assert torch.allclose(far[:, 0], z[:, head.feature_size :][:, : layers.sizes[0]].square().mean(1).sqrt(), rtol=1e-3)
+    assert head.feature_size + sum(layers.sizes) == every.shape[1]
+
+
+def test_what_is_odd_is_outside_and_what_is_usual_is_not(found):
+    layers = found.layers
+    with pytest.raises(ValueError, match="held-out"):
+        layers.outside(torch.rand(1, 1, 28, 28))
+    layers.hold([bars(100, 2)])
+    usual, odd = layers.outside(bars(60, 3)[0]), layers.outside((torch.rand(20, 1, 28, 28) > 0.5).float())
+    assert (usual.times > 1).float().mean() < 0.15
+    assert abs(float(usual.share.mean()) - 0.5) < 0.15
+    assert (odd.times > 1).all()
+    assert (odd.share == 0).all()
+    assert odd.far.min() > usual.far.median()
+
+
+def test_the_same_seed_gives_the_same_and_leaves_the_network_as_it_was(trained):
+    before, random = copy.deepcopy(trained.state_dict()), torch.random.get_rng_state()
+    first, again, other = (explain(trained, [bars(30, 0)], N, per_class=1, steps=2, seed=seed).inversions for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("garbage", ["linear", "layers"])
+def test_a_network_with_a_garbage_class_is_copied(garbage):
+    net = TIENet(Small(N), N, (1, 28, 28), garbage=garbage).eval()
+    before = copy.deepcopy(net.state_dict())
+    of = explain(net, [bars(30, 0)], per_class=1, steps=1).layers.net
+    assert of is not net
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_what_cannot_be_explained_is_refused(trained):
+    for arguments, said in (
+        (([],), "empty loader"),
+        (([bars(30, 0)],), "num_classes"),
+        (([(bars(30, 0)[0], torch.zeros(30, dtype=torch.long))], N), "of class 1"),
+        (([(bars(30, 0)[0] + 1, bars(30, 0)[1])], N), "range|between"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            explain(trained, *arguments, steps=1)
+
+
+def test_it_is_at_the_front_door():
+    assert tie_ext.explain is explain
+    assert Layers(TIENet(Small(N), N, (1, 28, 28), garbage="layers").eval(), [bars(6, 0)]).names[-1] == "features"

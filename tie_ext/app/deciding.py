@@ -1,0 +1,39 @@
+"""How a run decides: by which detector, and by which line."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from tie_ext.app.combining import COMBINED, FALSE_ALARM
+from tie_ext.app.run import OWN, load_combined, load_scores
+from tie_ext.decision import Decision, conformal_threshold
+from tie_ext.network import TIENet
+from tie_ext.pytorch_ood import TIEDetector
+
+
+def decider(net: TIENet, folder: Path, false_alarm: float | None = None) -> Callable[[Tensor], Decision]:
+    """The decision of a run: by a line on the score of its combination; where it has none, on the network's own, or by the paper's rule.
+
+    The line is drawn on ID test images as the run scored them.
+
+    Arguments:
+        net: The network of the run.
+        folder: The run folder.
+        false_alarm: Share of ID images that may be rejected; None for the paper's rule, or :data:`FALSE_ALARM` where there is a combination.
+
+    Raises:
+        FileNotFoundError: If the scores are needed and not there.
+        ValueError: If a file is damaged or foreign, or there are too few ID test images for such a line.
+    """
+    combined = load_combined(folder)
+    if combined is None and false_alarm is None:
+        return net.decide
+    detector = TIEDetector(net) if combined is None else combined
+    labels, of = OWN if combined is None else (COMBINED,), load_scores(folder / "scores.safetensors")
+    label = next((label for label in labels if label in of), None)
+    if label is None:
+        raise ValueError(f"Expected scores of {' or '.join(labels)} in {folder / 'scores.safetensors'}, but got those of {', '.join(of)}")
+    detector.false_alarm = FALSE_ALARM if false_alarm is None else false_alarm
+    detector.threshold = conformal_threshold(of[label]["id"], detector.false_alarm)
+    return detector.decide
