@@ -130,8 +130,8 @@ def test_score_and_a_threshold_work_as_on_a_trained_run(run, folder, capsys):
     for place in (run, run / "network.safetensors"):
         assert main(["score", str(place), "--false-alarm", "0.25", *images_of(folder)]) == 0
         rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-        assert {row["label"] for row in rows} <= {"bright", "dark"}
-        assert sum(row["level"] != "0" for row in rows) in (2, 3)  # one is the threshold, give or take its last bit
+        assert {row["label"] for row in rows} <= {"bright", "dark", ""}
+        assert sum(row["level"] != "accepted" for row in rows) in (2, 3)  # one is the threshold, give or take its last bit
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
         threshold = line[above].item()
         for row in rows:
             above_it = float(row["score"]) - threshold
-            assert abs(above_it) < 1e-3 or (row["level"] != "0") == (above_it > 0)  # which side a rounded score is of is not to be seen
+            assert abs(above_it) < 1e-3 or (row["level"] != "accepted") == (above_it > 0)  # which side a rounded score is of is not to be seen
         assert all(abs(float(row["score"]) - score) < 1e-3 * (1 + abs(score)) for row, score in zip(rows, _by_path(test, scores), strict=True))
     assert main(["report", str(out)]) == 0
     assert (out / "figures" / "scores_combined.png").is_file()
@@ -209,7 +209,7 @@ def test_other_architectures_are_made_again_from_the_record(name, channels, fold
     logits = model((test.x.float() / 255 - mean) / std)
     assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
     capsys.readouterr()
-    assert main(["score", str(out), *images_of(folder)]) == 0
+    assert main(["score", str(out), "--every-label", *images_of(folder)]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [row["label"] for row in rows] == [("bright", "dark")[i] for i in logits.argmax(1)]
     kept = load_state(out / "scores.safetensors", "scores")["attached"]["id"]

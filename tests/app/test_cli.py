@@ -79,8 +79,8 @@ def test_score_gives_one_row_an_image(run, folder, capsys, how):
     out = capsys.readouterr().out
     rows = list(csv.DictReader(out.splitlines())) if how == "csv" else [json.loads(line) for line in out.splitlines()]
     assert [row["image"] for row in rows] == images
-    assert {row["label"] for row in rows} <= {"bright", "dark"}
-    assert all(int(row["level"]) in (0, 1, 2) and 0 <= float(row["uncertainty"]) <= 1 and float(row["score"]) for row in rows)
+    assert all((row["label"] in ("bright", "dark")) == (row["level"] == "accepted") for row in rows)
+    assert all(row["level"] in ("accepted", "garbage", "uncertain") and 0 <= float(row["uncertainty"]) <= 1 and float(row["score"]) for row in rows)
 
 
 def test_score_by_a_threshold_rejects_no_more_test_images_than_asked(run, folder, capsys):
@@ -88,10 +88,61 @@ def test_score_by_a_threshold_rejects_no_more_test_images_than_asked(run, folder
     for rate, most in ((0.25, 3), (0.5, 6)):
         assert main(["score", str(run), "--false-alarm", str(rate), *images]) == 0
         rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-        kept = [float(row["score"]) for row in rows if row["level"] == "0"]
-        rejected = [float(row["score"]) for row in rows if row["level"] != "0"]
+        kept = [float(row["score"]) for row in rows if row["level"] == "accepted"]
+        rejected = [float(row["score"]) for row in rows if row["level"] != "accepted"]
         assert len(rejected) in (most - 1, most)  # the run scored these very images: one is the threshold, give or take its last bit
         assert max(kept) < min(rejected)
+
+
+def rows_of(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_score_goes_through_folders_and_says_the_same_as_of_each_file(run, folder, tmp_path, capsys):
+    files = [
+        str(folder / split / label / f"{i}.png") for split in ("test", "train") for label in ("bright", "dark") for i in sorted(range(6), key=str)
+    ]
+    deep = tmp_path / "images"
+    for i, file in enumerate(files * 8):  # more than this process decodes by itself
+        (deep / f"{i % 3}" / "below").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, deep / f"{i % 3}" / "below" / f"{i:03d}.png")
+    (deep / "notes.txt").write_text("no image")
+    assert main(["score", str(run), str(deep), "--every-label", "--out", str(tmp_path / "rows.csv")]) == 0
+    assert capsys.readouterr().out == ""
+    rows = rows_of((tmp_path / "rows.csv").read_text())
+    assert [row["image"] for row in rows] == sorted(str(file) for file in deep.rglob("*.png"))
+    assert main(["score", str(run), "--every-label", *files]) == 0
+    alone = {row["image"]: row for row in rows_of(capsys.readouterr().out)}
+    for row in rows:
+        of = alone[files[int(Path(row["image"]).stem) % len(files)]]
+        assert (row["label"], row["level"]) == (of["label"], of["level"])
+        assert float(row["score"]) == pytest.approx(float(of["score"]), abs=1e-3)
+
+
+def test_an_image_is_named_where_it_is_believed_unless_asked(run, folder, tmp_path, capsys):
+    Image.effect_noise((28, 28), 200).save(tmp_path / "noise.png")
+    for more, named in (([], False), (["--every-label"], True)):
+        assert main(["score", str(run), "--false-alarm", "0.9", str(folder / "test"), str(tmp_path / "noise.png"), *more]) == 0
+        rows = rows_of(capsys.readouterr().out)
+        assert {row["level"] for row in rows} > {"accepted"}
+        assert all((row["label"] != "") == (named or row["level"] == "accepted") for row in rows)
+
+
+def test_a_file_that_is_no_image_loses_no_other_row(run, folder, tmp_path, capsys):
+    shutil.copytree(folder / "test", tmp_path / "images")
+    for name in ("0.png", "3.png"):
+        (tmp_path / "images" / "dark" / name).write_bytes(b"no image")
+    for how in ("csv", "jsonl"):
+        assert main(["score", str(run), str(tmp_path / "images"), "--format", how]) == 1
+        said = capsys.readouterr()
+        rows = rows_of(said.out) if how == "csv" else [json.loads(line) for line in said.out.splitlines()]
+        assert len(rows) == 12
+        broken = [row for row in rows if row["level"] == "unreadable"]
+        assert [Path(row["image"]).name for row in broken] == ["0.png", "3.png"]
+        assert all(not row[name] for row in broken for name in ("label", "uncertainty", "score"))
+        assert "0.png, but got: " in said.err
+        assert "1 others are none either" in said.err
+        assert said.err.count("\n") == 1
 
 
 def test_report_is_one_page_that_needs_nothing_else(run, capsys):
@@ -199,6 +250,8 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
         (["score", "nowhere", "x.png"], "Expected a tie_ext network file at"),
         (["score", "RUN", "x.png", "--false-alarm", "0.01"], "Expected at least 99 ID images"),
         (["score", "ALONE", "x.png", "--false-alarm", "0.1"], "Expected a tie_ext scores file at"),
+        (["score", "RUN", "."], "Expected images in . or below it, but got none"),
+        (["score", "RUN", "RUN/figures/../../nothing.png", "--out", "nowhere/rows"], "Expected to write rows to nowhere/rows, but got: No such file"),
         (["report", "nowhere"], "Expected a run with a run.json"),
         (["train", "--resume", "nowhere"], "Expected a run with a run.json"),
         (["train", "--data", "nothing", "--out", "new"], "Expected a data set, one of mnist"),
@@ -237,6 +290,7 @@ def test_what_is_wrong_is_said_in_one_line(run, capsys, tmp_path, monkeypatch, a
         (["score", "RUN", "x.png", "--false-alarm", "2"], "Expected --false-alarm to be a number in (0, 1], but got 2.0"),
         (["score", "RUN", "x.png", "--false-alarm", "0"], "Expected --false-alarm to be a number in (0, 1], but got 0.0"),
         (["score", "RUN", "x.png", "--false-alarm", "nan"], "Expected --false-alarm to be a number in (0, 1], but got nan"),
+        (["score", "RUN", "x.png", "--device", "abacus"], "Expected --device to be one that torch has here"),
         (["demo", "--out", "new", "--seed", "-1"], "Expected --seed to be an integer in [0, "),
         (["reproduce", "--out", "new", "--methods", "tie", "magic"], "Expected a method, one of tie, "),
         (["reproduce", "--out", "new", "--data", "mnist", "imagenette"], "Expected a data set, one of mnist, "),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tie_ext.app import models, run
 from tie_ext.app.combining import COMBINED, combined_scores
-from tie_ext.app.data import ScaledBatches
+from tie_ext.app.data import ImageBatches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.attach import attach
 from tie_ext.outliers.procedural import Procedural
@@ -90,7 +90,7 @@ def attach_run(
         say(test.note)
     with locked(folder):
         _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
-        batches = ScaledBatches(images, settings.batch_size, Ranged(low, high))
+        batches = ImageBatches(images, settings.batch_size, scale=Ranged(low, high))
         net = attach(model, batches, len(images.classes), low, high, images.classes, seed=settings.seed, progress=progress)
         numbers, scores = evaluate(net, test, ood, images)
         about = {"test_images": test.note} if test.note else {}

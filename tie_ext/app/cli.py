@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
@@ -205,27 +205,44 @@ def _attach(a: argparse.Namespace) -> None:
 
 
 def _score(a: argparse.Namespace) -> None:
-    from tie_ext.app import data, run
+    from tie_ext.app import run, scoring
 
+    check_flags({"device": a.device})
     if a.false_alarm is not None:
         with usage():
             check_number("--false-alarm", a.false_alarm, 0, 1, above=True)
-    net = run.load_network(a.run)
+    net = run.load_network(a.run).to(a.device)
     decide = _decider(net, a.run if a.run.is_dir() else a.run.parent, a.false_alarm)
-    if net.image_shape is None or net.image_shape[0] not in (1, 3) or net.image_shape[1] != net.image_shape[2]:
-        raise ValueError(f"Expected a network for square images, grey or of three colours, but got one for images {net.image_shape}")
-    channels, size, _ = net.image_shape
-    out = csv.writer(sys.stdout) if a.format == "csv" else None
-    if out:
-        out.writerow(["image", "label", "level", "uncertainty", "score"])
-    for start in range(0, len(a.images), 256):
-        paths = a.images[start : start + 256]
-        x = torch.stack([data.read_image(path, channels, size) for path in paths]).float() / 255
-        for path, row in zip(paths, _rows(net, decide(net.scaled(x))), strict=True):
-            if out:
-                out.writerow([path, *row.values()])
+    rows = scoring.scored(net, decide, scoring.listed(a.images), a.every_label, _interactive() and (a.out is not None or not sys.stdout.isatty()))
+    broken = []
+    with _written(a.out) as out:
+        table = csv.DictWriter(out, scoring.COLUMNS) if a.format == "csv" else None
+        for i, (row, error) in enumerate(rows):
+            if table and i == 0:
+                table.writeheader()
+            if table:
+                table.writerow(row)
             else:
-                print(json.dumps({"image": str(path), **row}))
+                out.write(json.dumps(row) + "\n")
+            if error is not None:
+                broken.append(error)
+            if (i + 1) % scoring.BATCH == 0:
+                out.flush()
+    if broken:
+        raise ValueError(broken[0] + (f"; {len(broken) - 1} others are none either, see {scoring.UNREADABLE!r}" if len(broken) > 1 else ""))
+
+
+@contextmanager
+def _written(path: Path | None) -> Iterator[TextIO]:
+    """A file that rows are written to as they come; the standard output where there is no path."""
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        with open(path, "w", newline="") as out:
+            yield out
+    except OSError as error:
+        raise OSError(f"Expected to write rows to {path}, but got: {error.strerror or error}") from error
 
 
 def _decider(net: TIENet, folder: Path, false_alarm: float | None) -> Callable[[Tensor], Decision]:
@@ -240,7 +257,7 @@ def _decider(net: TIENet, folder: Path, false_alarm: float | None) -> Callable[[
     combined = load_combined(folder)
     if combined is None and false_alarm is None:
         return net.decide
-    detector = TIEDetector(net) if combined is None else combined
+    detector = TIEDetector(net) if combined is None else combined.to(net.low.device)
     labels, of = OWN if combined is None else (COMBINED,), load_scores(folder / "scores.safetensors")
     label = next((label for label in labels if label in of), None)
     if label is None:
@@ -248,14 +265,6 @@ def _decider(net: TIENet, folder: Path, false_alarm: float | None) -> Callable[[
     detector.false_alarm = FALSE_ALARM if false_alarm is None else false_alarm
     detector.threshold = conformal_threshold(of[label]["id"], detector.false_alarm)
     return detector.decide
-
-
-def _rows(net: TIENet, decision: Decision) -> list[dict]:
-    columns = (field.tolist() for field in decision)
-    return [
-        {"label": net.classes[label] if net.classes else label, "level": level, "uncertainty": round(u, 6), "score": round(score, 4)}
-        for label, u, score, level in zip(*columns, strict=True)
-    ]
 
 
 def _report(a: argparse.Namespace) -> None:

@@ -81,10 +81,14 @@ def make_parser() -> argparse.ArgumentParser:
     attach.add_argument("--std", type=float, nargs="+", metavar="X", help="what they were divided by then; both a number, or one a channel")
     attach.add_argument("--seed", type=int, help="of the subset, the held-out images and the garbage class (default: 0)")
 
-    score = commands.add_parser("score", help="label, level, uncertainty and score of images, a row each")
-    score.add_argument("run", type=Path, metavar="RUN")
-    score.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    score.add_argument("--format", choices=("csv", "jsonl"), default="csv")
+    says = "label, level, uncertainty and score of images, a row each"
+    score = commands.add_parser("score", help=says, description=says)
+    score.add_argument("run", type=Path, metavar="RUN", help="run folder, or a network's file")
+    score.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, and folders with all that is below them")
+    score.add_argument("--out", type=Path, metavar="FILE", help="write rows there (default: standard output)")
+    score.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default: csv")
+    score.add_argument("--every-label", action="store_true", help="name the likeliest class of a rejected image too")
+    score.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute, as torch says it")
     score.add_argument(
         "--false-alarm",
         type=float,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tie_ext.app import data, models
 from tie_ext.app.combining import COMBINED, combined_scores
-from tie_ext.app.data import ImageSet, training_batches
+from tie_ext.app.data import Images, training_batches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.backbones import BACKBONES
 from tie_ext.checkpoint import check_settings
@@ -86,6 +86,8 @@ class ImageSettings:
     """Sets whose validation images are scored too, as ``val:NAME``: settings may be chosen by them, and by none of the others."""
     download: bool = False
     """Let torchvision download what is missing."""
+    in_memory: str = "auto"
+    """Where the images of folders are kept while they are used, of :data:`tie_ext.app.data.IN_MEMORY`."""
 
     def __post_init__(self) -> None:
         for name, kind in (("data", str), ("root", str), ("backbone", str), ("download", bool)):
@@ -95,6 +97,8 @@ class ImageSettings:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
                 raise ValueError(f"Expected {name} to be names of image sets, but got {value!r}")
+        if self.in_memory not in data.IN_MEMORY:
+            raise ValueError(f"Expected in_memory to be one of {', '.join(data.IN_MEMORY)}, but got {self.in_memory!r}")
         for name, low, high in (("images", 1, 10**9), ("size", 1, LARGEST), ("batch_size", 1, 10**6)):
             if getattr(self, name) is not None or name == "batch_size":
                 check_number(name, getattr(self, name), low, high, integer=True)
@@ -127,7 +131,7 @@ class RunSettings(ImageSettings):
         return {**super().record(), "recipe": self.recipe.record()}
 
 
-def load_images(settings: ImageSettings, seed: int, channels: int | None = None) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+def load_images(settings: ImageSettings, seed: int, channels: int | None = None) -> tuple[Images, Images, dict[str, Images]]:
     """ID training set, ID test set and OOD sets of a run.
 
     Arguments:
@@ -146,21 +150,27 @@ def load_images(settings: ImageSettings, seed: int, channels: int | None = None)
         raise ValueError(f"Expected to read the images of {shorten(settings.data, 80)}, but got: {error.strerror or error}") from error
 
 
-def _images(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
-    root, download = settings.root, settings.download
+def _images(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> tuple[Images, Images, dict[str, Images]]:
+
+    def read(name: str, split: str, most: int | None = None) -> Images:
+        images = data.load(name, split, settings.root, shape, settings.download, seed, in_memory="no")
+        return data.kept(images.first(most, seed), settings.in_memory)
+
+    train: Images
+    test: Images
+    others: dict[str, Images]
     if settings.data == "demo":
-        train, test, others = data.demo()
-        train, test, *shaped = (replace(images, x=data.reshape(images.x, *shape[:2])) for images in (train, test, *others.values()))
-        others = dict(zip(others, shaped, strict=True))
+        whole, test, found = data.demo()
+        train, test, *shaped = (replace(images, x=data.reshape(images.x, *shape[:2])) for images in (whole, test, *found.values()))
+        train, others = train.first(settings.images, seed), dict(zip(found, shaped, strict=True))
     else:
-        train = data.load(settings.data, "train", root, shape, download, seed)
-        test = data.load(settings.data, "test", root, shape, download, seed)
+        train, test = read(settings.data, "train", settings.images), read(settings.data, "test")
         others = {"noise": data.noise("gaussian", min(len(test), 10_000), shape)}
     if test.classes != train.classes:
         raise ValueError(f"Expected the same classes in training and test images, but got {train.classes} and {test.classes}")
-    validation = {f"val:{name}": data.load(name, "val", root, shape, download) for name in settings.val_ood}
-    ood = {name: data.load(name, "ood", root, shape, download) for name in settings.ood}
-    return train.first(settings.images, seed), test, validation | ood | others
+    validation = {f"val:{name}": read(name, "val") for name in settings.val_ood}
+    ood = {name: read(name, "ood") for name in settings.ood}
+    return train, test, validation | ood | others
 
 
 def train_run(
@@ -212,7 +222,7 @@ def _refuse_a_run(folder: Path) -> None:
 
 
 def train_on(
-    folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str = "cpu", progress: bool = False
+    folder: Path, settings: RunSettings, images: Images, test: Images, ood: Mapping[str, Images], device: str = "cpu", progress: bool = False
 ) -> dict:
     """Train in a folder that this process has locked, from where it stands to the last epoch, and score the test images.
 
@@ -380,7 +390,7 @@ def save_snapshot(
     net: TIENet,
     synthesizers: Sequence[Synthesizer],
     garbage: Callable[[int], Tensor],
-    test: ImageSet,
+    test: Images,
     per_class: int = 8,
     points: int = 500,
 ) -> None:
@@ -398,7 +408,7 @@ def save_snapshot(
     """
     n, device = net.num_classes, net.low.device
     state: dict[str, Tensor] = {}
-    some = test.first(points)
+    some = test.first(points).loaded()
     with seeded(epoch), frozen(net):
         for i, synthesizer in enumerate(synthesizers):
             if isinstance(synthesizer, Inversion):
