@@ -14,7 +14,7 @@ import torch
 from conftest import Small, make_net
 from torch import nn
 
-from tie_ext import Combined, Conv3, TIENet
+from tie_ext import Combined, Conv3, TIEDetector, TIENet
 from tie_ext.app import attaching, cli, data, models
 from tie_ext.app import run as run_module
 from tie_ext.app.cli import main
@@ -89,6 +89,7 @@ def test_a_run_says_what_it_did_and_its_accuracy_is_the_networks_own(run, folder
     assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
     net = TIENet.load(run / "network.safetensors")
     assert torch.equal(net(test.x.float() / 255), logits)
+    assert torch.equal(TIEDetector.load(run).decide(test.x.float() / 255).score, net.decide(test.x.float() / 255).score)
     assert net.classes == ("bright", "dark")
     assert torch.equal(load_state(run / "scores.safetensors", "scores")["attached"]["id"], net.decide(test.x.float() / 255).score)
 
@@ -217,7 +218,7 @@ def test_other_architectures_are_made_again_from_the_record(name, channels, fold
     assert main(["report", str(out)]) == 0
     (out / "run.json").unlink()
     assert main(["score", str(out), *images_of(folder)]) == 1
-    assert "or the run.json of `tie-ext attach` beside it, which says what its architecture is, but got neither" in capsys.readouterr().err
+    assert "or the run.json of a run beside it, which says what its architecture is, but got neither" in capsys.readouterr().err
 
 
 def test_the_range_is_what_normalising_makes_of_black_and_white(folder, weights, tmp_path):

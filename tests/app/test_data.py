@@ -1,6 +1,7 @@
 """Image sets: how folders are read and split, parts of them, what training sees of them, noise."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tie_ext.app import data
-from tie_ext.app.data import ImageBatches, ImageSet, training_batches
+from tie_ext.app.data import ImageBatches, ImageFiles, ImageSet, training_batches
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -305,3 +306,48 @@ def test_moved_images_keep_the_memory_layout_that_backbones_expect(channels):
     x = torch.randint(0, 256, (5, channels, 28, 28), dtype=torch.uint8)
     assert data.moved(x, 2).is_contiguous()
     assert data.moved(x, 0) is x
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Two classes of as many images as workers are started for."""
+    rng = np.random.default_rng(0)
+    for label, low in (("bright", 100), ("dark", 0)):
+        (tmp_path / "set" / "train" / label).mkdir(parents=True)
+        for i in range(80):
+            image = Image.fromarray(rng.integers(low, low + 156, (12, 9, 3), dtype=np.uint8))
+            image.save(tmp_path / "set" / "train" / label / f"{i}.jpg")
+    shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "test")
+    return tmp_path / "set"
+
+
+def test_images_on_disk_are_those_in_memory_to_the_last_bit(drawn):
+    memory, disk = (data.load(f"folder:{drawn}", "train", shape=(3, 10, 10), in_memory=where) for where in ("yes", "no"))
+    assert (type(memory), type(disk)) == (ImageSet, ImageFiles)
+    assert (disk.shape, len(disk), disk.classes) == (memory.shape, len(memory), memory.classes)
+    assert torch.equal(disk[3][0], memory[3][0])
+    assert torch.equal(disk.first(70).loaded().x, memory.first(70).x)
+    drawn_so = []
+    for images in (memory, disk, disk):
+        torch.manual_seed(1)
+        batches = ImageBatches(images, 48, shuffle=True, shift=2)
+        drawn_so.append([*(part for batch in batches for part in batch), torch.rand(3)])
+    assert [len(batch) for batch in drawn_so[0][:-1:2]] == [48, 48, 48, 16]
+    assert all(torch.equal(a, b) for other in drawn_so[1:] for a, b in zip(drawn_so[0], other, strict=True))
+
+
+def test_a_folder_is_in_memory_where_it_fits_the_budget(drawn, monkeypatch):
+    for budget, kind in ((160 * 300, ImageSet), (160 * 300 - 1, ImageFiles)):
+        monkeypatch.setattr(data, "BUDGET", budget)
+        assert type(data.load(f"folder:{drawn}", "train", shape=(3, 10, 10), in_memory="auto")) is kind
+    with pytest.raises(ValueError, match="Expected in_memory to be one of auto, yes, no, but got 'often'"):
+        data.load(f"folder:{drawn}", "train", in_memory="often")
+
+
+def test_a_broken_image_on_disk_is_named_by_the_worker_that_finds_it(drawn):
+    (drawn / "train" / "dark" / "7.jpg").write_bytes(b"no image")
+    images = data.load(f"folder:{drawn}", "train", shape=(3, 10, 10), in_memory="no")
+    for read in (images.check, lambda: list(ImageBatches(images))):
+        with pytest.raises(ValueError, match=r"Expected an image file at .*dark/7\.jpg, but got: ") as error:
+            read()
+        assert "\n" not in str(error.value)

@@ -12,7 +12,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
 from torch import Tensor
 
 from tie_ext.app.flags import UsageError, check_flags, make_parser, recipe_of, usage
@@ -164,11 +163,10 @@ def _is_demo(folder: Path, settings: "RunSettings") -> bool:
 
 
 def _train(a: argparse.Namespace) -> None:
-    from tie_ext.app import data, report, run
+    from tie_ext.app import data, models, processes, report, run
 
     check_flags(vars(a))
-    given = {name: value for name, value in vars(a).items() if name != "name"}
-    device = given.pop("device", "cuda" if torch.cuda.is_available() else "cpu")
+    given = {name: value for name, value in vars(a).items() if name not in ("name", "device")}
     folder, settings = given.get("resume"), None
     if folder is not None:
         if other := sorted(set(given) - {"resume"}):
@@ -179,11 +177,17 @@ def _train(a: argparse.Namespace) -> None:
     else:
         given = {"garbage": "layers", **given}
         folder, recipe = given.pop("out"), recipe_of({"prior": "procedural" if given["garbage"] == "layers" else "multiscale", **given})
-        for name in ("ood", "val_ood"):
+        for name in ("ood", "val_ood", "mean", "std"):
             given[name] = tuple(given.get(name, ()))
         given.setdefault("backbone", "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5")
-        settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
-    record = run.train_run(folder, settings, device, progress=_interactive(), say=print)
+        with usage():
+            models.check_name(given["backbone"])
+            settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
+    with processes.together(a.device) as device:
+        first = processes.first()
+        record = run.train_run(folder, settings, device, progress=first and _interactive(), say=print if first else None)
+    if not first:
+        return
     print(report.tables({"TIE": record["numbers"]}))
     print(report.worst_validation(record["numbers"]), end="")
     print(f"run: {folder}; pictures: tie-ext report {folder}")

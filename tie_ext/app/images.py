@@ -63,6 +63,15 @@ class Images(ABC):
     def __len__(self) -> int:
         return len(self.y)
 
+    def check(self) -> None:
+        """Read each once, so that what is wrong with the last is known before the work that comes before it.
+
+        Raises:
+            ValueError: If one cannot be read.
+        """
+        for _ in self.parts(torch.arange(len(self)).split(PIECE)):
+            pass
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image ``(C, S, S)`` as float in [0, 1], and its label: so that it is a data set for torch's DataLoader."""
         (x,) = self.parts([torch.tensor([index])])
@@ -140,6 +149,9 @@ class ImageSet(Images):
     def loaded(self) -> "ImageSet":
         """Itself."""
         return self
+
+    def check(self) -> None:
+        """Nothing, as they have been read."""
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,13 @@ def channels_of(name: str, weights: Mapping[str, Tensor], path: str | Path) -> i
     return w.shape[1]
 
 
+def outputs_of(name: str, channels: int, weights: Mapping[str, Tensor], otherwise: int) -> int:
+    """How many classes weights are for, which their last linear layer says; ``otherwise`` where they have none."""
+    linear = [key for key, part in build_plan(name, channels, 2).named_modules() if isinstance(part, nn.Linear)]
+    w = weights.get(f"{'fc' if 'fc' in linear else linear[-1]}.weight") if linear else None
+    return otherwise if w is None or w.ndim != 2 else len(w)
+
+
 def load(name: str, channels: int, num_classes: int, weights: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     """A trained model, in evaluation mode, on the CPU.
 
