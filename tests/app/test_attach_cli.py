@@ -425,7 +425,7 @@ def test_timm_is_asked_for_by_name_and_need_not_be_there(folder, weights, tmp_pa
     assert main(attach(folder, weights, tmp_path / "new", backbone="timm:resnet18")) == 1
     error = capsys.readouterr().err
     assert error.startswith("tie-ext: Expected timm to be installed for timm:resnet18, but got: ")
-    assert error.endswith("; pip install timm\n")
+    assert error.endswith("; pip install 'tie_ext[timm]'\n")
     assert not (tmp_path / "new").exists()
 
 

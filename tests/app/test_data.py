@@ -1,7 +1,10 @@
 """Image sets: how folders are read and split, parts of them, what training sees of them, noise."""
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -351,3 +354,28 @@ def test_a_broken_image_on_disk_is_named_by_the_worker_that_finds_it(drawn):
         with pytest.raises(ValueError, match=r"Expected an image file at .*dark/7\.jpg, but got: ") as error:
             read()
         assert "\n" not in str(error.value)
+
+
+GROWTH = """
+import sys, torch
+from tie_ext.app import data
+from tie_ext.support.provenance import peak_memory
+
+images = data.load(f"folder:{sys.argv[1]}", "train", shape=(3, 224, 224), in_memory="auto")
+peaks = []
+for some in (images.first(300), images):
+    seen = sum(float(x[0, 0, 0, 0]) >= 0 for x, _ in data.training_batches(some, 64))
+    peaks.append(peak_memory())
+print(peaks[1] - peaks[0])
+"""
+"""Memory that ten times as many images take."""
+
+
+def test_memory_does_not_grow_with_a_folder_that_is_larger_than_the_budget(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.effect_noise((32, 32), 60).convert("RGB").save(tmp_path / "train" / "a" / "0.jpg")
+    for i in range(1, 3000):
+        os.link(tmp_path / "train" / "a" / "0.jpg", tmp_path / "train" / "a" / f"{i}.jpg")
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150  # where all of them are 450 MB

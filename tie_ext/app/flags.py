@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     said = f"what garbage begins with: {', '.join(PRIORS)}, likewise (default: procedural; with linear, multiscale)"
     method.add_argument("--prior", metavar="NAME", help=said)
 
-    usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN [flags]"
+    usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ..."
     says = "give a trained network a garbage class, without training it again"
     attach = _command(commands, "attach", says, f"{WEIGHTS} {FOLDERS}", argument_default=argparse.SUPPRESS, usage=usage)
     attach.add_argument_group("output").add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder, a new one")

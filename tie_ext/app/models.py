@@ -178,7 +178,7 @@ def _maker(name: str) -> Callable[[int, int], nn.Module]:
         try:
             import timm
         except ImportError as error:
-            raise ImportError(f"Expected timm to be installed for {name}, but got: {error}; pip install timm") from error
+            raise ImportError(f"Expected timm to be installed for {name}, but got: {error}; pip install 'tie_ext[timm]'") from error
         _check_in(arch, timm.list_models(), registry)
         return lambda channels, n: timm.create_model(arch, pretrained=False, num_classes=n, in_chans=channels)
     raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, torchvision:NAME or timm:NAME, but got {name!r}")
