@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from tie_ext.app.run import load_network
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 SMALL = ["--backbone", "conv3", "--images", "400", "--shift", "0", "--batch-size", "32", "--device", "cpu"]
-METHOD = ["--garbage", "linear", "--synthesizer", "white", "--epochs", "4", "--candidates-per-class", "10", "--pool-size", "200", "--lam", "5"]
+METHOD = ["--garbage", "linear", "--synthesizer", "white", "--epochs", "6", "--candidates-per-class", "10", "--pool-size", "200", "--lam", "5"]
 TRAIN = ["train", "--data", "demo", *SMALL, *METHOD]
 
 
@@ -31,7 +30,7 @@ def together(*arguments):
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*torchrun, "-m", "tie_ext.app.cli", *arguments], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([*torchrun, "-m", "tie_ext.app.cli", *arguments], env=env, stdout=subprocess.PIPE, text=True)
 
 
 def finished(process):
@@ -59,7 +58,7 @@ def test_processes_leave_one_run_and_one_of_them_speaks(two):
     }
     record = json.loads((out / "run.json").read_text())
     assert record["processes"] == 2
-    assert len(record["log"]) == 4
+    assert len(record["log"]) == 6
     assert main(["report", str(out)]) == 0
 
 
@@ -75,9 +74,9 @@ def test_figures_are_as_one_processs(two, tmp_path):
 def test_killed_processes_go_on_and_end_bit_identical_and_as_many_have_to(two, tmp_path, capsys):
     out = tmp_path / "killed"
     process = together(*TRAIN, "--out", str(out))
-    while not (out / "epochs" / "0002.safetensors").exists() and process.poll() is None:
+    while not (out / "epochs" / "0001.safetensors").exists() and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.terminate()  # which torchrun hands on: its processes have sessions of their own
     process.communicate()
     assert main(["train", "--resume", str(out)]) == 1
     assert f"go on as torchrun --nproc-per-node 2 -m tie_ext.app.cli train --resume {out}" in capsys.readouterr().err
