@@ -74,13 +74,14 @@ def test_figures_are_as_one_processs(two, tmp_path):
 def test_killed_processes_go_on_and_end_bit_identical_and_as_many_have_to(two, tmp_path, capsys):
     out = tmp_path / "killed"
     process = together(*TRAIN, "--out", str(out))
-    while not (out / "epochs" / "0001.safetensors").exists() and process.poll() is None:
+    while not (out / "training.safetensors").exists() and process.poll() is None:
         time.sleep(0.01)
     process.terminate()  # which torchrun hands on: its processes have sessions of their own
     process.communicate()
     assert main(["train", "--resume", str(out)]) == 1
     assert f"go on as torchrun --nproc-per-node 2 -m tie_ext.app.cli train --resume {out}" in capsys.readouterr().err
     finished(together("train", "--resume", str(out)))
+    assert not list(out.glob("process-*"))
     for name in ("network.safetensors", "scores.safetensors"):
         assert (out / name).read_bytes() == (two[0] / name).read_bytes()
     assert load_network(out).image_shape == TIENet.load(two[0] / "network.safetensors").image_shape

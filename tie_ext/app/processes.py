@@ -85,10 +85,9 @@ def load(folder: Path, trainer: TIETrainer) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Take away what only going on needs; the run is done."""
-    if not first():
-        for old in folder.glob(f"process-{rank()}-*.safetensors"):
-            old.unlink()
+    """Take away what only going on needs, of the other processes too where this is the first, which asks before they begin."""
+    for old in folder.glob("process-*-*.safetensors" if first() else f"process-{rank()}-*.safetensors"):
+        old.unlink(missing_ok=True)
 
 
 def _of(folder: Path, process: int, epoch: int) -> Path:

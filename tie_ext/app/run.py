@@ -275,6 +275,8 @@ def train_on(
     trainer = settings.recipe.trainer(net, progress)
     if begun:
         processes.load(folder, trainer)
+    elif processes.first():
+        processes.clear(folder)  # of a run that was stopped in its first epoch
     # Before anything is written: it looks at the settings.
     batches = training_batches(processes.share_of(images, seed), share(settings.batch_size), settings.shift, scale if settings.mean else None)
     about: dict[str, Any] = {"test_images": test.note} if test.note else {}
