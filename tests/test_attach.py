@@ -185,6 +185,26 @@ def test_three_outliers_an_image_weigh_as_three_times_all_images(monkeypatch):
     assert len(outside.unique(dim=0)) == 180  # no outlier is there twice
 
 
+def test_images_pass_once_and_outliers_once_in_memory_that_does_not_grow(monkeypatch):
+    module, passed, kept = sys.modules["tie_ext.attach"], [], []
+    monkeypatch.setattr(module, "MEMORY", 4 * 100 * 10)
+
+    class Counted(Small):
+        def forward(self, x):
+            passed.append(len(x))
+            return super().forward(x)
+
+    monkeypatch.setattr(module, "teach", lambda head, inside, outside, *_: kept.append((inside, outside)))
+    x, y = stripes(90)
+    for times in (1, 3):
+        passed.clear()
+        attach(Counted().eval(), list(zip(x.split(10) * times, y.split(10) * times, strict=True)), 3)
+        images, outliers = 90 * times, 3 * 90 * times
+        assert images + outliers <= sum(passed) <= images + outliers + 5  # a few to try the network on
+    sizes = [sum(part.numel() for part in parts) for parts in kept]
+    assert sizes[0] == sizes[1] <= 2 * 1000
+
+
 def test_a_sample_leaves_the_rows_it_was_offered_as_they_were():
     sample, rows = Sample(10), torch.zeros(10, 2)
     sample.add(rows)

@@ -14,7 +14,7 @@ import torch
 from conftest import Small, make_net
 from torch import nn
 
-from tie_ext import Combined, Conv3, TIENet
+from tie_ext import Combined, Conv3, TIEDetector, TIENet
 from tie_ext.app import attaching, cli, data, models
 from tie_ext.app import run as run_module
 from tie_ext.app.cli import main
@@ -89,6 +89,7 @@ def test_a_run_says_what_it_did_and_its_accuracy_is_the_networks_own(run, folder
     assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
     net = TIENet.load(run / "network.safetensors")
     assert torch.equal(net(test.x.float() / 255), logits)
+    assert torch.equal(TIEDetector.load(run).decide(test.x.float() / 255).score, net.decide(test.x.float() / 255).score)
     assert net.classes == ("bright", "dark")
     assert torch.equal(load_state(run / "scores.safetensors", "scores")["attached"]["id"], net.decide(test.x.float() / 255).score)
 
@@ -130,8 +131,8 @@ def test_score_and_a_threshold_work_as_on_a_trained_run(run, folder, capsys):
     for place in (run, run / "network.safetensors"):
         assert main(["score", str(place), "--false-alarm", "0.25", *images_of(folder)]) == 0
         rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-        assert {row["label"] for row in rows} <= {"bright", "dark"}
-        assert sum(row["level"] != "0" for row in rows) in (2, 3)  # one is the threshold, give or take its last bit
+        assert {row["label"] for row in rows} <= {"bright", "dark", ""}
+        assert sum(row["level"] != "accepted" for row in rows) in (2, 3)  # one is the threshold, give or take its last bit
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
         threshold = line[above].item()
         for row in rows:
             above_it = float(row["score"]) - threshold
-            assert abs(above_it) < 1e-3 or (row["level"] != "0") == (above_it > 0)  # which side a rounded score is of is not to be seen
+            assert abs(above_it) < 1e-3 or (row["level"] != "accepted") == (above_it > 0)  # which side a rounded score is of is not to be seen
         assert all(abs(float(row["score"]) - score) < 1e-3 * (1 + abs(score)) for row, score in zip(rows, _by_path(test, scores), strict=True))
     assert main(["report", str(out)]) == 0
     assert (out / "figures" / "scores_combined.png").is_file()
@@ -209,7 +210,7 @@ def test_other_architectures_are_made_again_from_the_record(name, channels, fold
     logits = model((test.x.float() / 255 - mean) / std)
     assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
     capsys.readouterr()
-    assert main(["score", str(out), *images_of(folder)]) == 0
+    assert main(["score", str(out), "--every-label", *images_of(folder)]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [row["label"] for row in rows] == [("bright", "dark")[i] for i in logits.argmax(1)]
     kept = load_state(out / "scores.safetensors", "scores")["attached"]["id"]
@@ -217,7 +218,7 @@ def test_other_architectures_are_made_again_from_the_record(name, channels, fold
     assert main(["report", str(out)]) == 0
     (out / "run.json").unlink()
     assert main(["score", str(out), *images_of(folder)]) == 1
-    assert "or the run.json of `tie-ext attach` beside it, which says what its architecture is, but got neither" in capsys.readouterr().err
+    assert "or the run.json of a run beside it, which says what its architecture is, but got neither" in capsys.readouterr().err
 
 
 def test_the_range_is_what_normalising_makes_of_black_and_white(folder, weights, tmp_path):
@@ -424,7 +425,7 @@ def test_timm_is_asked_for_by_name_and_need_not_be_there(folder, weights, tmp_pa
     assert main(attach(folder, weights, tmp_path / "new", backbone="timm:resnet18")) == 1
     error = capsys.readouterr().err
     assert error.startswith("tie-ext: Expected timm to be installed for timm:resnet18, but got: ")
-    assert error.endswith("; pip install timm\n")
+    assert error.endswith("; pip install 'tie_ext[timm]'\n")
     assert not (tmp_path / "new").exists()
 
 

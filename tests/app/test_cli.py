@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from tie_ext import EpochLog, TIENet, TIETrainer
-from tie_ext.app import cli, data, report
+from tie_ext import EpochLog, TIEDetector, TIENet, TIETrainer, __version__
+from tie_ext.app import cli, data, models, report
 from tie_ext.app.cli import DEMO, main
-from tie_ext.app.run import written
+from tie_ext.app.flags import make_parser
+from tie_ext.app.images import ImageFiles
+from tie_ext.app.run import load_network, written
 from tie_ext.bench import comparison
 from tie_ext.decision import Decision, conformal_threshold
 from tie_ext.support import files
@@ -80,8 +82,8 @@ def test_score_gives_one_row_an_image(run, folder, capsys, how):
     out = capsys.readouterr().out
     rows = list(csv.DictReader(out.splitlines())) if how == "csv" else [json.loads(line) for line in out.splitlines()]
     assert [row["image"] for row in rows] == images
-    assert {row["label"] for row in rows} <= {"bright", "dark"}
-    assert all(int(row["level"]) in (0, 1, 2) and 0 <= float(row["uncertainty"]) <= 1 and float(row["score"]) for row in rows)
+    assert all((row["label"] in ("bright", "dark")) == (row["level"] == "accepted") for row in rows)
+    assert all(row["level"] in ("accepted", "garbage", "uncertain") and 0 <= float(row["uncertainty"]) <= 1 and float(row["score"]) for row in rows)
 
 
 def test_score_by_a_threshold_rejects_no_more_test_images_than_asked(run, folder, capsys):
@@ -89,10 +91,61 @@ def test_score_by_a_threshold_rejects_no_more_test_images_than_asked(run, folder
     for rate, most in ((0.25, 3), (0.5, 6)):
         assert main(["score", str(run), "--false-alarm", str(rate), *images]) == 0
         rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-        kept = [float(row["score"]) for row in rows if row["level"] == "0"]
-        rejected = [float(row["score"]) for row in rows if row["level"] != "0"]
+        kept = [float(row["score"]) for row in rows if row["level"] == "accepted"]
+        rejected = [float(row["score"]) for row in rows if row["level"] != "accepted"]
         assert len(rejected) in (most - 1, most)  # the run scored these very images: one is the threshold, give or take its last bit
         assert max(kept) < min(rejected)
+
+
+def rows_of(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_score_goes_through_folders_and_says_the_same_as_of_each_file(run, folder, tmp_path, capsys):
+    files = [
+        str(folder / split / label / f"{i}.png") for split in ("test", "train") for label in ("bright", "dark") for i in sorted(range(6), key=str)
+    ]
+    deep = tmp_path / "images"
+    for i, file in enumerate(files * 8):  # more than this process decodes by itself
+        (deep / f"{i % 3}" / "below").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, deep / f"{i % 3}" / "below" / f"{i:03d}.png")
+    (deep / "notes.txt").write_text("no image")
+    assert main(["score", str(run), str(deep), "--every-label", "--out", str(tmp_path / "rows.csv")]) == 0
+    assert capsys.readouterr().out == ""
+    rows = rows_of((tmp_path / "rows.csv").read_text())
+    assert [row["image"] for row in rows] == sorted(str(file) for file in deep.rglob("*.png"))
+    assert main(["score", str(run), "--every-label", *files]) == 0
+    alone = {row["image"]: row for row in rows_of(capsys.readouterr().out)}
+    for row in rows:
+        of = alone[files[int(Path(row["image"]).stem) % len(files)]]
+        assert (row["label"], row["level"]) == (of["label"], of["level"])
+        assert float(row["score"]) == pytest.approx(float(of["score"]), abs=1e-3)
+
+
+def test_an_image_is_named_where_it_is_believed_unless_asked(run, folder, tmp_path, capsys):
+    Image.effect_noise((28, 28), 200).save(tmp_path / "noise.png")
+    for more, named in (([], False), (["--every-label"], True)):
+        assert main(["score", str(run), "--false-alarm", "0.9", str(folder / "test"), str(tmp_path / "noise.png"), *more]) == 0
+        rows = rows_of(capsys.readouterr().out)
+        assert {row["level"] for row in rows} > {"accepted"}
+        assert all((row["label"] != "") == (named or row["level"] == "accepted") for row in rows)
+
+
+def test_a_file_that_is_no_image_loses_no_other_row(run, folder, tmp_path, capsys):
+    shutil.copytree(folder / "test", tmp_path / "images")
+    for name in ("0.png", "3.png"):
+        (tmp_path / "images" / "dark" / name).write_bytes(b"no image")
+    for how in ("csv", "jsonl"):
+        assert main(["score", str(run), str(tmp_path / "images"), "--format", how]) == 1
+        said = capsys.readouterr()
+        rows = rows_of(said.out) if how == "csv" else [json.loads(line) for line in said.out.splitlines()]
+        assert len(rows) == 12
+        broken = [row for row in rows if row["level"] == "unreadable"]
+        assert [Path(row["image"]).name for row in broken] == ["0.png", "3.png"]
+        assert all(not row[name] for row in broken for name in ("label", "uncertainty", "score"))
+        assert "0.png, but got: " in said.err
+        assert "1 others are none either" in said.err
+        assert said.err.count("\n") == 1
 
 
 def test_report_is_one_page_that_needs_nothing_else(run, capsys):
@@ -150,9 +203,35 @@ def test_help_says_what_each_setting_means(command, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--garbage-weight GARBAGE_WEIGHT Weight of the garbage class in the loss" in said
-    assert "-inf excludes every candidate (--lam=-inf). Default: 2.0." in said
+    assert "--garbage-weight X weight of the garbage class in the loss" in said
+    assert "-inf excludes every candidate (--lam=-inf) (default: 2.0)" in said
     assert "`" not in said
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "attach", "score", "report", "reproduce"])
+def test_help_of_a_command_fits_two_screens_and_says_what_every_flag_does(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 80
+    assert not any(word in line for line in lines for word in ("docs/", "the paper:", "et al"))
+    (parser,) = [action.choices[command] for action in make_parser()._actions if isinstance(action.choices, dict)]
+    assert all(action.help for action in parser._actions)
+    grouped = {action.dest for group in parser._action_groups[2:] for action in group._group_actions}
+    assert command == "report" or {action.dest for action in parser._actions} - grouped == {"help"}
+
+
+def test_help_ends_with_examples_that_parse_and_the_version_has_its_name(capsys):
+    for arguments in (["--help"], ["--version"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    *said, version = capsys.readouterr().out.splitlines()
+    assert version == f"tie_ext {__version__}"
+    examples = [line.split() for line in said[-3:]]
+    assert [words[0] for words in examples] == ["tie-ext"] * 3
+    assert [make_parser().parse_args(words[1:]).name for words in examples] == ["demo", "train", "score"]
 
 
 def test_the_tables_say_what_the_record_does(run):
@@ -237,6 +316,8 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
         (["score", "nowhere", "x.png"], "Expected a tie_ext network file at"),
         (["score", "RUN", "x.png", "--false-alarm", "0.01"], "Expected at least 99 ID images"),
         (["score", "ALONE", "x.png", "--false-alarm", "0.1"], "Expected a tie_ext scores file at"),
+        (["score", "RUN", "."], "Expected images in . or below it, but got none"),
+        (["score", "RUN", "RUN/figures/../../nothing.png", "--out", "nowhere/rows"], "Expected to write rows to nowhere/rows, but got: No such file"),
         (["report", "nowhere"], "Expected a run with a run.json"),
         (["train", "--resume", "nowhere"], "Expected a run with a run.json"),
         (["train", "--data", "nothing", "--out", "new"], "Expected a data set, one of mnist"),
@@ -275,6 +356,7 @@ def test_what_is_wrong_is_said_in_one_line(run, capsys, tmp_path, monkeypatch, a
         (["score", "RUN", "x.png", "--false-alarm", "2"], "Expected --false-alarm to be a number in (0, 1], but got 2.0"),
         (["score", "RUN", "x.png", "--false-alarm", "0"], "Expected --false-alarm to be a number in (0, 1], but got 0.0"),
         (["score", "RUN", "x.png", "--false-alarm", "nan"], "Expected --false-alarm to be a number in (0, 1], but got nan"),
+        (["score", "RUN", "x.png", "--device", "abacus"], "Expected --device to be one that torch has here"),
         (["demo", "--out", "new", "--seed", "-1"], "Expected --seed to be an integer in [0, "),
         (["reproduce", "--out", "new", "--methods", "tie", "magic"], "Expected a method, one of tie, "),
         (["reproduce", "--out", "new", "--data", "mnist", "imagenette"], "Expected a data set, one of mnist, "),
@@ -710,3 +792,75 @@ def test_a_run_of_an_earlier_version_is_read_and_not_gone_on_with(run, folder, t
     assert "but got one that an earlier version made; finish it with that version, or begin anew in another folder" in error
     assert error.count("\n") == 1
     assert listed(old) == before
+
+
+def test_a_folder_on_disk_trains_to_the_same_network_and_goes_on_without_reading_all_again(run, folder, tmp_path, monkeypatch):
+    out, epoch, seen, decoded = tmp_path / "run", TIETrainer.epoch, [], ImageFiles.decoded
+    monkeypatch.setattr(ImageFiles, "decoded", lambda self, rows: seen.append(sum(map(len, rows))) or decoded(self, rows))
+    with monkeypatch.context() as patched:
+        patched.setattr(TIETrainer, "epoch", lambda self, batches: stop() if len(self.log) == 2 else epoch(self, batches))
+        assert main(train(folder, out, "--in-memory", "no")) == 130
+    first, seen[:] = sum(seen), []
+    assert main(["train", "--resume", str(out)]) == 0
+    assert sum(seen) < first
+    monkeypatch.undo()
+    for name in ("network.safetensors", "scores.safetensors"):
+        assert (out / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_a_broken_test_image_on_disk_is_named_before_any_training(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TIETrainer, "epoch", lambda *_: pytest.fail("training began"))
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images" / "test" / "dark" / "3.png").write_bytes(b"no image")
+    assert main(train(tmp_path / "images", tmp_path / "run", "--in-memory", "no")) == 1
+    assert f"Expected an image file at {tmp_path / 'images' / 'test' / 'dark' / '3.png'}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_train_and_demo_leave_is_a_detector(run, folder, small_demo, tmp_path):
+    assert small_demo(tmp_path / "demo") == 0
+    for place, shape in ((run, (3, 28, 28)), (tmp_path / "demo", (1, 28, 28))):
+        net, x = TIENet.load(place / "network.safetensors"), torch.rand(5, *shape)
+        assert all(torch.equal(a, b) for a, b in zip(TIEDetector.load(place).decide(x), net.decide(x), strict=True))
+
+
+def test_a_torchvision_network_trains_from_weights_of_other_classes_on_normalised_images(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 5)
+    torch.manual_seed(0)
+    before = models.build("torchvision:resnet18", 3, 7)
+    torch.save(before.state_dict(), tmp_path / "w.pt")
+    more = [
+        "--backbone",
+        "torchvision:resnet18",
+        "--weights",
+        str(tmp_path / "w.pt"),
+        "--mean",
+        "0.5",
+        "--std",
+        "0.25",
+        "--lr",
+        "1e-9",
+        "--epochs",
+        "1",
+    ]
+    out = tmp_path / "run"
+    assert main(train(folder, out, *more, "--size", "32")) == 0
+    record = json.loads((out / "run.json").read_text())
+    assert record["settings"]["weights"] == str(tmp_path / "w.pt")
+    assert len(record["weights_sha256"]) == 64
+    net = load_network(out)
+    assert (net.low.item(), net.high.item(), net.num_classes) == (-2, 2, 2)
+    torch.testing.assert_close(net.backbone.conv1.weight, before.conv1.weight)
+    (tmp_path / "w.pt").unlink()
+    assert main(["train", "--resume", str(out)]) == 0  # which has the weights
+    assert main(["score", str(out), str(folder / "test")]) == 0
+    assert TIEDetector.load(out, models.build("torchvision:resnet18", 3, 2)).decide(torch.zeros(1, 3, 32, 32)).level.item() in (0, 1, 2)
+
+
+def test_a_network_to_train_that_is_none_is_refused_before_any_data_is_read(folder, tmp_path, capsys):
+    assert main(train(folder, tmp_path / "new", "--backbone", "torchvision:resnet19")) == 2
+    assert main(train(folder, tmp_path / "new", "--weights", str(tmp_path / "none.pt"))) == 1
+    said = capsys.readouterr().err
+    assert "Expected a classifier of torchvision by its name there" in said
+    assert "Expected weights as a state_dict at" in said
+    assert not (tmp_path / "new").exists()

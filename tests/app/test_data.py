@@ -1,6 +1,10 @@
 """Image sets: how folders are read and split, parts of them, what training sees of them, noise."""
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tie_ext.app import data
-from tie_ext.app.data import ImageBatches, ImageSet, training_batches
+from tie_ext.app.data import ImageBatches, ImageFiles, ImageSet, training_batches
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -305,3 +309,73 @@ def test_moved_images_keep_the_memory_layout_that_backbones_expect(channels):
     x = torch.randint(0, 256, (5, channels, 28, 28), dtype=torch.uint8)
     assert data.moved(x, 2).is_contiguous()
     assert data.moved(x, 0) is x
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Two classes of as many images as workers are started for."""
+    rng = np.random.default_rng(0)
+    for label, low in (("bright", 100), ("dark", 0)):
+        (tmp_path / "set" / "train" / label).mkdir(parents=True)
+        for i in range(80):
+            image = Image.fromarray(rng.integers(low, low + 156, (12, 9, 3), dtype=np.uint8))
+            image.save(tmp_path / "set" / "train" / label / f"{i}.jpg")
+    shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "test")
+    return tmp_path / "set"
+
+
+def test_images_on_disk_are_those_in_memory_to_the_last_bit(drawn):
+    memory, disk = (data.load(f"folder:{drawn}", "train", shape=(3, 10, 10), in_memory=where) for where in ("yes", "no"))
+    assert (type(memory), type(disk)) == (ImageSet, ImageFiles)
+    assert (disk.shape, len(disk), disk.classes) == (memory.shape, len(memory), memory.classes)
+    assert torch.equal(disk[3][0], memory[3][0])
+    assert torch.equal(disk.first(70).loaded().x, memory.first(70).x)
+    drawn_so = []
+    for images in (memory, disk, disk):
+        torch.manual_seed(1)
+        batches = ImageBatches(images, 48, shuffle=True, shift=2)
+        drawn_so.append([*(part for batch in batches for part in batch), torch.rand(3)])
+    assert [len(batch) for batch in drawn_so[0][:-1:2]] == [48, 48, 48, 16]
+    assert all(torch.equal(a, b) for other in drawn_so[1:] for a, b in zip(drawn_so[0], other, strict=True))
+
+
+def test_a_folder_is_in_memory_where_it_fits_the_budget(drawn, monkeypatch):
+    for budget, kind in ((160 * 300, ImageSet), (160 * 300 - 1, ImageFiles)):
+        monkeypatch.setattr(data, "BUDGET", budget)
+        assert type(data.load(f"folder:{drawn}", "train", shape=(3, 10, 10), in_memory="auto")) is kind
+    with pytest.raises(ValueError, match="Expected in_memory to be one of auto, yes, no, but got 'often'"):
+        data.load(f"folder:{drawn}", "train", in_memory="often")
+
+
+def test_a_broken_image_on_disk_is_named_by_the_worker_that_finds_it(drawn):
+    (drawn / "train" / "dark" / "7.jpg").write_bytes(b"no image")
+    images = data.load(f"folder:{drawn}", "train", shape=(3, 10, 10), in_memory="no")
+    for read in (images.check, lambda: list(ImageBatches(images))):
+        with pytest.raises(ValueError, match=r"Expected an image file at .*dark/7\.jpg, but got: ") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+GROWTH = """
+import sys, torch
+from tie_ext.app import data
+from tie_ext.support.provenance import peak_memory
+
+images = data.load(f"folder:{sys.argv[1]}", "train", shape=(3, 224, 224), in_memory="auto")
+peaks = []
+for some in (images.first(300), images):
+    seen = sum(float(x[0, 0, 0, 0]) >= 0 for x, _ in data.training_batches(some, 64))
+    peaks.append(peak_memory())
+print(peaks[1] - peaks[0])
+"""
+"""Memory that ten times as many images take."""
+
+
+def test_memory_does_not_grow_with_a_folder_that_is_larger_than_the_budget(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.effect_noise((32, 32), 60).convert("RGB").save(tmp_path / "train" / "a" / "0.jpg")
+    for i in range(1, 3000):
+        os.link(tmp_path / "train" / "a" / "0.jpg", tmp_path / "train" / "a" / f"{i}.jpg")
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150  # where all of them are 450 MB

@@ -3,7 +3,6 @@
 The folder is as training leaves one (:mod:`tie_ext.app.run`), so that scores, thresholds and reports need not know how the network was made.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from pathlib import Path
 
 from tie_ext.app import models, run
 from tie_ext.app.combining import COMBINED, combined_scores
-from tie_ext.app.data import ScaledBatches
+from tie_ext.app.data import ImageBatches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.attach import attach
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.support.checks import check_number
-from tie_ext.support.files import locked, save_state, write_json
-from tie_ext.support.modules import Ranged
+from tie_ext.support.files import locked, save_state, sha256, write_json
 from tie_ext.support.provenance import provenance
 
 LABEL = run.OWN[1]
@@ -34,27 +32,12 @@ class AttachSettings(run.ImageSettings):
 
     weights: str
     """File of the network's weights."""
-    mean: tuple[float, ...] = ()
-    """What is taken off images in [0, 1], a number or one a channel, as the network was trained; none where it takes them as they are."""
-    std: tuple[float, ...] = ()
-    """What they are divided by then."""
     seed: int = 0
     """Of the subset, of what is held out, and of the head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("seed", self.seed, 0, 2**31 - 1, integer=True)
-        if len(self.mean) != len(self.std):
-            raise ValueError(f"Expected as many --mean as --std, but got {len(self.mean)} and {len(self.std)}")
-        for value in self.mean:
-            check_number("--mean", value, 0, 1)
-        for value in self.std:
-            check_number("--std", value, 1e-3, 1)
-
-    def range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What black and white are to the network, a number or one a channel."""
-        pairs = list(zip(self.mean, self.std, strict=True)) or [(0.0, 1.0)]
-        return tuple(-mean / std for mean, std in pairs), tuple((1 - mean) / std for mean, std in pairs)
 
 
 def attach_run(
@@ -81,20 +64,21 @@ def attach_run(
     _refuse_a_run(folder)
     weights = models.read_weights(settings.weights)
     channels = models.channels_of(settings.backbone, weights, settings.weights)
-    low, high = settings.range()
-    if len(low) not in (1, channels):
-        raise ValueError(f"Expected --mean and --std of 1 or {channels} numbers, as the network takes {channels} channels, but got {len(low)}")
+    scale = settings.range(channels)
     images, test, ood = run.load_images(settings, settings.seed, channels)
     model = models.load(settings.backbone, channels, len(images.classes), weights, settings.weights).to(device)
+    for held in (test, *ood.values()):
+        held.check()
     if say is not None and test.note:
         say(test.note)
     with locked(folder):
         _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
-        batches = ScaledBatches(images, settings.batch_size, Ranged(low, high))
+        batches = ImageBatches(images, settings.batch_size, scale=scale)
+        low, high = (bound.flatten().tolist() for bound in (scale.low, scale.high))
         net = attach(model, batches, len(images.classes), low, high, images.classes, seed=settings.seed, progress=progress)
         numbers, scores = evaluate(net, test, ood, images)
         about = {"test_images": test.note} if test.note else {}
-        record = {"settings": settings.record(), "weights_sha256": _sha256(settings.weights), **about}
+        record = {"settings": settings.record(), "weights_sha256": sha256(settings.weights), **about}
         record |= provenance(device)
         run.clear(folder)  # of one that was stopped while it wrote
         write_json(folder / "run.json", record)  # first, as it says whose the others are
@@ -114,7 +98,3 @@ def _refuse_a_run(folder: Path) -> None:
     there = run.written(folder)
     if there and not (run.attached(folder) and "numbers" not in run.read_record(folder)):
         raise ValueError(f"Expected a new folder, but got {folder}, which holds {there[-1].name} of a run; give another --out")
-
-
-def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -10,15 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tie_ext.app.flags import UsageError, check_flags, make_parser, recipe_of, usage
 from tie_ext.backbones import BACKBONES
 from tie_ext.config import TIEConfig
-from tie_ext.decision import Decision
-from tie_ext.network import TIENet
 from tie_ext.recipe import Recipe
 from tie_ext.support.checks import check_number
 from tie_ext.support.files import load_state
@@ -163,11 +159,10 @@ def _is_demo(folder: Path, settings: "RunSettings") -> bool:
 
 
 def _train(a: argparse.Namespace) -> None:
-    from tie_ext.app import data, report, run
+    from tie_ext.app import data, models, processes, report, run
 
     check_flags(vars(a))
-    given = {name: value for name, value in vars(a).items() if name != "name"}
-    device = given.pop("device", "cuda" if torch.cuda.is_available() else "cpu")
+    given = {name: value for name, value in vars(a).items() if name not in ("name", "device")}
     folder, settings = given.get("resume"), None
     if folder is not None:
         if other := sorted(set(given) - {"resume"}):
@@ -178,11 +173,17 @@ def _train(a: argparse.Namespace) -> None:
     else:
         given = {"garbage": "layers", **given}
         folder, recipe = given.pop("out"), recipe_of({"prior": "procedural" if given["garbage"] == "layers" else "multiscale", **given})
-        for name in ("ood", "val_ood"):
+        for name in ("ood", "val_ood", "mean", "std"):
             given[name] = tuple(given.get(name, ()))
         given.setdefault("backbone", "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5")
-        settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
-    record = run.train_run(folder, settings, device, progress=_interactive(), say=print)
+        with usage():
+            models.check_name(given["backbone"])
+            settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
+    with processes.together(a.device) as device:
+        first = processes.first()
+        record = run.train_run(folder, settings, device, progress=first and _interactive(), say=print if first else None)
+    if not first:
+        return
     print(report.tables({"TIE": record["numbers"]}))
     print(report.worst_validation(record["numbers"]), end="")
     print(f"run: {folder}; pictures: tie-ext report {folder}")
@@ -204,36 +205,45 @@ def _attach(a: argparse.Namespace) -> None:
 
 
 def _score(a: argparse.Namespace) -> None:
-    from tie_ext.app import data, run
+    from tie_ext.app import run, scoring
     from tie_ext.app.deciding import decider
 
+    check_flags({"device": a.device})
     if a.false_alarm is not None:
         with usage():
             check_number("--false-alarm", a.false_alarm, 0, 1, above=True)
-    net = run.load_network(a.run)
+    net = run.load_network(a.run).to(a.device)
     decide = decider(net, a.run if a.run.is_dir() else a.run.parent, a.false_alarm)
-    if net.image_shape is None or net.image_shape[0] not in (1, 3) or net.image_shape[1] != net.image_shape[2]:
-        raise ValueError(f"Expected a network for square images, grey or of three colours, but got one for images {net.image_shape}")
-    channels, size, _ = net.image_shape
-    out = csv.writer(sys.stdout) if a.format == "csv" else None
-    if out:
-        out.writerow(["image", "label", "level", "uncertainty", "score"])
-    for start in range(0, len(a.images), 256):
-        paths = a.images[start : start + 256]
-        x = torch.stack([data.read_image(path, channels, size) for path in paths]).float() / 255
-        for path, row in zip(paths, _rows(net, decide(net.scaled(x))), strict=True):
-            if out:
-                out.writerow([path, *row.values()])
+    rows = scoring.scored(net, decide, scoring.listed(a.images), a.every_label, _interactive() and (a.out is not None or not sys.stdout.isatty()))
+    broken = []
+    with _written(a.out) as out:
+        table = csv.DictWriter(out, scoring.COLUMNS) if a.format == "csv" else None
+        for i, (row, error) in enumerate(rows):
+            if table and i == 0:
+                table.writeheader()
+            if table:
+                table.writerow(row)
             else:
-                print(json.dumps({"image": str(path), **row}))
+                out.write(json.dumps(row) + "\n")
+            if error is not None:
+                broken.append(error)
+            if (i + 1) % scoring.BATCH == 0:
+                out.flush()
+    if broken:
+        raise ValueError(broken[0] + (f"; {len(broken) - 1} others are none either, see {scoring.UNREADABLE!r}" if len(broken) > 1 else ""))
 
 
-def _rows(net: TIENet, decision: Decision) -> list[dict]:
-    columns = (field.tolist() for field in decision)
-    return [
-        {"label": net.classes[label] if net.classes else label, "level": level, "uncertainty": round(u, 6), "score": round(score, 4)}
-        for label, u, score, level in zip(*columns, strict=True)
-    ]
+@contextmanager
+def _written(path: Path | None) -> Iterator[TextIO]:
+    """A file that rows are written to as they come; the standard output where there is no path."""
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        with open(path, "w", newline="") as out:
+            yield out
+    except OSError as error:
+        raise OSError(f"Expected to write rows to {path}, but got: {error.strerror or error}") from error
 
 
 def _report(a: argparse.Namespace) -> None:

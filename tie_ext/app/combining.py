@@ -1,13 +1,12 @@
 """The combination of a run: fitted on its training images and one half of its ID test images; the other half judges it and draws its line."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tie_ext.app.data import ImageSet, ScaledBatches
+from tie_ext.app.data import ImageBatches, Images
 from tie_ext.app.evaluation import ood_metrics
 from tie_ext.decision import calibration_size
 from tie_ext.network import TIENet
@@ -20,7 +19,7 @@ FALSE_ALARM = 0.05
 
 
 def combined_scores(
-    net: TIENet, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], folder: Path | None = None
+    net: TIENet, images: Images, test: Images, ood: Mapping[str, Images], folder: Path | None = None
 ) -> tuple[dict[str, dict], dict[str, dict[str, Tensor]]]:
     """Fit a combination, save it, and score.
 
@@ -39,9 +38,13 @@ def combined_scores(
     if len(test) < 2 * calibration_size(FALSE_ALARM):
         return {}, {}
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-    scaling, judging = (replace(test, x=test.x[rows], y=test.y[rows]) for rows in order.chunk(2))
-    detector = combine(net, ScaledBatches(images, 500, net), ScaledBatches(scaling, 500, net), false_alarm=None)
+    scaling, judging = (test.take(rows) for rows in order.chunk(2))
+    detector = combine(net, _batches(images, net), _batches(scaling, net), false_alarm=None)
     if folder is not None:
         detector.save(folder)
-    scores = {name: torch.cat([detector.predict(x).cpu() for x, _ in ScaledBatches(of, 500, net)]) for name, of in {"id": judging, **ood}.items()}
+    scores = {name: torch.cat([detector.predict(x).cpu() for x, _ in _batches(of, net)]) for name, of in {"id": judging, **ood}.items()}
     return {COMBINED: {name: ood_metrics(scores["id"], scores[name]) for name in ood}}, {COMBINED: scores}
+
+
+def _batches(images: Images, net: TIENet) -> ImageBatches:
+    return ImageBatches(images, 500, scale=net)

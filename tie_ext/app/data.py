@@ -1,7 +1,7 @@
-"""Image sets as tensors in memory: the named ones from disk, folders of images, noise, and a small set that needs no download.
+"""Image sets: the named ones from disk, folders of images, noise, and a small set that needs no download; and batches of them.
 
-Images are uint8 ``(N, C, S, S)`` and leave as float in [0, 1]. OOD images are brought to the ID data's size (bilinear) and channels
-(grey to colour by repeating, colour to grey by ITU-R 601 luma).
+Images are uint8 ``(N, C, S, S)`` and leave as float in [0, 1], or in a network's value range. OOD images are brought to the ID data's size
+(bilinear) and channels (grey to colour by repeating, colour to grey by ITU-R 601 luma).
 """
 
 import hashlib
@@ -9,20 +9,19 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tie_ext.app.images import SUFFIXES, ImageFiles, Images, ImageSet, images_below, read_image
 from tie_ext.support.checks import check_number
 from tie_ext.support.modules import Ranged
 
-if TYPE_CHECKING:
-    from PIL import Image
+__all__ = ["ImageBatches", "ImageFiles", "ImageSet", "Images", "demo", "held_out", "load", "moved", "noise", "own_shape", "read_image", "reshape"]
 
 NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """The paper's six sets."""
@@ -30,58 +29,12 @@ _TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "svhn": "SVHN"
 _FOLDERS = {"tinyimagenet": ("tinyimagenet", "tin", "tiny-imagenet-200")}
 _TEST = ("test", "val", "valid", "validation")
 """What a folder of test images may be called; the first that is there is taken."""
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 _SHAPES = {"demo": (1, 28, 28), "mnist": (1, 28, 28), "fashionmnist": (1, 28, 28), "tinyimagenet": (3, 64, 64)}
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images with labels, in memory."""
-
-    x: Tensor
-    """uint8 ``(N, C, S, S)``."""
-    y: Tensor
-    """int64 ``(N,)``; -1 where there are no labels."""
-    classes: tuple[str, ...] = ()
-    """Name of each class, by label."""
-    note: str = ""
-    """How the test images were come by, where a person has to know."""
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image ``(C, S, S)`` as float in [0, 1], and its label: so that it is a data set for torch's DataLoader."""
-        return self.x[index].float() / 255, int(self.y[index])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(C, S, S)``."""
-        return tuple(self.x.shape[1:])
-
-    def first(self, count: int | None, seed: int = 0) -> "ImageSet":
-        """A random subset of ``count`` images, the same for the same seed; all of them for None or too large a count."""
-        if count is None or count >= len(self):
-            return self
-        check_number("count", count, 1, len(self), integer=True)
-        keep = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return replace(self, x=self.x[keep], y=self.y[keep])
-
-    def classes_between(self, first: int, last: int) -> "ImageSet":
-        """The images of the classes ``first`` to ``last``, relabelled from 0.
-
-        Raises:
-            ValueError: If there are no such classes.
-        """
-        if not 0 <= first <= last < len(self.classes):
-            raise ValueError(f"Expected classes among 0 to {len(self.classes) - 1}, but got {first} to {last}")
-        keep = (self.y >= first) & (self.y <= last)
-        return replace(self, x=self.x[keep], y=self.y[keep] - first, classes=self.classes[first : last + 1])
-
-    def without(self, labels: Sequence[int]) -> "ImageSet":
-        """The images of all other classes, unlabelled: OOD for a network that knows these."""
-        keep = ~torch.isin(self.y, torch.tensor(labels))
-        return ImageSet(self.x[keep], torch.full((int(keep.sum()),), -1))
+IN_MEMORY = ("auto", "yes", "no")
+"""Where the images of a folder are kept while they are used: decoded once in memory, or on disk, decoded anew each time; ``auto``, in memory where
+they take at most :data:`BUDGET`. The result is the same."""
+BUDGET = 2**28
+"""Bytes of an image set that is kept in memory unless told otherwise: 20 000 colour images of 64 pixels."""
 
 
 def moved(x: Tensor, most: int) -> Tensor:
@@ -102,7 +55,7 @@ def moved(x: Tensor, most: int) -> Tensor:
 
 
 class ImageBatches:
-    """Re-iterable batches ``(x, y)`` of an :class:`ImageSet`: float in [0, 1], int64; a DataLoader's work without its overhead.
+    """Re-iterable batches ``(x, y)`` of images: float, int64; a DataLoader's work without its overhead where they are in memory.
 
     Arguments:
         images: The set.
@@ -110,12 +63,13 @@ class ImageBatches:
         shuffle: A new order at each iteration, from torch's global random state.
         shift: Most pixels each image is moved by, in either direction, anew at each iteration; what moves in is black. Random crops of
             the padded image, as OpenOOD trains with.
+        scale: Who knows the value range that images leave in, on the device they leave on; None for [0, 1].
     """
 
-    def __init__(self, images: ImageSet, batch_size: int = 128, shuffle: bool = False, shift: int = 0):
+    def __init__(self, images: Images, batch_size: int = 128, shuffle: bool = False, shift: int = 0, scale: Ranged | None = None):
         check_number("batch_size", batch_size, 1, 10**6, integer=True)
         check_number("shift", shift, 0, images.shape[-1], integer=True)
-        self.images, self.batch_size, self.shuffle, self.shift = images, batch_size, shuffle, shift
+        self.images, self.batch_size, self.shuffle, self.shift, self.scale = images, batch_size, shuffle, shift, scale
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
@@ -124,31 +78,17 @@ class ImageBatches:
         return torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in self._rows().split(self.batch_size):
-            yield moved(self.images.x[rows], self.shift).float() / 255, self.images.y[rows]
+        rows = self._rows().split(self.batch_size)
+        for part, pixels in zip(rows, self.images.parts(rows), strict=True):
+            yield scaled(moved(pixels, self.shift), self.scale), self.images.y[part]
 
 
-class ScaledBatches:
-    """Re-iterable batches ``(x, y)`` of an image set in a network's value range: float ``(B, C, S, S)``, int64 ``(B,)``.
-
-    Arguments:
-        images: The set.
-        batch_size: Images a batch.
-        scale: Who knows the range.
-    """
-
-    def __init__(self, images: ImageSet, batch_size: int, scale: Ranged):
-        self.batches, self.scale = ImageBatches(images, batch_size), scale
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in self.batches:
-            yield self.scale.scaled(x), y
+def scaled(x: Tensor, scale: Ranged | None) -> Tensor:
+    """Images uint8 ``(B, C, S, S)`` as float in a network's value range, on its device; in [0, 1] where there is none."""
+    return x.float() / 255 if scale is None else scale.scaled(x.to(scale.low.device).float() / 255)
 
 
-def training_batches(images: ImageSet, batch_size: int = 128, shift: int | None = None) -> ImageBatches:
+def training_batches(images: Images, batch_size: int = 128, shift: int | None = None, scale: Ranged | None = None) -> ImageBatches:
     """What every method trains on: shuffled, and each image moved a little.
 
     Not only for accuracy: tau comes from the uncertainty of training images, which falls to 0 for images that are learned by heart.
@@ -157,13 +97,20 @@ def training_batches(images: ImageSet, batch_size: int = 128, shift: int | None 
         images: The set.
         batch_size: Images a batch.
         shift: Most pixels an image is moved by; None for an eighth of its size (28 pixels: 3; 32: 4, as OpenOOD's crops).
+        scale: As :class:`ImageBatches` has it.
     """
-    return ImageBatches(images, batch_size, shuffle=True, shift=images.shape[-1] // 8 if shift is None else shift)
+    return ImageBatches(images, batch_size, shuffle=True, shift=images.shape[-1] // 8 if shift is None else shift, scale=scale)
 
 
 def load(
-    name: str, split: str, root: str | os.PathLike = "data", shape: Sequence[int] | None = None, download: bool = False, seed: int = 0
-) -> ImageSet:
+    name: str,
+    split: str,
+    root: str | os.PathLike = "data",
+    shape: Sequence[int] | None = None,
+    download: bool = False,
+    seed: int = 0,
+    in_memory: str = "yes",
+) -> Images:
     """A named set, or ``folder:PATH``, brought to a shape.
 
     A folder without ``test/`` is tested on its ``val/`` (``valid/``, ``validation/``); without that too, one image in five of each class is
@@ -179,6 +126,7 @@ def load(
         shape: ``(C, S, S)`` to bring the images to; None for the set's own, 3 channels and 64 pixels for a folder.
         download: Let torchvision download what is missing.
         seed: Which images are held out where a folder has no test images; the same for the same seed and names of files.
+        in_memory: Of :data:`IN_MEMORY`; what torchvision keeps in one file is read whole.
 
     Raises:
         ValueError: If the name is unknown, a file is no image, or there are no images, saying where they were looked for.
@@ -187,24 +135,34 @@ def load(
         raise ValueError(f"Expected split to be 'train', 'test', 'ood' or 'val', but got {split!r}")
     channels, size = (shape or own_shape(name))[:2]
     if name.startswith("folder:"):
-        if split == "val":
-            return _validation([Path(name.removeprefix("folder:"))], channels, size)
-        return _split(Path(name.removeprefix("folder:")), split, seed, channels, size)
+        place = Path(name.removeprefix("folder:"))
+        return kept(_validation([place], channels, size) if split == "val" else _split(place, split, seed, channels, size), in_memory)
     if part := re.fullmatch(r"(\w+):(\d+)-(\d+)", name):
-        return load(part[1], split, root, shape, download, seed).classes_between(int(part[2]), int(part[3]))
+        return load(part[1], split, root, shape, download, seed, in_memory).classes_between(int(part[2]), int(part[3]))
     places = _places(Path(root), name)
     if split == "val":
-        return _validation(places, channels, size)
+        return kept(_validation(places, channels, size), in_memory)
     # Test images alone may lie beside torchvision's training images: OpenOOD keeps SVHN so.
     wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *_TEST)
     if folder := next((place for place in places if any(_is_split(place, part) for part in wanted)), None):
-        return _split(folder, split, seed, channels, size)
+        return kept(_split(folder, split, seed, channels, size), in_memory)
     if name in _TORCHVISION:
         return _torchvision(name, "train" if split == "train" else "test", Path(root), channels, size, download)
     looked = ", ".join(str(place / ("train" if split == "train" else "test")) for place in places)
     if name in NAMES:
         raise ValueError(f"Expected {split} images of {name}, which torchvision does not have, in a folder, one of {looked}, but got none")
     raise ValueError(f"Expected a data set, one of {', '.join(NAMES)} or folder:PATH, but got {name!r} and no folder {looked}")
+
+
+def kept(images: Images, in_memory: str) -> Images:
+    """Images where :data:`IN_MEMORY` says they are to be.
+
+    Raises:
+        ValueError: If one that is to be read cannot be.
+    """
+    if in_memory not in IN_MEMORY:
+        raise ValueError(f"Expected in_memory to be one of {', '.join(IN_MEMORY)}, but got {in_memory!r}")
+    return images.loaded() if in_memory == "yes" or (in_memory == "auto" and len(images) * math.prod(images.shape) <= BUDGET) else images
 
 
 def own_shape(name: str) -> tuple[int, int, int]:
@@ -236,32 +194,32 @@ def _torchvision(name: str, split: str, root: Path, channels: int, size: int, do
     return ImageSet(reshape(x, channels, size), y, classes)
 
 
-def _split(path: Path, split: str, seed: int, channels: int, size: int) -> ImageSet:
+def _split(path: Path, split: str, seed: int, channels: int, size: int) -> ImageFiles:
     """The images of a folder to train on, to test on, or of an OOD set; see :func:`load`."""
     train, test = (next((path / name for name in names if _is_split(path, name)), None) for names in (("train",), _TEST))
     if test is not None:
         if split != "train":
-            images = _read(*_listed(test), channels, size)
+            images = _files(*_listed(test), channels, size)
             known = test.name == "test"
             return images if known else replace(images, note=f"{path} has no test/: the {len(images)} images of {test.name}/ are the test set")
         if train is None:
             raise ValueError(f"Expected training images in {path / 'train'}, beside {test}, but got no such folder")
-        return _read(*_listed(train), channels, size)
+        return _files(*_listed(train), channels, size)
     classes, files = _listed(train or path)
     if split == "ood":
-        return _read(classes, files, channels, size)
-    out = held_out([(file.relative_to(train or path).as_posix(), label) for file, label in files], seed)
+        return _files(classes, files, channels, size)
+    out = held_out([(Path(os.path.relpath(file, train or path)).as_posix(), label) for file, label in files], seed)
     part = [file for i, file in enumerate(files) if (i in out) == (split == "test")]
     if not part:
         raise ValueError(f"Expected a class of two images or more below {train or path}, to hold one out, but got one image of each")
-    images = _read(classes, part, channels, size)
+    images = _files(classes, part, channels, size)
     return images if split == "train" else replace(images, note=_said(path, train is not None, classes, files, out, seed))
 
 
-def _validation(places: Sequence[Path], channels: int, size: int) -> ImageSet:
+def _validation(places: Sequence[Path], channels: int, size: int) -> ImageFiles:
     """The unlabelled images of the first ``val/`` there is."""
     for folder in (place / name for place in places for name in _TEST[1:] if _is_split(place, name)):
-        return _unlabelled(_read(*_listed(folder), channels, size).x)
+        return _files(*_listed(folder), channels, size).unlabelled()
     looked = ", ".join(str(place / "val") for place in places)
     raise ValueError(f"Expected validation images in a folder, one of {looked}, but got none")
 
@@ -282,7 +240,7 @@ def held_out(files: Sequence[tuple[str, int]], seed: int) -> set[int]:
     return {i for of in rows.values() for i in of[: max(len(of) // 5, int(len(of) > 1))]}
 
 
-def _said(path: Path, has_train: bool, classes: Sequence[str], files: Sequence[tuple[Path, int]], out: set[int], seed: int) -> str:
+def _said(path: Path, has_train: bool, classes: Sequence[str], files: Sequence[tuple[str, int]], out: set[int], seed: int) -> str:
     """That test images were held out, how many, and of which classes there are none."""
     lacks = "train/ and no test/" if has_train else "no train/ and test/"
     none = [name for label, name in enumerate(classes) if label not in {files[i][1] for i in out}]
@@ -304,7 +262,7 @@ def _folders(path: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
 
 
-def _listed(path: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+def _listed(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """Classes, and file and label of all images below ``path/CLASS/``, in sorted order; hidden files and folders are left out.
 
     Raises:
@@ -312,10 +270,9 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     """
     if not path.is_dir():
         raise ValueError(f"Expected a folder with one folder of images a class at {path}, but got no folder")
-    classes, files, kinds = _folders(path), [], ", ".join(sorted(_SUFFIXES))
+    classes, files, kinds = _folders(path), [], ", ".join(sorted(SUFFIXES))
     for label, folder in enumerate(classes):
-        below = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES]
-        seen = [(file, label) for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+        seen = [(file, label) for file in images_below(folder)]
         if not seen:
             raise ValueError(f"Expected images in {folder}, one folder a class, but got none ({kinds}); add some, or take the folder away")
         files += seen
@@ -324,52 +281,8 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     return tuple(p.name for p in classes), files
 
 
-def _read(classes: tuple[str, ...], files: Sequence[tuple[Path, int]], channels: int, size: int) -> ImageSet:
-    x = torch.empty((len(files), channels, size, size), dtype=torch.uint8)
-    for i, (file, _) in enumerate(files):
-        x[i] = read_image(file, channels, size)
-    return ImageSet(x, torch.tensor([label for _, label in files]), classes)
-
-
-def read_image(path: str | os.PathLike, channels: int, size: int) -> Tensor:
-    """One image file as uint8 ``(C, S, S)``.
-
-    16 bits become 8 over their full range. Transparency is dropped, as torchvision's and OpenOOD's loaders drop it: a clear pixel shows the
-    colour that it is stored with. Of an animation, or a file of several pages, the first image is taken.
-
-    Arguments:
-        path: The file.
-        channels: 1 (luma of colour images) or 3 (grey ones repeated).
-        size: Height and width to bring it to, bilinear.
-
-    Raises:
-        ValueError: If it is not an image that Pillow can read, or its pixels are neither 8 nor 16 bits.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            eight = _eight_bits(image).convert("L" if channels == 1 else "RGB")
-            if eight.size != (size, size):
-                eight = eight.resize((size, size), Image.Resampling.BILINEAR)
-            array = np.array(eight)
-    except Exception as error:  # which depends on the byte that Pillow trips over: OSError, SyntaxError, struct.error, KeyError, ...
-        raise ValueError(f"Expected an image file at {path}, but got: {error or type(error).__name__}") from error
-    return torch.from_numpy(array).reshape(size, size, channels).permute(2, 0, 1)
-
-
-def _eight_bits(image: "Image.Image") -> "Image.Image":
-    """An image that Pillow converts to grey or colour as it should."""
-    from PIL import Image
-
-    if image.mode == "F":
-        raise ValueError("floating-point pixels (mode F), of which black and white are not known; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits, which older Pillows open as 32; its own conversion cuts all above 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixels in [{values.min()}, {values.max()}], outside [0, 65535]; save it with 8 or 16 bits")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    return image.convert("RGBA") if image.mode in ("P", "PA") else image  # else Pillow warns of a palette with transparency
+def _files(classes: tuple[str, ...], files: Sequence[tuple[str, int]], channels: int, size: int) -> ImageFiles:
+    return ImageFiles.of([file for file, _ in files], channels, size, [label for _, label in files], classes=classes)
 
 
 def reshape(x: Tensor, channels: int, size: int) -> Tensor:

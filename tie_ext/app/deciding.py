@@ -29,7 +29,7 @@ def decider(net: TIENet, folder: Path, false_alarm: float | None = None) -> Call
     combined = load_combined(folder)
     if combined is None and false_alarm is None:
         return net.decide
-    detector = TIEDetector(net) if combined is None else combined
+    detector = TIEDetector(net) if combined is None else combined.to(net.low.device)
     labels, of = OWN if combined is None else (COMBINED,), load_scores(folder / "scores.safetensors")
     label = next((label for label in labels if label in of), None)
     if label is None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tie_ext.app.data import ImageBatches, ImageSet
+from tie_ext.app.data import ImageBatches, Images
 from tie_ext.decision import decide
 from tie_ext.head import GarbageHead
 from tie_ext.network import TIENet
@@ -13,14 +13,14 @@ from tie_ext.support.modules import frozen
 
 
 @torch.no_grad()
-def all_logits(net: TIENet, images: ImageSet) -> Tensor:
+def all_logits(net: TIENet, images: Images) -> Tensor:
     """The n+1 logits ``(N, n+1)`` of all images, brought to the network's value range, on the CPU; the network is left as it was."""
     device = net.fc.weight.device
     with frozen(net):
         return torch.cat([net(net.scaled(x.to(device)), garbage=True).cpu() for x, _ in ImageBatches(images, 500)])
 
 
-def tie_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
+def tie_scores(net: TIENet, sets: Mapping[str, Images]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
     """Score and decisions of an (n+1)-class network.
 
     Arguments:
@@ -46,7 +46,7 @@ def tie_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, dic
     return {"score": scores}, facts
 
 
-def posthoc_scores(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
+def posthoc_scores(net: TIENet, sets: Mapping[str, Images], fit_on: Images) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
     """Scores of pytorch-ood's MSP, energy and Mahalanobis on the n ID logits and features of a network.
 
     Arguments:
@@ -105,7 +105,7 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
     }
 
 
-def evaluate(net: TIENet, test: ImageSet, ood: Mapping[str, ImageSet], fit_on: ImageSet, garbage: bool = True) -> tuple[dict, dict]:
+def evaluate(net: TIENet, test: Images, ood: Mapping[str, Images], fit_on: Images, garbage: bool = True) -> tuple[dict, dict]:
     """All numbers of a trained network.
 
     Arguments:

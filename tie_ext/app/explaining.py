@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tie_ext.app import run
-from tie_ext.app.data import ScaledBatches
+from tie_ext.app.data import ImageBatches
 from tie_ext.app.deciding import decider
 from tie_ext.app.report import PAGE_STYLE, inversion_grid, written
 from tie_ext.decision import Decision
@@ -55,8 +55,8 @@ def explain_run(folder: Path, steps: int = STEPS, root: str | None = None, progr
         chosen = {name: settings[name] for name in ("data", "root", "images", "size")} | ({"root": root} if root else {})
         seed = settings["seed"] if run.attached(folder) else settings["recipe"]["config"]["seed"]
     images, test, _ = run.load_images(run.ImageSettings(**chosen), seed, net.image_shape[0])
-    found = explain(net, ScaledBatches(images.first(MOST), 250, net), steps=steps, progress=progress)
-    found.layers.hold(ScaledBatches(test, 250, net))
+    found = explain(net, ImageBatches(images.first(MOST), 250, scale=net), steps=steps, progress=progress)
+    found.layers.hold(ImageBatches(test, 250, scale=net))
     names = net.classes or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decider(net, folder), examples, names)
     with locked(folder):

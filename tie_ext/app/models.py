@@ -100,6 +100,13 @@ def channels_of(name: str, weights: Mapping[str, Tensor], path: str | Path) -> i
     return w.shape[1]
 
 
+def outputs_of(name: str, channels: int, weights: Mapping[str, Tensor], otherwise: int) -> int:
+    """How many classes weights are for, which their last linear layer says; ``otherwise`` where they have none."""
+    linear = [key for key, part in build_plan(name, channels, 2).named_modules() if isinstance(part, nn.Linear)]
+    w = weights.get(f"{'fc' if 'fc' in linear else linear[-1]}.weight") if linear else None
+    return otherwise if w is None or w.ndim != 2 else len(w)
+
+
 def load(name: str, channels: int, num_classes: int, weights: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     """A trained model, in evaluation mode, on the CPU.
 
@@ -171,7 +178,7 @@ def _maker(name: str) -> Callable[[int, int], nn.Module]:
         try:
             import timm
         except ImportError as error:
-            raise ImportError(f"Expected timm to be installed for {name}, but got: {error}; pip install timm") from error
+            raise ImportError(f"Expected timm to be installed for {name}, but got: {error}; pip install 'tie_ext[timm]'") from error
         _check_in(arch, timm.list_models(), registry)
         return lambda channels, n: timm.create_model(arch, pretrained=False, num_classes=n, in_chans=channels)
     raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, torchvision:NAME or timm:NAME, but got {name!r}")

@@ -320,7 +320,7 @@ def _html(rows: Sequence[Mapping[str, object]]) -> str:
 def _methods(record: Mapping) -> Mapping[str, Mapping]:
     if "comparison" in record:
         return record["comparison"]
-    label = OWN["weights" in record["settings"]]
+    label = OWN["weights" in record["settings"] and "recipe" not in record["settings"]]
     return {label: record["numbers"]} if "numbers" in record else {}
 
 

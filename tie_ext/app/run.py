@@ -4,6 +4,7 @@ RUN/run.json               settings, versions, log, results: for people and for 
 RUN/network.safetensors    the network with its tau: what ``tie-ext score`` and :meth:`TIENet.load` read
 RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead of the others
 RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the pictures
+RUN/process-1-0001.safetensors ...  where several processes trained, what each of the others needs to go on (:mod:`tie_ext.app.processes`)
 RUN/scores.safetensors     test scores of the ID set and each OOD set
 RUN/examples.safetensors   some test images of the ID set and each OOD set, for the pictures
 RUN/combined/              where garbage is told by a head: the detector that ``tie-ext score`` decides by (:mod:`tie_ext.app.combining`)
@@ -15,18 +16,18 @@ of pictures, of epoch 0.
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tie_ext.app import data, models
+from tie_ext.app import data, models, processes
 from tie_ext.app.combining import COMBINED, combined_scores
-from tie_ext.app.data import ImageSet, training_batches
+from tie_ext.app.data import Images, training_batches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.backbones import BACKBONES
 from tie_ext.checkpoint import check_settings
@@ -36,8 +37,9 @@ from tie_ext.outliers.inversion import Inversion
 from tie_ext.pytorch_ood import Combined
 from tie_ext.recipe import Recipe
 from tie_ext.support.checks import check_number, check_shape, describe
-from tie_ext.support.files import load_state, locked, read_json, reading, save_state, write_json
-from tie_ext.support.modules import frozen
+from tie_ext.support.distributed import share, world
+from tie_ext.support.files import load_state, locked, read_json, reading, save_state, sha256, write_json
+from tie_ext.support.modules import Ranged, frozen
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Synthesizer
@@ -46,6 +48,7 @@ from tie_ext.training import TIETrainer
 _WRITTEN = (
     "training.safetensors",
     "network.safetensors",
+    "process-*-[0-9][0-9][0-9][0-9].safetensors",
     "scores.safetensors",
     "examples.safetensors",
     "report.html",
@@ -81,7 +84,7 @@ class ImageSettings:
     root: str = "data"
     """Where the named sets lie."""
     backbone: str = "conv3"
-    """The network by name; to train, one of the paper's CNNs."""
+    """The network by name, of :func:`tie_ext.app.models.build`."""
     images: int | None = None
     """Take a random subset of this many training images; None for all."""
     size: int | None = None
@@ -94,6 +97,12 @@ class ImageSettings:
     """Sets whose validation images are scored too, as ``val:NAME``: settings may be chosen by them, and by none of the others."""
     download: bool = False
     """Let torchvision download what is missing."""
+    in_memory: str = "auto"
+    """Where the images of folders are kept while they are used, of :data:`tie_ext.app.data.IN_MEMORY`."""
+    mean: tuple[float, ...] = ()
+    """What is taken off images in [0, 1], a number or one a channel, as the network was trained; none where it takes them as they are."""
+    std: tuple[float, ...] = ()
+    """What they are divided by then."""
 
     def __post_init__(self) -> None:
         for name, kind in (("data", str), ("root", str), ("backbone", str), ("download", bool)):
@@ -103,6 +112,13 @@ class ImageSettings:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
                 raise ValueError(f"Expected {name} to be names of image sets, but got {value!r}")
+        if self.in_memory not in data.IN_MEMORY:
+            raise ValueError(f"Expected in_memory to be one of {', '.join(data.IN_MEMORY)}, but got {self.in_memory!r}")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"Expected as many --mean as --std, but got {len(self.mean)} and {len(self.std)}")
+        for name, values, low in (("--mean", self.mean, 0), ("--std", self.std, 1e-3)):
+            for value in values:
+                check_number(name, value, low, 1)
         for name, low, high in (("images", 1, 10**9), ("size", 1, LARGEST), ("batch_size", 1, 10**6)):
             if getattr(self, name) is not None or name == "batch_size":
                 check_number(name, getattr(self, name), low, high, integer=True)
@@ -110,6 +126,19 @@ class ImageSettings:
     def record(self) -> dict:
         """The settings as JSON has them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def range(self, channels: int) -> Ranged:
+        """What black and white are to the network.
+
+        Raises:
+            ValueError: If mean and std are of another number of channels.
+        """
+        if len(self.mean) not in (0, 1, channels):
+            raise ValueError(
+                f"Expected --mean and --std of 1 or {channels} numbers, as the network takes {channels} channels, but got {len(self.mean)}"
+            )
+        pairs = list(zip(self.mean, self.std, strict=True)) or [(0.0, 1.0)]
+        return Ranged(tuple(0 - mean / std for mean, std in pairs), tuple((1 - mean) / std for mean, std in pairs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +149,8 @@ class RunSettings(ImageSettings):
         ValueError: If a setting is of the wrong type or out of range.
     """
 
+    weights: str | None = None
+    """File of the weights that the network begins with; None for random ones."""
     shift: int | None = None
     """Most pixels a training image is moved by; None for an eighth of its size."""
     recipe: Recipe = field(default_factory=Recipe)
@@ -127,6 +158,8 @@ class RunSettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weights is not None and not isinstance(self.weights, str):
+            raise ValueError(f"Expected weights to be a file, but got {self.weights!r}")
         if self.shift is not None:
             check_number("shift", self.shift, 0, LARGEST, integer=True)
 
@@ -135,7 +168,7 @@ class RunSettings(ImageSettings):
         return {**super().record(), "recipe": self.recipe.record()}
 
 
-def load_images(settings: ImageSettings, seed: int, channels: int | None = None) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+def load_images(settings: ImageSettings, seed: int, channels: int | None = None) -> tuple[Images, Images, dict[str, Images]]:
     """ID training set, ID test set and OOD sets of a run.
 
     Arguments:
@@ -154,21 +187,27 @@ def load_images(settings: ImageSettings, seed: int, channels: int | None = None)
         raise ValueError(f"Expected to read the images of {shorten(settings.data, 80)}, but got: {error.strerror or error}") from error
 
 
-def _images(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
-    root, download = settings.root, settings.download
+def _images(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> tuple[Images, Images, dict[str, Images]]:
+
+    def read(name: str, split: str, most: int | None = None) -> Images:
+        images = data.load(name, split, settings.root, shape, settings.download, seed, in_memory="no")
+        return data.kept(images.first(most, seed), settings.in_memory)
+
+    train: Images
+    test: Images
+    others: dict[str, Images]
     if settings.data == "demo":
-        train, test, others = data.demo()
-        train, test, *shaped = (replace(images, x=data.reshape(images.x, *shape[:2])) for images in (train, test, *others.values()))
-        others = dict(zip(others, shaped, strict=True))
+        whole, test, found = data.demo()
+        train, test, *shaped = (replace(images, x=data.reshape(images.x, *shape[:2])) for images in (whole, test, *found.values()))
+        train, others = train.first(settings.images, seed), dict(zip(found, shaped, strict=True))
     else:
-        train = data.load(settings.data, "train", root, shape, download, seed)
-        test = data.load(settings.data, "test", root, shape, download, seed)
+        train, test = read(settings.data, "train", settings.images), read(settings.data, "test")
         others = {"noise": data.noise("gaussian", min(len(test), 10_000), shape)}
     if test.classes != train.classes:
         raise ValueError(f"Expected the same classes in training and test images, but got {train.classes} and {test.classes}")
-    validation = {f"val:{name}": data.load(name, "val", root, shape, download) for name in settings.val_ood}
-    ood = {name: data.load(name, "ood", root, shape, download) for name in settings.ood}
-    return train.first(settings.images, seed), test, validation | ood | others
+    validation = {f"val:{name}": read(name, "val") for name in settings.val_ood}
+    ood = {name: read(name, "ood") for name in settings.ood}
+    return train, test, validation | ood | others
 
 
 def train_run(
@@ -188,11 +227,11 @@ def train_run(
         say: Told before training how the test images were come by, where a person has to know; ``run.json`` says it too.
 
     Returns:
-        The content of ``run.json``.
+        The content of ``run.json``; of the first process alone, where several train (:mod:`tie_ext.app.processes`).
 
     Raises:
         ValueError: If a setting, the data or a file is not as expected, the folder holds a run already, or another process is at it.
-        FileNotFoundError: If there is no run to go on with.
+        FileNotFoundError: If there is no run to go on with, or are no weights.
         OSError: If a file cannot be written; earlier results are intact.
     """
     folder, new = Path(folder), settings is not None
@@ -201,12 +240,18 @@ def train_run(
     elif os.path.lexists(folder / "training.safetensors") or attached(folder):
         with locked(folder):  # as one that another process is at is not there to go on with
             _refuse_a_run(folder)
-    if settings.backbone not in BACKBONES:
-        raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, but got {settings.backbone!r}")
-    images, test, ood = load_images(settings, settings.recipe.config.seed)
+    models.check_name(settings.backbone)
+    weights = models.read_weights(settings.weights) if new and settings.weights is not None else {}
+    channels = models.channels_of(settings.backbone, weights, str(settings.weights)) if weights else None
+    if settings.mean:
+        settings.range(channels or data.own_shape(settings.data)[0])
+    images, test, ood = load_images(settings, settings.recipe.config.seed, channels)
+    if new and processes.first():
+        for held in (test, *ood.values()):
+            held.check()
     if say is not None and test.note:
         say(test.note)
-    with locked(folder):
+    with locked(folder) if processes.first() else nullcontext():
         if new:
             _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
         return train_on(folder, settings, images, test, ood, device, progress)
@@ -220,34 +265,50 @@ def _refuse_a_run(folder: Path) -> None:
 
 
 def train_on(
-    folder: Path, settings: RunSettings, images: ImageSet, test: ImageSet, ood: Mapping[str, ImageSet], device: str = "cpu", progress: bool = False
+    folder: Path, settings: RunSettings, images: Images, test: Images, ood: Mapping[str, Images], device: str = "cpu", progress: bool = False
 ) -> dict:
     """Train in a folder that this process has locked, from where it stands to the last epoch, and score the test images.
 
     Returns:
         The content of ``run.json``.
     """
-    begun = os.path.lexists(folder / "training.safetensors")  # a link to nowhere is no reason to begin anew
+    seed, begun = settings.recipe.config.seed, os.path.lexists(folder / "training.safetensors")  # a link to nowhere is no reason to begin anew
     if begun:
         check_settings(folder / "training.safetensors", settings.recipe.config, settings.recipe.methods())
-    with seeded(settings.recipe.config.seed):
-        backbone = BACKBONES[settings.backbone](images.shape[0], len(images.classes))
-        net = TIENet(backbone, len(images.classes), images.shape, classes=images.classes, garbage=settings.recipe.garbage).to(device)
+    scale = settings.range(images.shape[0])
+    with seeded(seed):
+        backbone = _backbone(settings, images, folder / "training.safetensors" if begun else None)
+        low, high = (bound.flatten().tolist() for bound in (scale.low, scale.high))
+        net = TIENet(backbone, len(images.classes), images.shape, low, high, images.classes, settings.recipe.garbage).to(device)
     trainer = settings.recipe.trainer(net, progress)
     if begun:
-        trainer.load(folder / "training.safetensors")
-    batches = training_batches(images, settings.batch_size, settings.shift)  # before anything is written: it looks at the settings
-    about = {"test_images": test.note} if test.note else {}
-    save_settings(folder, settings, trainer.device, about)
+        processes.load(folder, trainer)
+    elif processes.first():
+        processes.clear(folder)  # of a run that was stopped in its first epoch
+    # Before anything is written: it looks at the settings.
+    batches = training_batches(processes.share_of(images, seed), share(settings.batch_size), settings.shift, scale if settings.mean else None)
+    about: dict[str, Any] = {"test_images": test.note} if test.note else {}
+    if world() > 1:
+        about["processes"] = world()
+    if settings.weights is not None and not begun:
+        about["weights_sha256"] = sha256(settings.weights)
+    elif settings.weights is not None:
+        about["weights_sha256"] = read_record(folder).get("weights_sha256")
+    if processes.first():
+        save_settings(folder, settings, trainer.device, about)
 
     def garbage(count: int) -> Tensor:
         return trainer.pool.draw(count if len(trainer.pool) else 0)
 
     while len(trainer.log) < settings.recipe.config.epochs:
         trainer.epoch(batches)
-        save_snapshot(folder, len(trainer.log), net, trainer.synthesizers, garbage, test)
-        net.save(folder / "network.safetensors")
-        trainer.save(folder / "training.safetensors")
+        if processes.first():
+            save_snapshot(folder, len(trainer.log), net, trainer.synthesizers, garbage, test)
+            net.save(folder / "network.safetensors")
+        processes.save(folder, trainer)
+    processes.clear(folder)
+    if not processes.first():
+        return {}
     numbers, scores = evaluate(net.eval(), test, ood, images)
     combined: dict = {}
     if isinstance(net.garbage, GarbageHead):
@@ -256,6 +317,18 @@ def train_on(
     save_examples(folder, test, ood)
     save_state(folder / "scores.safetensors", "scores", {OWN[0]: scores["score"], **combined})
     return finish(folder, settings, trainer, numbers, about)
+
+
+def _backbone(settings: RunSettings, images: Images, begun: Path | None) -> nn.Module:
+    """The network that a run trains; of one that was begun, without its weights, which the file has."""
+    name, channels, n = settings.backbone, images.shape[0], len(images.classes)
+    if begun is not None:
+        return models.build_for(name, channels, n, begun.stat().st_size)
+    if settings.weights is None:
+        return models.build(name, channels, n)
+    weights = models.read_weights(settings.weights)
+    # A head of other classes is none of this run's: TIENet puts a new one in its place.
+    return models.load(name, channels, models.outputs_of(name, channels, weights, n), weights, settings.weights)
 
 
 def written(folder: str | os.PathLike) -> list[Path]:
@@ -305,9 +378,9 @@ def read_settings(folder: Path) -> RunSettings:
     record = read_record(folder)
     with reading(f"the settings of a run in {folder / 'run.json'}"):
         raw = record["settings"]
-        if "weights" in raw:
+        if "weights" in raw and "recipe" not in raw:
             raise ValueError(f"Expected a run of tie-ext train in {folder}, but got one of tie-ext attach, which has nothing to go on with")
-        sets = {name: raw.get(name, []) for name in ("ood", "val_ood")}
+        sets = {name: raw.get(name, []) for name in ("ood", "val_ood", "mean", "std")}
         for name, value in sets.items():
             if not isinstance(value, list):
                 raise TypeError(f"{name} {value!r}")
@@ -338,9 +411,10 @@ def read_record(folder: Path) -> dict:
 def attached(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a run of ``tie-ext attach``."""
     try:
-        return "weights" in read_record(Path(folder))["settings"]
+        settings = read_record(Path(folder))["settings"]
     except (OSError, ValueError):
         return False
+    return "weights" in settings and "recipe" not in settings
 
 
 def load_network(path: str | os.PathLike) -> TIENet:
@@ -372,8 +446,8 @@ def _with_architecture(load: Callable[..., Loaded], path: Path, file: Path, fold
     about = load_state(file, "network", ("backbone", "image_shape", "num_classes"))
     if about.get("backbone") is not None:
         return load(path)
-    if not attached(folder):
-        said = "run.json of `tie-ext attach` beside it, which says what its architecture is"
+    if not (folder / "run.json").is_file():
+        said = "run.json of a run beside it, which says what its architecture is"
         raise ValueError(f"Expected a network of one of {', '.join(BACKBONES)} in {file}, or the {said}, but got neither")
     with reading(f"a network of the architecture that {folder / 'run.json'} says in {file}"):
         name = read_record(folder)["settings"]["backbone"]
@@ -389,7 +463,7 @@ def save_snapshot(
     net: TIENet,
     synthesizers: Sequence[Synthesizer],
     garbage: Callable[[int], Tensor],
-    test: ImageSet,
+    test: Images,
     per_class: int = 8,
     points: int = 500,
 ) -> None:
@@ -407,7 +481,7 @@ def save_snapshot(
     """
     n, device = net.num_classes, net.low.device
     state: dict[str, Tensor] = {}
-    some = test.first(points)
+    some = test.first(points).loaded()
     with seeded(epoch), frozen(net):
         for i, synthesizer in enumerate(synthesizers):
             if isinstance(synthesizer, Inversion):
@@ -453,10 +527,11 @@ def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
     return snapshots
 
 
-def save_examples(folder: Path, test: ImageSet, ood: Mapping[str, ImageSet]) -> None:
+def save_examples(folder: Path, test: Images, ood: Mapping[str, Images]) -> None:
     """Keep some test images of each set but those that settings are chosen by."""
     sets = {"id": test, **{name: images for name, images in ood.items() if not name.startswith("val:")}}
-    save_state(folder / "examples.safetensors", "examples", {name: images.x[:EXAMPLES].clone() for name, images in sets.items()})
+    some = {name: images.take(torch.arange(min(EXAMPLES, len(images)))).loaded().x for name, images in sets.items()}
+    save_state(folder / "examples.safetensors", "examples", some)
 
 
 def load_examples(folder: Path) -> dict[str, Tensor]:

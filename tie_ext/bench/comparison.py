@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from tie_ext.app.data import ImageBatches, ImageSet, training_batches
+from tie_ext.app.data import ImageBatches, Images, training_batches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.attach import attach
 from tie_ext.config import TIEConfig
@@ -115,7 +115,7 @@ def classifier(net: TIENet) -> nn.Module:
     return model.eval()
 
 
-def attached(net: TIENet, images: ImageSet, seed: int, progress: bool = False) -> TIENet:
+def attached(net: TIENet, images: Images, seed: int, progress: bool = False) -> TIENet:
     """The same classifier with a garbage head on every layer, taught by procedural images beside the training images."""
     return attach(classifier(net), ImageBatches(images, 500), net.num_classes, classes=net.classes, seed=seed, progress=progress)
 
@@ -123,7 +123,7 @@ def attached(net: TIENet, images: ImageSet, seed: int, progress: bool = False) -
 def train_method(
     method: str,
     backbone: Callable[[], nn.Module],
-    images: ImageSet,
+    images: Images,
     recipe: Recipe,
     batch_size: int = 128,
     device: str | torch.device = "cpu",
@@ -185,9 +185,9 @@ def train_method(
 def cell(
     method: str,
     backbone: Callable[[], nn.Module],
-    images: ImageSet,
-    test: ImageSet,
-    ood: Mapping[str, ImageSet],
+    images: Images,
+    test: Images,
+    ood: Mapping[str, Images],
     recipe: Recipe,
     about: Mapping[str, object],
     batch_size: int = 128,

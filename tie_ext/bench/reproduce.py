@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tie_ext.app import data
-from tie_ext.app.data import ImageBatches, ImageSet
+from tie_ext.app.data import ImageBatches, Images, ImageSet
 from tie_ext.app.evaluation import all_logits, ood_metrics
 from tie_ext.app.run import to_bytes
 from tie_ext.backbones import BACKBONES
@@ -176,7 +176,7 @@ def _whole(name: str) -> str:
 
 def image_sets(
     name: str, seed: int, count: int | None = None, root: str = "data", download: bool = False
-) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+) -> tuple[Images, Images, dict[str, Images]]:
     """The images of a cell.
 
     Arguments:
@@ -209,7 +209,7 @@ def image_sets(
     return images.first(count, seed), test, {label: of.first(few) for label, of in ood.items()}
 
 
-def level_2(net: TIENet, sets: Mapping[str, ImageSet], fit_on: ImageSet, garbage: bool = True) -> dict:
+def level_2(net: TIENet, sets: Mapping[str, Images], fit_on: Images, garbage: bool = True) -> dict:
     """The paper's Table 2: detectors on the n ID logits, over the OOD images that level 1 let through, and over all of them.
 
     Arguments:
