@@ -9,7 +9,7 @@ from tie_ext.support.settings import Settings, setting
 
 @dataclass(frozen=True)
 class TIEConfig(Settings):
-    """Every setting of the loop. The defaults are the paper's, or say why not in ``docs/defaults.md``.
+    """Every setting of the loop. The defaults are the paper's, or say why not in ``docs/research/defaults.md``.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -18,14 +18,14 @@ class TIEConfig(Settings):
     epochs: int = setting(20, "T, the length of the run; the schedules of learning rate and gamma span it.", low=1, high=10**6)
     lr: float = setting(
         1e-3,
-        "Learning rate of the classifier (Adam) in the first epoch; it falls along half a cosine (the paper: 1e-4 throughout, docs/defaults.md).",
+        "Learning rate of the classifier (Adam) in the first epoch; it falls along half a cosine (the paper: 1e-4 throughout).",
         low=0,
         high=1,
         above=True,
     )
     lam: float = setting(
         2.0,
-        "lambda in tau = mean + lambda * std (the paper: 0.5, docs/defaults.md); -inf excludes every candidate (--lam=-inf).",
+        "lambda in tau = mean + lambda * std (the paper: 0.5, docs/research/defaults.md); -inf excludes every candidate (--lam=-inf).",
         low=-math.inf,
         high=1e6,
     )

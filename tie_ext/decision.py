@@ -52,7 +52,7 @@ def ood_score(logits: Tensor, t: float = 1.0) -> Tensor:
 
     ``logit_garbage - logsumexp(logits of the ID classes)`` = ``log(p_n / (1 - p_n))``: a confident garbage hit is far above 0, a confident
     ID prediction far below, an undecided one between. As it is a difference of logits it does not saturate where ``p_n`` rounds to 0 or 1,
-    so that it still ranks the inputs about which the network is sure. How it was chosen: ``docs/score.md``.
+    so that it still ranks the inputs about which the network is sure. How it was chosen: ``docs/research/score.md``.
 
     Arguments:
         logits: ``(B, n+1)``, the garbage logit last.

@@ -6,8 +6,8 @@ of all classes or of one.
 .. math:: L = \mathrm{CE}(y, \mathrm{softmax}(\mathrm{logits})) + \lambda \, \mathrm{mean}_i \log(1 + z_i^2)
 
 A generator that starts afresh minimises this: images that the network takes for the class *and* that every layer finds to be as images of the class
-are. The first term alone finds fooling images (docs/fooling.md). The logarithm is there because statistics start thousands of deviations away.
-Any classifier will do; it needs no garbage class.
+are. The first term alone finds fooling images (docs/research/fooling.md). The logarithm is there because statistics start thousands of deviations
+away. Any classifier will do; it needs no garbage class.
 """
 
 import copy

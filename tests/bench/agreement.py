@@ -3,7 +3,7 @@
     python tests/bench/agreement.py RUN PLAIN.safetensors [PLAIN.safetensors ...]
 
 RUN is a folder of `tie-ext train`; the plain networks were trained apart, with other seeds. Adds the run to docs/results/agreement.json, from which
-docs/agreement.md is made. Only inversions are looked at.
+docs/research/agreement.md is made. Only inversions are looked at.
 """
 
 import argparse

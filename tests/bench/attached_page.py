@@ -1,4 +1,4 @@
-"""docs/attached.md, of the records of attached.py and combined.py; tables.py writes it."""
+"""docs/research/attached.md, of the records of attached.py and combined.py; tables.py writes it."""
 
 import json
 from collections import defaultdict

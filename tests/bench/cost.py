@@ -1,4 +1,4 @@
-"""What TIE costs, as ratios to plain training on the same machine; docs/cost.md is made of the records (tests/bench/cost_page.py).
+"""What TIE costs, as ratios to plain training on the same machine; docs/research/cost.md is made of the records (tests/bench/cost_page.py).
 
     python tests/bench/cost.py epoch --root DATA --data mnist --images 60000
     python tests/bench/cost.py epoch --root DATA --data mnist --images 20000

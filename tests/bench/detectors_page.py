@@ -1,4 +1,4 @@
-"""docs/detectors.md, of the records of detectors.py, and the evidence in patches/pytorch-ood/; tables.py writes them."""
+"""docs/research/detectors.md, of the records of detectors.py, and the evidence in patches/pytorch-ood/; tables.py writes them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/explain.md, of the record of explained.py; tables.py writes it."""
+"""docs/research/explain.md, of the record of explained.py; tables.py writes it."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def page() -> str:
     ]
     commands = "\n".join(f"    python tests/bench/{of['command']}" for of in record.values())
     pictures = "\n".join(
-        f"![{name}: inversions at the left, nearest training images at the right](figures/explain_{name}.png)\n"
+        f"![{name}: inversions at the left, nearest training images at the right](../figures/explain_{name}.png)\n"
         for name in record
         if (DOCS / "figures" / f"explain_{name}.png").exists()
     )

@@ -1,4 +1,4 @@
-"""docs/fooling.md, of the records of fooling.py; tables.py writes it."""
+"""docs/research/fooling.md, of the records of fooling.py; tables.py writes it."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def _section(record: dict) -> list[str]:
         f"    python tests/bench/{record['command']}\n",
         f"{record['per_class']} images of each class from each kind of start, and by the generator. ID accuracy: {accuracy}. False alarms on ID test "
         f"images: {percent([min(rates)])} to {percent([max(rates)])}. Judges: {', '.join(record['judges']) or 'none'}.\n",
-        f"![Share found against steps](figures/fooling_steps_{stem}.png)\n",
+        f"![Share found against steps](../figures/fooling_steps_{stem}.png)\n",
     ]
     titles = {
         "blind": f"Blind, found after {steps} steps:",
@@ -88,7 +88,7 @@ def _section(record: dict) -> list[str]:
         rows = _rows(record["rows"], what)
         if rows:
             parts += [title + "\n", table(rows), ""]
-    return [*parts, f"![Images found, adaptive](figures/fooling_{stem}.png)\n"]
+    return [*parts, f"![Images found, adaptive](../figures/fooling_{stem}.png)\n"]
 
 
 def _rows(rows: list[dict], what: str) -> list[dict]:

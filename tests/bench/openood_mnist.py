@@ -1,4 +1,4 @@
-"""Plain training, attach and TIE on MNIST by OpenOOD's own main.py, scored beside its own postprocessors; writes docs/openood.md.
+"""Plain training, attach and TIE on MNIST by OpenOOD's own main.py, scored beside its own postprocessors; writes docs/research/openood.md.
 
     python tests/bench/openood_mnist.py --openood OPENOOD --data DATA --work WORK
 
@@ -141,7 +141,7 @@ def mean(found: Sequence[Mapping], of: str, figure: str) -> float:
 
 
 def page() -> None:
-    """docs/openood.md, from the record."""
+    """docs/research/openood.md, from the record."""
     r = json.loads((OUT / "mnist.json").read_text())
     rows = []
     for network, names in r["numbers"].items():
@@ -163,7 +163,7 @@ def page() -> None:
         f"ones. A cell is AUROC / FPR@95, a mean over seeds. Near: {', '.join(NEAR)}. Far: {', '.join(FAR)}. Worst: the lowest AUROC of the five "
         "sets. ACC is over the n ID outputs; OpenOOD's preprocessor also mirrors the digits that it trains on.\n\n"
     )
-    (HOUSE / "docs" / "openood.md").write_text(f"{text}{table(rows)}\n")
+    (HOUSE / "docs" / "research" / "openood.md").write_text(f"{text}{table(rows)}\n")
 
 
 if __name__ == "__main__":

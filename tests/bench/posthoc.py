@@ -3,7 +3,7 @@
     python tests/bench/posthoc.py --root DATA --networks docs/results/reproduce/networks/*mnist-20000x10-plain-seed*.safetensors
 
 Each network is scored on the OOD sets of its cell; ODIN stands beside, as what i-ODIN changes. B sees outliers made of the images that its
-network was trained on. Writes docs/results/posthoc.json; tables.py makes a part of docs/synthesizers.md of it.
+network was trained on. Writes docs/results/posthoc.json; tables.py makes a part of docs/research/synthesizers.md of it.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Negatives: MNIST test images. Positives: noise (white, uniform, multi-scale), test images whose 7x7-pixel tiles are shuffled, means of two test
 images of different classes; and, as a question of its own, test images that the network gets wrong. Writes docs/results/score_ablation.json;
-tables.py makes docs/score_ablation.md of it.
+tables.py makes docs/research/score_ablation.md of it.
 """
 
 import argparse

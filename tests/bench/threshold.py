@@ -3,10 +3,10 @@
     python tests/bench/threshold.py --root DATA --networks docs/results/*/networks/*.safetensors
 
 The networks are those of `tie-ext reproduce` that have a garbage class; folder and name say how each was trained; those
-under figures/ are copies of what the runs of docs/figures.md saved. Half of the ID test images,
+under figures/ are copies of what the runs of docs/research/figures.md saved. Half of the ID test images,
 drawn at random, fits the threshold and the other half judges it; then the other way round; shares are the mean of both. Of networks trained
 on all images a threshold is also fitted to the paper's ID accuracy, where the network reaches it. Writes docs/results/threshold.json; tables.py
-makes docs/threshold.md of it.
+makes docs/research/threshold.md of it.
 """
 
 import argparse

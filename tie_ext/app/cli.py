@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tie_ext.app.run import RunSettings
 
 # 1348 small images: fewer of everything. Digits of 8x8 pixels fill the image, so they are not shifted; without the shift garbage of full weight
-# costs ID accuracy, and tau, which comes from training images then known by heart, needs a larger lambda (docs/ledger.md).
+# costs ID accuracy, and tau, which comes from training images then known by heart, needs a larger lambda (docs/research/ledger.md).
 DEMO = Recipe(TIEConfig(epochs=10, lam=5.0, garbage_weight=0.1, candidates=1100, pool_size=1000), {"inversion": {"steps": 40, "width": 16}})
 
 

@@ -85,7 +85,7 @@ def loss_terms(logits: Tensor, features: Tensor, code: Tensor) -> dict[str, Tens
 class InversionSettings(Settings):
     """How the generator is trained."""
 
-    steps: int = setting(80, "Generator steps an epoch, from where it stood (docs/cost.md says what they take).", low=1, high=10**6)
+    steps: int = setting(80, "Generator steps an epoch, from where it stood (docs/research/cost.md says what they take).", low=1, high=10**6)
     batch_size: int = setting(64, "Images a generator step.", low=2, high=10**6)
     lr: float = setting(1e-3, "Learning rate of the generator (Adam).", low=0, high=1, above=True)
     alpha: float = setting(0.1, "Weight of the KL term of the inversion loss.", low=0, high=1e6)
@@ -155,7 +155,7 @@ class Inversion(Synthesizer):
         Arguments:
             y: Classes ``(M,)`` in ``[0, n]``.
             clearly: Ask by codes that lean to their class (:data:`CLEAR`), for people to look at; else as training asks, which wants what lies
-                between classes too. What misses its class was nearly always asked for by a code close to a tie (``docs/agreement.md``).
+                between classes too. What misses its class was nearly always asked for by a code close to a tie (``docs/research/agreement.md``).
 
         Returns:
             The :class:`Candidates`; the generator's mode is left as it was.

@@ -16,7 +16,7 @@ from tie_ext.teaching import MEMORY
 @torch.no_grad()
 def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: float | None = 0.05) -> Combined:
     """The garbage class of a network, ViM and GEN as one detector, with one line: the members and the rule that validation sets chose by their
-    worst column (docs/attached.md). Each finds what the others miss: what looks like nothing known, odd features, odd logits.
+    worst column (docs/research/attached.md). Each finds what the others miss: what looks like nothing known, odd features, odd logits.
 
     Arguments:
         net: A network that has learned a garbage class, as :func:`tie_ext.attach` gives it.
