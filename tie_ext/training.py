@@ -36,9 +36,9 @@ GARBAGE_SHARE = 1 / 4
 """Garbage images for each ID image of a batch. Its weight in the loss comes from the class weights; this is what it costs in time. The same
 from the first epoch on, so that batches, and with them memory and time, do not grow while the pool fills."""
 KEPT, FINAL, KEPT_BYTES = 3000, 8192, 2**28
-"""ID images of each epoch, of the last one, and bytes of them, that are kept as they go by in training: a random sample that the rest of the epoch stands on,
-BatchNorm's statistics, garbage head, tau and candidates. So no image is read twice in an epoch, and what TIE adds to plain training does not
-grow with the data."""
+"""ID images of each epoch, of the last one, and bytes of them, that are kept as they go by in training: a random sample that the rest of the
+epoch stands on, BatchNorm's statistics, garbage head, tau and candidates. So no image is read twice in an epoch, and what TIE adds to plain
+training does not grow with the data."""
 HEAD_STEPS = 200
 """Steps a garbage head on every layer learns in an epoch, from where it stood."""
 CLASSES = 10
