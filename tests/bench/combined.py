@@ -69,6 +69,10 @@ def judged(scores: Mapping, members: tuple[str, ...], rule: str) -> dict:
     }
 
 
+COMBINE = (("GEN", "ViM", "head"), "stouffer")
+"""What :func:`tie_ext.combine` has, chosen on all networks but the second seed of CIFAR-10."""
+
+
 def chosen(tried: Mapping[tuple, tuple[float, float]], candidates: list[tuple]) -> tuple:
     """Members and rule: of those whose worst column is :data:`ALIKE` the best, the ones with the highest mean."""
     line = max(tried[key][0] for key in candidates) - ALIKE
@@ -89,6 +93,7 @@ def main() -> None:
                 tried[members, rule] = (min(columns.values()), sum(columns.values()) / len(columns))
     ranked = sorted(tried, key=tried.__getitem__, reverse=True)
     best = {
+        "combine": COMBINE,
         "chosen": chosen(tried, ranked),
         "without the head": chosen(tried, [key for key in ranked if "head" not in key[0]]),
         "single, without the head": chosen(tried, [key for key in ranked if len(key[0]) == 1 and "head" not in key[0]]),
