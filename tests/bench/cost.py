@@ -225,6 +225,8 @@ def main() -> None:
         if a.what == "head":
             stem += f"-{a.network.stem}"
         record = {**found, **provenance()}
+        if hasattr(a, "work"):
+            record["command"] = record["command"].replace(str(a.work), "WORK")
         if hasattr(a, "root"):
             record["command"] = record["command"].replace(a.root, "DATA")
         if hasattr(a, "network"):
