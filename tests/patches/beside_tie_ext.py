@@ -1,7 +1,9 @@
 """Two epochs of the patched OpenOOD's trainer, and of tie_ext's, from the same weights, images and seed; what differs is said, and ends it.
 
-python beside_tie_ext.py BACKBONE, where ``openood`` is the patched one. tie_ext draws each epoch from a stream of its own and keeps its generator
-in another memory layout, so that it may resume and be fast; here it does neither, as OpenOOD does not. All else is as both ship it.
+python beside_tie_ext.py BACKBONE, where ``openood`` is the patched one. tie_ext draws each epoch and its kept sample from streams of their own and
+keeps its generator in another memory layout, so that it may resume and be fast; here it does neither, as OpenOOD does not. In the first epoch of
+one process it weighs classes by what it has seen of the data; here it looks at all of it before, as among several processes, since OpenOOD has a
+list. Both keep few ID images, a few at a time, so that the sampling of them shows. All else is as both ship it.
 """
 
 import json
@@ -13,18 +15,26 @@ from typing import NamedTuple
 import torch
 from openood.networks.lenet import LeNet
 from openood.networks.resnet18_32x32 import ResNet18_32x32
+from openood.networks.tie_net import TIEGenerator
 from openood.networks.tie_net import TIENet as Patched
 from openood.postprocessors import TIEPostprocessor
 from openood.preprocessors.transform import normalization_dict
-from openood.trainers.tie_trainer import TIETrainer as PatchedTrainer
+from openood.trainers import tie_trainer
 from openood.utils.config import Config
 from torch import nn
 
 import tie_ext.training
 from tie_ext import Inversion, InversionSettings, TIEConfig, TIENet, TIETrainer, ood_score
+from tie_ext.generator import Generator
 from tie_ext.openood.cpu import without_cuda
+from tie_ext.outliers.inversion import soft_code
+from tie_ext.support.sample import Sample
 
 tie_ext.training.seeded = lambda *key: nullcontext()
+tie_ext.training.Sample = lambda most, numbers: Sample(most)
+for name, few in {"KEPT": 16, "FINAL": 24, "BATCH": 8}.items():
+    assert getattr(tie_ext.training, name) == getattr(tie_trainer, name), name
+    setattr(tie_ext.training, name, few), setattr(tie_trainer, name, few)
 EPOCHS = 2
 
 
@@ -44,7 +54,7 @@ RUNS = {
     "lenet": Run(LeNet, 28, "mnist", 5e-3, 40, 48, (1.0, 1.0)),
     "resnet18_32x32": Run(ResNet18_32x32, 32, "cifar10", 1e-3, 2, 24, (10.0, 100.0)),
 }
-LOOP = {"lam": 0.5, "candidates_per_class": 5, "pool_size": 60}
+LOOP = {"lam": 0.5, "candidates": 52, "pool_size": 60}
 INVERSION = {"batch_size": 8, "lr": 1e-3, "alpha": 0.1, "beta": 1.0}
 
 
@@ -56,13 +66,13 @@ class Loader(list):
         self.dataset = SimpleNamespace(imglist=[f"a.png {label}\n" for _, y in batches for label in y.tolist()])
 
 
-def patched(net: nn.Module, batches: list, run: Run) -> PatchedTrainer:
+def patched(net: nn.Module, batches: list, run: Run) -> tie_trainer.TIETrainer:
     """OpenOOD's trainer, by its config."""
     arguments = {**LOOP, "generator_steps": run.steps, "gamma_start": run.gamma[0], "gamma_end": run.gamma[1]}
     arguments |= {f"generator_{name}" if name in ("batch_size", "lr") else name: value for name, value in INVERSION.items()}
     dataset = {"num_classes": 10, "image_size": run.size, "normalization_type": run.name}
     optimizer = {"num_epochs": EPOCHS, "lr": run.lr}
-    return PatchedTrainer(net, Loader(batches), Config({"dataset": dataset, "optimizer": optimizer, "trainer": {"trainer_args": arguments}}))
+    return tie_trainer.TIETrainer(net, Loader(batches), Config({"dataset": dataset, "optimizer": optimizer, "trainer": {"trainer_args": arguments}}))
 
 
 def original(net: TIENet, run: Run) -> TIETrainer:
@@ -86,10 +96,11 @@ def main(run: Run) -> None:
     ours.garbage.load_state_dict(theirs.garbage.state_dict())
     images = ours.scaled(torch.rand(run.images, 3, run.size, run.size))
     labels = torch.cat([torch.arange(20) % 10, torch.arange(run.images - 20) % 3])  # unequal, so that the class weights matter
-    batches = list(zip(images.split(8), labels.split(8), strict=True))  # of 8, as tie_ext proposes as many candidates at a time
+    batches = list(zip(images.split(8), labels.split(8), strict=True))
 
     torch.manual_seed(2)
     trainer = original(ours, run)
+    trainer._survey(batches)
     logs = [trainer.epoch(batches) for _ in range(EPOCHS)]
     torch.manual_seed(2)
     again = patched(theirs, batches, run)
@@ -109,9 +120,23 @@ def main(run: Run) -> None:
         "pool": trainer.pool.offered == again.pool.offered and torch.equal(trainer.pool.images[:held], again.pool.images[:held]),
         "generator": same(trainer.synthesizers[0].generator.state_dict(), again.generator.state_dict()),
         "weights": same(named_as_patched(ours), theirs.state_dict()),
+        "of 100 classes": of_many_classes(),
         "scores": torch.equal(conf, -ood_score(logits)) and torch.equal(pred, logits[:, :10].argmax(1)),
     }
     print(json.dumps({"equal": equal, "excluded": [sum(log.excluded) for log in logs], "loss": losses, "tau": taus}))
+
+
+def of_many_classes() -> bool:
+    """Whether codes of 100 classes and garbage, and what a generator makes of them, are the same; the networks here have but ten."""
+    target, bounds = torch.arange(8) * 14, ([0.0] * 3, [1.0] * 3)
+    ours = Generator((3, 28, 28), 101, width=16, low=bounds[0], high=bounds[1]).to(memory_format=torch.contiguous_format).eval()
+    theirs = TIEGenerator(28, 101, *bounds).eval()
+    theirs.load_state_dict({name: value for name, value in ours.state_dict().items() if name in theirs.state_dict()})
+    torch.manual_seed(3)
+    code = soft_code(target, 101)
+    images = ours(torch.randn(8, ours.latent_size), code)
+    torch.manual_seed(3)
+    return torch.equal(code, tie_trainer.soft_code(target, 101)) and torch.equal(images, theirs(code))
 
 
 def same(first: dict, second: dict) -> bool:
