@@ -761,10 +761,12 @@ def test_one_process_at_a_time_is_at_a_run(run, folder, tmp_path, capsys):
 
 
 def of_earlier_version(run):
-    """Give a run the settings as 0.1.0 wrote them."""
+    """Give a run the settings as 0.1.0 wrote them, which kept no examples."""
+    (run / "examples.safetensors").unlink()
     record = json.loads((run / "run.json").read_text())
-    settings = {name: value for name, value in record["settings"].items() if name != "recipe"}
-    config = {"epochs": 3, "lr": 0.001, "lam": 2.0, "candidates": 55, "pool_size": 40, "prior": "multiscale", "synthesizer": "inversion"}
+    later = ("recipe", "weights", "mean", "std", "in_memory")
+    settings = {name: value for name, value in record["settings"].items() if name not in later}
+    config = {"epochs": 3, "lr": 0.001, "lam": 2.0, "candidates_per_class": 5, "pool_size": 40, "prior": "multiscale", "synthesizer": "inversion"}
     config |= {"garbage_weight": 1.0, "garbage_shift": 0, "objective": "garbage", "generator_steps": 2, "generator_lr": 0.001, "generator_width": 4}
     config |= {"alpha": 0.1, "beta": 1.0, "gamma_start": 1.0, "gamma_end": 1.0, "code_margin": 0.0, "precision": "float32", "seed": 0}
     (run / "run.json").write_text(json.dumps({**record, "settings": {**settings, "config": config}}))

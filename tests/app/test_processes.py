@@ -54,6 +54,7 @@ def test_processes_leave_one_run_and_one_of_them_speaks(two):
         "network.safetensors",
         "training.safetensors",
         "scores.safetensors",
+        "examples.safetensors",
         "epochs",
     }
     record = json.loads((out / "run.json").read_text())
