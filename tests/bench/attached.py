@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,32 @@ HEADS = {"head": ("procedural",), "head, multi-scale noise": ("multiscale",), "h
 """Heads by the outliers that teach them."""
 MOST = 2000
 """Images of an OOD test set."""
+
+
+class Trained(NamedTuple):
+    """A network that was trained here, as the name of its file says."""
+
+    data: str
+    images: int
+    epochs: int
+    backbone: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.data}-{self.images}x{self.epochs}-{self.backbone}-seed{self.seed}"
+
+    @classmethod
+    def read(cls, stem: str) -> "Trained":
+        """Of ``fashionmnist-20000x10-conv3-seed0`` and the like, whatever follows."""
+        data, size, backbone, seed, *_ = stem.split("-")
+        images, _, epochs = size.partition("x")
+        return cls(data, int(images), int(epochs), backbone, int(seed.removeprefix("seed")))
+
+
+def other_seeds(network: Path) -> list[Path]:
+    """The networks beside a file that differ from it in the seed alone."""
+    before, _, _ = network.stem.rpartition("seed")
+    return sorted(set(network.parent.glob(f"{before}seed?.safetensors")) - {network})
 
 
 def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, ImageSet]:
@@ -168,7 +195,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=OUT / "work", help="networks and scores, which are not committed")
     a = parser.parse_args()
     sets = image_sets(a.data, a.root, a.images, a.seed)
-    stem = f"{a.data}-{len(sets['train'])}x{a.epochs}-{a.backbone}-seed{a.seed}"
+    stem = str(Trained(a.data, len(sets["train"]), a.epochs, a.backbone, a.seed))
     a.work.mkdir(parents=True, exist_ok=True)
     images = sets["train"]
     with seeded(a.seed):

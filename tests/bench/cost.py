@@ -156,23 +156,22 @@ def head(a: argparse.Namespace) -> dict:
     """Some epochs of the loop around a network of attached.py that learns no more, scored as attached.py scores its head."""
     import attached
 
-    name, seed = a.network.stem.split("-")[0], int(a.network.stem.rpartition("seed")[2])
-    count = int(a.network.stem.split("-")[1].split("x")[0])
-    sets = attached.image_sets(name, a.root, count, seed)
+    of = attached.Trained.read(a.network.stem)
+    sets = attached.image_sets(of.data, a.root, of.images, of.seed)
     images = sets["train"]
     net = TIENet(classifier(TIENet.load(a.network)), len(images.classes), images.shape, garbage="layers")
     for part in net.modules():
         part.training = not isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
-    config = TIEConfig(epochs=a.epochs, lr=1e-12, seed=seed)
+    config = TIEConfig(epochs=a.epochs, lr=1e-12, seed=of.seed)
     trainer = Recipe(config, prior=("procedural",), garbage="layers").trainer(net)
     for _ in range(a.epochs):
         log = trainer.epoch(training_batches(images))
         print(log.epoch, log.losses, log.excluded, flush=True)
-    decisions = {of: [net.decide(x) for x, _ in ImageBatches(sets[of], 500)] for of in sets if of != "train"}
-    score = {of: torch.cat([decision.score for decision in each]) for of, each in decisions.items()}
-    garbage = {of: torch.cat([decision.level == 1 for decision in each]).double().mean().item() for of, each in decisions.items()}
-    metrics = {of: ood_metrics(score["id"], score[of]) for of in score if of not in ("id", "held")}
-    found = {of: {"garbage": garbage[of], "auroc": m["auroc"], "fpr95": m["fpr95_id"]} for of, m in metrics.items()}
+    decisions = {name: [net.decide(x) for x, _ in ImageBatches(sets[name], 500)] for name in sets if name != "train"}
+    score = {name: torch.cat([decision.score for decision in each]) for name, each in decisions.items()}
+    garbage = {name: torch.cat([decision.level == 1 for decision in each]).double().mean().item() for name, each in decisions.items()}
+    metrics = {name: ood_metrics(score["id"], score[name]) for name in score if name not in ("id", "held")}
+    found = {name: {"garbage": garbage[name], "auroc": m["auroc"], "fpr95": m["fpr95_id"]} for name, m in metrics.items()}
     record = {"network": a.network.stem, "epochs": a.epochs, "tau": log.tau, "ID in garbage": garbage["id"], "sets": found}
     record["ID rejected"] = torch.cat([decision.level > 0 for decision in decisions["id"]]).double().mean().item()
     print(record)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from attached import Trained, other_seeds
 from fooling import FIGURES, id_sets
 
 from tie_ext import TIENet, explain
@@ -32,16 +33,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("network", type=Path)
     a = parser.parse_args()
-    name, size, backbone, seed = a.network.stem.split("-")
-    sets = id_sets(name, a.root, int(size.partition("x")[0]), int(seed.removeprefix("seed")))
+    of = Trained.read(a.network.stem)
+    sets = id_sets(of.data, a.root, of.images, of.seed)
     start = time.perf_counter()
     found = explain(TIENet.load(a.network), ImageBatches(sets["train"], 500), per_class=PER_CLASS, steps=a.steps)
     seconds = time.perf_counter() - start
     x = found.inversions.flatten(0, 1)
     y = torch.arange(len(found.inversions)).repeat_interleave(PER_CLASS)
-    apart = sorted(set(a.network.parent.glob(f"{name}-{size}-{backbone}-seed?.safetensors")) - {a.network})
     judged = {}
-    for path in apart:
+    for path in other_seeds(a.network):
         with torch.no_grad():
             judged[path.stem] = (TIENet.load(path)(x).argmax(1) == y).double().mean().item()
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}

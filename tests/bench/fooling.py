@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from attached import HELD
+from attached import HELD, Trained, other_seeds
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -82,8 +82,8 @@ def detectors_of(net: TIENet, sets: Mapping[str, ImageSet], attached: bool) -> d
 
 def judge(path: Path, root: str) -> tuple[TIENet, Detector]:
     """A network trained apart, on images of its own, with its own combination: what it accepts, it takes for an image of the class."""
-    name, size, _, seed = path.stem.split("-")
-    sets = id_sets(name, root, int(size.partition("x")[0]), int(seed.removeprefix("seed")))
+    of = Trained.read(path.stem)
+    sets = id_sets(of.data, root, of.images, of.seed)
     net = TIENet.load(path.with_name(f"{path.stem}-head.safetensors"))
     return net, detectors_of(net, sets, attached=True)["attach, combined"]
 
@@ -177,21 +177,17 @@ def main() -> None:
     parser.add_argument("--root", default="data")
     parser.add_argument("network", type=Path)
     a = parser.parse_args()
-    of, size, backbone, seed = a.network.stem.split("-")
-    images, _, epochs = size.partition("x")
-    sets = id_sets(of, a.root, int(images), int(seed.removeprefix("seed")))
-    others = [data.load(other, "test", a.root, sets["id"].shape) for other in OTHERS if other != of]
+    of = Trained.read(a.network.stem)
+    sets = id_sets(of.data, a.root, of.images, of.seed)
+    others = [data.load(other, "test", a.root, sets["id"].shape) for other in OTHERS if other != of.data]
     sets["ood"] = ImageSet(torch.cat([other.x for other in others]), torch.cat([other.y for other in others]), ())
     nets = {"plain": TIENet.load(a.network.with_name(f"{a.network.stem}-head.safetensors"))}
     files = {name: OUT / "work" / f"{a.network.stem}-{name}.safetensors" for name in RIVALS}
     nets |= {name: TIENet.load(file) for name, file in files.items() if file.exists()}
-    apart = sorted(set(a.network.parent.glob(f"{of}-{size}-{backbone}-seed?.safetensors")) - {a.network})
+    apart = other_seeds(a.network)
     judges = [judge(path, a.root) for path in apart]
     about = {
-        "data": of,
-        "backbone": backbone,
-        "epochs": int(epochs),
-        "seed": int(seed.removeprefix("seed")),
+        **{key: getattr(of, key) for key in ("data", "backbone", "epochs", "seed")},
         "images": {name: len(sets[name]) for name in ("train", "held", "id")},
         "per_class": PER_CLASS,
         "judges": [path.stem for path in apart],

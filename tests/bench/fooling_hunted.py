@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from attached import Trained
 from fooling import OUT, id_sets, read
 from torch import Tensor
 
@@ -62,13 +63,12 @@ def main() -> None:
     parser.add_argument("--root", default="data")
     parser.add_argument("network", type=Path)
     a = parser.parse_args()
-    name, size, _, seed = a.network.stem.split("-")
-    number = int(seed.removeprefix("seed"))
-    sets = id_sets(name, a.root, int(size.partition("x")[0]), number)
+    of = Trained.read(a.network.stem)
+    sets = id_sets(of.data, a.root, of.images, of.seed)
     net = TIENet.load(a.network.with_name(f"{a.network.stem}-head.safetensors"))
     assert isinstance(net.garbage, GarbageHead)
     fresh = copy.deepcopy(net.garbage.network)
-    torch.manual_seed(number)
+    torch.manual_seed(of.seed)
     for part in fresh:
         if isinstance(part, torch.nn.Linear):
             part.reset_parameters()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attached import batches
+from attached import Trained, batches
 from fooling import OUT, id_sets
 from torch import Tensor
 
@@ -90,18 +90,16 @@ def main() -> None:
     parser.add_argument("network", type=Path)
     parser.add_argument("names", nargs="*", help="default: all")
     a = parser.parse_args()
-    data, size, backbone, seed = a.network.stem.split("-")
-    images, _, epochs = size.partition("x")
-    number = int(seed.removeprefix("seed"))
-    sets = id_sets(data, a.root, int(images), number)
+    of = Trained.read(a.network.stem)
+    sets = id_sets(of.data, a.root, of.images, of.seed)
     (OUT / "work").mkdir(parents=True, exist_ok=True)
-    known = rivals(int(epochs), number)
+    known = rivals(of.epochs, of.seed)
     for name in a.names or known:
         path = OUT / "work" / f"{a.network.stem}-{name}.safetensors"
         if path.exists():
             continue
         start = time.perf_counter()
-        net = known[name](sets["train"], backbone, path.with_suffix(".training"))
+        net = known[name](sets["train"], of.backbone, path.with_suffix(".training"))
         net.save(path)
         logits = torch.cat([net(x.float() / 255).detach() for x in sets["id"].x.split(500)])
         print(f"{path.stem}: accuracy {(logits.argmax(1) == sets['id'].y).double().mean():.4f}, {time.perf_counter() - start:.0f} s", flush=True)

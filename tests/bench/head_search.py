@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from attached import OUT, image_sets
+from attached import OUT, Trained, image_sets
 from torch import Tensor
 
 from tie_ext import GarbageHead, TIENet
@@ -97,11 +97,11 @@ def main() -> None:
     parser.add_argument("--root", default="data")
     parser.add_argument("network", type=Path)
     a = parser.parse_args()
-    data, size, _, seed = a.network.stem.split("-")
-    sets = image_sets(data, a.root, int(size.partition("x")[0]), int(seed.removeprefix("seed")))
+    of = Trained.read(a.network.stem)
+    sets = image_sets(of.data, a.root, of.images, of.seed)
     plain = TIENet.load(a.network)
     net = TIENet(classifier(plain), plain.num_classes, plain.image_shape, garbage="layers").eval()
-    wanted = {name: of for name, of in sets.items() if name in ("train", "held") or name.startswith("val:")}
+    wanted = {name: images for name, images in sets.items() if name in ("train", "held") or name.startswith("val:")}
     seen = {name: statistics(net, (x for x, _ in ImageBatches(of, 500))) for name, of in wanted.items()}
     n = len(sets["train"])
     plans = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attached import OUT, batches, image_sets
+from attached import OUT, Trained, batches, image_sets
 from torch import Tensor
 
 from tie_ext import TIENet, attach
@@ -80,18 +80,17 @@ def main() -> None:
     parser.add_argument("--root", default="data")
     parser.add_argument("network", type=Path)
     a = parser.parse_args()
-    data, size, backbone, seed = a.network.stem.split("-")
-    images, _, epochs = size.partition("x")
-    seed = int(seed.removeprefix("seed"))
-    sets = image_sets(data, a.root, int(images), seed)
+    of = Trained.read(a.network.stem)
+    seed = of.seed
+    sets = image_sets(of.data, a.root, of.images, seed)
     plain = TIENet.load(a.network)
     results = {"detached": judged(plain, sets, seed)}
     print(results["detached"], flush=True)
     with seeded(seed):
-        net = TIENet(BACKBONES[backbone](plain.image_shape[0], plain.num_classes), plain.num_classes, plain.image_shape, garbage="layers")
+        net = TIENet(BACKBONES[of.backbone](plain.image_shape[0], plain.num_classes), plain.num_classes, plain.image_shape, garbage="layers")
     with seeded(seed, 0, 0, 1):
         pool = torch.cat([(Procedural(net).draw((500, *plain.image_shape)) * 255).round().byte() for _ in range(POOL // 500)])
-    train_jointly(net, pool, sets["train"], int(epochs), seed)
+    train_jointly(net, pool, sets["train"], of.epochs, seed)
     results["joint"] = judged(net, sets, seed)
     print(results["joint"], flush=True)
     write_json(OUT / "joint" / f"{a.network.stem}.json", {"network": a.network.stem, "results": results, **provenance()})
