@@ -8,7 +8,7 @@ The layers of a network leave what an image looks like behind as they find out w
 is seen to be so early, and often only there. Mean and deviation tell textures; a thin stroke is told by the place where a filter answers most.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -23,8 +23,10 @@ MOST_CHANNELS = 128
 """Channels read of each at most, evenly spaced."""
 STATISTICS = 4
 """Numbers of a channel: with 16 layers of 128 channels no more than 8192 beside the penultimate features."""
-PIECE = 2**18
+PIECE = 2**17
 """Numbers of a layer's output that a CPU pools at once."""
+LANES = 128
+"""Numbers that lie side by side in what it pools, at most."""
 FLAT = 1e-6
 """Deviations are no smaller."""
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -85,15 +87,12 @@ class GarbageHead(nn.Module):
 
 def pooled(a: Tensor) -> Tensor:
     """Four statistics ``(B, 4c)`` over space or tokens of a layer's output ``(B, C, H, W)`` or ``(B, T, C)``, of c <= 128 channels."""
-    a = (a.permute(0, 2, 3, 1) if a.ndim == 4 else a[:, :, None]).float()  # (B, H, W, C), or (B, T, 1, C)
+    a = a.permute(0, 2, 3, 1) if a.ndim == 4 else a[:, :, None]  # (B, H, W, C), or (B, T, 1, C)
     if a.shape[3] > MOST_CHANNELS:
         a = a[..., torch.linspace(0, a.shape[3] - 1, MOST_CHANNELS).round().long().to(a.device)]
     if a.requires_grad:
-        a = a.clone()  # a ReLU that works in place comes next, and the gradient wants what was there before
-    # A CPU does best with pieces that fit its cache; a graph that is recorded for other batch sizes takes them whole.
-    whole = not a.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling()
-    of = _Statistics.apply if a.requires_grad else _statistics
-    return of(a) if whole else torch.cat([of(piece) for piece in a.split(max(1, PIECE // a[0].numel()))])
+        a = a.float().clone()  # a ReLU that works in place comes next, and the gradient wants what was there before
+    return _Statistics.apply(a) if a.requires_grad else _statistics(a)
 
 
 class _Statistics(torch.autograd.Function):
@@ -123,16 +122,39 @@ class _Statistics(torch.autograd.Function):
 
 def _statistics(a: Tensor) -> Tensor:
     """The four statistics ``(B, 4C)`` of ``(B, H, W, C)``."""
-    through = a.relu()
-    # The norm is read off in one pass, where squares and their mean take a CPU three times as long.
-    mean, square = through.mean((1, 2)), torch.linalg.vector_norm(through, dim=(1, 2)).square() / (a.shape[1] * a.shape[2])
-    return torch.cat([mean, (square - mean.square()).clamp_min(FLAT**2).sqrt(), _over_places(torch.amax, a), _over_places(torch.amin, a)], dim=1)
+    places, channels = a.shape[1] * a.shape[2], a.shape[3]
+    if a.stride(3) == 1:
+        # Some places side by side, as a CPU does best with long rows; and an image in parts, each of which fits its cache.
+        lanes = _power_of_two(LANES // channels, places)
+        parts = _power_of_two(2 * -(-places * channels // PIECE) - 1, places // lanes)
+        found = _moments(a.reshape(-1, places // (lanes * parts), lanes * channels), 1).view(4, -1, parts * lanes, channels)
+    else:
+        found = _moments(a.permute(0, 3, 1, 2).flatten(2), 2)[:, :, None]
+    mean, square = found[:2].mean(2)
+    return torch.cat([mean, (square - mean.square()).clamp_min(FLAT**2).sqrt(), found[2].amax(1), found[3].amin(1)], dim=1)
 
 
-def _over_places(reduce: Callable[..., Tensor], a: Tensor) -> Tensor:
-    """Largest or smallest value ``(B, C)`` of ``(B, H, W, C)``; by rows first where few channels lie side by side, which a CPU does many times as
-    fast."""
-    return reduce(reduce(a, 1), 1) if a.shape[3] < 32 and a.stride(3) == 1 else reduce(a, (1, 2))
+def _power_of_two(most: int, divides: int) -> int:
+    """The largest power of two up to ``most`` that divides a number; at least 1."""
+    of = 1
+    while 2 * of <= most and divides % (2 * of) == 0:
+        of *= 2
+    return of
+
+
+def _moments(rows: Tensor, dim: int) -> Tensor:
+    """Over a dimension of ``(N, ., .)``: mean and mean square of what a ReLU lets through, largest and smallest value; ``(4, N, .)``."""
+
+    def of(piece: Tensor) -> Tensor:
+        piece = piece.float()
+        through = piece.relu()
+        mean = through.mean(dim)
+        return torch.stack([mean, through.square_().mean(dim), piece.amax(dim), piece.amin(dim)])
+
+    # A CPU does best with pieces that fit its cache; a graph that is recorded for other batch sizes takes them whole.
+    if not rows.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return of(rows)
+    return torch.cat([of(piece) for piece in rows.split(max(1, PIECE // rows[0].numel()))], dim=1)
 
 
 def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
