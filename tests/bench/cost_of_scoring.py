@@ -1,6 +1,6 @@
 """What scoring costs beside the backbone's own forward pass: the head, and the combination, at 32 and at 224 pixels.
 
-    python tests/bench/cost_of_scoring.py --out docs/results/cost_of_scoring.json
+    python tests/bench/cost_of_scoring.py --out docs/results/cost/scoring.json
 
 Untrained networks and random images, as neither changes the cost. Five rounds, each with one pass of every kind in turn; medians. On a CPU the
 time is the processor's, on one thread, so that what else runs there does not count.

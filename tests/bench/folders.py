@@ -1,7 +1,7 @@
 """Folders of JPEGs: memory of training on many and on few, and images a second of ``tie-ext score`` beside its DataLoader alone.
 
-    python tests/bench/folders.py memory --few 20000 --many 200000 --out docs/results/folders_memory.json
-    python tests/bench/folders.py speed --images 10000 --out docs/results/folders_speed.json
+    python tests/bench/folders.py memory --few 20000 --many 200000 --out docs/results/cost/folders-memory.json
+    python tests/bench/folders.py speed --images 10000 --out docs/results/cost/folders-speed.json
 
 Memory: peak of a process that trains an epoch on generated JPEGs of 64 pixels, two classes, and scores; 300 MB more are allowed for ten times as
 many. Speed: medians of five, in turn; processor time of all processes on a CPU, as that is what decoding and scoring share.
@@ -56,7 +56,7 @@ def memory(few: int, many: int) -> dict:
     """Peaks by count of images, and the difference, in MB."""
     with tempfile.TemporaryDirectory() as place:
         peaks = {count: peak(draw(Path(place) / str(count), count, 64), Path(place) / f"run{count}") for count in (few, many)}
-    return {"peak_mb": peaks, "more_mb": peaks[many] - peaks[few]}
+    return {"pixels": 64, "peak_mb": peaks, "more_mb": peaks[many] - peaks[few]}
 
 
 def spent() -> float:
