@@ -84,8 +84,8 @@ def _measured() -> list[str]:
         rates = ", ".join(f"{name} {median(of):.0f}" for name, of in r["per_second"].items())
         parts.append(
             f"## On an accelerator\n\n`{r['command']}` ({r['processor']}): ResNet-18 for 32 pixels, bfloat16; images a second, medians in turn: "
-            f"{rates}; share of plain training's: {r['ratio']:.2f} (promised: {ACCELERATED}, {held(r['ratio'] >= ACCELERATED)}). Attach to a "
-            f"torchvision ResNet-50 at 224 pixels: {r['attach']['per_second']:.0f} ID images a second of {r['attach']['images']}, their outliers included."
+            f"{rates}; share of plain training's: {r['ratio']:.2f} (promised: {ACCELERATED}, {held(r['ratio'] >= ACCELERATED)}). "
+            f"Attach to a torchvision ResNet-50 at 224 pixels: {r['attach']['per_second']:.0f} ID images a second, their outliers included."
         )
     else:
         parts.append("## On an accelerator\n\nNot measured: none was at hand. `cost.py accelerator --device cuda` measures it.")
