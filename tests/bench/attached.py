@@ -40,6 +40,8 @@ VALIDATION = ("tinyimagenet", "glyphs", "photos")
 OTHERS = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet", "notmnist")
 HEADS = {"head": ("procedural",), "head, multi-scale noise": ("multiscale",), "head, white noise": ("white",)}
 """Heads by the outliers that teach them."""
+HALF = "04"
+"""Ends the name of a set of whose ten classes 0 to 4 are ID."""
 MOST = 2000
 """Images of an OOD test set."""
 
@@ -71,14 +73,21 @@ def other_seeds(network: Path) -> list[Path]:
 
 
 def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, ImageSet]:
-    """``train``, ``held``, ``id``, validation OOD ``val:NAME``, and OOD test sets by name."""
-    whole, test = data.load(name, "train", root), data.load(name, "test", root)
+    """``train``, ``held``, ``id``, validation OOD ``val:NAME``, and OOD test sets by name; of ``mnist04`` and the like the first half of the classes
+    is ID, and the other half an OOD test set."""
+    base = name.removesuffix(HALF)
+    whole, test = data.load(base, "train", root), data.load(base, "test", root)
+    sets: dict[str, ImageSet] = {}
+    if base != name:
+        known = len(test.classes) // 2
+        sets["other classes"] = test.take(test.y >= known).first(MOST)
+        whole, test = (images.take(images.y < known).labelled(images.y[images.y < known], test.classes[:known]) for images in (whole, test))
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     rows = {"held": order[-HELD:], "train": order[:-HELD][:count]}
-    sets = {part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()} | {"id": test}
+    sets |= {part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()} | {"id": test}
     sets |= {f"val:{other}": data.load(other, "val", root, test.shape) for other in VALIDATION}
     for other in OTHERS:
-        if other == name:
+        if other == base:
             continue
         try:
             sets[other] = data.load(other, "test", root, test.shape).first(MOST)
@@ -186,7 +195,7 @@ def numbers_of(scores: Mapping[str, Mapping[str, Tensor]], garbage: Mapping[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", required=True, help=f"a set's name; with {HALF} behind it, classes 0 to 4 are ID and 5 to 9 OOD")
     parser.add_argument("--images", type=int, help="training images; default all but the held-out ones")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--backbone", choices=BACKBONES, default="conv3")
