@@ -6,8 +6,9 @@ of all classes or of one.
 .. math:: L = \mathrm{CE}(y, \mathrm{softmax}(\mathrm{logits})) + \lambda \, \mathrm{mean}_i \log(1 + z_i^2)
 
 A generator that starts afresh minimises this: images that the network takes for the class *and* that every layer finds to be as images of the class
-are. The first term alone finds fooling images (docs/research/fooling.md). The logarithm is there because statistics start thousands of deviations
-away. Any classifier will do; it needs no garbage class.
+are, wherever in the frame they stand. The first term alone finds fooling images (docs/research/fooling.md). The logarithm is there because statistics
+start thousands of deviations away. Images are moved before the network sees them, anew in each step: what is left is what networks trained apart
+see too. Any classifier will do; it needs no garbage class.
 """
 
 import copy
@@ -33,6 +34,10 @@ STEPS, BATCH, RATE = 300, 32, 2e-3
 """How the generator learns: steps, images a step, Adam's learning rate."""
 LIKE = 1.0
 """Weight of the statistics in its loss: lambda."""
+
+
+MOVED = 8
+"""Images are moved by at most this part of their size, as in training."""
 
 
 class Outside(NamedTuple):
@@ -195,7 +200,7 @@ def _invert(layers: Layers, per_class: int, steps: int, progress: bool) -> tuple
         for step in tqdm(range(steps), desc="explain: inversion", leave=False, disable=not progress):
             optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
             y = torch.randint(n, (BATCH,), device=device)
-            h, s = net.statistics(generate(y))
+            h, s = net.statistics(_moved(generate(y)))
             unlike = ((s - means[y]) / deviations[y]).square().log1p().mean()
             loss = F.cross_entropy(net.fc(h), y) + LIKE * unlike
             optimizer.zero_grad(set_to_none=True)
@@ -206,6 +211,14 @@ def _invert(layers: Layers, per_class: int, steps: int, progress: bool) -> tuple
             x = torch.cat([generate(part) for part in y.split(BATCH)])
             label = torch.cat([net(part).argmax(1) for part in x.split(BATCH)])
     return x.cpu(), (label == y).double().mean().item()
+
+
+def _moved(x: Tensor) -> Tensor:
+    """Images ``(B, C, S, S)``, all moved by the same few pixels; their edge is drawn out."""
+    size = x.shape[-1]
+    most = size // MOVED
+    top, left = torch.randint(2 * most + 1, (2,)).tolist()
+    return F.pad(x, (most,) * 4, mode="replicate")[..., top : top + size, left : left + size]
 
 
 @torch.no_grad()
