@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 
 import tie_ext
+from tie_ext.app.flags import make_parser
 
 HOUSE = Path(tie_ext.__file__).parent
 FLOORS = [
@@ -197,7 +199,15 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
 
 def test_the_readme_is_short():
     words = re.sub(r"```.*?```", "", project_file("README.md"), flags=re.S).split()
-    assert len(words) <= 900  # tables and links among them; the page is for people in a hurry
+    assert len(words) <= 700  # tables and links among them; the page is for people in a hurry
+    assert max(line.count("|") for line in project_file("README.md").splitlines()) <= 6  # five columns
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_commands_on_a_page_are_understood(page):
+    found = [shlex.split(command)[1:] for command in re.findall(r"tie-ext [a-z]+ [^`\n&]*", project_file(page))]
+    assert len(found) >= 4
+    assert {make_parser().parse_args(words).name for words in found} >= {"attach", "train", "score", "report"}
 
 
 def test_the_tutorial_runs_and_shows_what_it_did(tmp_path):
