@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -84,6 +85,8 @@ OUTSIDE = {
     "app": {"torch"},
 }
 """What each floor may import that is not ours and not Python's own."""
+HERE = {**os.environ, "PYTHONPATH": str(HOUSE.parent)}
+"""For a process that runs in another folder."""
 ROOMS = sorted(HOUSE.rglob("*.py"))
 
 
@@ -208,6 +211,16 @@ def test_the_commands_on_a_page_are_understood(page):
     found = [shlex.split(command)[1:] for command in re.findall(r"tie-ext [a-z]+ [^`\n&]*", project_file(page))]
     assert len(found) >= 4
     assert {make_parser().parse_args(words).name for words in found} >= {"attach", "train", "score", "report"}
+
+
+def test_the_api_reference_has_every_public_name(tmp_path):
+    pytest.importorskip("pdoc")
+    (command,) = re.findall(r"&& pdoc (.*)", project_file("docs/guide.md"))
+    done = subprocess.run([sys.executable, "-m", "pdoc", *shlex.split(command)], cwd=tmp_path, env=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for module, names in {"tie_ext": tie_ext.__all__, "tie_ext/pytorch_ood": ("Combined", "MahalanobisPlusPlus", "TIEDetector", "combine")}.items():
+        page = (tmp_path / "api" / f"{module}.html").read_text()
+        assert not [name for name in names if f'<section id="{name}">' not in page]
 
 
 def test_the_tutorial_runs_and_shows_what_it_did(tmp_path):
