@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     explain.add_argument("--root", metavar="FOLDER", help="where the run's data sets lie (default: as they did for the run)")
 
     usage = "tie-ext reproduce [flags]"
-    reproduce = _command(commands, "reproduce", "the paper's tables, a JSON a cell; goes on where it was stopped", usage=usage)
+    reproduce = _command(commands, "reproduce", "the paper's tables, a line of JSON a cell; goes on where it was stopped", usage=usage)
     output = reproduce.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("reproduce"), metavar="FOLDER", help="for cells and tables (default: reproduce)")
     data = reproduce.add_argument_group("data")
