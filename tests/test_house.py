@@ -223,6 +223,27 @@ def test_the_api_reference_has_every_public_name(tmp_path):
         assert not [name for name in names if f'<section id="{name}">' not in page]
 
 
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "openood_configs/README.md", "patches/README.md", "docs/model/README.md"]
+PAGES += [f"docs/{name}.md" for name in ("guide", "method", "hosts", "results")]
+
+
+def anchors(path: Path) -> set[str]:
+    """What may stand behind the # of a link to a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    here = HOUSE.parent / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", project_file(page)):
+        if not link.startswith("https://"):
+            name, _, anchor = link.partition("#")
+            there = (here.parent / name) if name else here
+            assert there.exists(), link
+            assert not anchor or anchor in anchors(there), link
+
+
 def test_the_tutorial_runs_and_shows_what_it_did(tmp_path):
     page, copy = HOUSE.parent / "docs" / "tutorial.ipynb", tmp_path / "tutorial.ipynb"
     assert all(cell.outputs for cell in nbformat.read(page, 4).cells if re.search(r"print\(|plt\.show", cell.source))

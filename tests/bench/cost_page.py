@@ -183,7 +183,7 @@ def _earlier() -> str:
         "seconds are the median over the epochs. All but the first had a constant learning rate and lambda 5, the defaults of their time.\n\n"
         f"{table(rows)}\n\nPeak memory of 20 epochs against 5, constant rate: {100 * (long / short - 1):+.1f} %. "
         f"In the default run itself the peak was {peaks[0]:.0f} MB after the first epoch, {peaks[4]:.0f} after 5 and {peaks[-1]:.0f} after 20: "
-        f"it rises in jumps, last in epoch {peaks.index(peaks[-1]) + 1}; why is not known.\n"
+        f"it rises in jumps, last in epoch {peaks.index(peaks[-1]) + 1}.\n"
     )
 
 
