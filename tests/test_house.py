@@ -2,7 +2,9 @@
 
 import ast
 import inspect
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import nbformat
 import pytest
 
 import tie_ext
+from tie_ext.app.flags import make_parser
 
 HOUSE = Path(tie_ext.__file__).parent
 FLOORS = [
@@ -82,6 +85,8 @@ OUTSIDE = {
     "app": {"torch"},
 }
 """What each floor may import that is not ours and not Python's own."""
+HERE = {**os.environ, "PYTHONPATH": str(HOUSE.parent)}
+"""For a process that runs in another folder."""
 ROOMS = sorted(HOUSE.rglob("*.py"))
 
 
@@ -197,7 +202,46 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
 
 def test_the_readme_is_short():
     words = re.sub(r"```.*?```", "", project_file("README.md"), flags=re.S).split()
-    assert len(words) <= 900  # tables and links among them; the page is for people in a hurry
+    assert len(words) <= 700  # tables and links among them; the page is for people in a hurry
+    assert max(line.count("|") for line in project_file("README.md").splitlines()) <= 6  # five columns
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_commands_on_a_page_are_understood(page):
+    found = [shlex.split(command)[1:] for command in re.findall(r"tie-ext [a-z]+ [^`\n&]*", project_file(page))]
+    assert len(found) >= 4
+    assert {make_parser().parse_args(words).name for words in found} >= {"attach", "train", "score", "report"}
+
+
+def test_the_api_reference_has_every_public_name(tmp_path):
+    pytest.importorskip("pdoc")
+    (command,) = re.findall(r"&& pdoc (.*)", project_file("docs/guide.md"))
+    done = subprocess.run([sys.executable, "-m", "pdoc", *shlex.split(command)], cwd=tmp_path, env=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for module, names in {"tie_ext": tie_ext.__all__, "tie_ext/pytorch_ood": ("Combined", "MahalanobisPlusPlus", "TIEDetector", "combine")}.items():
+        page = (tmp_path / "api" / f"{module}.html").read_text()
+        assert not [name for name in names if f'<section id="{name}">' not in page]
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "openood_configs/README.md", "patches/README.md", "docs/model/README.md"]
+PAGES += [f"docs/{name}.md" for name in ("guide", "method", "hosts", "results")]
+
+
+def anchors(path: Path) -> set[str]:
+    """What may stand behind the # of a link to a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    here = HOUSE.parent / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", project_file(page)):
+        if not link.startswith("https://"):
+            name, _, anchor = link.partition("#")
+            there = (here.parent / name) if name else here
+            assert there.exists(), link
+            assert not anchor or anchor in anchors(there), link
 
 
 def test_the_tutorial_runs_and_shows_what_it_did(tmp_path):

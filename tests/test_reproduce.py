@@ -31,6 +31,10 @@ def changed(**settings) -> Recipe:
     return replace(RECIPE, config=replace(RECIPE.config, **settings))
 
 
+def cells(out) -> dict[str, dict]:
+    return tables.read_cells(out / tables.CELLS)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Two of the paper's sets as image folders, a few drawn images each."""
@@ -55,9 +59,9 @@ def done(root, tmp_path_factory):
 
 def test_every_cell_with_data_is_there_and_says_how_it_was_made(done):
     out, _, _ = done
-    names = sorted(path.name for path in (out / "cells").iterdir())
-    assert names == [f"mnist-allx1-{method}-seed{seed}.json" for method in ("plain", "tie") for seed in (0, 1)]
-    record = json.loads((out / "cells" / names[-1]).read_text())
+    records = cells(out)
+    assert list(records) == [f"mnist-allx1-{method}-seed{seed}" for method in ("plain", "tie") for seed in (0, 1)]
+    record = records["mnist-allx1-tie-seed1"]
     assert {"command", "commit", "versions", "processor", "threads", "config", "synthesizers", "prior", "numbers", "level2", "seconds"} <= set(record)
     assert record["config"]["seed"] == 1
 
@@ -82,7 +86,7 @@ def test_what_was_not_run_stays_said_until_it_can_be(done, root, tmp_path):
 def test_a_cell_of_other_settings_is_not_taken_for_one_of_these(done, monkeypatch):
     out, plan, _ = done
     monkeypatch.setattr(reproduce, "cell", lambda *_, **__: pytest.fail("a cell was run before the settings were looked at"))
-    with pytest.raises(ValueError, match=r"Expected a cell of these settings in .*tie-seed0.json, but got one with lam 0.5 instead of 3.0"):
+    with pytest.raises(ValueError, match=r"Expected mnist-allx1-tie-seed0 in .*cells.jsonl to be .*, but got one with lam 0.5 instead of 3.0"):
         reproduce.run(replace(plan, methods=("predecessor", "tie"), recipe=changed(lam=3.0)), out)
     reproduce.run(replace(plan, methods=("plain",), recipe=changed(lam=3.0)), out)  # which has no lambda
 
@@ -96,7 +100,7 @@ def test_a_cell_is_not_run_twice(done, monkeypatch):
 def test_level_two_counts_what_came_through_and_agrees_with_the_first_table(done):
     out, _, _ = done
     for seed in (0, 1):
-        record = json.loads((out / "cells" / f"mnist-allx1-tie-seed{seed}.json").read_text())
+        record = cells(out)[f"mnist-allx1-tie-seed{seed}"]
         found = record["level2"]["fashionmnist"]
         assert found["through"] == round((1 - record["numbers"]["garbage_rate"]["fashionmnist"]) * 30)
         assert found["score"]["all"] == record["numbers"]["scores"]["score"]["fashionmnist"]
@@ -138,7 +142,7 @@ def test_the_tables_set_two_levels_beside_one_threshold(done):
     text = (done[0] / "tables.md").read_text().split("### Rejected at either level")[1].split("###")[0]
     header, row = ([part.strip() for part in line.split("|")] for line in (text.splitlines()[2], text.splitlines()[4]))
     either, one = (value.split()[0] for value in row[header.index("fashionmnist")].split(" / "))
-    records = [json.loads((done[0] / "cells" / f"mnist-allx1-tie-seed{seed}.json").read_text()) for seed in (0, 1)]
+    records = [cells(done[0])[f"mnist-allx1-tie-seed{seed}"] for seed in (0, 1)]
     assert float(either) == pytest.approx(np.mean([100 * r["numbers"]["rejected"]["fashionmnist"] for r in records]), abs=0.005)
     assert float(one) == pytest.approx(np.mean([100 - 100 * r["level2"]["fashionmnist"]["score"]["all"]["fpr95_id"] for r in records]), abs=0.005)
 
@@ -163,7 +167,7 @@ def test_what_was_judged_stays_when_networks_are_deleted(done, tmp_path):
 def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root, tmp_path):
     plan = reproduce.Plan(root=str(root), sets=("mnist:0-4",), seeds=(0,), methods=("shuffle,multiscale",), images=20, recipe=RECIPE)
     assert reproduce.run(plan, tmp_path) == []
-    record = json.loads((tmp_path / "cells" / "mnist_0-4-20x1-shuffle+multiscale-seed0.json").read_text())
+    record = cells(tmp_path)["mnist_0-4-20x1-shuffle+multiscale-seed0"]
     assert list(record["synthesizers"]) == ["shuffle", "multiscale"]
     assert record["ood_images"] == dict.fromkeys(["other classes", "fashionmnist", *reproduce.NOISE], 2)
     assert "## mnist:0-4: conv3, 20 images" in (tmp_path / "tables.md").read_text()
@@ -174,7 +178,7 @@ def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root
 def test_openoods_own_training_makes_a_cell(openood_root, root, tmp_path, name):
     plan = reproduce.Plan(root=str(root), sets=("mnist",), seeds=(0,), methods=(f"openood:{name}",), recipe=RECIPE)
     assert reproduce.run(plan, tmp_path) == []
-    record = json.loads((tmp_path / "cells" / f"mnist-allx1-openood_{name}-seed0.json").read_text())
+    record = cells(tmp_path)[f"mnist-allx1-openood_{name}-seed0"]
     assert "garbage_rate" not in record["numbers"]
     assert set(record["level2"]["fashionmnist"]) == {*reproduce.LEVEL_2, "through"}
     assert "(OpenOOD's), MSP" in (tmp_path / "tables.md").read_text()
@@ -184,12 +188,13 @@ def test_the_command_line_runs_it(root, tmp_path, capsys):
     small = ["--inversion-steps", "1", "--inversion-width", "4", "--candidates", "20", "--pool-size", "20", "--epochs", "1"]
     arguments = ["reproduce", "--root", str(root), "--out", str(tmp_path), "--data", "fashionmnist", "--methods", "white", "--seeds", "3", *small]
     assert main(arguments) == 0
-    assert (tmp_path / "cells" / "fashionmnist-allx1-white-seed3.json").exists()
+    assert list(cells(tmp_path)) == ["fashionmnist-allx1-white-seed3"]
     assert "tables.md" in capsys.readouterr().out
     assert main([*arguments[: -len(small)], "--methods", "magic"]) == 2
-    (tmp_path / "cells" / "x.json").write_text("{}")
+    with open(tmp_path / "cells.jsonl", "a") as file:
+        file.write("{}\n")
     assert main(arguments) == 1
-    assert "Expected a cell" in capsys.readouterr().err
+    assert "Expected a cell of `tie-ext reproduce` in line 2 of" in capsys.readouterr().err
 
 
 def test_a_missing_openood_is_a_message(root, tmp_path, capsys, monkeypatch):
@@ -260,7 +265,7 @@ def test_every_method_computes_in_the_precision_of_the_settings(method, done):
     recipe = changed(precision="bfloat16")
     assert train_method(method, Conv3, images, recipe)[0].precision == "bfloat16"
     with pytest.raises(ValueError, match="with precision 'float32' instead of 'bfloat16'"):
-        reproduce._check_settings(out / "cells" / f"mnist-allx1-{method}-seed0.json", method, recipe)
+        reproduce._check_settings(out, cells(out)[f"mnist-allx1-{method}-seed0"], method, recipe)
 
 
 @pytest.mark.parametrize("method", ["vernekar", "ascood"])
@@ -336,7 +341,7 @@ def test_a_cell_that_is_killed_goes_on_where_it_stood_and_ends_the_same(method, 
     with pytest.raises(ValueError, match=r"states.*, but got lr 0.001 instead of 0.1"):
         reproduce.run(plan(lr=0.1), tmp_path / "killed")
     reproduce.run(plan(), tmp_path / "killed")
-    whole, gone_on = (json.loads(next((tmp_path / name / "cells").iterdir()).read_text()) for name in ("whole", "killed"))
+    whole, gone_on = (next(iter(cells(tmp_path / name).values())) for name in ("whole", "killed"))
     assert gone_on["numbers"] == whole["numbers"]
     assert gone_on["level2"] == whole["level2"]
     assert (whole["gone_on_after"], gone_on["gone_on_after"]) == (0, 2)

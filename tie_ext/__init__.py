@@ -47,7 +47,7 @@ def __getattr__(name: str):  # so that `import tie_ext` needs torch and numpy on
         raise ImportError(f"Expected pytorch-ood 0.4 or newer for {name}, but got: {error}; pip install 'pytorch-ood>=0.4'") from error
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BoundarySettings",
     "Candidates",

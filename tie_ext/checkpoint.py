@@ -21,7 +21,7 @@ from tie_ext.synthesis import Synthesizer
 
 
 class Resumable(Protocol):
-    """What of a :class:`~tie_ext.training.TIETrainer` is kept."""
+    """What of a :class:`tie_ext.training.TIETrainer` is kept."""
 
     net: TIENet
     config: TIEConfig

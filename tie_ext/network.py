@@ -192,7 +192,7 @@ class TIENet(Ranged):
             x: Images ``(B, C, H, W)`` in the value range of training; B = 1 is fine.
 
         Returns:
-            The :class:`~tie_ext.decision.Decision`; the mode of the network is left as it was.
+            The :class:`tie_ext.decision.Decision`; the mode of the network is left as it was.
 
         Raises:
             ValueError: If ``x`` is not a finite floating-point batch of images of the shape and value range of training.

@@ -40,7 +40,7 @@ class Recipe:
     config: TIEConfig = field(default_factory=TIEConfig)
     """The settings of the loop."""
     synthesizers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"inversion": {}})
-    """Who proposes outliers, of :data:`~tie_ext.outliers.SYNTHESIZERS`: the settings of each that differ from its defaults."""
+    """Who proposes outliers, of :data:`tie_ext.outliers.SYNTHESIZERS`: the settings of each that differ from its defaults."""
     prior: tuple[str, ...] = ("multiscale",)
     """What the pool begins with, of :data:`PRIORS`; none for nothing."""
     objective: str = "garbage"

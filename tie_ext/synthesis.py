@@ -20,7 +20,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Domain(NamedTuple):
-    """What a synthesizer has to know of the data. A :class:`~tie_ext.network.TIENet` has the same four attributes and can stand in its place."""
+    """What a synthesizer has to know of the data. A :class:`tie_ext.network.TIENet` has the same four attributes and can stand in its place."""
 
     num_classes: int
     """n."""
@@ -53,7 +53,7 @@ class Synthesizer(Ranged, abc.ABC):
     """
 
     settings_class: ClassVar[type[Settings]] = Settings
-    """The method's settings: a frozen dataclass of :func:`~tie_ext.support.settings.setting` fields."""
+    """The method's settings: a frozen dataclass of :func:`tie_ext.support.settings.setting` fields."""
 
     def __init__(self, domain: TIENet | Domain, settings: Settings | None = None):
         super().__init__(domain.low.cpu(), domain.high.cpu())

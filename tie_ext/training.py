@@ -55,13 +55,13 @@ Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class TIETrainer:
-    """Trains a :class:`~tie_ext.network.TIENet`, one epoch a call.
+    """Trains a :class:`tie_ext.network.TIENet`, one epoch a call.
 
     Each epoch draws its randomness from ``config.seed`` and its own number, so a run that was stopped between epochs and resumed is the
     same as one that was not. Under ``torch.distributed`` each process gives its own share of the batches and keeps its own share of the
     pool; networks, generators and tau stay the same in all of them, and each saves and resumes its own file.
 
-    A network whose ``garbage`` is a head on every layer (:class:`~tie_ext.head.GarbageHead`) learns its n classes as any network does; after that
+    A network whose ``garbage`` is a head on every layer (:class:`tie_ext.head.GarbageHead`) learns its n classes as any network does; after that
     the head learns, from what the layers say of it, the pool's garbage and the prior's, drawn anew in every epoch as :func:`tie_ext.attach` does. No
     gradient of garbage reaches the classifier.
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -557,3 +559,21 @@ def test_a_run_without_its_pictures_has_no_report(run, tmp_path, capsys):
     shutil.rmtree(out / "epochs")
     assert main(["report", str(out)]) == 1
     assert capsys.readouterr().err.startswith("tie-ext: Expected ")
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"```sh\n(tie-ext attach.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 20)):
+        for label in ("cat", "dog"):
+            Path("IMAGES", split, label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(f"IMAGES/{split}/{label}/{i}.png")
+    torch.save(make("torchvision:resnet18").state_dict(), "weights.pt")
+    for command in block.replace("--size 224", "--size 48").splitlines():  # as the page has it, but quick
+        assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    with open("rows.csv") as rows:
+        levels = [row["level"] for row in csv.DictReader(rows)]
+    assert len(levels) == 56
+    assert set(levels) <= {"accepted", "uncertain", "garbage"}

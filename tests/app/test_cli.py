@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -208,7 +210,7 @@ def test_help_says_what_each_setting_means(command, capsys, monkeypatch):
     assert "`" not in said
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "attach", "score", "report", "reproduce"])
+@pytest.mark.parametrize("command", ["demo", "train", "attach", "score", "report", "explain", "reproduce"])
 def test_help_of_a_command_fits_two_screens_and_says_what_every_flag_does(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
@@ -231,7 +233,16 @@ def test_help_ends_with_examples_that_parse_and_the_version_has_its_name(capsys)
     assert version == f"tie_ext {__version__}"
     examples = [line.split() for line in said[-3:]]
     assert [words[0] for words in examples] == ["tie-ext"] * 3
-    assert [make_parser().parse_args(words[1:]).name for words in examples] == ["demo", "train", "score"]
+    assert [make_parser().parse_args(words[1:]).name for words in examples] == ["demo", "attach", "score"]
+
+
+def test_a_shell_completes_verbs_and_flags_by_the_words_of_the_guide():
+    pytest.importorskip("shtab")
+    (command,) = re.findall(r"&& shtab (.*) >", (Path(__file__).parents[2] / "docs" / "guide.md").read_text())
+    done = subprocess.run([sys.executable, "-m", "shtab", *shlex.split(command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "complete -o bashdefault" in done.stdout
+    assert all(word in done.stdout for word in ("reproduce", "--false-alarm", "--synthesizer"))
 
 
 def test_the_tables_say_what_the_record_does(run):

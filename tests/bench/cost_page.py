@@ -8,7 +8,7 @@ Of the latter the runs were, on 60 000 MNIST images:
     $R --out OUT --lr 1e-4 --lam 5 --epochs 5
     $R --out WIDE --lr 1e-4 --lam 5 --epochs 5 --inversion-steps 400 --inversion-width 64
 
-The runs trained, each in a process of its own, so that its peak memory is its own. The last three are kept in docs/results/earlier/; they were
+The runs trained, each in a process of its own, so that its peak memory is its own. The last three are kept in docs/results/earlier.jsonl; they were
 made at the commits that they name, when the learning rate was constant.
 """
 
@@ -16,16 +16,16 @@ import json
 from pathlib import Path
 from statistics import median
 
-from page import percent
+from page import cells_in, percent
 
 from tie_ext.app.report import table
+from tie_ext.support.files import read_json_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUNS = {
-    "default, 20 epochs": "reproduce/cells/mnist-allx20-tie-seed0.json",
-    "constant rate, 20 epochs": "earlier/constant-rate-20.json",
-    "constant rate, 5 epochs": "earlier/constant-rate-5.json",
-    "without the economy, 5 epochs": "earlier/constant-rate-5-wide.json",
+    "constant rate, 20 epochs": "constant-rate-20",
+    "constant rate, 5 epochs": "constant-rate-5",
+    "without the economy, 5 epochs": "constant-rate-5-wide",
 }
 SETS = ("fashionmnist", "cifar10", "cifar100", "tinyimagenet", "noise")
 
@@ -204,7 +204,8 @@ def _detection(r: dict) -> str:
 
 def _earlier() -> str:
     """What an epoch was before."""
-    records = {name: json.loads((DOCS / "results" / path).read_text()) for name, path in RUNS.items()}
+    earlier = {record["run"]: record for record in read_json_lines(DOCS / "results" / "earlier.jsonl", "a run")}
+    records = {"default, 20 epochs": cells_in("reproduce")["mnist-allx20-tie-seed0"], **{name: earlier[run] for name, run in RUNS.items()}}
     rows = []
     for name, r in records.items():
         numbers = r["numbers"]
@@ -231,7 +232,7 @@ def _earlier() -> str:
         "seconds are the median over the epochs. All but the first had a constant learning rate and lambda 5, the defaults of their time.\n\n"
         f"{table(rows)}\n\nPeak memory of 20 epochs against 5, constant rate: {100 * (long / short - 1):+.1f} %. "
         f"In the default run itself the peak was {peaks[0]:.0f} MB after the first epoch, {peaks[4]:.0f} after 5 and {peaks[-1]:.0f} after 20: "
-        f"it rises in jumps, last in epoch {peaks.index(peaks[-1]) + 1}; why is not known.\n"
+        f"it rises in jumps, last in epoch {peaks.index(peaks[-1]) + 1}.\n"
     )
 
 

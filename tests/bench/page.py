@@ -18,8 +18,11 @@ import json
 import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
+
+from tie_ext.bench.tables import CELLS, read_cells
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NATURAL = ("cifar10", "cifar100", "tinyimagenet")
@@ -73,13 +76,19 @@ def _records(run: str, method: str) -> list[dict]:
     folder = folder or "reproduce"
     method, _, seed = method.partition("#")
     pattern = f"{data.replace(':', '_')}-{size or '20000x10'}-{method}-seed{seed or '*'}"
-    found = {path.stem: json.loads(path.read_text()) for path in (RESULTS / folder / "cells").glob(f"{pattern}.json")}
+    found = {name: dict(record) for name, record in cells_in(folder).items() if fnmatchcase(name, pattern)}
     for key, of in _json("threshold.json")["results"].items():
         if fnmatchcase(key, f"{folder}/{pattern}"):
             found.setdefault(key.rpartition("/")[2], {})["threshold"] = of
     if not found:
         raise ValueError(f"no record of {run} by {method}")
     return [found[stem] for stem in sorted(found)]
+
+
+@cache
+def cells_in(folder: str, file: str = CELLS) -> dict[str, dict]:
+    """The cells of a folder of docs/results/, by name; read once, as a page asks for hundreds of numbers."""
+    return read_cells(RESULTS / folder / file)
 
 
 def _value(other: str, which: str) -> Callable[[dict], float]:

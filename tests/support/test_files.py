@@ -17,7 +17,7 @@ from conftest import SHAPE, make_batches, make_net, make_trainer
 from torch import nn
 
 from tie_ext import TIENet
-from tie_ext.support.files import load_state, locked, save_state
+from tie_ext.support.files import add_json_line, load_state, locked, read_json_lines, save_state
 
 STATE = {"a": {0: torch.arange(3), 1: [torch.tensor(1.5), None, True]}, "b": -math.inf, "c": "text", "d": {}}
 
@@ -102,6 +102,38 @@ def test_a_truncated_run_is_refused_and_leaves_the_trainer_usable(tmp_path, cut)
     with pytest.raises(ValueError, match="Expected a tie_ext training file"):
         other.load(tmp_path / "run")
     other.epoch(make_batches())
+
+
+def test_records_stand_in_order_and_a_new_one_takes_the_place_of_its_name(tmp_path):
+    path = tmp_path / "new" / "records.jsonl"
+    for name, value in (("b", 1), ("a", 2), ("b", 3)):
+        add_json_line(path, {"name": name, "value": value}, "name")
+    assert read_json_lines(path, "a record") == [{"name": "a", "value": 2}, {"name": "b", "value": 3}]
+    assert path.read_bytes().count(b"\n") == 2
+    assert read_json_lines(tmp_path / "none.jsonl", "a record") == []
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        add_json_line(path, {"name": "c", "value": math.nan}, "name")
+    assert len(read_json_lines(path, "a record")) == 2
+
+
+@pytest.mark.parametrize("line", [b'{"name"', b"3", b"\xff"])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    (tmp_path / "records.jsonl").write_bytes(b'{"name": "a"}\n' + line)
+    with pytest.raises(ValueError, match=r"Expected a record in line 2 of .*records.jsonl, but got a truncated or foreign one"):
+        add_json_line(tmp_path / "records.jsonl", {"name": "b"}, "name")
+
+
+def test_processes_that_write_to_one_file_lose_no_record(tmp_path):
+    code = """
+import sys
+from tie_ext.support.files import add_json_line
+for i in range(20):
+    add_json_line(sys.argv[1], {"name": f"{sys.argv[2]}{i}"}, "name")
+"""
+    path = tmp_path / "records.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), who]) for who in "abc"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert len(read_json_lines(path, "a record")) == 60
 
 
 def test_what_cannot_be_saved_is_named(tmp_path):

@@ -45,7 +45,7 @@ def usage() -> Iterator[None]:
 
 EXAMPLES = """examples:
   tie-ext demo
-  tie-ext train --data folder:IMAGES --out runs/mine
+  tie-ext attach --backbone resnet20 --weights w.pt --data cifar10 --out runs/mine
   tie-ext score runs/mine PICTURES --out rows.csv"""
 SETS = "mnist, fashionmnist, svhn, cifar10, cifar100, tinyimagenet, folder:PATH (see below) or demo"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tie_ext {__version__}")
     commands = parser.add_subparsers(required=True, dest="name", metavar="demo | train | attach | score | report | explain | reproduce")
 
-    demo = _command(commands, "demo", "train and compare on images that need no download, in two minutes")
+    demo = _command(commands, "demo", "train and compare on images that need no download, in about a minute")
     output = demo.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="for table, figures and detector (default: demo)")
     output.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
@@ -110,12 +110,14 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
 
     explain = _command(commands, "explain", "what the classes look like to a run's network, and which layers find a rejected image odd")
-    explain.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    explain.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"of the generator that makes the images (default: {STEPS})")
-    explain.add_argument("--root", metavar="FOLDER", help="where the run's data sets lie (default: as they did for the run)")
+    data = explain.add_argument_group("data")
+    data.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    data.add_argument("--root", metavar="FOLDER", help="where the run's data sets lie (default: as they did for the run)")
+    method = explain.add_argument_group("method")
+    method.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"of the generator that makes the images (default: {STEPS})")
 
     usage = "tie-ext reproduce [flags]"
-    reproduce = _command(commands, "reproduce", "the paper's tables, a JSON a cell; goes on where it was stopped", usage=usage)
+    reproduce = _command(commands, "reproduce", "the paper's tables, a line of JSON a cell; goes on where it was stopped", usage=usage)
     output = reproduce.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("reproduce"), metavar="FOLDER", help="for cells and tables (default: reproduce)")
     data = reproduce.add_argument_group("data")

@@ -39,7 +39,7 @@ def build(name: str, channels: int, num_classes: int) -> nn.Module:
     """An architecture without trained weights.
 
     Arguments:
-        name: One of :data:`~tie_ext.backbones.BACKBONES`, ``torchvision:NAME`` or ``timm:NAME``.
+        name: One of :data:`tie_ext.backbones.BACKBONES`, ``torchvision:NAME`` or ``timm:NAME``.
         channels: C; another number than torchvision's 3 changes the first convolution, as people do for grey images.
         num_classes: n.
 

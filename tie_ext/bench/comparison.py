@@ -201,7 +201,7 @@ def cell(
     Arguments:
         about: Facts about the data to record (names, counts).
 
-    The other arguments are those of :func:`train_method` and :func:`~tie_ext.app.evaluation.evaluate`.
+    The other arguments are those of :func:`train_method` and :func:`tie_ext.app.evaluation.evaluate`.
 
     Returns:
         A JSON-able record (numbers, log, seconds, peak memory after each epoch in MB, command, commit, versions, settings; ``gone_on_after``,

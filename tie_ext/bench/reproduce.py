@@ -1,4 +1,4 @@
-"""The paper's Tables 1 and 2, cell by cell: every pair of data sets, every method, every seed; one JSON a cell, and no cell twice.
+"""The paper's Tables 1 and 2, cell by cell: every pair of data sets, every method, every seed; a line of JSON a cell, and no cell twice.
 
 A cell is one training: an ID set, a method of :mod:`tie_ext.bench.comparison`, a seed. All OOD sets that are at hand are scored with it: the
 paper's, and nearer ones, since far sets saturate (notMNIST; the classes that were left out of ``mnist:0-4``), and noise.
@@ -21,12 +21,12 @@ from tie_ext.app.evaluation import all_logits, ood_metrics
 from tie_ext.app.run import to_bytes
 from tie_ext.backbones import BACKBONES
 from tie_ext.bench.comparison import cell, check_method, has_garbage, recipe_of
-from tie_ext.bench.tables import read_cell, tables
+from tie_ext.bench.tables import CELLS, read_cells, tables
 from tie_ext.decision import ood_score, uncertainty
 from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.recipe import Recipe
-from tie_ext.support.files import load_state, save_state, write_atomically, write_json
+from tie_ext.support.files import add_json_line, load_state, save_state, write_atomically, write_json
 from tie_ext.support.modules import frozen
 from tie_ext.support.random import seeded
 from tie_ext.training import TIETrainer
@@ -61,7 +61,7 @@ class Plan:
 
 
 def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> list[str]:
-    """Run the cells of a plan that ``out/cells`` does not hold yet, and write ``out/tables.md`` from all that it then holds.
+    """Run the cells of a plan that ``out/cells.jsonl`` does not hold yet, and write ``out/tables.md`` from all that it then holds.
 
     A cell that was stopped goes on after its last whole epoch, by ``out/states``.
 
@@ -69,7 +69,7 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         What was not run, with the reason.
 
     Raises:
-        ValueError: If a set or method is unknown, a file in ``out/cells`` is no cell, or one of the plan's is there with other settings.
+        ValueError: If a set or method is unknown, a line of ``out/cells.jsonl`` is no cell, or one of the plan's is there with other settings.
     """
     for name in plan.sets:
         if _whole(name) not in data.NAMES:
@@ -78,11 +78,12 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         check_method(method)
     missing: dict[str, str] = {}
     cells = {_stem(plan, *key): key for key in product(plan.sets, plan.methods, plan.seeds)}
+    done = read_cells(out / CELLS)
     for stem, (_, method, seed) in cells.items():
-        _check_settings(out / "cells" / f"{stem}.json", method, _with_seed(plan.recipe, seed))
+        if stem in done:
+            _check_settings(out / CELLS, done[stem], method, _with_seed(plan.recipe, seed))
     for stem, (name, method, seed) in tqdm(cells.items(), desc="cells", disable=not progress):
-        path = out / "cells" / f"{stem}.json"
-        if path.exists():
+        if stem in read_cells(out / CELLS):  # read again, as another process may have been at it
             continue
         try:
             images, test, ood = image_sets(name, seed, plan.images, plan.root, plan.download)
@@ -97,7 +98,7 @@ def run(plan: Plan, out: Path, device: str = "cpu", progress: bool = False) -> l
         record, net = cell(method, backbone, images, test, ood, recipe, about, device=device, progress=progress, after_epoch=keep, state=state)
         record["level2"] = level_2(net, {"id": test, **ood}, images, garbage=has_garbage(method))
         net.save(out / "networks" / f"{stem}.safetensors")
-        write_json(path, record)
+        add_json_line(out / CELLS, record, "cell")
         state.unlink(missing_ok=True)
     _judge_inversions(out)
     _note_missing(out / "not_run.json", plan.sets, missing)
@@ -114,14 +115,14 @@ def _with_seed(recipe: Recipe, seed: int) -> Recipe:
     return replace(recipe, config=replace(recipe.config, seed=seed))
 
 
-def _check_settings(path: Path, method: str, recipe: Recipe) -> None:
+def _check_settings(path: Path, record: Mapping, method: str, recipe: Recipe) -> None:
     """Refuse to take a cell that was made with other settings for one of this plan."""
-    if path.exists():
-        wanted, found = _flat(recipe_of(method, recipe).record()), _flat(read_cell(path))
-        matter = wanted.keys() if has_garbage(method) else {"epochs", "lr", "precision", "seed"}
-        other = [f"{key} {found.get(key)!r} instead of {wanted[key]!r}" for key in matter if found.get(key) != wanted[key]]
-        if other:
-            raise ValueError(f"Expected a cell of these settings in {path}, but got one with {', '.join(sorted(other))}; give another --out")
+    wanted, found = _flat(recipe_of(method, recipe).record()), _flat(record)
+    matter = wanted.keys() if has_garbage(method) else {"epochs", "lr", "precision", "seed"}
+    other = [f"{key} {found.get(key)!r} instead of {wanted[key]!r}" for key in matter if found.get(key) != wanted[key]]
+    if other:
+        said = f"Expected {record['cell']} in {path} to be a cell of these settings, but got one with {', '.join(sorted(other))}"
+        raise ValueError(f"{said}; give another --out")
 
 
 def _flat(record: Mapping) -> dict:
@@ -156,8 +157,9 @@ def _judge_inversions(out: Path) -> None:
     """
     before = json.loads((out / "inversions.json").read_text()) if (out / "inversions.json").exists() else {}
     found: dict[str, dict[str, float]] = {name: dict(by) for name, by in before.items()}
+    done = read_cells(out / CELLS)
     for path in sorted((out / "inversions").glob("*.safetensors")):
-        if not (out / "cells" / f"{path.stem}.json").exists():
+        if path.stem not in done:
             continue  # another process is still at it
         state = load_state(path, "inversions")
         name, _, _, seed = path.stem.rsplit("-", 3)  # the stem of a cell, see _stem

@@ -10,6 +10,7 @@ from statistics import mean, median, stdev
 from tie_ext.app.data import NAMES
 from tie_ext.app.report import table
 from tie_ext.bench.comparison import METHODS, has_garbage, label
+from tie_ext.support.files import read_json_lines, reading
 
 # The paper's Table 1, "TIE / No TIE" in percent: ID accuracy on the diagonal, else the share of OOD images in the garbage class.
 PAPER_1 = {
@@ -75,25 +76,28 @@ OTHERS = ("notmnist", "noise", "uniform noise", "sphere noise")
 """OOD columns beside the paper's sets and the left-out classes."""
 
 
-def read_cell(path: Path) -> dict:
-    """One cell's record.
+CELLS = "cells.jsonl"
+"""The file that has the cells of a folder, one a line."""
+
+
+def read_cells(path: Path) -> dict[str, dict]:
+    """The cells in a file by their names; none where there is no file.
 
     Raises:
-        ValueError: If the file is no cell.
+        ValueError: If a line is no cell.
     """
-    try:
-        record = json.loads(path.read_text())
-        record["data"], record["images"], record["method"], record["config"]["epochs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected a cell of `tie-ext reproduce` in {path}, but got: {error!r}") from error
-    return record
+    cells = {}
+    for number, record in enumerate(read_json_lines(path, "a cell of `tie-ext reproduce`"), 1):
+        with reading(f"a cell of `tie-ext reproduce` in line {number} of {path}"):
+            record["data"], record["images"], record["method"], record["config"]["epochs"]
+            cells[record["cell"]] = record
+    return cells
 
 
 def tables(out: Path) -> str:
-    """Markdown of both tables, beside the paper's figures, from the cells in ``out/cells``."""
+    """Markdown of both tables, beside the paper's figures, from the cells in ``out/cells.jsonl``."""
     cells: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted((out / "cells").glob("*.json")):
-        record = read_cell(path)
+    for record in read_cells(out / CELLS).values():
         cells[record["data"], record["images"], record["config"]["epochs"]][record["method"]].append(record)
     head = "Written by `tie-ext reproduce` from the cells beside it, which hold settings, commit and versions. Percent; mean ± standard deviation "
     parts = [f"# The paper's tables, measured\n\n{head}over the seeds. OOD is the positive class; larger scores are more OOD.\n"]

@@ -30,7 +30,7 @@ def make(name: str, domain: TIENet | Domain, **settings) -> Synthesizer:
 
     Arguments:
         name: One of :data:`SYNTHESIZERS`.
-        domain: The network it is to propose outliers for, or the :class:`~tie_ext.synthesis.Domain` of its data.
+        domain: The network it is to propose outliers for, or the :class:`tie_ext.synthesis.Domain` of its data.
         settings: Settings that differ from the defaults of the name.
 
     Raises:

@@ -63,7 +63,7 @@ class ManifoldBoundary(Synthesizer):
     """Half of the candidates of type I, half of type II, from a class-conditional VAE that is trained once, at the first ``fit``.
 
     Arguments:
-        domain: The network the outliers are for, or the :class:`~tie_ext.synthesis.Domain` of its data.
+        domain: The network the outliers are for, or the :class:`tie_ext.synthesis.Domain` of its data.
         settings: How they are made.
 
     References:

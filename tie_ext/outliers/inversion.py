@@ -103,7 +103,7 @@ class Inversion(Synthesizer):
     """Inverts the classifier with a generator that is trained against it, warm from epoch to epoch.
 
     Arguments:
-        domain: The network to invert, or the :class:`~tie_ext.synthesis.Domain` of its data: images ``(C, S, S)``, S in [28, 224]. The generator
+        domain: The network to invert, or the :class:`tie_ext.synthesis.Domain` of its data: images ``(C, S, S)``, S in [28, 224]. The generator
             is asked for n+1 classes, garbage included.
         settings: How it is trained.
 

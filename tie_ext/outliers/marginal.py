@@ -48,7 +48,7 @@ class MarginalRepresentations(Synthesizer):
     """Outliers from marginal representations.
 
     Arguments:
-        domain: The network the outliers are for, or the :class:`~tie_ext.synthesis.Domain` of its data.
+        domain: The network the outliers are for, or the :class:`tie_ext.synthesis.Domain` of its data.
         settings: How they are made.
         codec: A trained :class:`Codec`; None for a VAE that is trained once, at the first ``fit``.
 

@@ -29,7 +29,7 @@ class Noise(Prior):
     white noise does not.
 
     Arguments:
-        domain: The network the noise is for, or the :class:`~tie_ext.synthesis.Domain` of the data.
+        domain: The network the noise is for, or the :class:`tie_ext.synthesis.Domain` of the data.
         settings: White, or of several scales (the default).
     """
 

@@ -177,7 +177,7 @@ class Procedural(Prior):
     """Procedural images: 70 % shapes, 15 % masks, 10 % multi-scale noise, 5 % waves; half of colour images nearly grey.
 
     Arguments:
-        domain: The network the images are for, or the :class:`~tie_ext.synthesis.Domain` of the data.
+        domain: The network the images are for, or the :class:`tie_ext.synthesis.Domain` of the data.
         settings: How much of a batch of candidates is made of ID images.
     """
 

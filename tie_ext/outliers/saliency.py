@@ -85,7 +85,7 @@ class Saliency(Synthesizer):
     """ASCOOD's outliers as candidates, clipped to the value range.
 
     Arguments:
-        domain: The network the outliers are for, or the :class:`~tie_ext.synthesis.Domain` of its data.
+        domain: The network the outliers are for, or the :class:`tie_ext.synthesis.Domain` of its data.
         settings: Which outliers.
 
     References:
@@ -123,7 +123,7 @@ def uniform_objective(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
 
 
 class Standardized(nn.Module):
-    r"""A classifier whose penultimate features are z-scored, image by image, and scaled: for :class:`~tie_ext.network.TIENet` to stand on.
+    r"""A classifier whose penultimate features are z-scored, image by image, and scaled: for :class:`tie_ext.network.TIENet` to stand on.
 
     .. math:: \tilde h = \sigma \, (h - \mathrm{mean}(h)) / \mathrm{std}(h), \quad \|\tilde h\| = \sigma \sqrt{F - 1}
 

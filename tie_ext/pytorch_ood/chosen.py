@@ -37,7 +37,7 @@ def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: floa
 
 
 class FeatureSample(Sample):
-    """A uniform random sample of features ``(N, F)`` that takes at most :data:`~tie_ext.teaching.MEMORY`."""
+    """A uniform random sample of features ``(N, F)`` that takes at most :data:`tie_ext.teaching.MEMORY`."""
 
     def __init__(self, feature_size: int):
         super().__init__(max(2, MEMORY // (4 * feature_size)))

@@ -252,7 +252,7 @@ class Combined(Detector):
             return _decision(seen.logits, self.predict_scores(self._scores(x, seen)), line, isinstance(net, TIENet))
 
     def deployed(self) -> nn.Module:
-        """Network, members and decision as one module, images ``(B, C, H, W)`` to :class:`~tie_ext.Decision`, for ``torch.export``.
+        """Network, members and decision as one module, images ``(B, C, H, W)`` to :class:`tie_ext.Decision`, for ``torch.export``.
 
         For ONNX too with a rule that takes standardised scores, and without GEN and Entropy, whose clamp ``torch.onnx`` does not know.
 
@@ -421,7 +421,7 @@ class DeployedCombination(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Decision:
-        """The :class:`~tie_ext.Decision` of images ``(B, C, H, W)``."""
+        """The :class:`tie_ext.Decision` of images ``(B, C, H, W)``."""
         seen = Outputs(*self.net(x, True, garbage=True))
         scores = _stacked([score(seen.read(kind, self.net)) for kind, score in self.members])
         learned = Reference(*(getattr(self, name) for name in Reference._fields))

@@ -159,7 +159,7 @@ class TIEDetector(LogitsDetector):
             return self.deployed()(x)
 
     def deployed(self) -> nn.Module:
-        """Network and decision as one module, images ``(B, C, H, W)`` to :class:`~tie_ext.Decision`, for ``torch.export`` and ONNX.
+        """Network and decision as one module, images ``(B, C, H, W)`` to :class:`tie_ext.Decision`, for ``torch.export`` and ONNX.
 
         Torch 2.2 exports it for a fixed batch size only.
 
@@ -264,7 +264,7 @@ class Deployed(nn.Module):
         self.register_buffer("tau", tau)
 
     def forward(self, x: Tensor) -> Decision:
-        """The :class:`~tie_ext.Decision` of images ``(B, C, H, W)``."""
+        """The :class:`tie_ext.Decision` of images ``(B, C, H, W)``."""
         logits = self.net(x, garbage=True)
         return decide(logits, self.tau, self.t) if self.threshold is None else decide_at(logits, self.threshold, self.t)
 

@@ -150,6 +150,36 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+def read_json_lines(path: str | os.PathLike, what: str) -> list[dict]:
+    """The records of a file that has one a line; none where there is no file.
+
+    Arguments:
+        path: The file.
+        what: What a line is, for the error.
+
+    Raises:
+        ValueError: If a line is no JSON object, naming it.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines() if Path(path).exists() else (), 1):
+        with reading(f"{what} in line {number} of {path}"):
+            records.append(dict(json.loads(line)))
+    return records
+
+
+def add_json_line(path: str | os.PathLike, record: dict, key: str) -> None:
+    """Put a record into a file that has one a line, in the order of a key, in the place of one that has the same; atomically.
+
+    Several processes may add to one file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        others = [other for other in read_json_lines(path, "a record") if other[key] != record[key]]
+        lines = (json.dumps(each, allow_nan=False) + "\n" for each in sorted([*others, record], key=lambda each: each[key]))
+        write_atomically(path, "".join(lines).encode())
+
+
 def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
     """Save nested dicts, lists, numbers, strings and tensors.
 
