@@ -104,8 +104,8 @@ def main() -> None:
         names = ("train", "validation", "ID test", *benchmark.ood_names)
         sets = (benchmark.train_in, benchmark.val_in, benchmark.test_in, *benchmark.test_oods)
         images = {name: len(of) for name, of in zip(names, sets, strict=True)}
-        said = {**provenance(), "command": f"benchmark.py --root DATA/images_classic --images {a.images} --keep docs/results/attached/work/{a.network.name}"}
-        write_json(OUT, {**said, "images": images, "missing": benchmark.missing, "rows": rows})
+        command = f"benchmark.py --root DATA/images_classic --images {a.images} --keep docs/results/attached/work/{a.network.name}"
+        write_json(OUT, {**provenance(), "command": command, "images": images, "missing": benchmark.missing, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ Made by `python tests/bench/tables.py` of `docs/results/benchmark.json`, which t
 FPR@95 is its FPR95TPR: ID images that are taken for OOD ones where 95 % of the OOD images are found. Other pages turn that round.
 
 {numbers}.
-The lists are not OpenOOD's own, and the images are JPEG files of 32 by 32 pixels in all sets. As in OpenOOD's lists, 1000 images of the CIFAR-10
-test set are for validation, and those tested are of the others. ViM, a member of Combined, is fitted on the training images, and Combined on those for validation.
+The lists are not OpenOOD's own, and the images are JPEG files of 32 by 32 pixels in all sets. As in OpenOOD's lists, 1000 images of the
+CIFAR-10 test set are for validation, and those tested are of the others. ViM, a member of Combined, is fitted on the training images, and
+Combined on those for validation.
 
 Left out, as they are not at hand: {missing}.
 So this is not a row for the benchmark's own table.
