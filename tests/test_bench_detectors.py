@@ -74,3 +74,15 @@ def test_the_table_has_those_that_fit_best_first(record, tmp_path, monkeypatch):
     page = detectors_page.page()
     assert "- MCM: TypeError" in page
     assert "**TIEDetector**" in page
+
+
+def test_a_slow_detector_that_was_not_run_on_every_network_has_its_cost_and_one_that_was_has_a_mark(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(detectors_page, "RESULTS", tmp_path)
+    other = {**record, "seed": 1, "detectors": {name: run for name, run in record["detectors"].items() if name != "ODIN"}}
+    for of in (record, other):
+        (tmp_path / f"squares-seed{of['seed']}.json").write_text(json.dumps(of))
+    page = detectors_page.page()
+    assert f"- ODIN: reads the images themselves, and has been run on 1 of 2 networks ({record['detectors']['ODIN']['seconds']:.1f} s for" in page
+    assert "| GradNorm\\* " in page
+    assert "| EnergyBased " in page
+    assert "| **IODIN**\\* " in page

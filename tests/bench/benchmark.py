@@ -2,46 +2,94 @@
 
     python tests/bench/benchmark.py --root DATA/images_classic docs/results/attached/work/cifar10-45000x28-resnet20-seed0-head.safetensors
 
-ROOT has the images as OpenOOD keeps them. A row for each detector and OOD set is printed.
+The images lie in ROOT and the lists where pytorch-ood looks for them: both are what ``CIFAR10_OpenOOD(ROOT, transform)`` downloads, with gdown.
+OOD sets without a list or an image are left out and named. A row for each detector and OOD set is printed, and kept in
+docs/results/benchmark.json with ``--keep``.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from pytorch_ood.api import Detector
 from pytorch_ood.benchmark import Benchmark, CIFAR10_OpenOOD
 from pytorch_ood.detector import EnergyBased, MaxSoftmax
-from torch.utils.data import DataLoader
-from torchvision.transforms import ToTensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from tie_ext import TIENet
 from tie_ext.app.report import table
 from tie_ext.pytorch_ood import TIEDetector, combine
+from tie_ext.support.files import write_json
+from tie_ext.support.provenance import provenance
+
+OUT = Path(__file__).parents[2] / "docs" / "results" / "benchmark.json"
+SIZE = 32
+"""Pixels to a side; the lists have larger and smaller images too."""
+
+
+class AtHand(CIFAR10_OpenOOD):
+    """The benchmark with the OOD sets that are on disk, and at most so many images of each set, drawn with one seed."""
+
+    def __init__(self, root: str, most: int | None):
+        lists = Path(torch.hub.get_dir(), "openood_benchmark_imglist", "benchmark_imglist", self._subdir)
+        self.missing = {name: reason for name, of in CIFAR10_OpenOOD._ood_imglists if (reason := self.lacks(Path(root), lists / of))}
+        self._ood_imglists = [pair for pair in CIFAR10_OpenOOD._ood_imglists if pair[0] not in self.missing]
+        super().__init__(root, Compose([Resize(SIZE), CenterCrop(SIZE), ToTensor()]), download=False)
+        if not self.test_oods:
+            raise ValueError(f"Expected at least one OOD set of the benchmark, but {'; '.join(f'{of}: {why}' for of, why in self.missing.items())}")
+        self.train_in, self.val_in, self.test_in, *self.test_oods = (
+            few(images, most) for images in (self.train_in, self.val_in, self.test_in, *self.test_oods)
+        )
+
+    @staticmethod
+    def lacks(root: Path, of: Path) -> str | None:
+        """What an OOD set lacks; None where its list and the first image of it are there."""
+        if not of.exists():
+            return f"no list {of.name}"
+        first = of.read_text().split(maxsplit=1)[0]
+        return None if (root / first).exists() else f"no image {first}"
+
+
+def few(images: Dataset, most: int | None) -> Dataset:
+    """At most so many images, the same ones every time; all where most is None."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return Subset(images, order[:most].sort().values.tolist())
 
 
 def evaluated(benchmark: Benchmark, detectors: Mapping[str, Detector], loader: Mapping) -> list[dict]:
-    """A row for each detector and OOD set, percent; images are passed once for detectors that read the same of them."""
+    """AUROC and FPR@95 for each detector and OOD set; images are passed once for detectors that read the same of them."""
     rows = []
     for name, detector in detectors.items():
         with torch.no_grad():
             found = benchmark.evaluate(detector, loader_kwargs=dict(loader), cache=True)
-        rows += [
-            {"detector": name, "OOD set": of["Dataset"], "AUROC": f"{100 * of['AUROC']:.2f}", "FPR@95": f"{100 * of['FPR95TPR']:.2f}"} for of in found
-        ]
+        rows += [{"detector": name, "set": of["Dataset"], "auroc": of["AUROC"], "fpr95": of["FPR95TPR"]} for of in found]
     return rows
+
+
+def shown(rows: Sequence[Mapping]) -> str:
+    """A table in percent."""
+    return table(
+        [
+            {"detector": row["detector"], "OOD set": row["set"], "AUROC": f"{100 * row['auroc']:.2f}", "FPR@95": f"{100 * row['fpr95']:.2f}"}
+            for row in rows
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/images_classic")
-    parser.add_argument("--download", action="store_true", help="fetch what is missing (needs gdown)")
+    parser.add_argument("--images", type=int, help="at most so many of each set, training images too (all)")
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--keep", action="store_true", help=f"write {OUT.name}")
     parser.add_argument("network", type=Path, help="an attached network of images in [0, 1]")
     a = parser.parse_args()
     net = TIENet.load(a.network)
-    benchmark = CIFAR10_OpenOOD(a.root, ToTensor(), download=a.download)
+    benchmark = AtHand(a.root, a.images)
+    for name, reason in benchmark.missing.items():
+        print(f"{name} is left out: {reason}", flush=True)
     loader = {"batch_size": a.batch_size}
     training, held_out = (DataLoader(images, **loader) for images in (benchmark.train_set(), benchmark.val_in))
     detectors = {
@@ -50,7 +98,14 @@ def main() -> None:
         "TIEDetector": TIEDetector(net),
         "Combined": combine(net, training, held_out),
     }
-    print(table(evaluated(benchmark, detectors, loader)))
+    rows = evaluated(benchmark, detectors, loader)
+    print(shown(rows))
+    if a.keep:
+        names = ("train", "validation", "ID test", *benchmark.ood_names)
+        sets = (benchmark.train_in, benchmark.val_in, benchmark.test_in, *benchmark.test_oods)
+        images = {name: len(of) for name, of in zip(names, sets, strict=True)}
+        command = f"benchmark.py --root DATA/images_classic --images {a.images} --keep docs/results/attached/work/{a.network.name}"
+        write_json(OUT, {**provenance(), "command": command, "images": images, "missing": benchmark.missing, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Reads networks that tests/bench/attached.py left, whose n ID logits are the plain network's, and the same images. Every detector has its default
 settings. Those that read logits, features or the last feature maps get them from one pass for all; the others read the images, after all those of
-every network. Times are of each detector's own ``predict``, the pass included. A detector that cannot be made for a network, fails on it or gives all
-ID images one score is kept with the reason. Writes docs/results/detectors/STEM.json after each detector, and goes on after the last one there.
+every network, and are tested on 1000 of each set alone. Times are of each detector's own ``predict``, the pass included. A detector that cannot be
+made for a network, fails on it or gives all ID images one score is kept with the reason. Writes docs/results/detectors/STEM.json after each
+detector, and goes on after the last one there.
 """
 
 import argparse
@@ -39,7 +40,7 @@ OURS = ("TIEDetector", "Combined", "UncertaintyEstimate", "MahalanobisPlusPlus",
 IMAGES = ("IODIN", "ODIN", "MahalanobisODIN", "GradNorm", "GradUncertainty", "MultiMahalanobis", "Gram", "NACUE", "MCD")
 """Detectors that read the images themselves."""
 TIMED = 1000
-"""ID test images by which the time is told."""
+"""ID test images by which the time is told, and images of each set by which detectors that read images are tested."""
 
 
 class Seen(NamedTuple):
@@ -145,11 +146,15 @@ def judged(name: str, make: Callable[[], Detector], sets: dict[str, ImageSet], s
             seconds = (time.process_time() - start) / TIMED * 1000
             if (first == first[0]).all():
                 return {"reason": "gives all ID images one score"}
-            scores = {of: predicted(detector, sets[of]) if name in IMAGES else read(detector, seen[of]).detach() for of in tested}
+            if name in IMAGES:
+                scores = {of: predicted(detector, sets[of].first(TIMED)) for of in tested if of != "id"} | {"id": first}
+            else:
+                scores = {of: read(detector, seen[of]).detach() for of in tested}
     except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
         return {"reason": f"{type(error).__name__}: {error}"}
     metrics = {of: ood_metrics(scores["id"], scores[of]) for of in tested if of != "id"}
-    return {"seconds": seconds, "sets": {of: {key: found[key] for key in ("auroc", "fpr95_id")} for of, found in metrics.items()}}
+    most = {"images": TIMED} if name in IMAGES else {}
+    return {**most, "seconds": seconds, "sets": {of: {key: found[key] for key in ("auroc", "fpr95_id")} for of, found in metrics.items()}}
 
 
 def predicted(detector: Detector, images: ImageSet) -> Tensor:

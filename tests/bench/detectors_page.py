@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 from attached_page import CALLED, judged_rows
-from detectors import IMAGES, OURS
+from detectors import IMAGES, OURS, TIMED
 from page import percent
 
 from tie_ext.app.report import table
@@ -31,6 +31,7 @@ Every detector has pytorch-ood's default settings, also where users choose them 
 p is 0.9, as OpenOOD has it, and ViM's d half the features. GradNorm and GradUncertainty take the last layer's gradients, as pytorch-ood's examples
 do. KLMatching and TemperatureScaling are fitted on held-out ID images, all others on the training images. Ours are in bold: TIEDetector reads
 the garbage head, Combined is `tie_ext.pytorch_ood.combine` (TIEDetector, ViM and GEN), and the other three read the plain network.
+Detectors marked \\* read the images themselves; being slow, they are tested on {timed} images of each set, drawn once.
 """
 
 
@@ -50,7 +51,7 @@ def rows(of: list[dict]) -> list[dict]:
         auroc = [mean(run["sets"][ood]["auroc"] for ood in sets) for run in runs]
         worst = min(sets, key=lambda ood: mean(run["sets"][ood]["auroc"] for run in runs))
         row = {
-            "detector": f"**{name}**" if name in OURS else name,
+            "detector": (f"**{name}**" if name in OURS else name) + ("\\*" if "images" in runs[0] else ""),
             "mean AUROC": percent(auroc),
             "worst AUROC": f"{percent([run['sets'][worst]['auroc'] for run in runs])} ({CALLED.get(worst, worst)})",
             "mean FPR@95": percent([mean(run["sets"][ood]["fpr95_id"] for ood in sets) for run in runs]),
@@ -58,6 +59,13 @@ def rows(of: list[dict]) -> list[dict]:
         }
         found.append((mean(auroc), row))
     return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
+
+
+def not_everywhere(name: str, of: list[dict]) -> str:
+    """Why a detector that reads images has no row, and what it cost where it was run."""
+    runs = [record["detectors"][name] for record in of if name in record["detectors"]]
+    cost = [f"{run['seconds']:.1f} s for 1000 images" if "seconds" in run else run["reason"] for run in runs]
+    return f"reads the images themselves, and has been run on {len(runs)} of {len(of)} networks" + "".join(f" ({one})" for one in cost)
 
 
 def page() -> str:
@@ -69,10 +77,9 @@ def page() -> str:
     said = {key: of[0][key] for key in ("data", "images", "epochs", "backbone")}
     commands = "\n".join(f"    python tests/bench/{record['command']}" for record in of)
     seeds = ", ".join(str(record["seed"]) for record in of)
-    text = HEAD.format(**said, seeds=seeds, sets=", ".join(CALLED.get(name, name) for name in sets), commands=commands)
+    text = HEAD.format(**said, seeds=seeds, timed=TIMED, sets=", ".join(CALLED.get(name, name) for name in sets), commands=commands)
     reasons = {name: run["reason"] for record in of for name, run in record["detectors"].items() if "reason" in run}
-    left = [name for name in IMAGES if any(name not in record["detectors"] for record in of)]
-    reasons |= dict.fromkeys(left, "reads the images themselves, and has not been run on every network")
+    reasons |= {name: not_everywhere(name, of) for name in IMAGES if any(name not in record["detectors"] for record in of)}
     missing = "\n".join(f"- {name}: {reason.strip()}" for name, reason in reasons.items())
     parts = [text, table(rows(of)), ""]
     return "\n".join([*parts, "Not in the table:\n", missing, ""] if reasons else parts)

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import attached_page
+import benchmark_page
 import detectors_page
 import explained_page
 import fire
@@ -345,6 +346,7 @@ def documents() -> dict[str, str]:
         "research/threshold.md": threshold(),
         "research/agreement.md": agreement(),
         "research/attached.md": attached_page.page(),
+        "research/benchmark.md": benchmark_page.page(),
         "research/detectors.md": detectors_page.page(),
         **detectors_page.pull_requests(),
         "research/fooling.md": fooling_page.page(),

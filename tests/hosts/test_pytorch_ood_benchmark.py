@@ -90,15 +90,16 @@ def test_the_page_runs():
 
 @pytest.fixture
 def stand_ins(tmp_path) -> tuple[Path, Path]:
-    """Images and lists as the benchmark wants them, few and made up: a root, and a hub folder that has the lists."""
+    """Images and lists as the benchmark wants them, few and made up, OOD images larger: a root, and a hub folder that has the lists."""
     root, hub = tmp_path / "images_classic", tmp_path / "hub"
     lists = hub / "openood_benchmark_imglist" / "benchmark_imglist" / "cifar10"
     lists.mkdir(parents=True)
     of = CIFAR10_OpenOOD
     ood = [(name, file, -1) for name, file in of._ood_imglists] + [("val", of._val_ood_imglist, -1)]
+    del ood[2]  # no list of MNIST
     known = [("train", of._train_imglist, 0), ("held", of._val_id_imglist, 0), ("test", of._test_id_imglist, 0)]
     for name, file, label in known + ood:
-        x, y = images(60, 10) if label == 0 else (torch.rand(20, 3, 32, 32), torch.full((20,), -1))
+        x, y = images(60, 10) if label == 0 else (torch.rand(20, 3, 48, 40), torch.full((20,), -1))
         (root / name).mkdir(parents=True)
         rows = []
         for i, (one, of_one) in enumerate(zip(x, y.tolist(), strict=True)):
@@ -119,13 +120,14 @@ def test_its_openood_benchmark_evaluates_ours(stand_ins, tmp_path):
         f"import sys, torch; sys.path[:0] = [{str(script.parent)!r}, {str(REPOSITORY / 'tests')!r}]; torch.hub.set_dir({str(hub)!r})\n"
         "import benchmark; from conftest import Small; from tie_ext import TIENet\n"
         "load = TIENet.load; benchmark.TIENet.load = lambda path: load(path, Small(10, 3))\n"
-        f"sys.argv = ['benchmark.py', '--root', {str(root)!r}, '--batch-size', '30', {str(tmp_path / 'net.safetensors')!r}]\n"
+        f"sys.argv = ['benchmark.py', '--root', {str(root)!r}, '--images', '40', '--batch-size', '30', {str(tmp_path / 'net.safetensors')!r}]\n"
         "benchmark.main()"
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines()[3:]]
     assert {(row[0], row[1]) for row in rows} == {
-        (detector, name) for detector in ("MSP", "energy", "TIEDetector", "Combined") for name, _ in CIFAR10_OpenOOD._ood_imglists
+        (detector, name) for detector in ("MSP", "energy", "TIEDetector", "Combined") for name, _ in CIFAR10_OpenOOD._ood_imglists if name != "MNIST"
     }
+    assert "MNIST is left out: no list test_mnist.txt" in run.stdout
     assert all(float(row[2]) > 99 for row in rows if row[0] == "TIEDetector")  # noise beside squares of colour

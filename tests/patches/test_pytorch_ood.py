@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+RELEASE = "0.4.0"
 SERIES = Path(__file__).parents[2] / "patches" / "pytorch-ood"
 TIE, COMBINED = SERIES / "0001-TIE-detector.patch", SERIES / "0002-Combined-detector.patch"
 BUDGET = {TIE: (400, 9), COMBINED: (300, 9)}
@@ -31,7 +32,10 @@ def files(patch: Path) -> dict[str, bool]:
 def source() -> Path:
     found = Path(os.environ.get("PYTORCH_OOD_ROOT", Path.home() / "pytorch-ood"))
     if not (found / "src" / "pytorch_ood").is_dir():
-        pytest.skip(f"no source tree of pytorch-ood 0.4.0 at {found}: unpack its source distribution there, or set PYTORCH_OOD_ROOT")
+        pytest.skip(f"no source tree of pytorch-ood {RELEASE} at {found}: unpack its source distribution there, or set PYTORCH_OOD_ROOT")
+    (version,) = re.findall(r'^__version__ = "(.+)"', (found / "src" / "pytorch_ood" / "__init__.py").read_text(), re.M)
+    if version != RELEASE:
+        pytest.fail(f"Expected pytorch-ood {RELEASE}, which the patches are made against, at {found}, but got {version}")
     return found
 
 
@@ -48,7 +52,7 @@ def tree(request, source, tmp_path_factory) -> Path:
     """
     place = tmp_path_factory.mktemp("tree") / "pytorch-ood"
     shutil.copytree(source, place, ignore=shutil.ignore_patterns(".git", "data", "__pycache__"))
-    for arguments in (["init", "-q"], ["add", "-A", "-f"], ["commit", "-qm", "0.4.0"]):
+    for arguments in (["init", "-q"], ["add", "-A", "-f"], ["commit", "-qm", RELEASE]):
         assert git(place, *arguments).returncode == 0
     for patch in ORDERS[request.param]:
         missing = [name for name, new in files(patch).items() if not new and not (place / name).exists()]
