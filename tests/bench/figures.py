@@ -51,8 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     head = (
-        "# The paper's Figures 2 to 6\n\nWhat a run of TIE looks like from inside: its inversions, how sure the network is of them, and how its scores lie. Made by\n"
-        "`python tests/bench/figures.py RUN ...` after the commands below, at the commit named; `docs/results/figures/` has what the runs recorded. The\n"
+        "# The paper's Figures 2 to 6\n\n"
+        "What a run of TIE looks like from inside: its inversions, how sure the network is of them, and how its scores lie. Made by `python\n"
+        "tests/bench/figures.py RUN ...` after the commands below, at the commit named; `docs/results/figures/` has what the runs recorded. The\n"
         "defaults were others then, the paper's linear garbage logit among them ([cost.md](cost.md)). Words: [glossary](../method.md#glossary).\n"
     )
     (DOCS / "research" / "figures.md").write_text("\n".join([head, *map(section, parser.parse_args().runs)]))
