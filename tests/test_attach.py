@@ -8,7 +8,7 @@ import torch
 from conftest import SHAPE, Small, make_batches
 from torch import nn
 
-from tie_ext import Conv3, Conv5, Conv7, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
+from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
 from tie_ext.head import FLAT, MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
 from tie_ext.outliers import make
 from tie_ext.support.sample import Sample
@@ -40,7 +40,6 @@ BACKBONES = {
     "Conv3": (lambda: Conv3(3, 4), 3),
     "Conv5": (lambda: Conv5(3, 4), 5),
     "ResidualCNN": (lambda: ResidualCNN(3, 4), 16),
-    "Conv7": (lambda: Conv7(3, 4), 7),
     "ResNet20": (lambda: ResNet20(3, 4), 16),
     "resnet18": (lambda: torchvision_model("resnet18"), 15),  # at 32 pixels its last maps are single points
     "mobilenet_v3_small": (lambda: torchvision_model("mobilenet_v3_small"), 16),
@@ -66,7 +65,7 @@ def test_any_backbone_takes_a_head_and_keeps_its_logits(name, tmp_path):
     assert len(net.garbage.layers) == layers
     torch.testing.assert_close(torch.cat([net(one[None], garbage=True) for one in x]), every, rtol=1e-3, atol=1e-3)
     net.save(tmp_path / "net")
-    again = TIENet.load(tmp_path / "net", None if name in ("Conv3", "Conv5", "Conv7", "ResidualCNN", "ResNet20") else make_one())
+    again = TIENet.load(tmp_path / "net", None if name in ("Conv3", "Conv5", "ResidualCNN", "ResNet20") else make_one())
     assert torch.equal(again(x, garbage=True), every)
     assert again.tau == net.tau
     exported = torch.export.export(net, (x,), kwargs={"garbage": True}).module()

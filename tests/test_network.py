@@ -7,7 +7,7 @@ import torch
 from conftest import SHAPE, Small, make_net
 from torch import nn
 
-from tie_ext import Conv3, Conv5, Conv7, GarbageHead, Generator, ResidualCNN, ResNet20, TIENet, uncertainty
+from tie_ext import Conv3, Conv5, GarbageHead, Generator, ResidualCNN, ResNet20, TIENet, uncertainty
 from tie_ext.outliers.saliency import Standardized
 from tie_ext.support.files import load_state, save_state
 
@@ -29,9 +29,7 @@ class WithFc(nn.Module):
         return self.fc(self.body(x.flatten(1)))
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: Conv3(3, 5), lambda: Conv5(3, 5), lambda: ResidualCNN(3, 5), lambda: Conv7(3, 5), lambda: ResNet20(3, 5), WithFc, resnet18]
-)
+@pytest.mark.parametrize("make", [lambda: Conv3(3, 5), lambda: Conv5(3, 5), lambda: ResidualCNN(3, 5), lambda: ResNet20(3, 5), WithFc, resnet18])
 @pytest.mark.parametrize("n", [5, 9])
 def test_any_backbone_gives_n_or_n_plus_1_logits_and_features(make, n):
     net = TIENet(make(), n).eval()
@@ -228,7 +226,7 @@ def test_a_double_network_comes_back_as_one(tmp_path):
     assert again(x).dtype == torch.float64
 
 
-@pytest.mark.parametrize("kind", [Conv3, Conv5, Conv7, ResidualCNN, ResNet20])
+@pytest.mark.parametrize("kind", [Conv3, Conv5, ResidualCNN, ResNet20])
 def test_a_network_without_an_image_shape_comes_back(kind, tmp_path):
     net = TIENet(kind(3, 4), 4).eval()
     net.save(tmp_path / "net")
@@ -342,7 +340,7 @@ def _weight(key, value):
         (_changed(classes=[1, 2, 3, 4]), r"named \[1, 2, 3, 4\]"),
         (
             _changed(backbone="nowhere"),
-            r"Expected a `backbone` for .*net, whose architecture is not one of conv3, conv5, conv7, residual, resnet20, but",
+            r"Expected a `backbone` for .*net, whose architecture is not one of conv3, conv5, residual, resnet20, but",
         ),
         (_changed(image_shape=[3, 28, 28]), r"Expected a backbone for images \(3, 28, 28\), but Conv3 fails on one"),
         (_weight("fc.weight", torch.zeros(4, 128, dtype=torch.int32)), r"fc of torch.int32 \(4, 128\) instead of floating-point \(4, 128\)"),

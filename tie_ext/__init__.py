@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from tie_ext.attach import attach
-from tie_ext.backbones import Conv3, Conv5, Conv7, ResidualCNN, ResNet20
+from tie_ext.backbones import Conv3, Conv5, ResidualCNN, ResNet20
 from tie_ext.config import TIEConfig
 from tie_ext.decision import Decision, decide, ood_score, uncertainty
 from tie_ext.exclusion import GarbagePool
@@ -53,7 +53,6 @@ __all__ = [
     "Candidates",
     "Conv3",
     "Conv5",
-    "Conv7",
     "Decision",
     "Domain",
     "EpochLog",

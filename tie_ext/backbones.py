@@ -1,4 +1,4 @@
-"""The paper's CNNs, Conv7 and ResNet-20, for those who bring no network of their own.
+"""The paper's CNNs and ResNet-20, for those who bring no network of their own.
 
 Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``n`` classes. All give logits ``(B, n)``, without a softmax.
 """
@@ -63,29 +63,6 @@ class Conv5(_PlainCNN):
         super().__init__(in_channels, num_classes, (64, 64, 128, 128, 256), (False, True, False, True, True), 256)
 
 
-class Conv7(nn.Module):
-    """Seven convolutions for 32x32 colour images, of 1.2 million weights: the most accurate of these for the time that a CPU takes.
-
-    A stem of 32 channels, then three pairs with 64, 128, 256, pooled after the first of each pair, and the largest value over space.
-
-    References:
-        The layout is close to that of K. Jordan, *94 % on CIFAR-10 in 3.29 Seconds on a Single GPU*, arXiv 2404.00498.
-    """
-
-    def __init__(self, in_channels: int = 3, num_classes: int = 10):
-        super().__init__()
-        self.feature_size = 256
-        layers = _conv(in_channels, 32, pool=False)
-        for cin, cout in pairwise((32, 64, 128, 256)):
-            layers += [*_conv(cin, cout, pool=True), *_conv(cout, cout, pool=False)]
-        self.conv = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
-        self.fc = nn.Linear(256, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, num_classes)`` of images ``(B, C, H, W)``."""
-        return self.fc(self.conv(_channels_last(x)))
-
-
 class _Residual(nn.Module):
     def __init__(self, cin: int, cout: int, stride: int):
         super().__init__()
@@ -146,5 +123,5 @@ class ResNet20(nn.Module):
         return self.fc(self.stages(_channels_last(x)))
 
 
-BACKBONES: dict[str, type[nn.Module]] = {"conv3": Conv3, "conv5": Conv5, "conv7": Conv7, "residual": ResidualCNN, "resnet20": ResNet20}
-"""The paper's own CNNs, Conv7 and ResNet-20, by the names the command line takes."""
+BACKBONES: dict[str, type[nn.Module]] = {"conv3": Conv3, "conv5": Conv5, "residual": ResidualCNN, "resnet20": ResNet20}
+"""The paper's own CNNs, and ResNet-20, by the names the command line takes."""

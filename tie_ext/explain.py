@@ -7,8 +7,8 @@ of all classes or of one.
 
 A generator that starts afresh minimises this: images that the network takes for the class *and* that every layer finds to be as images of the class
 are, wherever in the frame they stand. The first term alone finds fooling images (docs/research/fooling.md). The logarithm is there because statistics
-start thousands of deviations away. Images are moved before the network sees them, anew in each step: what is left is what networks trained apart
-see too. Any classifier will do; it needs no garbage class.
+start thousands of deviations away. Images are blurred a little, or the generator's stripes would be in them, and moved before the network sees them,
+anew in each step: what is left is what networks trained apart see too. Any classifier will do; it needs no garbage class.
 """
 
 import copy
@@ -192,7 +192,7 @@ def _invert(layers: Layers, per_class: int, steps: int, progress: bool) -> tuple
     means, deviations = (part.to(device) for part in layers.of_class)
 
     def generate(y: Tensor) -> Tensor:
-        return generator(torch.randn(len(y), generator.latent_size, device=device), soft_code(y, n, CLEAR))
+        return _blurred(generator(torch.randn(len(y), generator.latent_size, device=device), soft_code(y, n, CLEAR)))
 
     with frozen(net), torch.enable_grad():
         generator = Generator(net.image_shape or (), n, low=net.low.cpu(), high=net.high.cpu()).to(device)
@@ -211,6 +211,13 @@ def _invert(layers: Layers, per_class: int, steps: int, progress: bool) -> tuple
             x = torch.cat([generate(part) for part in y.split(BATCH)])
             label = torch.cat([net(part).argmax(1) for part in x.split(BATCH)])
     return x.cpu(), (label == y).double().mean().item()
+
+
+def _blurred(x: Tensor) -> Tensor:
+    """Images ``(B, C, S, S)``, each pixel a mean of the nine around it, weighted 1 2 1 in both directions."""
+    weights = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
+    kernel = torch.outer(weights, weights).repeat(x.shape[1], 1, 1, 1)
+    return F.conv2d(F.pad(x, (1,) * 4, mode="replicate"), kernel, groups=x.shape[1])
 
 
 def _moved(x: Tensor) -> Tensor:

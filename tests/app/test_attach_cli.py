@@ -395,7 +395,7 @@ def test_a_class_without_samples_is_refused(folder, weights, tmp_path, capsys):
     [
         (
             ["--backbone", "resnet18"],
-            "one of conv3, conv5, conv7, residual, resnet20, torchvision:NAME or timm:NAME, but got 'resnet18'",
+            "one of conv3, conv5, residual, resnet20, torchvision:NAME or timm:NAME, but got 'resnet18'",
         ),
         (["--backbone", "os:system"], "or timm:NAME, but got 'os:system'"),
         (["--backbone", "torchvision:resnet19"], "Expected a classifier of torchvision by its name there, such as resnet1"),
