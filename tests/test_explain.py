@@ -37,7 +37,7 @@ def trained() -> Small:
 
 @pytest.fixture(scope="module")
 def found(trained):
-    return explain(trained, [bars(120, 0)], N, per_class=2, steps=150)
+    return explain(trained, [bars(120, 0)], N, per_class=2, steps=250)
 
 
 def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apart(trained, found):
