@@ -30,7 +30,7 @@ from tie_ext.support.modules import evaluating, frozen
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Batches
 
-STEPS, BATCH, RATE = 300, 32, 2e-3
+STEPS, BATCH, RATE = 600, 32, 2e-3
 """How the generator learns: steps, images a step, Adam's learning rate."""
 LIKE = 1.0
 """Weight of the statistics in its loss: lambda."""
