@@ -85,4 +85,5 @@ def test_a_slow_detector_that_was_not_run_on_every_network_has_its_cost_and_one_
     assert f"- ODIN: reads the images themselves, and has been run on 1 of 2 networks ({record['detectors']['ODIN']['seconds']:.1f} s for" in page
     assert "| GradNorm\\* " in page
     assert "| EnergyBased " in page
+    assert "tested on 1000 images of each set" in page
     assert "| **IODIN**\\* " in page

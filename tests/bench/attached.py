@@ -81,7 +81,7 @@ def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, 
     if base != name:
         known = len(test.classes) // 2
         sets["other classes"] = test.take(test.y >= known).first(MOST)
-        whole, test = (images.take(images.y < known).labelled(images.y[images.y < known], test.classes[:known]) for images in (whole, test))
+        whole, test = (images.classes_between(0, known - 1) for images in (whole, test))
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     rows = {"held": order[-HELD:], "train": order[:-HELD][:count]}
     sets |= {part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()} | {"id": test}

@@ -13,6 +13,7 @@ from tie_ext.app.report import table
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "detectors"
 PATCHES = ROOT / "patches" / "pytorch-ood"
+MARKED = f"Detectors marked \\* read the images themselves; being slow, they are tested on {TIMED} images of each set, drawn once.\n"
 BEST = 10
 """Detectors of theirs in the evidence of the patch."""
 HEAD = """# pytorch-ood's detectors beside ours, on one network
@@ -31,7 +32,6 @@ Every detector has pytorch-ood's default settings, also where users choose them 
 p is 0.9, as OpenOOD has it, and ViM's d half the features. GradNorm and GradUncertainty take the last layer's gradients, as pytorch-ood's examples
 do. KLMatching and TemperatureScaling are fitted on held-out ID images, all others on the training images. Ours are in bold: TIEDetector reads
 the garbage head, Combined is `tie_ext.pytorch_ood.combine` (TIEDetector, ViM and GEN), and the other three read the plain network.
-Detectors marked \\* read the images themselves; being slow, they are tested on {timed} images of each set, drawn once.
 """
 
 
@@ -77,11 +77,12 @@ def page() -> str:
     said = {key: of[0][key] for key in ("data", "images", "epochs", "backbone")}
     commands = "\n".join(f"    python tests/bench/{record['command']}" for record in of)
     seeds = ", ".join(str(record["seed"]) for record in of)
-    text = HEAD.format(**said, seeds=seeds, timed=TIMED, sets=", ".join(CALLED.get(name, name) for name in sets), commands=commands)
+    text = HEAD.format(**said, seeds=seeds, sets=", ".join(CALLED.get(name, name) for name in sets), commands=commands)
     reasons = {name: run["reason"] for record in of for name, run in record["detectors"].items() if "reason" in run}
     reasons |= {name: not_everywhere(name, of) for name in IMAGES if any(name not in record["detectors"] for record in of)}
     missing = "\n".join(f"- {name}: {reason.strip()}" for name, reason in reasons.items())
-    parts = [text, table(rows(of)), ""]
+    shown = table(rows(of))
+    parts = [text + (MARKED if "\\*" in shown else ""), shown, ""]
     return "\n".join([*parts, "Not in the table:\n", missing, ""] if reasons else parts)
 
 
