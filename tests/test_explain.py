@@ -1,6 +1,7 @@
 """Pictures of a classifier: inversions are of the class asked for, and layers tell what is odd."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import Small
 
 import tie_ext
 from tie_ext import TIENet
-from tie_ext.explain import Layers, _nearest, explain
+from tie_ext.explain import MOVED, Layers, _blurred, _moved, _nearest, explain
 
 N = 3
 """Classes."""
@@ -48,6 +49,23 @@ def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apa
     asked = torch.arange(N).repeat_interleave(2)
     assert found.agreement == (trained(found.inversions.flatten(0, 1)).argmax(1) == asked).double().mean()
     assert found.agreement > 0.8
+
+
+def test_images_are_blurred_and_moved_before_the_network_sees_them(trained, monkeypatch):
+    x = torch.zeros(2, 3, 28, 28)
+    x[:, 1, 14, 14] = 16
+    blurred = _blurred(x)
+    assert blurred[0, 1, 13:16, 13:16].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+    assert torch.allclose(blurred.sum((2, 3)), x.sum((2, 3)))
+    assert torch.allclose(_blurred(torch.ones(1, 1, 28, 28)), torch.ones(1, 1, 28, 28))
+    places = {tuple((_moved(x)[:, 1] == 16).nonzero()[:, 1:].flatten().tolist()) for _ in range(300)}
+    assert all(place[:2] == place[2:] for place in places)  # all images of a batch alike
+    assert {row for row, *_ in places} == {column for _, column, *_ in places} == set(range(14 - 28 // MOVED, 15 + 28 // MOVED))
+    seen = []
+    for name, of in (("_blurred", _blurred), ("_moved", _moved)):
+        monkeypatch.setattr(sys.modules["tie_ext.explain"], name, lambda x, name=name, of=of: seen.append(name) or of(x))
+    explain(trained, [bars(30, 0)], N, per_class=1, steps=2)
+    assert seen == ["_blurred", "_moved"] * 2 + ["_blurred"]  # what is given back is blurred, and stands where it stood
 
 
 def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):

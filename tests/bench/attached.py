@@ -72,6 +72,14 @@ def other_seeds(network: Path) -> list[Path]:
     return sorted(set(network.parent.glob(f"{before}seed?.safetensors")) - {network})
 
 
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Flags of scripts that go on from one of these networks: where the data are, and the network's file."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data")
+    parser.add_argument("network", type=Path)
+    return parser
+
+
 def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, ImageSet]:
     """``train``, ``held``, ``id``, validation OOD ``val:NAME``, and OOD test sets by name; of ``mnist04`` and the like the first half of the classes
     is ID, and the other half an OOD test set."""

@@ -6,13 +6,12 @@ Reads a plain network that tests/bench/attached.py trained, inverts it by :func:
 file. Adds to docs/results/explained.json, and draws the inversions beside their nearest training images into docs/figures/.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import torch
-from attached import Trained, other_seeds
+from attached import Trained, other_seeds, parser_of
 from fooling import FIGURES, id_sets
 
 from tie_ext import TIENet, explain
@@ -28,10 +27,8 @@ PER_CLASS = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data")
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("network", type=Path)
     a = parser.parse_args()
     of = Trained.read(a.network.stem)
     sets = id_sets(of.data, a.root, of.images, of.seed)

@@ -8,7 +8,6 @@ one had seen the held-out ones. Judges are the networks of other seeds beside th
 goes on from there, and ends with a sheet of what was found in docs/figures/.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from attached import HELD, Trained, other_seeds
+from attached import HELD, Trained, other_seeds, parser_of
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -173,10 +172,7 @@ def some(searched: Candidates, found: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data")
-    parser.add_argument("network", type=Path)
-    a = parser.parse_args()
+    a = parser_of(__doc__).parse_args()
     of = Trained.read(a.network.stem)
     sets = id_sets(of.data, a.root, of.images, of.seed)
     others = [data.load(other, "test", a.root, sets["id"].shape) for other in OTHERS if other != of.data]

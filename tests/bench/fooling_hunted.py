@@ -7,13 +7,11 @@ is taught anew each round. The classifier stays as it is. Writes the network to 
 others, and what adaptive ascent from new starts finds against it after each round to docs/results/fooling/hunted/.
 """
 
-import argparse
 import copy
 import time
-from pathlib import Path
 
 import torch
-from attached import Trained
+from attached import Trained, parser_of
 from fooling import OUT, id_sets, read
 from torch import Tensor
 
@@ -59,10 +57,7 @@ def path(net: TIENet, detector: Detector, x: Tensor, y: Tensor) -> dict[int, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data")
-    parser.add_argument("network", type=Path)
-    a = parser.parse_args()
+    a = parser_of(__doc__).parse_args()
     of = Trained.read(a.network.stem)
     sets = id_sets(of.data, a.root, of.images, of.seed)
     net = TIENet.load(a.network.with_name(f"{a.network.stem}-head.safetensors"))

@@ -6,14 +6,13 @@ Each is trained on the images of the plain network given, which has the same hel
 docs/results/fooling/work/, where a finished one stays as it is.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attached import Trained, batches
+from attached import Trained, batches, parser_of
 from fooling import OUT, id_sets
 from torch import Tensor
 
@@ -85,9 +84,7 @@ def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data")
-    parser.add_argument("network", type=Path)
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", help="default: all")
     a = parser.parse_args()
     of = Trained.read(a.network.stem)

@@ -7,14 +7,12 @@ compared is the share in garbage as the network decides, and beside it the share
 head that is only more eager does not win. Writes docs/results/attached/head_search/NAME.json.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
-from attached import OUT, Trained, image_sets
+from attached import OUT, Trained, image_sets, parser_of
 from torch import Tensor
 
 from tie_ext import GarbageHead, TIENet
@@ -93,10 +91,7 @@ def outliers(net: TIENet, images: ImageBatches, most: Mapping[str, int]) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data")
-    parser.add_argument("network", type=Path)
-    a = parser.parse_args()
+    a = parser_of(__doc__).parse_args()
     of = Trained.read(a.network.stem)
     sets = image_sets(of.data, a.root, of.images, of.seed)
     plain = TIENet.load(a.network)

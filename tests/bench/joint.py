@@ -7,13 +7,11 @@ weights in the same order, with half as many procedural images in each batch, an
 ID images. Then both get a new head by ``attach``, so that they differ in the backbone alone. Writes docs/results/attached/joint/NAME.json.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attached import OUT, Trained, batches, image_sets
+from attached import OUT, Trained, batches, image_sets, parser_of
 from torch import Tensor
 
 from tie_ext import TIENet, attach
@@ -76,10 +74,7 @@ def judged(plain: TIENet, sets: dict[str, ImageSet], seed: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data")
-    parser.add_argument("network", type=Path)
-    a = parser.parse_args()
+    a = parser_of(__doc__).parse_args()
     of = Trained.read(a.network.stem)
     seed = of.seed
     sets = image_sets(of.data, a.root, of.images, seed)
