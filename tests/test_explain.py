@@ -51,6 +51,14 @@ def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apa
     assert found.agreement > 0.8
 
 
+def test_every_layer_finds_inversions_more_like_id_images_for_the_second_term(trained, found, monkeypatch):
+    monkeypatch.setattr(sys.modules["tie_ext.explain"], "LIKE", 0.0)
+    without = explain(trained, [bars(120, 0)], N, per_class=2, steps=100)
+    means, deviations = (part.repeat_interleave(2, 0) for part in found.layers.of_class)
+    unlike = [((of.layers.read(of.inversions.flatten(0, 1)) - means) / deviations).square().log1p().mean() for of in (found, without)]
+    assert unlike[0] < unlike[1] - 0.5, unlike
+
+
 def test_images_are_blurred_and_moved_before_the_network_sees_them(trained, monkeypatch):
     x = torch.zeros(2, 3, 28, 28)
     x[:, 1, 14, 14] = 16
