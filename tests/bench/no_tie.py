@@ -35,7 +35,7 @@ MEAN, DEVIATION = 0.1307, 0.3081
 """Of MNIST's pixels."""
 LOW, HIGH = -5.0, 5.0
 """What a pool can hold: noise N(0, 1) is inside, and so are normalised images, in [-0.42, 2.82]."""
-IMAGES, TEST, EPOCHS = 20_000, 1000, 10
+IMAGES, TEST, EPOCHS = 10_000, 1000, 10
 SETS = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """As the paper's Table 1 orders them."""
 RATES = {"1e-4": 1e-4, "1e-3 falling": 1e-3}
