@@ -1,4 +1,5 @@
-"""Folders of JPEGs: memory of training on many and on few, and images a second of ``tie-ext score`` beside its DataLoader alone.
+"""Folders of JPEGs: memory of training on many and on few, and images a second of ``tie-ext score`` beside its DataLoader alone, and beside that
+DataLoader with the classifier's own pass, which a user pays without us.
 
     python tests/bench/folders.py memory --few 20000 --many 200000 --out docs/results/cost/folders-memory.json
     python tests/bench/folders.py speed --images 10000 --out docs/results/cost/folders-speed.json
@@ -22,6 +23,7 @@ from PIL import Image
 
 from tie_ext import Conv5, TIENet
 from tie_ext.app import scoring
+from tie_ext.app.data import scaled
 from tie_ext.app.images import ImageFiles
 from tie_ext.support.files import write_json
 from tie_ext.support.provenance import provenance
@@ -66,10 +68,22 @@ def spent() -> float:
 
 
 def speed(images: int, pixels: int, device: str) -> dict:
-    """Images a second of both, and the ratio."""
+    """Images a second of each, and the share of the others' that scoring reaches."""
     torch.manual_seed(0)
     net = TIENet(Conv5(3, 10), 10, (3, 32, 32), garbage="layers").eval().to(device)
-    rates: dict[str, list[float]] = {"loader": [], "score": []}
+    alone = Conv5(3, 10).eval().to(device)
+    rates: dict[str, list[float]] = {"loader": [], "loader and classifier": [], "score": []}
+
+    @torch.no_grad()
+    def work(kind: str) -> None:
+        if kind == "score":
+            for _ in scoring.scored(net, net.decide, files):
+                pass
+            return
+        for x in of.parts(torch.arange(images).split(scoring.BATCH)):
+            if kind != "loader":
+                alone(scaled(x, net)).cpu()
+
     clock = spent if device == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as place:
         files = scoring.listed([draw(Path(place), images, pixels)])
@@ -77,13 +91,11 @@ def speed(images: int, pixels: int, device: str) -> dict:
         for _ in range(5):
             for kind in rates:
                 start = clock()
-                if kind == "loader":
-                    seen = sum(len(x) for x in of.parts(torch.arange(images).split(scoring.BATCH)))
-                else:
-                    seen = sum(1 for _ in scoring.scored(net, net.decide, files))
-                rates[kind].append(seen / (clock() - start))
+                work(kind)
+                rates[kind].append(images / (clock() - start))
     medians = {kind: median(of) for kind, of in rates.items()}
-    return {"images": images, "pixels": pixels, "per_second": rates, "ratio": medians["score"] / medians["loader"]}
+    ratio = {kind: medians["score"] / medians[kind] for kind in rates if kind != "score"}
+    return {"images": images, "pixels": pixels, "per_second": rates, "ratio": ratio}
 
 
 def main() -> None:
