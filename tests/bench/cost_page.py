@@ -103,8 +103,9 @@ def _measured() -> list[str]:
         parts.append(
             f"## `tie-ext score` on a folder\n\n`{r['command']}`: {r['images']} JPEGs of {r['pixels']} pixels, Conv5 with a head at 32 pixels; "
             f"images a second of processor time, all processes together, medians of five: {rates}. Share of the DataLoader's rate: "
-            f"{r['ratio']['loader']:.2f} (promised: {LEFT}, {held(r['ratio']['loader'] >= LEFT)}). On a CPU the classifier itself takes the processor "
-            f"from the DataLoader: of the rate of both together it is {r['ratio']['loader and classifier']:.2f}."
+            f"{r['ratio']['loader']:.2f} (promised: {LEFT}, {held(r['ratio']['loader'] >= LEFT)}). "
+            f"On a CPU the classifier itself takes the processor from the DataLoader: of the rate of both together it is "
+            f"{r['ratio']['loader and classifier']:.2f}."
         )
     if r := records.get("folders-memory"):
         peaks = ", ".join(f"{peak:.0f} MB for {count}" for count, peak in r["peak_mb"].items())
