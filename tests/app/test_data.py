@@ -59,6 +59,20 @@ def test_some_classes_and_the_others_are_the_whole():
         some.classes_between(5, 10)
 
 
+def test_folders_of_numbers_have_the_names_that_torchvision_gives_the_classes(tmp_path):
+    from torchvision.datasets import FashionMNIST
+
+    for label in range(10):
+        (tmp_path / "fashionmnist" / "train" / str(label)).mkdir(parents=True)
+        Image.new("L", (28, 28), 10 * label).save(tmp_path / "fashionmnist" / "train" / str(label) / "0.png")
+    named = data.load("fashionmnist", "train", tmp_path)
+    assert named.classes == tuple(FashionMNIST.classes)
+    assert named.y.tolist() == list(range(10))
+    assert data.load("fashionmnist:8-9", "train", tmp_path).classes == ("Bag", "Ankle boot")
+    (tmp_path / "fashionmnist" / "train" / "9").rename(tmp_path / "fashionmnist" / "train" / "boots")
+    assert data.load("fashionmnist", "train", tmp_path).classes == (*map(str, range(9)), "boots")
+
+
 def test_some_classes_of_a_named_set(tmp_path):
     for label in range(4):
         (tmp_path / "mnist" / "train" / str(label)).mkdir(parents=True)

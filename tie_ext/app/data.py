@@ -27,6 +27,11 @@ NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """The paper's six sets."""
 _TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "svhn": "SVHN", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 _FOLDERS = {"tinyimagenet": ("tinyimagenet", "tin", "tiny-imagenet-200")}
+_CLASSES = {
+    "fashionmnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+"""Names of classes, as torchvision has them, for folders whose names are numbers."""
 _TEST = ("test", "val", "valid", "validation")
 """What a folder of test images may be called; the first that is there is taken."""
 _SHAPES = {"demo": (1, 28, 28), "mnist": (1, 28, 28), "fashionmnist": (1, 28, 28), "tinyimagenet": (3, 64, 64)}
@@ -145,7 +150,8 @@ def load(
     # Test images alone may lie beside torchvision's training images: OpenOOD keeps SVHN so.
     wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *_TEST)
     if folder := next((place for place in places if any(_is_split(place, part) for part in wanted)), None):
-        return kept(_split(folder, split, seed, channels, size), in_memory)
+        images = kept(_split(folder, split, seed, channels, size), in_memory)
+        return images.labelled(images.y, _CLASSES[name]) if name in _CLASSES and images.classes == tuple(map(str, range(10))) else images
     if name in _TORCHVISION:
         return _torchvision(name, "train" if split == "train" else "test", Path(root), channels, size, download)
     looked = ", ".join(str(place / ("train" if split == "train" else "test")) for place in places)
