@@ -244,6 +244,13 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in anchors(there), link
 
 
+def test_tests_that_the_page_of_costs_names_are_there():
+    named = re.findall(r"`(test_\w+)`", project_file("docs/research/cost.md"))
+    assert len(named) >= 5
+    defined = {name for path in (HOUSE.parent / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    assert set(named) <= defined
+
+
 def test_the_tutorial_runs_and_shows_what_it_did(tmp_path):
     page, copy = HOUSE.parent / "docs" / "tutorial.ipynb", tmp_path / "tutorial.ipynb"
     assert all(cell.outputs for cell in nbformat.read(page, 4).cells if re.search(r"print\(|plt\.show", cell.source))
