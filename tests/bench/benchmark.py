@@ -3,11 +3,13 @@
     python tests/bench/benchmark.py --root DATA/images_classic docs/results/attached/work/cifar10-45000x28-resnet20-seed0-head.safetensors
 
 The images lie in ROOT and the lists where pytorch-ood looks for them: both are what ``CIFAR10_OpenOOD(ROOT, transform)`` downloads, with gdown.
-OOD sets without a list or an image are left out and named. A row for each detector and OOD set is printed, and kept in
-docs/results/benchmark.json with ``--keep``.
+``--lists FOLDER`` makes lists there, of the folders in ROOT, for whoever has the images and not the lists. OOD sets without a list or an image are
+left out and named. A row for each detector and OOD set is printed, and kept in docs/results/benchmark.json with ``--keep``.
 """
 
 import argparse
+import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from tie_ext import TIENet
 from tie_ext.app.report import table
+from tie_ext.openood.lists import write_list
 from tie_ext.pytorch_ood import TIEDetector, combine
 from tie_ext.support.files import write_json
 from tie_ext.support.provenance import provenance
@@ -27,6 +30,8 @@ from tie_ext.support.provenance import provenance
 OUT = Path(__file__).parents[2] / "docs" / "results" / "benchmark.json"
 SIZE = 32
 """Pixels to a side; the lists have larger and smaller images too."""
+VALIDATION = 1000
+"""ID test images that are for validation, in lists of our own."""
 
 
 class AtHand(CIFAR10_OpenOOD):
@@ -50,6 +55,29 @@ class AtHand(CIFAR10_OpenOOD):
             return f"no list {of.name}"
         first = of.read_text().split(maxsplit=1)[0]
         return None if (root / first).exists() else f"no image {first}"
+
+
+def write_lists(root: Path, hub: Path) -> None:
+    """Lists of folders of images, ``SET/SPLIT/...``, where pytorch-ood looks for them in torch's hub.
+
+    As in OpenOOD's, :data:`VALIDATION` images of the ID test set are for validation, drawn with one seed, and those tested are of the others.
+
+    Raises:
+        ValueError: If ID images, or those of TinyImageNet for validation, are missing.
+    """
+    torch.hub.set_dir(hub)
+    place = hub / "openood_benchmark_imglist" / "benchmark_imglist" / CIFAR10_OpenOOD._subdir
+    write_list(place / "train_cifar10.txt", root / "cifar10" / "train")
+    write_list(place / "test_cifar10.txt", root / "cifar10" / "test")
+    rows = (place / "test_cifar10.txt").read_text().splitlines(keepends=True)
+    random.Random(0).shuffle(rows)
+    (place / "val_cifar10.txt").write_text("".join(rows[:VALIDATION]))
+    (place / "test_cifar10.txt").write_text("".join(rows[VALIDATION:]))
+    for of in [CIFAR10_OpenOOD._val_ood_imglist, *dict(CIFAR10_OpenOOD._ood_imglists).values()]:
+        split, _, name = Path(of).stem.partition("_")
+        if split == "val" or (root / name / split).is_dir():
+            write_list(place / of, root / name / split)
+            (place / of).write_text(re.sub(r" \d+$", " -1", (place / of).read_text(), flags=re.M))
 
 
 def few(images: Dataset, most: int | None) -> Dataset:
@@ -82,10 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/images_classic")
     parser.add_argument("--images", type=int, help="at most so many of each set, training images too (all)")
+    parser.add_argument("--lists", type=Path, metavar="FOLDER", help="make the lists there, of the folders in ROOT")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--keep", action="store_true", help=f"write {OUT.name}")
     parser.add_argument("network", type=Path, help="an attached network of images in [0, 1]")
     a = parser.parse_args()
+    if a.lists:
+        write_lists(Path(a.root), a.lists)
     net = TIENet.load(a.network)
     benchmark = AtHand(a.root, a.images)
     for name, reason in benchmark.missing.items():
@@ -104,7 +135,8 @@ def main() -> None:
         names = ("train", "validation", "ID test", *benchmark.ood_names)
         sets = (benchmark.train_in, benchmark.val_in, benchmark.test_in, *benchmark.test_oods)
         images = {name: len(of) for name, of in zip(names, sets, strict=True)}
-        command = f"benchmark.py --root DATA/images_classic --images {a.images} --keep docs/results/attached/work/{a.network.name}"
+        lists = " --lists FOLDER" if a.lists else ""
+        command = f"benchmark.py --root DATA/images_classic{lists} --images {a.images} --keep docs/results/attached/work/{a.network.name}"
         write_json(OUT, {**provenance(), "command": command, "images": images, "missing": benchmark.missing, "rows": rows})
 
 

@@ -131,3 +131,20 @@ def test_its_openood_benchmark_evaluates_ours(stand_ins, tmp_path):
     }
     assert "MNIST is left out: no list test_mnist.txt" in run.stdout
     assert all(float(row[2]) > 99 for row in rows if row[0] == "TIEDetector")  # noise beside squares of colour
+
+
+def test_lists_of_our_own_are_those_that_it_reads(tmp_path):
+    root, hub = tmp_path / "images_classic", tmp_path / "hub"
+    for place in ("cifar10/train/0", "cifar10/train/1", "cifar10/test/0", "cifar10/test/1", "cifar100/test/7", "tin/val", "tin/test"):
+        (root / place).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (32, 32)).save(root / place / f"{i}.png")
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests' / 'bench')!r}); from pathlib import Path; import benchmark\n"
+        f"benchmark.VALIDATION = 5; root = Path({str(root)!r}); benchmark.write_lists(root, Path({str(hub)!r})); read = benchmark.AtHand(str(root), None)\n"
+        "print(len(read.train_in), len(read.val_in), len(read.test_in), *map(len, read.test_oods), read.ood_names, {y for _, y in read.test_oods[0]})"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert run.stdout == "16 5 11 8 8 ['CIFAR100', 'TinyImageNet'] {-1}\n", run.stderr[-3000:]
+    val, test = ((hub / "openood_benchmark_imglist/benchmark_imglist/cifar10" / f"{of}_cifar10.txt").read_text() for of in ("val", "test"))
+    assert not set(val.splitlines()) & set(test.splitlines())
