@@ -141,7 +141,8 @@ def test_lists_of_our_own_are_those_that_it_reads(tmp_path):
             Image.new("RGB", (32, 32)).save(root / place / f"{i}.png")
     code = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests' / 'bench')!r}); from pathlib import Path; import benchmark\n"
-        f"benchmark.VALIDATION = 5; root = Path({str(root)!r}); benchmark.write_lists(root, Path({str(hub)!r})); read = benchmark.AtHand(str(root), None)\n"
+        f"benchmark.VALIDATION = 5; root = Path({str(root)!r})\n"
+        f"benchmark.write_lists(root, Path({str(hub)!r})); read = benchmark.AtHand(str(root), None)\n"
         "print(len(read.train_in), len(read.val_in), len(read.test_in), *map(len, read.test_oods), read.ood_names, {y for _, y in read.test_oods[0]})"
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
