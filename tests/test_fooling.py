@@ -347,3 +347,22 @@ def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     assert any(line.startswith("| plain: attach") and "20" in line for line in lines)
     found = "\n".join(lines)
     assert all(number in found for number in ("62", "88", "4.00", "5.00", "90.00"))
+
+
+@pytest.mark.parametrize(("taught", "said"), [((0.1, 0.2, 0.5), "held: 0.40 to 0.50"), ((0.1, 0.2, 0.6), "not held: 0.40 to 0.60")])
+def test_what_inversions_change_is_decided_by_the_same_detector_without_them(taught, said):
+    def rows(network: str, detector: str, found: tuple[float, ...]) -> list[dict]:
+        noise = {
+            "network": network,
+            "detector": detector,
+            "form": "adaptive",
+            "searcher": "noise",
+            "path": dict(zip(("10", "30", "100"), found, strict=True)),
+        }
+        return [noise, {**noise, "form": "blind", "path": dict.fromkeys(noise["path"], 1.0)}]
+
+    assert fooling_page._decided(rows("plain", "attach, level 1", (0.25, 0.5, 1.0))) == []
+    title, text, _, table, _ = fooling_page._decided(rows("plain", "attach, level 1", (0.25, 0.5, 1.0)) + rows("loop", "level 1", taught))
+    assert f"It is {said}." in text
+    assert ("for pictures" in text) == title.endswith("No\n") == said.startswith("not")
+    assert "25 / 50 / 100" in table

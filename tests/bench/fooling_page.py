@@ -1,7 +1,9 @@
 """docs/research/fooling.md, of the records of fooling.py; tables.py writes it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from page import percent
 
@@ -12,6 +14,15 @@ SHOWN = ("10", "30", "100")
 """Steps of ascent in the tables; the figure has all."""
 HUNTED = ("20", "30", "50")
 """Steps of ascent by which the trial is judged."""
+BAR = 0.5
+"""What a network taught by inversions may be found, in shares of what the same detector is without them."""
+PAIRS = {
+    "head on every layer, score": (("plain", "attach"), ("loop", "garbage class")),
+    "head on every layer, level 1": (("plain", "attach, level 1"), ("loop", "level 1")),
+    "linear logit, score": (("procedural", "garbage class"), ("tie", "garbage class")),
+    "linear logit, level 1": (("procedural", "level 1"), ("tie", "level 1")),
+}
+"""Network and detector without inversions and with them."""
 HEAD = """# Fooling images: what is found by somebody who searches
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/fooling/`, which hold their commands. A searcher looks for images that a
@@ -88,7 +99,35 @@ def _section(record: dict) -> list[str]:
         rows = _rows(record["rows"], what)
         if rows:
             parts += [title + "\n", table(rows), ""]
-    return [*parts, f"![Images found, adaptive](../figures/fooling_{stem}.png)\n"]
+    return [*parts, f"![Images found, adaptive](../figures/fooling_{stem}.png)\n", *_decided(record["rows"])]
+
+
+def _decided(rows: Sequence[dict]) -> list[str]:
+    """Whether inversions make searched images harder to find."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if row["form"] == "adaptive" and "path" in row:
+            found.setdefault((row["network"], row["detector"]), []).append(row["path"])
+    shown, ratios = [], []
+    for label, (without, taught) in PAIRS.items():
+        if without in found and taught in found:
+            shares = [[mean(path[mark] for path in found[of]) for mark in SHOWN] for of in (without, taught)]
+            ratios += [b / a for a, b in zip(*shares, strict=True) if a]
+            cells = [" / ".join(percent([share], 0) for share in of) for of in shares]
+            shown.append({"garbage class": label, "without inversions": cells[0], "with inversions": cells[1]})
+    if not shown:
+        return []
+    held = max(ratios) <= BAR
+    return [
+        f"### Do inversions help? {'Yes' if held else 'No'}\n",
+        f"The same detector taught by procedural images alone, and by inversions too. Adaptive ascent, found after {' / '.join(SHOWN)} steps, mean "
+        f"over the kinds of start. The bar: with inversions at most {BAR:g} of what is found without, at each of these steps. It is "
+        f"{'held' if held else 'not held'}: {min(ratios):.2f} to {max(ratios):.2f}."
+        + ("" if held else " So inversions are for pictures ([explain.md](explain.md)), and no defence."),
+        "",
+        table(shown),
+        "",
+    ]
 
 
 def _rows(rows: list[dict], what: str) -> list[dict]:
