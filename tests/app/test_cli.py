@@ -25,7 +25,7 @@ from tie_ext.app import cli, data, models, report
 from tie_ext.app.cli import DEMO, main
 from tie_ext.app.flags import make_parser
 from tie_ext.app.images import ImageFiles
-from tie_ext.app.run import load_network, written
+from tie_ext.app.run import load_examples, load_network, save_examples, written
 from tie_ext.bench import comparison
 from tie_ext.decision import Decision, conformal_threshold
 from tie_ext.support import files
@@ -170,12 +170,26 @@ def test_a_report_shows_what_was_accepted_and_what_was_rejected():
     said = [[(ax.get_title(), ax.title.get_color()) for ax in figure.axes[row * 4 : row * 4 + 4]] for row in range(2)]
     black, red, none = "k", "tab:red", ("", "black")
     assert said[0] == [
-        ("cat\nlevel 0, -3.0", black),
-        ("dog\nlevel 0, -2.0", black),
-        ("dog\nlevel 1, 7.5", red),
-        ("cat\nlevel 2, 1.0", red),
+        ("cat\naccepted, -3.0", black),
+        ("dog\naccepted, -2.0", black),
+        ("dog\ngarbage, 7.5", red),
+        ("cat\nuncertain, 1.0", red),
     ]
-    assert said[1] == [("cat\nlevel 0, -3.0", red), none, ("dog\nlevel 1, 7.5", black), none]
+    assert said[1] == [("cat\naccepted, -3.0", red), none, ("dog\ngarbage, 7.5", black), none]
+
+
+def test_a_report_shows_images_from_all_over_a_set_that_is_sorted_by_class(tmp_path):
+    images = data.ImageSet(
+        torch.arange(250, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4), torch.arange(250) // 25, tuple("abcdefghij")
+    )
+    save_examples(tmp_path, images, {"val:a": images, "b": images.first(3)})
+    kept = load_examples(tmp_path)
+    assert list(kept) == ["id", "b"]
+    assert set((kept["id"][:, 0, 0, 0] // 25).tolist()) == set(range(10))
+    assert len(kept["b"]) == 3
+    decision = Decision(torch.arange(24) // 3, torch.zeros(24), torch.zeros(24), torch.zeros(24, dtype=torch.long))
+    figure = report.decided({"id": kept["id"]}, {"id": decision}, tuple("abcdefghij"), 2)
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["a\naccepted, 0.0", "h\naccepted, 0.0"]
 
 
 def test_a_histogram_says_where_the_line_is():

@@ -20,6 +20,7 @@ from torch import Tensor
 from tie_ext.app.combining import FALSE_ALARM
 from tie_ext.app.deciding import decider
 from tie_ext.app.run import OWN, attached, load_examples, load_network, load_scores, load_snapshots, read_record
+from tie_ext.app.scoring import LEVELS
 from tie_ext.decision import Decision, calibration_size, conformal_threshold
 from tie_ext.log import EpochLog
 from tie_ext.network import TIENet
@@ -117,13 +118,13 @@ def roc_and_pr(scores: Mapping[str, Tensor]) -> Figure:
         pr.plot(recall, precision, label=name)
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
     pr.set(xlabel="recall", ylabel="precision", title="precision-recall")
-    pr.legend(loc="lower left")
+    figure.legend(*pr.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
 def histograms(scores: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
     """Scores of each set, larger = more OOD (the paper's Figures 5 and 6, bottom), and the line that 5 % of ID images exceed."""
-    ax = _axes(ax, 8, 3.5)
+    ax = _axes(ax, 10, 3.5)
     every = torch.cat(list(scores.values()))
     edges = np.linspace(float(every.quantile(0.001)), float(every.quantile(0.999)) + 1e-6, 60)
     for name, values in scores.items():
@@ -139,7 +140,7 @@ def histograms(scores: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
         line = float(conformal_threshold(scores["id"], FALSE_ALARM))
         ax.axvline(line, color="k", linewidth=0.8, linestyle=":", label=f"line at {line:.2f}: above it {FALSE_ALARM:.0%} of ID images")
     ax.set(xlabel="score (larger = more OOD)", ylabel="density")
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8)
     return _figure(ax)
 
 
@@ -160,13 +161,14 @@ def decided(examples: Mapping[str, Tensor], decisions: Mapping[str, Decision], n
             cells = line[side * most : (side + 1) * most]
             for ax in cells:
                 ax.axis("off")
-            for ax, row in zip(cells, which.nonzero().flatten().tolist(), strict=False):
+            found = which.nonzero().flatten()
+            for ax, row in zip(cells, found[torch.linspace(0, len(found) - 1, min(most, len(found))).long()].tolist(), strict=False):
                 ax.imshow(x[row].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-                said = f"{names[int(decision.label[row])]}\nlevel {int(decision.level[row])}, {float(decision.score[row]):.1f}"
+                said = f"{names[int(decision.label[row])]}\n{LEVELS[int(decision.level[row])]}, {float(decision.score[row]):.1f}"
                 ax.set_title(said, fontsize=6, color="tab:red" if (name == "id") == bool(side) else "k")
-        line[0].axis("on")
-        line[0].set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, fontsize=8)
+            if not which.any():
+                cells[0].text(0.5, 0.5, f"none {('accepted', 'rejected')[side]}", ha="center", va="center", fontsize=6, color="gray")
+        line[0].text(-0.1, 0.5, name, rotation=90, ha="right", va="center", fontsize=8, transform=line[0].transAxes)
     return figure
 
 
@@ -329,15 +331,18 @@ def _settings(record: Mapping) -> str:
 
 
 EXAMPLES = (
-    "Test images as the run decides on them: accepted ones at the left, rejected ones at the right, with label (nearest class), level (0 accepted, "
-    "1 garbage, 2 uncertain or above the line) and score. Red: an OOD image that is accepted, or an ID image that is rejected."
+    "Test images as the run decides on them: accepted ones at the left, rejected ones at the right, with the nearest class, the decision "
+    "(garbage: level 1; uncertain: level 2, or above the line) and the score. Red: an OOD image that is accepted, or an ID image that is rejected."
 )
 PAGE_STYLE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>TIE: {title}</title><style>
-body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse}}td,th{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}}
+:root{{color-scheme:light dark}}body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}}
+table{{border-collapse:collapse;display:block;overflow-x:auto}}td,th{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}}
 td:nth-child(-n+2),th:nth-child(-n+2){{text-align:left}}figure{{margin:1.5rem 0}}img{{max-width:100%}}
-figcaption{{color:#555}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}</style></head><body>"""
-"""Where a page begins."""
+figcaption{{color:#555}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}
+@media(max-width:40rem){{td,th{{padding:.2rem .35rem;font-size:13px}}}}
+@media(prefers-color-scheme:dark){{body{{background:#111;color:#ddd}}td,th{{border-color:#333}}figcaption{{color:#aaa}}pre{{background:#1c1c1c}}}}
+</style></head><body>"""
+"""Where a page begins: in the colours that the reader's system is set to; what is too wide for a narrow window scrolls by itself."""
 _PAGE = (
     PAGE_STYLE
     + """

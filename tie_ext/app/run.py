@@ -528,9 +528,9 @@ def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
 
 
 def save_examples(folder: Path, test: Images, ood: Mapping[str, Images]) -> None:
-    """Keep some test images of each set but those that settings are chosen by."""
+    """Keep some test images of each set but those that settings are chosen by, from all over it, as sets may be sorted by class."""
     sets = {"id": test, **{name: images for name, images in ood.items() if not name.startswith("val:")}}
-    some = {name: images.take(torch.arange(min(EXAMPLES, len(images)))).loaded().x for name, images in sets.items()}
+    some = {name: images.take(torch.linspace(0, len(images) - 1, min(EXAMPLES, len(images))).long()).loaded().x for name, images in sets.items()}
     save_state(folder / "examples.safetensors", "examples", some)
 
 
