@@ -1,4 +1,4 @@
-"""What 0.1.0 saved still loads, as CHANGELOG.md promises."""
+"""What earlier versions saved still loads and scores as it did, as CHANGELOG.md promises."""
 
 from pathlib import Path
 
@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from tie_ext import TIENet
 
-SAVED = Path(__file__).parent / "data" / "saved_by_0.1.0"
+DATA = Path(__file__).parent / "data"
+SAVED, ATTACHED = DATA / "saved_by_0.1.0", DATA / "saved_by_0.2.0"
+RAMP = torch.linspace(0, 1, 4 * 28 * 28).reshape(4, 1, 28, 28)
 
 
 class Small(nn.Module):
-    """The backbone of the saved network."""
+    """The backbone of the saved networks."""
 
     def __init__(self):
         super().__init__()
@@ -36,3 +38,18 @@ def test_a_detector_loads():
     detector = TIEDetector.load(SAVED, Small())
     assert detector.threshold == pytest.approx(-1.656660556793213)
     assert torch.isfinite(detector(torch.rand(4, 1, 28, 28))).all()
+
+
+def test_a_network_with_a_head_on_every_layer_scores_as_it_did():
+    net = TIENet.load(ATTACHED / "network.safetensors", Small())
+    assert net.classes == ("a", "b", "c")
+    assert net.decide(RAMP).score.tolist() == pytest.approx([10.01477, 5.465388, 10.37057, 14.10744], rel=1e-4)
+
+
+def test_a_combination_scores_as_it_did():
+    pytest.importorskip("pytorch_ood")
+    from tie_ext.pytorch_ood import Combined
+
+    detector = Combined.load(ATTACHED, Small())
+    assert detector.threshold == pytest.approx(1.748891)
+    assert detector(RAMP).tolist() == pytest.approx([32.87762, 13.96002, 13.94282, -38.60067], rel=1e-3)
