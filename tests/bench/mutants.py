@@ -11,6 +11,7 @@ import ast
 import difflib
 import json
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -53,7 +54,10 @@ REASONS = {
     "training = None": "nothing: None is as false as False",
     "_surveyed = None": "nothing: None is as false as False",
     "- first)": "nothing: the start is as random in either direction",
-    "+return": "nothing: the loop is the last of its function",
+    "-break +return": "nothing: the loop is the last of its function",
+    ".sum(+1)": "tests give rows of probabilities alone",
+    "+return (1 - (p": "rounding: without it the value is in [0, 1]",
+    "or True": "a layer that gives no tensor",
     "torch.optim.Adam(net.parameters(), )": "nothing: each epoch sets the learning rate",
     "broadcast(None)": "what one process alone does not do: nothing is sent",
     "+return BACKBONES[str(name)](channels, )": "nothing: its own default is as many classes as the tests'",
@@ -72,7 +76,7 @@ REASONS = {
     "channels = next": "a file without convolutions is refused a line later, in other words",
     "torch.allclose": "backbones that give NaN",
     "ramp = ": "another image that a backbone is tried on",
-    "part(x, ": "what OpenOOD's networks are asked for; mutmut does not run the tests of hosts",
+    "part(x, **": "what OpenOOD's networks are asked for; mutmut does not run the tests of hosts",
     "_load_from_state_dict": "nothing: torch passes all of it by position",
     "_evaluating: list": "nothing: the first epoch sets it",
     "left <= 1": "which of the ID images an outlier is made beside",
@@ -125,21 +129,18 @@ def reason(lines: list[str]) -> str:
 def page() -> str:
     """docs/research/mutants.md."""
     record = json.loads(RECORD.read_text())
-    rows, parts = [], []
+    rows = []
     for name, of in record["files"].items():
         rows.append({"file": name, "mutants": of["mutants"], "tried": of["tried"], "killed": f"{100 * of['killed'] / max(1, of['tried']):.1f} %"})
     tried, killed = (sum(of[key] for of in record["files"].values()) for key in ("tried", "killed"))
     every = sum(of["mutants"] for of in record["files"].values())
     rows.append({"file": "all", "mutants": every, "tried": tried, "killed": f"{100 * killed / tried:.1f} %"})
-    for name, of in record["files"].items():
-        parts.append(f"\n## {name}\n")
-        for mutant, lines in of["live"].items():
-            parts.append(f"- `{mutant.removeprefix('tie_ext.')}`: {reason(lines)}\n")
-            parts += [f"      {line}" for line in lines]
+    lives = [reason(lines) for of in record["files"].values() for lines in of["live"].values()]
+    why = [{"mutants that live on": count, "why": name} for name, count in Counter(lives).most_common()]
     head = "# Do the tests notice a broken line?\n\nMade by `python tests/bench/tables.py` of `docs/results/mutants.json`, the record of\n\n"
     head += "    pip install mutmut && mutmut run\n    python tests/bench/mutants.py mutants\n\n"
     head += f"at commit {record['commit']}. A mutant is a function with one thing changed. It is killed where a test fails.\n\n"
-    return head + table(rows) + "\n\nThose that live on, with the reason:\n" + "\n".join(parts) + "\n"
+    return f"{head}{table(rows)}\n\nThe record has the lines of each that lives on; `mutants.py` tells why by what stands in them.\n\n{table(why)}\n"
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from tie_ext.app.report import table
 from tie_ext.bench.tables import PAPER_1
 from tie_ext.outliers import make
 from tie_ext.support.files import write_json
+from tie_ext.support.modules import evaluating
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Prior
@@ -76,7 +77,7 @@ def run(sets: dict[str, ImageSet], tie: bool, rate: str, seed: int) -> list[dict
     with patch.object(TIEConfig, "lr_in", TIEConfig.lr_in if RATES[rate] == TIEConfig().lr else lambda self, epoch: self.lr):
         for _ in range(EPOCHS):
             trainer.epoch(Normalised(training_batches(train, shift=0)))
-            with torch.no_grad():
+            with evaluating(net), torch.no_grad():  # test images come class by class, which BatchNorm may not see
                 shares, right = {}, 0.0
                 for name, images in sets.items():
                     if name == "train":
