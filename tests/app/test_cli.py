@@ -891,3 +891,15 @@ def test_a_network_to_train_that_is_none_is_refused_before_any_data_is_read(fold
     assert "Expected a classifier of torchvision by its name there" in said
     assert "Expected weights as a state_dict at" in said
     assert not (tmp_path / "new").exists()
+
+
+def test_inversions_over_epochs_lie_as_many_epochs_apart_with_gaps_between():
+    black = torch.zeros(3, 2, 1, 28, 28, dtype=torch.uint8)
+    ax = report.inversions_over_epochs({epoch: {"inversions": black} for epoch in range(1, 11)}, ["a", "b", "garbage"]).axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "4", "6", "8", "10"]
+    picture = ax.images[0].get_array()
+    assert picture.shape == (3 * 30, 5 * 30)
+    assert (picture[:, 28:30] == 255).all()
+    assert (picture[:28, :28] == 0).all()
+    few = report.inversions_over_epochs({epoch: {"inversions": black} for epoch in (1, 2, 3)}, ["a", "b", "garbage"]).axes[0]
+    assert [label.get_text() for label in few.get_xticklabels()] == ["1", "2", "3"]

@@ -26,21 +26,22 @@ def section(run: Path) -> str:
     """Figures and numbers of one run; the pictures are copied."""
     record = json.loads((run / "run.json").read_text())
     write_report(run)
-    s, data = record["settings"], record["settings"]["data"]
-    about = f"{data}, {s['images'] or 'all'} training images, {s['backbone']}, {s['config']['epochs']} epochs, seed {s['config']['seed']}"
-    numbers = record["numbers"]
+    s, data, config = record["settings"], record["settings"]["data"], record["settings"]["recipe"]["config"]
+    about = f"{data}, {s['images'] or 'all'} training images, {s['backbone']}, {config['epochs']} epochs, seed {config['seed']}"
+    numbers, command = record["numbers"], record["command"].replace(str(s["root"]), "DATA").replace(str(run), "RUN")
     rows = [
         {"OOD": name, "garbage rate": 100 * rate, **{title: 100 * numbers["scores"]["score"][name][key] for key, title in SHOWN.items()}}
         for name, rate in numbers["garbage_rate"].items()
         if name in numbers["scores"]["score"]
     ]
     parts = [
-        f"## {data}\n\n    {record['command']}\n\n{about}; commit {record['commit'][:7]}, torch {record['versions']['torch']}. "
+        f"## {data}\n\n    {command}\n\n{about}; commit {record['commit'][:7]}, torch {record['versions']['torch']}. "
         f"ID accuracy {100 * numbers['accuracy']:.2f} %; of the score, in percent:\n",
         table([{key: value if isinstance(value, str) else f"{value:.2f}" for key, value in row.items()} for row in rows]),
         "",
     ]
-    shutil.copyfile(run / "run.json", DOCS / "results" / "figures" / f"{data}.json")
+    kept = {name: of for name, of in record.items() if name != "log"}
+    (DOCS / "results" / "figures" / f"{data}.json").write_text(json.dumps(kept, indent=1).replace(str(s["root"]), "DATA").replace(str(run), "RUN"))
     for name, caption in CAPTIONS.items():
         shutil.copyfile(run / "figures" / f"{name}.png", DOCS / "figures" / f"{data}_{name}.png")
         parts.append(f"### {caption}\n\n![{caption}](../figures/{data}_{name}.png)\n")
@@ -53,8 +54,8 @@ def main() -> None:
     head = (
         "# The paper's Figures 2 to 6\n\n"
         "What a run of TIE looks like from inside: its inversions, how sure the network is of them, and how its scores lie. Made by `python\n"
-        "tests/bench/figures.py RUN ...` after the commands below, at the commit named; `docs/results/figures/` has what the runs recorded. The\n"
-        "defaults were others then, the paper's linear garbage logit among them ([cost.md](cost.md)). Words: [glossary](../method.md#glossary).\n"
+        "tests/bench/figures.py RUN ...` after the commands below, at the commit named; `docs/results/figures/` has what the runs recorded.\n"
+        "Words: [glossary](../method.md#glossary).\n"
     )
     (DOCS / "research" / "figures.md").write_text("\n".join([head, *map(section, parser.parse_args().runs)]))
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from tie_ext.app.combining import FALSE_ALARM
@@ -26,6 +28,9 @@ from tie_ext.log import EpochLog
 from tie_ext.network import TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.support.files import load_state, reading, write_atomically
+
+GAP = 28
+"""Pixels of an image for each pixel between it and the next."""
 
 
 def _axes(ax: Axes | None, width: float = 5.0, height: float = 3.5) -> Axes:
@@ -48,21 +53,23 @@ def inversion_grid(inversions: Tensor, names: Sequence[str], ax: Axes | None = N
     """
     rows, k, C, S, _ = inversions.shape
     ax = _axes(ax, 0.55 * k + 1, 0.55 * rows + 0.5)
-    picture = inversions.permute(0, 3, 1, 4, 2).reshape(rows * S, k * S, C).numpy()
+    S += 1 + S // GAP  # white between the images
+    picture = F.pad(inversions, (0, S - inversions.shape[-1]) * 2, value=255).permute(0, 3, 1, 4, 2).reshape(rows * S, k * S, C).numpy()
     ax.imshow(picture.squeeze(-1) if C == 1 else picture, cmap="gray", vmin=0, vmax=255)
     ax.set_yticks([S * (i + 0.5) for i in range(rows)], names)
     ax.set_xticks([])
+    ax.spines[:].set_visible(False)
     return _figure(ax)
 
 
 def inversions_over_epochs(snapshots: Mapping[int, Mapping[str, Tensor]], names: Sequence[str], columns: int = 8) -> Figure:
     """One inversion of every output at up to ``columns`` epochs, side by side (the paper's Figure 2)."""
     epochs = [e for e, snapshot in snapshots.items() if "inversions" in snapshot]
-    chosen = sorted({epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, min(columns, len(epochs)))})
+    chosen = epochs[:: -max(1, -(-len(epochs) // columns))][::-1]  # as many epochs between any two, and the last one
     ax = _axes(None, 0.55 * len(chosen) + 1.2, 0.55 * len(names) + 0.6)
-    S = snapshots[chosen[0]]["inversions"].shape[-1]
     inversion_grid(torch.stack([snapshots[e]["inversions"][:, 0] for e in chosen], dim=1), names, ax)
-    ax.set_xticks([S * (i + 0.5) for i in range(len(chosen))], [str(e) for e in chosen])
+    wide = ax.get_xlim()[1] / len(chosen)
+    ax.set_xticks([wide * (i + 0.5) for i in range(len(chosen))], [str(e) for e in chosen])
     ax.set_xlabel("epoch")
     return _figure(ax)
 
@@ -77,7 +84,8 @@ def metric_curves(log: Sequence[Mapping], names: Sequence[str]) -> Figure:
             ax.plot(epochs, values, "k--" if i == len(names) - 1 else "-", label=name, linewidth=1.2)
         if metric == "uncertainty":
             ax.plot(epochs, [np.nan if entry["tau"] is None else entry["tau"] for entry in log], "r:", label="tau")
-        ax.set(xlabel="epoch", title=metric)
+        ax.set(xlabel="epoch", ylabel=metric)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names) <= 21:
         figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return figure
@@ -116,7 +124,9 @@ def roc_and_pr(scores: Mapping[str, Tensor]) -> Figure:
         precision, recall, _ = precision_recall_curve(truth, score)
         roc.plot(fpr, tpr, label=name)
         pr.plot(recall, precision, label=name)
-    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    # From one ID image on, as most detectors worth a look differ left of a tenth alone.
+    roc.set(xscale="log", xlim=(1 / len(scores["id"]), 1), xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    roc.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
     pr.set(xlabel="recall", ylabel="precision", title="precision-recall")
     figure.legend(*pr.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
