@@ -173,7 +173,8 @@ def _detection(r: dict) -> str:
         kinds.setdefault(name.rpartition("-")[0], []).append(run)
     commits = ", ".join(f"{kind} {of[0]['commit'][:7]}, {len(of)} seeds" for kind, of in kinds.items())
     first = next(iter(kinds.values()))[0]
-    settings = ", ".join(f"{name} {first['settings'][name]}" for name in ("data", "images", "epochs", "garbage"))
+    s, recipe = first["settings"], first["settings"]["recipe"]
+    settings = f"{s['data']}, {s['images']} images, {recipe['config']['epochs']} epochs, garbage: {recipe['garbage']}"
     rows = []
     for label, figure in (("ID accuracy", "accuracy"), ("ID test images in garbage", "id_garbage_rate")):
         rows.append({"": label, **{kind: percent([run["numbers"][figure] for run in of]) for kind, of in kinds.items()}})
