@@ -106,7 +106,8 @@ def main() -> None:
             key = f"{of}, {kind}, {rate}, seed {seed}"
             if key not in runs:
                 runs[key] = run(sets, kind == "TIE", rate, seed)
-                write_json(RECORD, {"images": IMAGES, "test": TEST, "epochs": EPOCHS, "runs": runs, **provenance()})
+                record = {"images": IMAGES, "test": TEST, "epochs": EPOCHS, "runs": runs, **provenance()}
+                write_json(RECORD, record | {"command": record["command"].replace(a.root, "DATA")})
     PAGE.write_text(page())
 
 
@@ -147,12 +148,16 @@ def page() -> str:
             row = {"set": name, "the paper: TIE / no TIE": PAPER_1[of][SETS.index(name if name in SETS else of)]}
             for kind, rate in KINDS:
                 of_kind = [record["runs"][key] for key in keys if key.startswith(f"{of}, {kind}, {rate},")]
+                if not of_kind:
+                    row[f"{kind}, {rate}"] = "-"
+                    continue
                 best = [max(epochs, key=lambda epoch: epoch["ID accuracy"])[name] for epochs in of_kind]
                 most = max(mean(epochs[t][name] for epochs in of_kind) for t in range(record["epochs"]))
                 spread = f" ± {stdev(best):.1f}" if len(best) > 1 else ""
                 row[f"{kind}, {rate}"] = f"{mean(best):.1f}{spread} ({most:.1f})"
             rows.append(row)
-        text += [f"## {of}", "", table(rows), ""]
+        seeds = " / ".join(str(sum(key.startswith(f"{of}, {kind}, {rate},") for key in keys)) for kind, rate in KINDS)
+        text += [f"## {of}", "", f"Seeds, by column: {seeds}.", "", table(rows), ""]
     return "\n".join(text)
 
 

@@ -15,6 +15,7 @@ import explained_page
 import fire
 import fooling_page
 import mutants
+import no_tie
 from cost_page import cost
 from page import cells_in, fill, percent
 
@@ -371,6 +372,7 @@ def documents() -> dict[str, str]:
         "research/fooling.md": fooling_page.page(),
         "research/explain.md": explained_page.page(),
         "research/under_fire.md": fire.page(),
+        "research/no_tie.md": no_tie.page() if no_tie.RECORD.exists() else "",
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
         "research/which_outliers.md": fill((BENCH / "advice.md").read_text()),
         "results.md": fill((BENCH / "results.md").read_text().replace("{{attached}}", attached_page.front())),
