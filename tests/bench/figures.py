@@ -5,6 +5,7 @@ python tests/bench/figures.py RUN [RUN ...]
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def section(run: Path) -> str:
     write_report(run)
     s, data, config = record["settings"], record["settings"]["data"], record["settings"]["recipe"]["config"]
     about = f"{data}, {s['images'] or 'all'} training images, {s['backbone']}, {config['epochs']} epochs, seed {config['seed']}"
-    numbers, command = record["numbers"], record["command"].replace(str(s["root"]), "DATA").replace(str(run), "RUN")
+    numbers, command = record["numbers"], re.sub(r"--out \S+", "--out RUN", record["command"].replace(str(s["root"]), "DATA"))
     rows = [
         {"OOD": name, "garbage rate": 100 * rate, **{title: 100 * numbers["scores"]["score"][name][key] for key, title in SHOWN.items()}}
         for name, rate in numbers["garbage_rate"].items()
@@ -40,8 +41,8 @@ def section(run: Path) -> str:
         table([{key: value if isinstance(value, str) else f"{value:.2f}" for key, value in row.items()} for row in rows]),
         "",
     ]
-    kept = {name: of for name, of in record.items() if name != "log"}
-    (DOCS / "results" / "figures" / f"{data}.json").write_text(json.dumps(kept, indent=1).replace(str(s["root"]), "DATA").replace(str(run), "RUN"))
+    kept = {name: of for name, of in record.items() if name != "log"} | {"command": command}
+    (DOCS / "results" / "figures" / f"{data}.json").write_text(json.dumps(kept, indent=1).replace(str(s["root"]), "DATA"))
     for name, caption in CAPTIONS.items():
         shutil.copyfile(run / "figures" / f"{name}.png", DOCS / "figures" / f"{data}_{name}.png")
         parts.append(f"### {caption}\n\n![{caption}](../figures/{data}_{name}.png)\n")
