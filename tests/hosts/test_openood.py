@@ -514,13 +514,35 @@ def test_wrong_settings_are_refused(openood, changes, message):
         get_trainer(build(), torch.utils.data.DataLoader(Images()), None, trainer_config(**changes))
 
 
-def test_another_optimiser_is_refused(openood):
+def with_sgd(**changes):
+    config = trainer_config()
+    config.optimizer.update({"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, **changes})
+    return config
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"name": "lbfgs"}, "sgd or adam .* got lbfgs"), ({"momentum": None}, "momentum")])
+def test_another_optimiser_is_refused(openood, changes, message):
     from openood.trainers import get_trainer
 
-    config = trainer_config()
-    config.optimizer.name = "sgd"
-    with pytest.raises(ValueError, match=r"adam .* got sgd"):
-        get_trainer(build(), torch.utils.data.DataLoader(Images()), None, config)
+    with pytest.raises(ValueError, match=message):
+        get_trainer(build(), torch.utils.data.DataLoader(Images()), None, with_sgd(**changes))
+
+
+def test_sgd_is_that_of_the_baseline_trainer(openood, root):
+    import yaml
+    from openood.trainers import get_trainer
+    from openood.trainers.base_trainer import BaseTrainer
+
+    theirs = yaml.safe_load((root / "configs/pipelines/train/baseline.yml").read_text())["optimizer"]
+    ours = yaml.safe_load((CONFIGS / "pipelines/train/train_tie.yml").read_text())["optimizer"]
+    assert {**ours, "num_epochs": theirs["num_epochs"]} == theirs
+    loader, config = torch.utils.data.DataLoader(Images(), batch_size=20), with_sgd(momentum=0.8)
+    baseline = BaseTrainer(build(), loader, config).optimizer
+    trainer = get_trainer(build(), loader, None, config).trainer
+    trainer.epoch(Pairs(loader))
+    assert type(trainer.optimizer) is type(baseline)
+    assert trainer.optimizer.defaults == baseline.defaults
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.1
 
 
 # Attach.
@@ -595,13 +617,15 @@ def test_a_postprocessor_without_a_config_has_that_of_its_file(openood, tmp_path
     assert TIEPostprocessor().t == 0.5
 
 
-def test_the_training_file_holds_the_defaults_but_for_what_a_head_is_taught_by(openood):
+def test_the_training_file_holds_the_defaults_but_for_sgd_and_what_a_head_is_taught_by(openood):
     from openood.utils.config import Config
 
+    from tie_ext import TIEConfig
     from tie_ext.openood.trainer import recipe_of_config
     from tie_ext.recipe import Recipe
 
-    assert recipe_of_config(Config(str(CONFIGS / "pipelines/train/train_tie.yml"))).record() == Recipe(prior=("procedural",)).record()
+    defaults = Recipe(TIEConfig(lr=0.1), prior=("procedural",))
+    assert recipe_of_config(Config(str(CONFIGS / "pipelines/train/train_tie.yml"))).record() == defaults.record()
 
 
 IDS = sorted(path.name for path in (CONFIGS / "datasets").iterdir())
@@ -703,7 +727,18 @@ def checkpoint(root, workplace) -> Path:
     """A tie_net around OpenOOD's LeNet, trained through its own main.py, pipeline, recorder and evaluator."""
     configs = training_configs(root)
     # Enough for every class to be right sometimes: SHE averages over the correctly predicted images of a class.
-    small = ["--optimizer.num_epochs", "25", "--optimizer.lr", "0.003", "--num_workers", "0", "--network.backbone.name", "lenet"]
+    small = [
+        "--optimizer.num_epochs",
+        "25",
+        "--optimizer.name",
+        "adam",
+        "--optimizer.lr",
+        "0.003",
+        "--num_workers",
+        "0",
+        "--network.backbone.name",
+        "lenet",
+    ]
     less = ["--trainer.trainer_args.synthesizers.inversion.steps", "3", "--trainer.trainer_args.candidates", "100"]
     said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less)
     assert "Training Completed!" in said
@@ -839,7 +874,7 @@ def test_its_train_pipeline_runs_in_two_processes(root, workplace):
     run = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Training Completed!") == 1  # the first process speaks for both
-    assert (workplace / "results/mnist_tie_net_tie_e1_lr0.001_two/s0/best.ckpt").exists()
+    assert (workplace / "results/mnist_tie_net_tie_e1_lr0.1_two/s0/best.ckpt").exists()
 
 
 PROBE = """

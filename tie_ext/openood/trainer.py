@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 import openood.utils.comm as comm
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -17,10 +18,10 @@ from tie_ext.recipe import Recipe, names
 class OpenOODTIETrainer:
     """Trainer ``tie``: one call of ``train_epoch`` is one epoch of :class:`tie_ext.TIETrainer`.
 
-    ``optimizer.num_epochs``, ``optimizer.lr`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``: every other setting
-    of :class:`tie_ext.TIEConfig` by its name; ``synthesizers``, by name with the settings of each below it, or names with commas between;
-    ``prior``, names with commas between, or ``none``; and ``objective``, as :class:`tie_ext.recipe.Recipe` has it. The optimiser is Adam, as in
-    the paper.
+    ``optimizer`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``: every other setting of
+    :class:`tie_ext.TIEConfig` by its name; ``synthesizers``, by name with the settings of each below it, or names with commas between; ``prior``,
+    names with commas between, or ``none``; and ``objective``, as :class:`tie_ext.recipe.Recipe` has it. The optimiser is SGD as OpenOOD's baseline
+    trainer has it, or the paper's ``adam``; the learning rate falls along half a cosine, as there, but once an epoch.
 
     Arguments:
         net: A ``tie_net``.
@@ -28,7 +29,7 @@ class OpenOODTIETrainer:
         config: OpenOOD's config.
 
     Raises:
-        ValueError: If a setting is unknown or out of range, or the optimiser is another one.
+        ValueError: If a setting is unknown, missing or out of range, or the optimiser is neither.
     """
 
     def __init__(self, net: TIENet | DistributedDataParallel, train_loader: DataLoader, config):
@@ -36,6 +37,9 @@ class OpenOODTIETrainer:
         # DistributedDataParallel, where someone put it around: TIE's trainer keeps the processes in step itself.
         inner = net.module if isinstance(net, DistributedDataParallel) else net
         self.trainer = recipe_of_config(config).trainer(inner, progress=comm.is_main_process())
+        if config.optimizer.name != "adam":
+            momentum, decay = config.optimizer.momentum, config.optimizer.weight_decay
+            self.trainer.optimizer = torch.optim.SGD(inner.parameters(), config.optimizer.lr, momentum, weight_decay=decay, nesterov=True)
 
     def train_epoch(self, epoch_idx: int) -> tuple[nn.Module, dict]:
         """Train, invert, exclude.
@@ -54,10 +58,12 @@ def recipe_of_config(config) -> Recipe:
     """The method that one of OpenOOD's configs asks for.
 
     Raises:
-        ValueError: If a setting is unknown or out of range, or the optimiser is not Adam.
+        ValueError: If a setting is unknown, missing or out of range, or the optimiser is neither SGD nor Adam.
     """
-    if config.optimizer.name not in (None, "adam"):
-        raise ValueError(f"Expected optimizer.name to be adam for trainer tie (the paper's), but got {config.optimizer.name}")
+    if config.optimizer.name not in ("sgd", "adam"):
+        raise ValueError(f"Expected optimizer.name to be sgd or adam for trainer tie, but got {config.optimizer.name}")
+    if config.optimizer.name == "sgd" and None in (config.optimizer.momentum, config.optimizer.weight_decay):
+        raise ValueError("Expected optimizer.momentum and optimizer.weight_decay beside optimizer.name: sgd, but got none")
     arguments = dict(config.trainer.trainer_args or {})
     loop = {f.name for f in fields(TIEConfig)} - {"epochs", "lr", "seed"}
     if unknown := sorted(set(arguments) - loop - {"synthesizers", "prior", "objective"}):
