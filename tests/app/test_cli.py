@@ -19,15 +19,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import make_net
 
 from tie_ext import EpochLog, TIEDetector, TIENet, TIETrainer, __version__
-from tie_ext.app import cli, data, models, report
+from tie_ext.app import cli, data, explaining, models, report
 from tie_ext.app.cli import DEMO, main
 from tie_ext.app.flags import make_parser
 from tie_ext.app.images import ImageFiles
 from tie_ext.app.run import load_examples, load_network, save_examples, written
 from tie_ext.bench import comparison
 from tie_ext.decision import Decision, conformal_threshold
+from tie_ext.explain import Outside
 from tie_ext.support import files
 from tie_ext.support.files import load_state, locked, write_atomically
 
@@ -199,6 +201,41 @@ def test_a_histogram_says_where_the_line_is():
     assert f"line at {line:.2f}: above it 5% of ID images" in texts
     few = {"id": torch.linspace(0, 1, 5), "noise": scores["noise"]}  # too few to draw one
     assert len(report.histograms(few).axes[0].get_legend().get_texts()) == 2
+
+
+def test_curves_begin_at_one_id_image_and_no_legend_covers_them():
+    scores = {"id": torch.linspace(0, 1, 200), "noise": torch.linspace(0.9, 2, 50), "letters": torch.linspace(0.5, 2, 50)}
+    figure = report.roc_and_pr(scores)
+    roc, pr = figure.axes
+    assert (roc.get_xscale(), pr.get_xscale()) == ("log", "linear")
+    assert roc.get_xlim() == (1 / 200, 1)
+    for drawn in (figure, report.histograms(scores)):
+        drawn.canvas.draw()
+        (legend,) = drawn.legends or [drawn.axes[0].get_legend()]
+        assert len(legend.get_texts()) >= 2
+        assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in drawn.axes)
+
+
+def test_bars_of_two_rejected_images_have_one_scale():
+    times = torch.tensor([[0.5, 3.0], [0.2, 0.9]])
+    figure = explaining.layer_figure(torch.zeros(2, 1, 8, 8), ["a", "b"], Outside(times, times, times), ["conv.1", "features"])
+    bars = figure.axes[1::2]
+    assert [ax.get_xlim() for ax in bars] == [(0, pytest.approx(3.15))] * 2
+    assert [[patch.get_facecolor()[0] > 0.8 for patch in ax.patches] for ax in bars] == [[False, True], [False, False]]
+
+
+def test_rejected_images_come_from_all_over_a_set():
+    net = make_net()
+    examples = {"id": torch.zeros(4, 1, 12, 12, dtype=torch.uint8), "letters": torch.zeros(20, 1, 12, 12, dtype=torch.uint8)}
+
+    def decide(x):
+        level = torch.tensor([0, *[1] * 18, 2])
+        return Decision(torch.zeros(20, dtype=torch.long), torch.zeros(20), torch.arange(20.0), level)
+
+    x, captions = explaining.rejected(net, decide, examples, ("boot", "bag", "coat"))
+    assert len(x) == explaining.SHOWN
+    assert captions[0] == "letters: garbage, score 1.0, nearest class boot"
+    assert captions[-1] == "letters: uncertain, score 19.0, nearest class boot"
 
 
 def test_explain_leaves_one_page_with_classes_and_layers(run, folder, tmp_path, capsys):

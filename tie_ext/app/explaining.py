@@ -17,6 +17,7 @@ from tie_ext.app import run
 from tie_ext.app.data import ImageBatches
 from tie_ext.app.deciding import decider
 from tie_ext.app.report import PAGE_STYLE, inversion_grid, written
+from tie_ext.app.scoring import LEVELS
 from tie_ext.decision import Decision
 from tie_ext.explain import STEPS, Explanation, Outside, explain
 from tie_ext.network import TIENet
@@ -66,7 +67,7 @@ def explain_run(folder: Path, steps: int = STEPS, root: str | None = None, progr
         else:
             parts.append("<p>None of the images of other sets that the run kept is rejected.</p>")
         title = html.escape(folder.resolve().name)
-        head, said = f"{PAGE_STYLE.format(title=title)}<h1>{title}: what the network has learned</h1>", _AGREE.format(found.agreement)
+        head, said = f"{PAGE_STYLE.format(title=title)}<h1>{title}: what the network has learned</h1>", _AGREE.format(100 * found.agreement)
         write_atomically(folder / "explain.html", f"{head}{said}{''.join(parts)}</body></html>".encode())
     return folder / "explain.html"
 
@@ -78,9 +79,10 @@ def rejected(net: TIENet, decide: Callable[[Tensor], Decision], examples: Mappin
     for name, images in others.items():
         x = net.scaled(images.float() / 255)
         decision = decide(x)
-        for row in (decision.level > 0).nonzero().flatten()[: -(-SHOWN // len(others))].tolist():
+        rows, most = (decision.level > 0).nonzero().flatten(), -(-SHOWN // len(others))
+        for row in rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()].tolist():
             found.append(x[row])
-            said = f"{name}: level {int(decision.level[row])}, score {float(decision.score[row]):.1f}"
+            said = f"{name}: {LEVELS[int(decision.level[row])]}, score {float(decision.score[row]):.1f}"
             captions.append(f"{said}, nearest class {names[int(decision.label[row])]}")
     return torch.stack(found[:SHOWN]) if found else torch.empty(0), captions[:SHOWN]
 
@@ -102,6 +104,7 @@ def layer_figure(x: Tensor, captions: Sequence[str], outside: Outside, layers: S
     """Each image ``(M, C, S, S)`` of [0, 1] beside a bar for each layer: how many times as far outside as all but 5 % of held-out ID images."""
     figure = Figure(figsize=(9, 0.4 + 0.22 * (len(layers) + 5) * len(x)), layout="constrained")
     axes = figure.subplots(len(x), 2, squeeze=False, width_ratios=(1, 4))
+    farthest = 1.05 * max(1.0, float(outside.times.max()))  # of all, so that bars of two images can be compared
     for (picture, bars), image, caption, times in zip(axes, x, captions, outside.times, strict=True):
         picture.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         picture.set(xticks=[], yticks=[])
@@ -109,6 +112,7 @@ def layer_figure(x: Tensor, captions: Sequence[str], outside: Outside, layers: S
         bars.axvline(1, color="k", linewidth=0.8, linestyle=":")
         bars.set_yticks(range(len(layers)), layers, fontsize=7)
         bars.invert_yaxis()
+        bars.set_xlim(0, farthest)
         bars.set_title(caption, fontsize=9, loc="left")
     axes[-1, 1].set_xlabel("times the distance that 5 % of ID images exceed (dotted: 1)")
     return figure
@@ -123,4 +127,4 @@ LAYERS = (
     "Images that were rejected, and how far outside ID images each layer finds them, first layer at the top: root mean square of its statistics in "
     "deviations, divided by what 5 % of ID test images exceed. Red: outside. Early layers see strokes and textures, late ones shapes and classes."
 )
-_AGREE = "<p>The network takes {:.1%} of the inversions for the class asked for.</p>"
+_AGREE = "<p>The network takes {:.1f} % of the inversions for the class asked for.</p>"
