@@ -571,7 +571,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
             for i in range(count):
                 Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(f"IMAGES/{split}/{label}/{i}.png")
     torch.save(make("torchvision:resnet18").state_dict(), "weights.pt")
-    for command in block.replace("--size 224", "--size 48").splitlines():  # as the page has it, but quick
+    for command in block.replace("--size 224", "--size 48").replace("\\\n", "").splitlines():  # as the page has it, but quick
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
     with open("rows.csv") as rows:
         levels = [row["level"] for row in csv.DictReader(rows)]
