@@ -258,6 +258,16 @@ def test_attach_stands_on_the_plain_network(done, monkeypatch):
     assert not torch.equal(attached.garbage.network[0].weight, other.garbage.network[0].weight)
 
 
+def test_layers_is_the_loop_of_tie_ext_train(done, monkeypatch):
+    monkeypatch.setattr(sys.modules["tie_ext.training"], "STEPS", 5)
+    images, *_ = reproduce.image_sets("mnist", 0, None, done[1].root)
+    net, log = train_method("layers", Conv3, images, RECIPE)
+    assert isinstance(net.garbage, GarbageHead)
+    assert sum(log[-1].proposed) > 0
+    taught = {"garbage": "layers", "prior": ["procedural"]}
+    assert recipe_of("layers", RECIPE).record() == {**recipe_of("tie", RECIPE).record(), **taught}
+
+
 @pytest.mark.parametrize("method", ["tie", "plain"])
 def test_every_method_computes_in_the_precision_of_the_settings(method, done):
     out, plan, _ = done

@@ -1,9 +1,10 @@
 """TIE beside what it has to beat, on the same data, backbone, initial weights and order of batches.
 
-Methods: ``tie``; ``predecessor``, which expels every inversion; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class
-stays the noise it began with (no TIE); ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``attach``, a garbage
-head on that network, which stays as it is; ``vernekar`` and ``ascood``, those papers' own training; ``openood:logitnorm`` and
-``openood:ascood``, OpenOOD's own; and any synthesizers in TIE's loop, by name, with commas between.
+Methods: ``tie``; ``layers``, the same with a head on every layer and procedural images, as `tie-ext train` has it; ``predecessor``, which expels
+every inversion; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class stays the noise it began with (no TIE); ``plain``, the
+n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``attach``, a garbage head on that network, which stays as it is; ``vernekar``
+and ``ascood``, those papers' own training; ``openood:logitnorm`` and ``openood:ascood``, OpenOOD's own; and any synthesizers in TIE's loop, by name,
+with commas between.
 """
 
 import copy
@@ -30,12 +31,14 @@ from tie_ext.support.provenance import peak_memory, provenance
 from tie_ext.support.random import seeded
 from tie_ext.training import TIETrainer
 
-METHODS = ("tie", "predecessor", "multiscale", "white", "vernekar", "ascood", "attach", "plain")
-"""TIE, its predecessor, the two no-TIE baselines, the training of two other papers, and the n-class network with and without a garbage head."""
+METHODS = ("tie", "layers", "predecessor", "multiscale", "white", "vernekar", "ascood", "attach", "plain")
+"""TIE by the paper's garbage logit and by a head on every layer, its predecessor, the two no-TIE baselines, the training of two other papers, and
+the n-class network with and without a garbage head."""
 OPENOOD = ("openood:logitnorm", "openood:ascood")
 """Training methods that OpenOOD ships, trained by its own code where it is installed (:mod:`tie_ext.bench.openood_baselines`)."""
 LABELS = {
     "tie": "TIE",
+    "layers": "TIE, head on every layer",
     "predecessor": "predecessor (lambda = -inf)",
     "multiscale": "no TIE, multi-scale noise",
     "white": "no TIE, white noise",
@@ -86,6 +89,8 @@ def recipe_of(method: str, recipe: Recipe) -> Recipe:
         return Recipe(replace(everything, garbage_weight=0.1), {"boundary": recipe.synthesizers.get("boundary", {})}, ())
     if method == "ascood":  # the authors' w = 1; every outlier joins
         return Recipe(everything, {"gradient": recipe.synthesizers.get("gradient", {})}, (), "uniform")
+    if method == "layers":
+        return replace(recipe, garbage="layers", prior=("procedural",))
     if method in ("multiscale", "white"):
         return replace(recipe, synthesizers={}, prior=(method,))
     if method in (*METHODS, *OPENOOD):
