@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 import tie_ext
 from tie_ext.app.flags import make_parser
@@ -198,6 +199,25 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     for block in blocks("docs/guide.md"):
         exec(compile(block, "guide.md", "exec"), found)
     assert found["level"].tolist() == found["decision"].level.tolist()  # the exported program decides as the detector does
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_guides_line_on_onnx_runs(tmp_path, monkeypatch):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    for block in blocks("docs/guide.md")[:3]:
+        exec(compile(block, "guide.md", "exec"), found)
+    line, shapes = re.search(r"`(torch\.onnx\.export\(.*?dynamo=True)\)`.*?`(dynamic_shapes=.*?)`", project_file("docs/guide.md"), re.S).groups()
+    exec(f"{line}, {shapes})", found)
+    x = torch.cat([found["x"], torch.rand(3, *found["x"].shape[1:])])  # a batch of another size
+    label, _, score, level = onnxruntime.InferenceSession("detector.onnx").run(None, {"x": x.numpy()})
+    want = found["detector"].decide(x)
+    assert (label.tolist(), level.tolist()) == (want.label.tolist(), want.level.tolist())
+    torch.testing.assert_close(torch.from_numpy(score), want.score, rtol=1e-3, atol=1e-2)
 
 
 def test_the_readme_is_short():

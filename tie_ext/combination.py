@@ -36,8 +36,19 @@ class Reference(NamedTuple):
         *Testing for outliers with conformal p-values*, 2023). Scores above all N have one p-value: it does not rank them.
         """
         n = len(self.ordered)
-        below = torch.searchsorted(self.ordered.T.contiguous(), scores.T.contiguous()).T  # so many are smaller; ties are as high
-        return (1 + n - below).to(scores.dtype) / (n + 1)
+        return (1 + n - self.below(scores)).to(scores.dtype) / (n + 1)
+
+    def below(self, scores: Tensor) -> Tensor:
+        """How many of the N scores are smaller than each of ``(B, k)``; ties are not."""
+        return torch.searchsorted(self.ordered.T.contiguous(), scores.T.contiguous()).T
+
+
+class Counting(Reference):
+    """The same by comparing each with each, for ONNX, which knows no search in what is ordered."""
+
+    def below(self, scores: Tensor) -> Tensor:
+        """As :meth:`Reference.below`."""
+        return (self.ordered < scores[:, None]).sum(dim=1)
 
 
 def reference(scores: Tensor) -> Reference:

@@ -9,7 +9,7 @@ import torch
 from pytorch_ood.api import Detector, DetectorInfo, ModelNotSetException, Paper, RequiresFittingException, Task
 from torch import Tensor, nn
 
-from tie_ext.combination import RULES, Reference, check_rule, reference
+from tie_ext.combination import RULES, Counting, Reference, check_rule, reference
 from tie_ext.decision import Decision, calibration_size, conformal_threshold, decide, rejected_above, uncertainty, widened
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood.detector import read_line
@@ -252,9 +252,7 @@ class Combined(Detector):
             return _decision(seen.logits, self.predict_scores(self._scores(x, seen)), line, isinstance(net, TIENet))
 
     def deployed(self) -> nn.Module:
-        """Network, members and decision as one module, images ``(B, C, H, W)`` to :class:`tie_ext.Decision`, for ``torch.export``.
-
-        For ONNX too with a rule that takes standardised scores, and without GEN and Entropy, whose clamp ``torch.onnx`` does not know.
+        """Network, members and decision as one module, images ``(B, C, H, W)`` to :class:`tie_ext.Decision`, for ``torch.export`` and ONNX.
 
         Raises:
             ModelNotSetException: If no member has a network.
@@ -424,7 +422,7 @@ class DeployedCombination(nn.Module):
         """The :class:`tie_ext.Decision` of images ``(B, C, H, W)``."""
         seen = Outputs(*self.net(x, True, garbage=True))
         scores = _stacked([score(seen.read(kind, self.net)) for kind, score in self.members])
-        learned = Reference(*(getattr(self, name) for name in Reference._fields))
+        learned = Counting(*(getattr(self, name) for name in Reference._fields))
         return _decision(seen.logits, self.rule(learned, scores), self.threshold, True)
 
 

@@ -113,13 +113,20 @@ def _knn(net: TIENet, state: dict[str, Any]) -> KNN:
     return member
 
 
+def _entropy(logits: Tensor) -> Tensor:
+    """What pytorch-ood's Entropy gives."""
+    p = logits.softmax(dim=1).clamp_min(1e-7)
+    return -(p.log() * p).sum(dim=1)
+
+
 MEMBERS: dict[type[Detector], Kept] = {
     TIEDetector: Kept(lambda net, s: TIEDetector(net, s["false_alarm"], s["lam"], s["t"]), ("false_alarm", "lam", "t"), ("tau", "threshold")),
     UncertaintyEstimate: Kept(lambda net, s: UncertaintyEstimate(net)),
     EnergyBased: Kept(lambda net, s: EnergyBased(net), ("t",)),
     MaxSoftmax: Kept(lambda net, s: MaxSoftmax(net), ("t",)),
     MaxLogit: Kept(lambda net, s: MaxLogit(net)),
-    Entropy: Kept(lambda net, s: Entropy(net)),
+    # Its own clamps between a float and an int, which ONNX does not follow.
+    Entropy: Kept(lambda net, s: Entropy(net), traced=lambda member: _entropy),
     GEN: Kept(lambda net, s: GEN(net), ("gamma", "M")),
     # Its own reads `.data`, which torch.export does not follow.
     Mahalanobis: Kept(
