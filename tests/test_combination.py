@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext.combination import RULES, check_rule, reference
+from tie_ext.combination import RULES, Counting, check_rule, reference
 from tie_ext.decision import conformal_threshold
 
 rules = pytest.mark.parametrize("rule", list(RULES))
@@ -27,6 +27,12 @@ def test_p_values_count_who_scores_as_high_ties_and_the_image_itself_included():
     learned = reference(torch.tensor([[1.0], [2.0], [2.0], [3.0]]))
     p = learned.p_values(torch.tensor([[0.0], [1.0], [2.0], [2.5], [3.0], [9.0]]))
     assert (p.flatten() * 5).tolist() == pytest.approx([5, 5, 4, 2, 2, 1])
+
+
+@given(seeds, st.sampled_from([0.0, 0.5]))
+def test_counting_gives_the_same_p_values_as_searching(seed, step):
+    learned, new = reference(draw(seed, 40, step=step)), draw(seed + 1, 30, step=step)
+    assert torch.equal(Counting(*learned).p_values(new), learned.p_values(new))
 
 
 def test_every_rule_is_the_formula_of_its_paper():
