@@ -18,9 +18,9 @@ from torch import nn
 
 from tie_ext import Combined, Conv3, TIEDetector, TIENet
 from tie_ext.app import attaching, cli, data, models
-from tie_ext.app import run as run_module
 from tie_ext.app.cli import main
-from tie_ext.app.run import load_snapshots, written
+from tie_ext.app.folder import load_network, written
+from tie_ext.app.snapshots import load_snapshots
 from tie_ext.backbones import BACKBONES
 from tie_ext.support.files import load_state, locked
 
@@ -173,7 +173,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
     assert (out / "figures" / "scores_combined.png").is_file()
     assert {path for path in out.rglob("*") if path.is_file()} - {out / ".lock"} == set(written(out))
     net = TIENet.load(out / "network.safetensors")
-    assert run_module.load_network(out).classes == net.classes
+    assert load_network(out).classes == net.classes
     (out / "combined" / "members.safetensors").write_bytes(b"{}")
     assert main(["score", str(out), paths[0]]) == 1
     assert "members" in capsys.readouterr().err
@@ -452,14 +452,14 @@ def test_a_folder_that_holds_a_run_is_refused_before_any_work(name, folder, weig
 
 
 def test_a_run_that_came_while_images_were_read_is_refused(folder, weights, tmp_path, capsys, monkeypatch):
-    load, out = attaching.run.load_images, tmp_path / "run"
+    load, out = attaching.load_images, tmp_path / "run"
 
     def meanwhile(*args):
         out.mkdir()
         (out / "training.safetensors").write_text("another's")
         return load(*args)
 
-    monkeypatch.setattr(attaching.run, "load_images", meanwhile)
+    monkeypatch.setattr(attaching, "load_images", meanwhile)
     monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail("the work began"))
     assert main(attach(folder, weights, out)) == 1
     assert f"Expected a new folder, but got {out}, which holds training.safetensors of a run" in capsys.readouterr().err
@@ -499,7 +499,7 @@ def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(when, run, folder, w
     with monkeypatch.context() as patched:
         {
             "network": lambda: patched.setattr(TIENet, "save", stop),
-            "pictures": lambda: patched.setattr("tie_ext.app.run.save_snapshot", stop),
+            "pictures": lambda: patched.setattr("tie_ext.app.attaching.save_snapshot", stop),
             "scores": lambda: patched.setattr(attaching, "save_state", stop),
         }[when]()
         assert main(attach(folder, weights, out)) == 130

@@ -25,8 +25,9 @@ from tie_ext import EpochLog, TIEDetector, TIENet, TIETrainer, __version__
 from tie_ext.app import cli, data, explaining, models, report
 from tie_ext.app.cli import DEMO, main
 from tie_ext.app.flags import make_parser
+from tie_ext.app.folder import load_network, written
 from tie_ext.app.images import ImageFiles
-from tie_ext.app.run import load_examples, load_network, save_examples, written
+from tie_ext.app.snapshots import load_examples, save_examples
 from tie_ext.bench import comparison
 from tie_ext.decision import Decision, conformal_threshold
 from tie_ext.explain import Outside
@@ -567,7 +568,8 @@ def test_a_link_to_nowhere_is_no_reason_to_begin_anew(copied, capsys):
 def test_a_loss_that_overflowed_is_left_out_of_the_record(copied):
     from dataclasses import replace
 
-    from tie_ext.app.run import finish, read_settings
+    from tie_ext.app.folder import read_settings
+    from tie_ext.app.run import finish
     from tie_ext.support.files import load_state
 
     log = [EpochLog.of_record(entry) for entry in load_state(copied / "training.safetensors", "training")["log"]]

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from tie_ext import TIENet
 from tie_ext.app import processes
 from tie_ext.app.cli import main
+from tie_ext.app.folder import load_network
 from tie_ext.app.images import ImageSet
-from tie_ext.app.run import load_network
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 SMALL = ["--backbone", "conv3", "--images", "400", "--shift", "0", "--batch-size", "32", "--device", "cpu"]

@@ -17,7 +17,8 @@ from torch import Tensor
 from tie_ext import TIENet, uncertainty
 from tie_ext.app.data import ImageSet
 from tie_ext.app.evaluation import all_logits
-from tie_ext.app.run import read_settings, to_bytes
+from tie_ext.app.folder import read_settings
+from tie_ext.app.snapshots import to_bytes
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.support.files import write_json
 from tie_ext.support.modules import frozen

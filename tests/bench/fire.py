@@ -34,8 +34,9 @@ from PIL import Image
 
 from tie_ext.app import report  # noqa: F401
 from tie_ext.app.cli import main as cli
+from tie_ext.app.folder import read_settings
 from tie_ext.app.report import table
-from tie_ext.app.run import load_snapshots, read_settings
+from tie_ext.app.snapshots import load_snapshots
 from tie_ext.backbones import BACKBONES
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood import TIEDetector

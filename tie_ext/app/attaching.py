@@ -1,6 +1,6 @@
 """A run that gives a trained network a garbage class: weights in a file, images on disk, and the run folder that comes of them.
 
-The folder is as training leaves one (:mod:`tie_ext.app.run`), so that scores, thresholds and reports need not know how the network was made.
+The folder is as training leaves one (:mod:`tie_ext.app.folder`), so that scores, thresholds and reports need not know how the network was made.
 """
 
 import os
@@ -8,22 +8,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tie_ext.app import models, run
+from tie_ext.app import models
 from tie_ext.app.combining import COMBINED, combined_scores
 from tie_ext.app.data import ImageBatches
 from tie_ext.app.evaluation import evaluate
+from tie_ext.app.folder import OWN, attached, clear, read_record, written
+from tie_ext.app.settings import ImageSettings, load_images
+from tie_ext.app.snapshots import save_examples, save_snapshot
 from tie_ext.attach import attach
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.support.checks import check_number
 from tie_ext.support.files import locked, save_state, sha256, write_json
 from tie_ext.support.provenance import provenance
 
-LABEL = run.OWN[1]
+LABEL = OWN[1]
 """What tables and scores call such a network."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttachSettings(run.ImageSettings):
+class AttachSettings(ImageSettings):
     """What a garbage class is attached to; together with images and weights it determines the result.
 
     Raises:
@@ -65,7 +68,7 @@ def attach_run(
     weights = models.read_weights(settings.weights)
     channels = models.channels_of(settings.backbone, weights, settings.weights)
     scale = settings.range(channels)
-    images, test, ood = run.load_images(settings, settings.seed, channels)
+    images, test, ood = load_images(settings, settings.seed, channels)
     model = models.load(settings.backbone, channels, len(images.classes), weights, settings.weights).to(device)
     for held in (test, *ood.values()):
         held.check()
@@ -80,14 +83,14 @@ def attach_run(
         about = {"test_images": test.note} if test.note else {}
         record = {"settings": settings.record(), "weights_sha256": sha256(settings.weights), **about}
         record |= provenance(device)
-        run.clear(folder)  # of one that was stopped while it wrote
+        clear(folder)  # of one that was stopped while it wrote
         write_json(folder / "run.json", record)  # first, as it says whose the others are
         net.save(folder / "network.safetensors")
         metrics, combined = combined_scores(net, images, test, ood, folder / COMBINED)
         numbers["scores"] |= metrics
         proposer = Procedural(net).to(device)
-        run.save_snapshot(folder, 0, net, [proposer], lambda count: proposer.draw((count, *images.shape)), test)
-        run.save_examples(folder, test, ood)
+        save_snapshot(folder, 0, net, [proposer], lambda count: proposer.draw((count, *images.shape)), test)
+        save_examples(folder, test, ood)
         save_state(folder / "scores.safetensors", "scores", {LABEL: scores["score"], **combined})
         write_json(folder / "run.json", {**record, "numbers": numbers})
     return {**record, "numbers": numbers}
@@ -95,6 +98,6 @@ def attach_run(
 
 def _refuse_a_run(folder: Path) -> None:
     """Refuse a folder with anything of a run in it, but for a run of this kind that was stopped while it wrote."""
-    there = run.written(folder)
-    if there and not (run.attached(folder) and "numbers" not in run.read_record(folder)):
+    there = written(folder)
+    if there and not (attached(folder) and "numbers" not in read_record(folder)):
         raise ValueError(f"Expected a new folder, but got {folder}, which holds {there[-1].name} of a run; give another --out")

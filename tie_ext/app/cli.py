@@ -20,7 +20,7 @@ from tie_ext.support.checks import check_number
 from tie_ext.support.files import load_state
 
 if TYPE_CHECKING:
-    from tie_ext.app.run import RunSettings
+    from tie_ext.app.settings import RunSettings
 
 # 1348 small images: fewer of everything. Digits of 8x8 pixels fill the image, so they are not shifted; without the shift garbage of full weight
 # costs ID accuracy, and tau, which comes from training images then known by heart, needs a larger lambda (docs/research/ledger.md).
@@ -98,22 +98,25 @@ def _reproduce(a: argparse.Namespace) -> None:
 
 
 def _demo(a: argparse.Namespace) -> None:
-    from tie_ext.app import report, run
+    from tie_ext.app import report
     from tie_ext.app.combining import combined_scores
     from tie_ext.app.evaluation import evaluate
+    from tie_ext.app.folder import clear
+    from tie_ext.app.run import train_on
+    from tie_ext.app.settings import RunSettings, load_images
     from tie_ext.bench import comparison
     from tie_ext.support.files import locked, save_state, write_json
 
     check_flags(vars(a))
     start = time.perf_counter()
-    settings = run.RunSettings(data="demo", batch_size=32, shift=0, recipe=replace(DEMO, config=replace(DEMO.config, seed=a.seed)))
-    images, test, ood = run.load_images(settings, a.seed)
+    settings = RunSettings(data="demo", batch_size=32, shift=0, recipe=replace(DEMO, config=replace(DEMO.config, seed=a.seed)))
+    images, test, ood = load_images(settings, a.seed)
     _check_place(a.out, settings)
     print(f"{len(images)} digits to train on, {len(test)} to test; OOD: {', '.join(f'{len(s)} {name}' for name, s in ood.items())}")
     with locked(a.out):
         _check_place(a.out, settings)  # again, as another process may have been at it
-        run.clear(a.out)
-        record = run.train_on(a.out, settings, images, test, ood, progress=_interactive())
+        clear(a.out)
+        record = train_on(a.out, settings, images, test, ood, progress=_interactive())
         numbers, scores = {"TIE": record["numbers"]}, load_state(a.out / "scores.safetensors", "scores")
         plain, _ = comparison.train_method(
             "plain", BACKBONES["conv3"], images, settings.recipe, settings.batch_size, progress=_interactive(), shift=0
@@ -135,15 +138,15 @@ def _demo(a: argparse.Namespace) -> None:
 
 def _check_place(folder: Path, settings: "RunSettings") -> None:
     """Refuse a folder that holds anything of a run but the demo of before, which gives way."""
-    from tie_ext.app import run
+    from tie_ext.app.folder import written
 
-    if (there := run.written(folder)) and not _is_demo(folder, settings):
+    if (there := written(folder)) and not _is_demo(folder, settings):
         raise ValueError(f"Expected a folder for the demo, but got {folder}, which holds {there[-1].name} of something else; give another --out")
 
 
 def _is_demo(folder: Path, settings: "RunSettings") -> bool:
     """Whether a folder holds a demo: a finished one, or one that was stopped and has these settings, whatever its seed."""
-    from tie_ext.app import run
+    from tie_ext.app.folder import read_settings
 
     try:
         record = json.loads((folder / "run.json").read_text())
@@ -151,7 +154,7 @@ def _is_demo(folder: Path, settings: "RunSettings") -> bool:
             return False
         if "comparison" in record:  # by whatever version
             return True
-        theirs = run.read_settings(folder)
+        theirs = read_settings(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     config = replace(theirs.recipe.config, seed=settings.recipe.config.seed)
@@ -159,7 +162,9 @@ def _is_demo(folder: Path, settings: "RunSettings") -> bool:
 
 
 def _train(a: argparse.Namespace) -> None:
-    from tie_ext.app import data, models, processes, report, run
+    from tie_ext.app import data, models, processes, report
+    from tie_ext.app.run import train_run
+    from tie_ext.app.settings import RunSettings
 
     check_flags(vars(a))
     given = {name: value for name, value in vars(a).items() if name not in ("name", "device")}
@@ -178,10 +183,10 @@ def _train(a: argparse.Namespace) -> None:
         given.setdefault("backbone", "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5")
         with usage():
             models.check_name(given["backbone"])
-            settings = run.RunSettings(**{f.name: given[f.name] for f in fields(run.RunSettings) if f.name in given}, recipe=recipe)
+            settings = RunSettings(**{f.name: given[f.name] for f in fields(RunSettings) if f.name in given}, recipe=recipe)
     with processes.together(a.device) as device:
         first = processes.first()
-        record = run.train_run(folder, settings, device, progress=first and _interactive(), say=print if first else None)
+        record = train_run(folder, settings, device, progress=first and _interactive(), say=print if first else None)
     if not first:
         return
     print(report.tables({"TIE": record["numbers"]}))
@@ -205,14 +210,15 @@ def _attach(a: argparse.Namespace) -> None:
 
 
 def _score(a: argparse.Namespace) -> None:
-    from tie_ext.app import run, scoring
+    from tie_ext.app import scoring
     from tie_ext.app.deciding import decider
+    from tie_ext.app.folder import load_network
 
     check_flags({"device": a.device})
     if a.false_alarm is not None:
         with usage():
             check_number("--false-alarm", a.false_alarm, 0, 1, above=True)
-    net = run.load_network(a.run).to(a.device)
+    net = load_network(a.run).to(a.device)
     decide = decider(net, a.run if a.run.is_dir() else a.run.parent, a.false_alarm)
     rows = scoring.scored(net, decide, scoring.listed(a.images), a.every_label, _interactive() and (a.out is not None or not sys.stdout.isatty()))
     broken = []

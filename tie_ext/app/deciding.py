@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tie_ext.app.combining import COMBINED, FALSE_ALARM
-from tie_ext.app.run import OWN, load_combined, load_scores
+from tie_ext.app.folder import OWN, load_combined, load_scores
 from tie_ext.decision import Decision, conformal_threshold
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood import TIEDetector

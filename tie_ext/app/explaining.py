@@ -13,11 +13,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tie_ext.app import run
 from tie_ext.app.data import ImageBatches
 from tie_ext.app.deciding import decider
+from tie_ext.app.folder import attached, load_network, read_record
 from tie_ext.app.report import PAGE_STYLE, inversion_grid, written
 from tie_ext.app.scoring import LEVELS
+from tie_ext.app.settings import ImageSettings, load_images
+from tie_ext.app.snapshots import load_examples
 from tie_ext.decision import Decision
 from tie_ext.explain import STEPS, Explanation, Outside, explain
 from tie_ext.network import TIENet
@@ -47,15 +49,15 @@ def explain_run(folder: Path, steps: int = STEPS, root: str | None = None, progr
         OSError: If a file cannot be written.
     """
     folder = Path(folder)
-    settings, net, examples = run.read_record(folder)["settings"], run.load_network(folder), run.load_examples(folder)
+    settings, net, examples = read_record(folder)["settings"], load_network(folder), load_examples(folder)
     if net.image_shape is None:
         raise ValueError(f"Expected a network for images of one shape at {folder}, but got one for any")
     if not examples:
         raise ValueError(f"Expected a run with examples.safetensors, which a run leaves when it ends, at {folder}, but got none")
     with reading(f"the settings of a run in {folder / 'run.json'}"):
         chosen = {name: settings[name] for name in ("data", "root", "images", "size")} | ({"root": root} if root else {})
-        seed = settings["seed"] if run.attached(folder) else settings["recipe"]["config"]["seed"]
-    images, test, _ = run.load_images(run.ImageSettings(**chosen), seed, net.image_shape[0])
+        seed = settings["seed"] if attached(folder) else settings["recipe"]["config"]["seed"]
+    images, test, _ = load_images(ImageSettings(**chosen), seed, net.image_shape[0])
     found = explain(net, ImageBatches(images.first(MOST), 250, scale=net), steps=steps, progress=progress)
     found.layers.hold(ImageBatches(test, 250, scale=net))
     names = net.classes or tuple(map(str, range(net.num_classes)))

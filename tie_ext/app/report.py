@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tie_ext.app.combining import FALSE_ALARM
 from tie_ext.app.deciding import decider
-from tie_ext.app.run import OWN, attached, load_examples, load_network, load_scores, load_snapshots, read_record
+from tie_ext.app.folder import OWN, attached, load_network, load_scores, read_record
 from tie_ext.app.scoring import LEVELS
+from tie_ext.app.snapshots import load_examples, load_snapshots
 from tie_ext.decision import Decision, calibration_size, conformal_threshold
 from tie_ext.log import EpochLog
 from tie_ext.network import TIENet

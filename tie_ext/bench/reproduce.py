@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tie_ext.app import data
 from tie_ext.app.data import ImageBatches, Images, ImageSet
 from tie_ext.app.evaluation import all_logits, ood_metrics
-from tie_ext.app.run import to_bytes
+from tie_ext.app.snapshots import to_bytes
 from tie_ext.backbones import BACKBONES
 from tie_ext.bench.comparison import cell, check_method, has_garbage, recipe_of
 from tie_ext.bench.tables import CELLS, read_cells, tables
