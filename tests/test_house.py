@@ -289,6 +289,14 @@ def test_the_tutorial_runs_and_shows_what_it_did(tmp_path):
     assert all(float(share) > 90 for share in re.findall(r"rejected: ([\d.]+)% of (?:letters|noise|photographs)", said))
 
 
+def test_records_and_pages_name_no_place_of_one_machine():
+    docs = HOUSE.parent / "docs"
+    files = [path for path in docs.rglob("*") if path.suffix in (".md", ".json", ".jsonl") and path.parent.name != "work"]
+    assert len(files) > 50
+    placed = re.compile(r"""(?:--[\w-]+[ =]|\.py |folder:)(?:/|~|[A-Z]:)""")
+    assert not {path.name: found[0] for path in files if (found := placed.search(path.read_text()))}
+
+
 def test_the_tables_in_docs_are_those_of_the_records(monkeypatch):
     monkeypatch.syspath_prepend(HOUSE.parent / "tests" / "bench")
     import tables

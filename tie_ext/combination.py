@@ -47,8 +47,8 @@ class Counting(Reference):
     """The same by comparing each with each, for ONNX, which knows no search in what is ordered."""
 
     def below(self, scores: Tensor) -> Tensor:
-        """As :meth:`Reference.below`."""
-        return (self.ordered < scores[:, None]).sum(dim=1)
+        """As :meth:`Reference.below`, where what is no number is above all too."""
+        return len(self.ordered) - (self.ordered >= scores[:, None]).sum(dim=1)
 
 
 def reference(scores: Tensor) -> Reference:

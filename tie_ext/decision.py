@@ -99,8 +99,8 @@ def conformal_threshold(scores: Tensor, false_alarm: float) -> Tensor:
     r"""Largest score of an accepted input, such that an ID input is rejected with probability at most ``false_alarm``.
 
     The split-conformal quantile: the k-th smallest of N calibration scores, :math:`k = \lceil (N+1)(1-\alpha) \rceil`. The bound holds for
-    every N and every distribution of scores, on average over calibration sets, as long as the input is exchangeable with the calibration
-    inputs, which the network must not have been trained on.
+    every N >= 1/alpha - 1 and every distribution of scores, on average over calibration sets, as long as the input is exchangeable with the
+    calibration inputs, which the network must not have been trained on.
 
     Arguments:
         scores: Scores ``(N,)`` of held-out ID inputs, larger = more OOD.

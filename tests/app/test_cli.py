@@ -237,6 +237,8 @@ def test_rejected_images_come_from_all_over_a_set():
     assert len(x) == explaining.SHOWN
     assert captions[0] == "letters: garbage, score 1.0, nearest class boot"
     assert captions[-1] == "letters: uncertain, score 19.0, nearest class boot"
+    _, captions = explaining.rejected(net, decide, dict.fromkeys(("id", *"abcdef"), examples["letters"]), ("boot", "bag", "coat"))
+    assert [caption[0] for caption in captions] == list("aabbcdef")
 
 
 def test_explain_leaves_one_page_with_classes_and_layers(run, folder, tmp_path, capsys):

@@ -80,6 +80,12 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def made_by(root: str) -> dict:
+    """Provenance of a record; its command says DATA for where the images lie, which is another place for everyone."""
+    said = provenance()
+    return said | {"command": said["command"].replace(f"--root {root}", "--root DATA")}
+
+
 def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, ImageSet]:
     """``train``, ``held``, ``id``, validation OOD ``val:NAME``, and OOD test sets by name; of ``mnist04`` and the like the first half of the classes
     is ID, and the other half an OOD test set."""
@@ -254,7 +260,7 @@ def main() -> None:
         "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),
         "seconds": seconds,
         "numbers": numbers_of(scores, garbage),
-        **provenance(),
+        **made_by(a.root),
     }
     write_json(OUT / f"{stem}.json", record)
     save_state(a.work / f"{stem}.scores.safetensors", "scores", scores)

@@ -1,8 +1,9 @@
 """docs/research/cost.md: what cost.py, cost_of_scoring.py, openood_epoch.py and folders.py measured."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 from page import percent
 
@@ -171,25 +172,34 @@ def _detection(r: dict) -> str:
     kinds: dict[str, list[dict]] = {}
     for name, run in r["runs"].items():
         kinds.setdefault(name.rpartition("-")[0], []).append(run)
-    commits = ", ".join(f"{kind} {of[0]['commit'][:7]}, {len(of)} seeds" for kind, of in kinds.items())
+    made = {kind: " ".join(dict.fromkeys(run["commit"][:7] for run in of)) for kind, of in kinds.items()}
+    commits = "; ".join(f"{kind} at {made[kind]}, {len(of)} seeds" for kind, of in kinds.items())
     first = next(iter(kinds.values()))[0]
     s, recipe = first["settings"], first["settings"]["recipe"]
     settings = f"{s['data']}, {s['images']} images, {recipe['config']['epochs']} epochs, garbage: {recipe['garbage']}"
-    rows = []
-    for label, figure in (("ID accuracy", "accuracy"), ("ID test images in garbage", "id_garbage_rate")):
-        rows.append({"": label, **{kind: percent([run["numbers"][figure] for run in of]) for kind, of in kinds.items()}})
+    rows, worse = [], []
+    for label, figure, good in (("ID accuracy", "accuracy", 1), ("ID test images in garbage", "id_garbage_rate", -1)):
+        found = {kind: [run["numbers"][figure] for run in of] for kind, of in kinds.items()}
+        rows.append({"": label, **{kind: percent(values) for kind, values in found.items()}})
+        worse += [label] if _worse(*found.values(), good) else []
     for name in first["numbers"]["garbage_rate"]:
-        row = {"": name}
-        for kind, of in kinds.items():
-            scores = [run["numbers"]["scores"]["score"][name] for run in of]
-            rate = percent([run["numbers"]["garbage_rate"][name] for run in of], 1)
-            row[kind] = f"{rate} / {percent([s['auroc'] for s in scores])} / {percent([s['fpr95'] for s in scores])}"
-        rows.append(row)
+        rates = {kind: [run["numbers"]["garbage_rate"][name] for run in of] for kind, of in kinds.items()}
+        scores = {kind: [run["numbers"]["scores"]["score"][name] for run in of] for kind, of in kinds.items()}
+        auroc, fpr = ({kind: [s[figure] for s in of] for kind, of in scores.items()} for figure in ("auroc", "fpr95"))
+        rows.append({"": name, **{kind: f"{percent(rates[kind], 1)} / {percent(auroc[kind])} / {percent(fpr[kind])}" for kind in kinds}})
+        figures = {"garbage rate": (rates, 1), "AUROC": (auroc, 1), "FPR@95": (fpr, -1)}
+        worse += [f"{figure} of {name}" for figure, (found, good) in figures.items() if _worse(*found.values(), good)]
+    said = f"Worse by more than both deviations together: {', '.join(worse) or 'nothing'}. (Promised: nothing.)"
     return (
         f"## Detection before and after\n\n`{r['command']}`\n\nBefore: each epoch read its images three to five times. Runs of `tie-ext train` "
         f"({settings}; {commits}). Garbage rate / AUROC / FPR@95 of the score; percent, mean ± standard deviation over the seeds; `val:` rows are "
-        f"validation images.\n\n{table(rows)}"
+        f"validation images.\n\n{table(rows)}\n\n{said}"
     )
+
+
+def _worse(before: Sequence[float], after: Sequence[float], good: int) -> bool:
+    """Whether a figure fell (``good`` 1), or rose (-1), by more than the spread of the seeds before and after."""
+    return good * (mean(before) - mean(after)) > stdev(before) + stdev(after)
 
 
 if __name__ == "__main__":

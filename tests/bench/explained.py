@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from attached import Trained, other_seeds, parser_of
+from attached import Trained, made_by, other_seeds, parser_of
 from fooling import FIGURES, id_sets
 
 from tie_ext import TIENet, explain
@@ -19,7 +19,6 @@ from tie_ext.app.data import ImageBatches
 from tie_ext.app.explaining import class_grid
 from tie_ext.explain import STEPS
 from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
 
 RECORD = Path(__file__).parents[2] / "docs" / "results" / "explained.json"
 PER_CLASS = 20
@@ -48,7 +47,7 @@ def main() -> None:
         "agreement": found.agreement,
         "judged": judged,
         "seconds": seconds,
-        **provenance(),
+        **made_by(a.root),
     }
     write_json(RECORD, record)
     class_grid(found, sets["train"].classes, 4).savefig(FIGURES / f"explain_{a.network.stem}.png", dpi=80, bbox_inches="tight")

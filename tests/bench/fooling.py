@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from attached import HELD, Trained, other_seeds, parser_of
+from attached import HELD, Trained, made_by, other_seeds, parser_of
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -26,13 +26,12 @@ from tie_ext.app.data import ImageBatches, ImageSet
 from tie_ext.bench import fooling
 from tie_ext.bench.fooling import Detector, Score, outputs, verdict, with_line
 from tie_ext.support.files import load_state, save_state, write_json
-from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Candidates
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-RIVALS = ("procedural", "tie", "loop", "acet", "hunted")
+RIVALS = ("procedural", "tie", "loop", "acet", "acet-attach", "hunted")
 """Of fooling_rivals.py; those that are there are measured."""
 GENERATOR = 200
 """Steps of a generator."""
@@ -175,8 +174,8 @@ def main() -> None:
     a = parser_of(__doc__).parse_args()
     of = Trained.read(a.network.stem)
     sets = id_sets(of.data, a.root, of.images, of.seed)
-    others = [data.load(other, "test", a.root, sets["id"].shape) for other in OTHERS if other != of.data]
-    sets["ood"] = ImageSet(torch.cat([other.x for other in others]), torch.cat([other.y for other in others]), ())
+    others = {other: data.load(other, "test", a.root, sets["id"].shape) for other in OTHERS if other != of.data}
+    sets["ood"] = ImageSet(*(torch.cat([getattr(other, part) for other in others.values()]) for part in "xy"), ())
     nets = {"plain": TIENet.load(a.network.with_name(f"{a.network.stem}-head.safetensors"))}
     files = {name: OUT / "work" / f"{a.network.stem}-{name}.safetensors" for name in RIVALS}
     nets |= {name: TIENet.load(file) for name, file in files.items() if file.exists()}
@@ -194,10 +193,13 @@ def main() -> None:
     if any(record.get(key) != value for key, value in about.items()):
         record = {**about, "accuracy": {}, "false_alarms": {}, "seconds": {}, "rows": []}
     shown = load_state(pictures, "shown") if record["rows"] else {}
-    made = {name: detectors_of(net, sets, attached=name == "plain") for name, net in nets.items()}
+    made = {name: detectors_of(net, sets, attached=name in ("plain", "acet-attach")) for name, net in nets.items()}
     for name, net in nets.items():
         logits, h = read(net, sets["id"])
         record["accuracy"][name] = (logits[:, :-1].argmax(1) == sets["id"].y).double().mean().item()
+        if net.tau.isfinite():  # else it has no garbage class
+            seen = {"id": logits, **{other: read(net, images)[0] for other, images in others.items()}}
+            record.setdefault("garbage", {})[name] = {what: (rows.argmax(1) == net.num_classes).double().mean().item() for what, rows in seen.items()}
         record["false_alarms"][name] = {label: 1 - one.accepts(logits, h).double().mean().item() for label, one in made[name].items()}
     for generator in (False, True):
         for name, net in nets.items():
@@ -215,7 +217,7 @@ def main() -> None:
                         shown.setdefault(f"{name}: {label}", {})[row["searcher"]] = some(searched, found)
                 record["seconds"][key] = time.perf_counter() - start
                 save_state(pictures, "shown", shown)
-                write_json(path, {**record, **provenance()})
+                write_json(path, {**record, **made_by(a.root)})
         curves(json.loads(path.read_text())["rows"]).savefig(FIGURES / f"fooling_steps_{a.network.stem}.png", dpi=90)
         sheet(shown).save(FIGURES / f"fooling_{a.network.stem}.png", optimize=True)
 

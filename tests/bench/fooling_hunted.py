@@ -11,7 +11,7 @@ import copy
 import time
 
 import torch
-from attached import Trained, parser_of
+from attached import Trained, made_by, parser_of
 from fooling import OUT, id_sets, read
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from tie_ext.app.data import ImageBatches
 from tie_ext.bench import fooling
 from tie_ext.bench.fooling import Detector, fooled, outputs, with_line
 from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.teaching import OUTLIERS, WEIGHT, teach
 
@@ -87,7 +86,7 @@ def main() -> None:
         rows.append({"round": number_of, "kept": len(found), "false alarms": alarms, "ID in garbage": garbage, "found": shares})
         print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
         net.save(OUT / "work" / f"{a.network.stem}-hunted.safetensors")
-        record = {"id": ID, "held": HELD, "searched": SEARCHED, "steps": STEPS, "rounds": rows, **provenance()}
+        record = {"id": ID, "held": HELD, "searched": SEARCHED, "steps": STEPS, "rounds": rows, **made_by(a.root)}
         write_json(OUT / "hunted" / f"{a.network.stem}.json", record)
         if number_of < ROUNDS:
             x = torch.cat(list(starts(net, SEARCHED // 2).values()))

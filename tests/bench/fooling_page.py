@@ -1,7 +1,7 @@
 """docs/research/fooling.md, of the records of fooling.py; tables.py writes it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -40,7 +40,7 @@ back: the stronger of both counts. `tie_ext/bench/fooling.py` has the formulas.
 Lines reject 5 % of ID images; *level 1* is the garbage class's own decision, without a line. Networks, so far as a record has them: *plain*, with
 the hosts' detectors, the head of `attach`, and what `tie_ext.combine` makes of head, ViM and GEN; *procedural*, a linear garbage class taught by
 procedural images alone; *tie*, the paper's linear one, by noise and inversions; *loop*, the default of `tie-ext train`, a head on every layer taught
-by procedural images and inversions; *acet*, trained against noise moved to where the network is surest; *hunted*, the head of attach taught again by
+by procedural images and inversions; *acet*, trained against noise moved to where the network is surest; *acet-attach*, the same network with attach's head; *hunted*, the head of attach taught again by
 what searchers found.
 """
 NAMES = "\nPercent. Small is good, but for steps.\n"
@@ -87,6 +87,7 @@ def _section(record: dict) -> list[str]:
         f"{record['per_class']} images of each class from each kind of start, and by the generator. ID accuracy: {accuracy}. False alarms on ID test "
         f"images: {percent([min(rates)])} to {percent([max(rates)])}. Judges: {', '.join(record['judges']) or 'none'}.\n",
         f"![Share found against steps](../figures/fooling_steps_{stem}.png)\n",
+        *_garbage(record.get("garbage", {})),
     ]
     titles = {
         "blind": f"Blind, found after {steps} steps:",
@@ -100,6 +101,12 @@ def _section(record: dict) -> list[str]:
         if rows:
             parts += [title + "\n", table(rows), ""]
     return [*parts, f"![Images found, adaptive](../figures/fooling_{stem}.png)\n", *_decided(record["rows"])]
+
+
+def _garbage(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What the garbage class takes of images that nobody searched for."""
+    rows = [{"network": name, **{what: percent([rate]) for what, rate in of.items()}} for name, of in rates.items()]
+    return ["Images that nobody searched for, in garbage:\n", table(rows), ""] if rows else []
 
 
 def _decided(rows: Sequence[dict]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tie_ext import TIEConfig, TIENet
 from tie_ext.app.data import ImageSet
 from tie_ext.backbones import BACKBONES
-from tie_ext.bench.comparison import train_method
+from tie_ext.bench.comparison import attached, train_method
 from tie_ext.outliers import make
 from tie_ext.recipe import Recipe
 from tie_ext.support.modules import frozen
@@ -73,11 +73,21 @@ def acet(epochs: int, seed: int) -> Callable[[ImageSet, str, Path], TIENet]:
     return train
 
 
+def on_top_of(rival: str, seed: int) -> Callable[[ImageSet, str, Path], TIENet]:
+    """Another of these networks, as it is, with the head of attach."""
+
+    def train(images: ImageSet, backbone: str, state: Path) -> TIENet:
+        return attached(TIENet.load(state.with_name(state.name.replace(f"-{rival}-attach.training", f"-{rival}.safetensors"))), images, seed)
+
+    return train
+
+
 def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path], TIENet]]:
     """How to train each, by name."""
     return {
         "procedural": loop(epochs, seed, synthesizers={}, prior=("procedural",)),
         "acet": acet(epochs, seed),
+        "acet-attach": on_top_of("acet", seed),
         "tie": loop(epochs, seed),
         "loop": loop(epochs, seed, prior=("procedural",), garbage="layers"),
     }

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 import torch
-from attached import OUT, Trained, image_sets, parser_of
+from attached import OUT, Trained, image_sets, made_by, parser_of
 from torch import Tensor
 
 from tie_ext import GarbageHead, TIENet
@@ -23,7 +23,6 @@ from tie_ext.outliers.drawing import Dice
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
 from tie_ext.support.files import write_json
 from tie_ext.support.modules import frozen
-from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 from tie_ext.teaching import teach
 
@@ -127,7 +126,7 @@ def main() -> None:
             results[label].append(result)
             rates = ", ".join(f"{name} {r['in garbage']:.3f}/{r['above 1 in 1000 of ID']:.3f}" for name, r in result.items() if isinstance(r, dict))
             print(f"{label}: held {result['held in garbage']:.3%}; {rates}; {seconds:.0f} s", flush=True)
-    write_json(OUT / "head_search" / f"{a.network.stem}.json", {"network": a.network.stem, "results": results, **provenance()})
+    write_json(OUT / "head_search" / f"{a.network.stem}.json", {"network": a.network.stem, "results": results, **made_by(a.root)})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from attached import OUT, Trained, batches, image_sets, parser_of
+from attached import OUT, Trained, batches, image_sets, made_by, parser_of
 from torch import Tensor
 
 from tie_ext import TIENet, attach
@@ -21,7 +21,6 @@ from tie_ext.backbones import BACKBONES
 from tie_ext.bench.comparison import classifier
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 
 POOL = 20000
@@ -88,7 +87,7 @@ def main() -> None:
     train_jointly(net, pool, sets["train"], of.epochs, seed)
     results["joint"] = judged(net, sets, seed)
     print(results["joint"], flush=True)
-    write_json(OUT / "joint" / f"{a.network.stem}.json", {"network": a.network.stem, "results": results, **provenance()})
+    write_json(OUT / "joint" / f"{a.network.stem}.json", {"network": a.network.stem, "results": results, **made_by(a.root)})
 
 
 if __name__ == "__main__":

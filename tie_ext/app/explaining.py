@@ -78,15 +78,15 @@ def rejected(net: TIENet, decide: Callable[[Tensor], Decision], examples: Mappin
     """Some images ``(M, C, S, S)`` of other sets that the run rejects, in the network's value range, and a line on each."""
     found, captions = [], []
     others = {name: x for name, x in examples.items() if name != "id"}
-    for name, images in others.items():
+    for place, (name, images) in enumerate(others.items()):
         x = net.scaled(images.float() / 255)
         decision = decide(x)
-        rows, most = (decision.level > 0).nonzero().flatten(), -(-SHOWN // len(others))
+        rows, most = (decision.level > 0).nonzero().flatten(), SHOWN // len(others) + (place < SHOWN % len(others))
         for row in rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()].tolist():
             found.append(x[row])
             said = f"{name}: {LEVELS[int(decision.level[row])]}, score {float(decision.score[row]):.1f}"
             captions.append(f"{said}, nearest class {names[int(decision.label[row])]}")
-    return torch.stack(found[:SHOWN]) if found else torch.empty(0), captions[:SHOWN]
+    return torch.stack(found) if found else torch.empty(0), captions
 
 
 def class_grid(found: Explanation, names: Sequence[str], most: int = 4) -> Figure:

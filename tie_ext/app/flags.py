@@ -130,7 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="of tie_ext.bench.comparison, or synthesizers by name (default: TIE, its predecessor, no TIE, plain)",
+        help="tie, layers (as train has it), predecessor, multiscale, white, vernekar, ascood, attach, plain, or synthesizers by name "
+        "(default: tie predecessor multiscale white plain)",
     )
     method.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     method.add_argument("--device", default=DEVICE, help=f"where to compute (default: {DEVICE})")
