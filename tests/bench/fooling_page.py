@@ -33,15 +33,15 @@ finished network takes for a class. Nothing that is found need look like the cla
 - *Generator*: one that starts afresh and is trained against the frozen network, 200 steps.
 
 *Blind*: the searcher sees the ID logits. *Adaptive*: it sees the detector too, whatever that computes, and stops when it is accepted. An image is
-*found* where the detector accepts it *and* the network calls it the class asked for. Given enough steps an adaptive searcher fools everything:
-what tells detectors apart is how many it takes. Where the blind searcher finds more (MSP), the detector's part of the objective held the adaptive one
+*found* where the detector accepts it *and* the network calls it the class asked for. Given enough steps an adaptive searcher fools nearly every
+detector: what tells them apart is how many it takes. Where the blind searcher finds more (MSP), the detector's part of the objective held the adaptive one
 back: the stronger of both counts. `tie_ext/bench/fooling.py` has the formulas.
 
 Lines reject 5 % of ID images; *level 1* is the garbage class's own decision, without a line. Networks, so far as a record has them: *plain*, with
 the hosts' detectors, the head of `attach`, and what `tie_ext.combine` makes of head, ViM and GEN; *procedural*, a linear garbage class taught by
 procedural images alone; *tie*, the paper's linear one, by noise and inversions; *loop*, the default of `tie-ext train`, a head on every layer taught
-by procedural images and inversions; *acet*, trained against noise moved to where the network is surest; *acet-attach*, the same network with attach's head; *hunted*, the head of attach taught again by
-what searchers found.
+by procedural images and inversions; *acet*, trained against noise moved to where the network is surest, five steps in each batch (its paper: 40);
+*acet-attach*, the same network with attach's head; *hunted*, the head of attach taught again by what searchers found.
 """
 NAMES = "\nPercent. Small is good, but for steps.\n"
 
