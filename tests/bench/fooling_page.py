@@ -34,8 +34,8 @@ finished network takes for a class. Nothing that is found need look like the cla
 
 *Blind*: the searcher sees the ID logits. *Adaptive*: it sees the detector too, whatever that computes, and stops when it is accepted. An image is
 *found* where the detector accepts it *and* the network calls it the class asked for. Given enough steps an adaptive searcher fools nearly every
-detector: what tells them apart is how many it takes. Where the blind searcher finds more (MSP), the detector's part of the objective held the adaptive one
-back: the stronger of both counts. `tie_ext/bench/fooling.py` has the formulas.
+detector: what tells them apart is how many it takes. Where the blind searcher finds more (MSP), the detector's part of the objective held the
+adaptive one back: the stronger of both counts. `tie_ext/bench/fooling.py` has the formulas.
 
 Lines reject 5 % of ID images; *level 1* is the garbage class's own decision, without a line. Networks, so far as a record has them: *plain*, with
 the hosts' detectors, the head of `attach`, and what `tie_ext.combine` makes of head, ViM and GEN; *procedural*, a linear garbage class taught by
