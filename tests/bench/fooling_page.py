@@ -14,6 +14,8 @@ SHOWN = ("10", "30", "100")
 """Steps of ascent in the tables; the figure has all."""
 HUNTED = ("20", "30", "50")
 """Steps of ascent by which the trial is judged."""
+HARDEST = 5
+"""Detectors in the first table."""
 BAR = 0.5
 """What a network taught by inversions may be found, in shares of what the same detector is without them."""
 PAIRS = {
@@ -88,6 +90,7 @@ def _section(record: dict) -> list[str]:
         f"images: {percent([min(rates)])} to {percent([max(rates)])}. Judges: {', '.join(record['judges']) or 'none'}.\n",
         f"![Share found against steps](../figures/fooling_steps_{stem}.png)\n",
         *_garbage(record.get("garbage", {})),
+        *_hardest(record["rows"], record["accuracy"]),
     ]
     titles = {
         "blind": f"Blind, found after {steps} steps:",
@@ -107,6 +110,29 @@ def _garbage(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What the garbage class takes of images that nobody searched for."""
     rows = [{"network": name, **{what: percent([rate]) for what, rate in of.items()}} for name, of in rates.items()]
     return ["Images that nobody searched for, in garbage:\n", table(rows), ""] if rows else []
+
+
+def _hardest(rows: Sequence[dict], accuracy: Mapping[str, float]) -> list[str]:
+    """The detectors against which least is found, by the stronger of blind and adaptive ascent, mean over the kinds of start."""
+    paths: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for row in rows:
+        if "path" in row:
+            paths.setdefault((row["network"], row["detector"]), {}).setdefault(row["searcher"], []).append(row["path"])
+    found = {who: [mean(max(path[mark] for path in of) for of in kinds.values()) for mark in SHOWN] for who, kinds in paths.items()}
+    steps = " / ".join(SHOWN)
+    shown = [
+        {
+            "network: detector": ": ".join(who),
+            "ID accuracy": percent([accuracy[who[0]]]),
+            f"found after {steps}": " / ".join(percent([share], 0) for share in found[who]),
+        }
+        for who in sorted(found, key=lambda who: found[who][::-1])[:HARDEST]
+    ]
+    return [
+        f"Hardest to fool, by the stronger of blind and adaptive ascent, mean over the kinds of start; found after {steps} steps:\n",
+        table(shown),
+        "",
+    ]
 
 
 def _decided(rows: Sequence[dict]) -> list[str]:
