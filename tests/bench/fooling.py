@@ -31,7 +31,7 @@ from tie_ext.synthesis import Candidates
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-RIVALS = ("procedural", "tie", "loop", "acet", "acet-attach", "hunted")
+RIVALS = ("procedural", "tie", "loop", "acet", "acet-attach", "acet2-attach", "hunted")
 """Of fooling_rivals.py; those that are there are measured."""
 GENERATOR = 200
 """Steps of a generator."""
@@ -193,7 +193,7 @@ def main() -> None:
     if any(record.get(key) != value for key, value in about.items()):
         record = {**about, "accuracy": {}, "false_alarms": {}, "seconds": {}, "rows": []}
     shown = load_state(pictures, "shown") if record["rows"] else {}
-    made = {name: detectors_of(net, sets, attached=name in ("plain", "acet-attach")) for name, net in nets.items()}
+    made = {name: detectors_of(net, sets, attached=name == "plain" or name.endswith("-attach")) for name, net in nets.items()}
     for name, net in nets.items():
         logits, h = read(net, sets["id"])
         record["accuracy"][name] = (logits[:, :-1].argmax(1) == sets["id"].y).double().mean().item()

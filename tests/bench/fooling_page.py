@@ -43,7 +43,8 @@ Lines reject 5 % of ID images; *level 1* is the garbage class's own decision, wi
 the hosts' detectors, the head of `attach`, and what `tie_ext.combine` makes of head, ViM and GEN; *procedural*, a linear garbage class taught by
 procedural images alone; *tie*, the paper's linear one, by noise and inversions; *loop*, the default of `tie-ext train`, a head on every layer taught
 by procedural images and inversions; *acet*, trained against noise moved to where the network is surest, five steps in each batch (its paper: 40);
-*acet-attach*, the same network with attach's head; *hunted*, the head of attach taught again by what searchers found.
+*acet-attach*, the same network with attach's head; *acet2-attach*, likewise, but half of what was moved in training began as procedural images;
+*hunted*, the head of attach taught again by what searchers found.
 """
 NAMES = "\nPercent. Small is good, but for steps.\n"
 

@@ -7,7 +7,7 @@ docs/results/fooling/work/, where a finished one stays as it is.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,20 +47,20 @@ def surest(net: TIENet, x: Tensor) -> Tensor:
     return x.detach()
 
 
-def acet(epochs: int, seed: int) -> Callable[[ImageSet, str, Path], TIENet]:
-    """Adversarial confidence enhancing training: beside each batch half as many images of noise, moved to where the network is surest; their
+def acet(epochs: int, seed: int, starts: Sequence[str] = ("multiscale",)) -> Callable[[ImageSet, str, Path], TIENet]:
+    """Adversarial confidence enhancing training: beside each batch half as many images of noise, or of other priors by name, moved to where the network is surest; their
     largest log-probability is pushed down (Hein et al., 2019). Otherwise as the plain network of attached.py is trained."""
 
     def train(images: ImageSet, backbone: str, state: Path) -> TIENet:
         with seeded(seed):
             net = TIENet(BACKBONES[backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
-        noise = make("multiscale", net)
+        priors = [make(name, net) for name in starts]
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * -(-len(images) // 128))
         for epoch in range(epochs):
             with seeded(seed, epoch):
                 for x, y in batches(images):
-                    found = surest(net, noise.draw((len(x) // 2, *x.shape[1:])))
+                    found = surest(net, torch.cat([prior.draw((len(x) // 2 // len(priors), *x.shape[1:])) for prior in priors]))
                     net.train()
                     logits = net(torch.cat([x, found]))
                     loss = F.cross_entropy(logits[: len(x)], y) + logits[len(x) :].log_softmax(1).amax(1).mean()
@@ -88,6 +88,8 @@ def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path
         "procedural": loop(epochs, seed, synthesizers={}, prior=("procedural",)),
         "acet": acet(epochs, seed),
         "acet-attach": on_top_of("acet", seed),
+        "acet2": acet(epochs, seed, ("multiscale", "procedural")),
+        "acet2-attach": on_top_of("acet2", seed),
         "tie": loop(epochs, seed),
         "loop": loop(epochs, seed, prior=("procedural",), garbage="layers"),
     }
