@@ -48,8 +48,8 @@ def surest(net: TIENet, x: Tensor) -> Tensor:
 
 
 def acet(epochs: int, seed: int, starts: Sequence[str] = ("multiscale",)) -> Callable[[ImageSet, str, Path], TIENet]:
-    """Adversarial confidence enhancing training: beside each batch half as many images of noise, or of other priors by name, moved to where the network is surest; their
-    largest log-probability is pushed down (Hein et al., 2019). Otherwise as the plain network of attached.py is trained."""
+    """Adversarial confidence enhancing training: beside each batch half as many images of noise, or of other priors by name, moved to where the
+    network is surest; their largest log-probability is pushed down (Hein et al., 2019). Otherwise as the plain network of attached.py is trained."""
 
     def train(images: ImageSet, backbone: str, state: Path) -> TIENet:
         with seeded(seed):
