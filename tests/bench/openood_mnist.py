@@ -33,7 +33,7 @@ ARGUMENTS = {"vim": ["--postprocessor.postprocessor_args.dim", "42"]}  # half of
 TRAINED: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain": ("mnist_lenet_base_e{epochs}_lr0.1_default", THEIRS),
     "attach": ("mnist_tie_net_attach_lenet_default", ("tie", "tie_combined")),
-    "TIE": ("mnist_tie_net_tie_e{epochs}_lr0.1_default", ("tie", "tie_ue", "tie_combined")),
+    "TIE": ("mnist_tie_net_tie_e{epochs}_lr0.05_default", ("tie", "tie_ue", "tie_combined")),
 }
 """Where OpenOOD leaves the seeds of a network, and the postprocessors that score it."""
 

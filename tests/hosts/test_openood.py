@@ -535,7 +535,7 @@ def test_sgd_is_that_of_the_baseline_trainer(openood, root):
 
     theirs = yaml.safe_load((root / "configs/pipelines/train/baseline.yml").read_text())["optimizer"]
     ours = yaml.safe_load((CONFIGS / "pipelines/train/train_tie.yml").read_text())["optimizer"]
-    assert {**ours, "num_epochs": theirs["num_epochs"]} == theirs
+    assert {**ours, "num_epochs": theirs["num_epochs"], "lr": 2 * ours["lr"]} == theirs
     loader, config = torch.utils.data.DataLoader(Images(), batch_size=20), with_sgd(momentum=0.8)
     baseline = BaseTrainer(build(), loader, config).optimizer
     trainer = get_trainer(build(), loader, None, config).trainer
@@ -624,7 +624,7 @@ def test_the_training_file_holds_the_defaults_but_for_sgd_and_what_a_head_is_tau
     from tie_ext.openood.trainer import recipe_of_config
     from tie_ext.recipe import Recipe
 
-    defaults = Recipe(TIEConfig(lr=0.1), prior=("procedural",))
+    defaults = Recipe(TIEConfig(lr=0.05), prior=("procedural",))
     assert recipe_of_config(Config(str(CONFIGS / "pipelines/train/train_tie.yml"))).record() == defaults.record()
 
 
@@ -732,7 +732,7 @@ def checkpoint(root, workplace) -> Path:
     said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less)
     assert "Training Completed!" in said
     assert said.count("expelled") == 25
-    return workplace / "results" / "mnist_tie_net_tie_e25_lr0.1_default" / "s0" / "best.ckpt"
+    return workplace / "results" / "mnist_tie_net_tie_e25_lr0.05_default" / "s0" / "best.ckpt"
 
 
 def test_training_leaves_a_checkpoint_with_tau(checkpoint):
@@ -863,7 +863,7 @@ def test_its_train_pipeline_runs_in_two_processes(root, workplace):
     run = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Training Completed!") == 1  # the first process speaks for both
-    assert (workplace / "results/mnist_tie_net_tie_e1_lr0.1_two/s0/best.ckpt").exists()
+    assert (workplace / "results/mnist_tie_net_tie_e1_lr0.05_two/s0/best.ckpt").exists()
 
 
 PROBE = """
