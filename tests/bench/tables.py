@@ -29,7 +29,7 @@ BENCH = Path(__file__).parent
 DOCS = BENCH.parents[1] / "docs"
 NOISE = ("noise", "uniform noise", "sphere noise")
 """OOD sets of the cells that are noise."""
-RUNS = ("reproduce", "lambda-5", "moved-garbage", "no-kl", "garbage-weight-10", "lambda-0.5", "every-candidate", "clear-codes", "bfloat16")
+RUNS = ("reproduce", "loop", "lambda-5", "moved-garbage", "no-kl", "garbage-weight-10", "lambda-0.5", "every-candidate", "clear-codes", "bfloat16")
 """Folders of cells, by what their settings have in common; the first has the defaults."""
 LONGER = (30, 65)
 """Epochs after which multi-scale noise without TIE and the plain network have trained as long as TIE has after 10 (20 000 MNIST images)."""
