@@ -727,12 +727,12 @@ def checkpoint(root, workplace) -> Path:
     """A tie_net around OpenOOD's LeNet, trained through its own main.py, pipeline, recorder and evaluator."""
     configs = training_configs(root)
     # Enough for every class to be right sometimes: SHE averages over the correctly predicted images of a class.
-    small = ["--optimizer.num_epochs", "25", "--num_workers", "0", "--network.backbone.name", "lenet"]
+    small = ["--optimizer.num_epochs", "25", "--optimizer.lr", "0.1", "--num_workers", "0", "--network.backbone.name", "lenet"]
     less = ["--trainer.trainer_args.synthesizers.inversion.steps", "3", "--trainer.trainer_args.candidates", "100"]
     said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less)
     assert "Training Completed!" in said
     assert said.count("expelled") == 25
-    return workplace / "results" / "mnist_tie_net_tie_e25_lr0.05_default" / "s0" / "best.ckpt"
+    return workplace / "results" / "mnist_tie_net_tie_e25_lr0.1_default" / "s0" / "best.ckpt"
 
 
 def test_training_leaves_a_checkpoint_with_tau(checkpoint):
