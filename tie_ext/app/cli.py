@@ -116,8 +116,10 @@ def _demo(a: argparse.Namespace) -> None:
     with locked(a.out):
         _check_place(a.out, settings)  # again, as another process may have been at it
         clear(a.out)
+        print("1 of 2: TIE, a network trained with its garbage class", flush=True)
         record = train_on(a.out, settings, images, test, ood, progress=_interactive())
         numbers, scores = {"TIE": record["numbers"]}, load_state(a.out / "scores.safetensors", "scores")
+        print("2 of 2: a plain network, and a garbage class attached to it", flush=True)
         plain, _ = comparison.train_method(
             "plain", BACKBONES["conv3"], images, settings.recipe, settings.batch_size, progress=_interactive(), shift=0
         )
