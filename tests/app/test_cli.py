@@ -253,6 +253,14 @@ def test_explain_leaves_one_page_with_classes_and_layers(run, folder, tmp_path, 
     assert "Expected a run with a run.json" in capsys.readouterr().err
 
 
+def test_help_names_every_method(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main(["reproduce", "--help"])
+    listed = re.search(r"--methods .*?default", capsys.readouterr().out, re.S).group()
+    assert not [method for method in comparison.METHODS if not re.search(rf"\b{method}\b", listed)]
+
+
 @pytest.mark.parametrize("command", ["train", "reproduce"])
 def test_help_says_what_each_setting_means(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")  # argparse breaks lines at hyphens
