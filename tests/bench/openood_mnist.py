@@ -150,12 +150,13 @@ def page() -> None:
             pairs = {part: f"{mean(found, s, 'AUROC'):.2f} / {mean(found, s, 'FPR@95'):.2f}" for part, s in (("near", "nearood"), ("far", "farood"))}
             rows.append({"network: postprocessor": f"{network}: {name}", "ACC": f"{mean(found, 'nearood', 'ACC'):.2f}", **pairs})
             rows[-1]["worst"] = f"{worst:.2f} ({of})"
+    kept = "".join(f" {name}: run before, at {commit}." for name, commit in r.get("kept", {}).items())
     seconds = {network: f"{np.mean(took):.0f}" for network, took in r["seconds"].items()}
     seeds = len(next(iter(r["seconds"].values())))
     text = (
         "# OpenOOD's own main.py, on MNIST\n\n"
         f"Made by `{r['command']}` at commit {r['commit'][:7]}, of `docs/results/openood/mnist.json`. OpenOOD at {r['openood']}, torch "
-        f"{r['versions']['torch']}, CPU.\n\n"
+        f"{r['versions']['torch']}, CPU.{kept}\n\n"
         f"OpenOOD's LeNet, {r['train']} training images, {r['epochs']} epochs, {seeds} seeds, each run by its main.py. *plain*: its baseline "
         "trainer. *attach*: trainer `attach` on that very network, which stays as it is. *TIE*: trainer `tie` as `train_tie.yml` has it, SGD at half "
         "the rate of *plain*. CIFAR-10 was not run: OpenOOD's networks for it are too slow for a CPU. Seconds for training one, loading "
