@@ -49,6 +49,12 @@ def test_the_classifier_is_the_plain_one():
     assert all(not torch.equal(value, before[name]) for name, value in net.garbage.state_dict().items())
 
 
+def test_a_pool_begins_with_what_suits_its_garbage_class():
+    assert [type(each) for each in TIETrainer(make_net(), TINY, []).prior] == [Procedural]
+    linear = TIENet(Small(3), 3, SHAPE)
+    assert [type(each) for each in TIETrainer(linear, TINY, []).prior] == [Noise]
+
+
 def test_the_head_learns_the_pool(monkeypatch):
     monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 300)
     net = make_net()

@@ -24,6 +24,7 @@ from tie_ext.log import CandidateTally, EpochLog
 from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.outliers.noise import Noise
+from tie_ext.outliers.procedural import Procedural
 from tie_ext.support.checks import check_images, check_labels
 from tie_ext.support.distributed import average_gradients, average_statistics, broadcast, gathered, rank, share, total, world
 from tie_ext.support.modules import frozen, settle_statistics
@@ -73,8 +74,8 @@ class TIETrainer:
         config: The settings of the loop.
         synthesizers: Who proposes outliers; None for TIE's own, ``[Inversion(net)]``; an empty list for a garbage class that stays as it
             began (the paper's "No TIE").
-        prior: What the pool begins with; None for multi-scale noise, ``[Noise(net)]``; an empty list for nothing: the first epoch then
-            trains on ID images alone.
+        prior: What the pool begins with; None for procedural images, ``[Procedural(net)]``, for a head on every layer, and for multi-scale noise,
+            ``[Noise(net)]``, for a linear garbage logit; an empty list for nothing: the first epoch then trains on ID images alone.
         objective: What the network learns; the default, cross-entropy, that garbage is a class of its own.
         progress: Show progress bars.
 
@@ -107,7 +108,7 @@ class TIETrainer:
         broadcast(net)
         with seeded(self.config.seed, 0, rank(), 1):  # the stream of Recipe.trainer too
             self.synthesizers: list[Synthesizer] = [Inversion(net)] if synthesizers is None else list(synthesizers)
-            self.prior: list[Prior] = [Noise(net)] if prior is None else list(prior)
+            self.prior: list[Prior] = [Procedural(net) if self._apart else Noise(net)] if prior is None else list(prior)
         with seeded(self.config.seed, 0, rank(), 2):
             self.pool = self._first_pool()
         if self._apart and not len(self.pool):
