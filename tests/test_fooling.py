@@ -316,16 +316,6 @@ def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monke
     assert (tmp_path / "fooling_toy-120x1-conv3-seed0.png").exists()
 
 
-def test_acet_moves_noise_to_where_the_network_is_surest(toy):
-    import fooling_rivals
-
-    net, _ = toy
-    x = torch.rand(12, 1, 28, 28)
-    moved = fooling_rivals.surest(net, x)
-    assert (moved - x).abs().max() <= fooling_rivals.RADIUS + 1e-6
-    assert net(moved).softmax(1).amax(1).mean() > net(x).softmax(1).amax(1).mean()
-
-
 def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
     assert fooling_page.page() == ""

@@ -614,8 +614,9 @@ def _indices(func, args):
     return [i for i in args[1] if i is not None] if func.overloadpacket.__name__ in ("index", "index_put", "index_put_") else []
 
 
+@pytest.mark.parametrize("search", [0, 2])
 @pytest.mark.parametrize("make", [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")], ids=["linear", "layers"])
-def test_no_step_waits_for_the_device(make, monkeypatch):
+def test_no_step_waits_for_the_device(make, search, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # which counts its steps on the CPU
     monkeypatch.setattr("tie_ext.training.check_images", lambda *args: None)  # which looks at images while they are on the CPU
     monkeypatch.setattr(GarbagePool, "draw", lambda self, k: self.low + torch.zeros(k, *SHAPE))  # so is the pool
@@ -623,7 +624,7 @@ def test_no_step_waits_for_the_device(make, monkeypatch):
     for steps in (2, 7):
         net = make()
         inversion = Inversion(net, InversionSettings(steps=steps, width=4, batch_size=4))
-        trainer = TIETrainer(net, TINY, [inversion])
+        trainer = TIETrainer(net, replace(TINY, search=search), [inversion], [Noise(net)])
         trainer.counts, trainer._surveyed = torch.tensor([8, 8, 8]), True
         for name, work in (
             ("generator", lambda inversion=inversion, net=net: inversion.fit(net, [], 0.0)),

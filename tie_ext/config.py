@@ -41,6 +41,13 @@ class TIEConfig(Settings):
     garbage_weight: float = setting(
         1.0, "Weight of the garbage class in the loss, where the ID classes together have 10 (Vernekar et al.: 0.1).", low=0, high=1e6, above=True
     )
+    search: int = setting(
+        0,
+        "Steps of gradient ascent that move each batch's garbage to where the network is surest of a class, so that images that somebody searches "
+        "for are harder to find (5 do; ACET: 40); 0 for none. A step costs a fifth of an epoch's training or more.",
+        low=0,
+        high=1000,
+    )
     precision: str = setting(
         "float32",
         "Arithmetic inside the backbone: float32, or bfloat16 (autocast: weights, features and logits stay float32), which is faster on GPUs and "

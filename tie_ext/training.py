@@ -25,6 +25,7 @@ from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.outliers.noise import Noise
 from tie_ext.outliers.procedural import Procedural
+from tie_ext.searching import sureness, surest
 from tie_ext.support.checks import check_images, check_labels
 from tie_ext.support.distributed import average_gradients, average_statistics, broadcast, gathered, rank, share, total, world
 from tie_ext.support.modules import frozen, settle_statistics
@@ -44,6 +45,8 @@ HEAD_STEPS = 200
 """Steps a garbage head on every layer learns in an epoch, from where it stood."""
 CLASSES = 10
 """ID classes beside which garbage of weight 1 weighs as much as one of them. Among a thousand it would have a thousandth of the loss."""
+IGNORED = -100
+"""Label of what no class's loss counts."""
 BATCH = 128
 """Kept images that are passed through the network at once."""
 EMPTY = "at least one batch of training data, but got an empty loader"
@@ -64,7 +67,8 @@ class TIETrainer:
 
     A network whose ``garbage`` is a head on every layer (:class:`tie_ext.head.GarbageHead`) learns its n classes as any network does; after that
     the head learns, from what the layers say of it, the pool's garbage and the prior's, drawn anew in every epoch as :func:`tie_ext.attach` does. No
-    gradient of garbage reaches the classifier.
+    gradient of garbage reaches the classifier, unless ``config.search`` asks for it: then the classifier learns to be unsure of what was searched
+    for (:mod:`tie_ext.searching`).
 
     Parts of the network that are in evaluation mode while the whole is in training mode, such as a BatchNorm layer that was frozen by
     ``.eval()``, stay so.
@@ -191,7 +195,7 @@ class TIETrainer:
         sample = Sample(share(min(FINAL if self._last else KEPT, self._fitting)), numbers)
         for x, y in self._with_garbage(sample.passing(self._bar(batches, "train"))):
             logits = widened(self.net(x, garbage=not self._apart))
-            loss = self.objective(logits, y, self._class_weights()[: logits.shape[1]].to(logits.dtype))
+            loss = self._loss(logits, y)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(self.net)
@@ -205,14 +209,28 @@ class TIETrainer:
             raise FloatingPointError(f"Expected a finite training loss, but got {mean} in epoch {len(self.log) + 1}; lower `lr`")
         x, y = sample.columns
         kept = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-        if self._apart:
+        if self._apart and not self.config.search:
             average_statistics(self.net)
             return {"classifier": mean, "head": self._teach(kept)}, kept
         # BatchNorm's running statistics lag behind the weights, and behind garbage that is new in every epoch: measured on the demo, ID accuracy
         # fell from 100 to 77 % between two epochs and came back in the next. A forward pass over the same mixture settles them.
-        settle_statistics(self.net, (x for x, _ in self._with_garbage(kept)))
+        mixture = (x for x, _ in self._with_garbage(kept))
+        settle_statistics(self.net, list(mixture) if self.config.search else mixture)  # the search needs the statistics that it replaces
         average_statistics(self.net)
-        return {"classifier": mean}, kept
+        return {"classifier": mean, **({"head": self._teach(kept)} if self._apart else {})}, kept
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The loss of logits ``(B, n+1)``, or ``(B, n)`` of a classifier beside a head on every layer; a scalar."""
+        weights = self._class_weights()[: logits.shape[1]].to(logits.dtype)
+        if not (self._apart and self.config.search):
+            return self.objective(logits, y, weights)
+        of_a_class = y.where(y < self.net.num_classes, IGNORED)
+        return F.cross_entropy(logits, of_a_class, weights, ignore_index=IGNORED) + self.config.garbage_weight * sureness(logits, y)
+
+    @property
+    def _learns_garbage(self) -> bool:
+        """Whether batches of the classifier have garbage in them."""
+        return len(self.pool) > 0 and (not self._apart or self.config.search > 0)
 
     @property
     def _apart(self) -> bool:
@@ -265,14 +283,16 @@ class TIETrainer:
     def _with_garbage(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         """ID batches, each with its share of the garbage pool once that holds any, on the device of the network."""
         # Asked of all processes, as one that skipped a batch alone would leave the others waiting for it.
-        everywhere = not int(total(torch.tensor(int(len(self.pool) == 0 or self._apart)), self.device))
+        everywhere = not int(total(torch.tensor(int(not self._learns_garbage)), self.device))
         for x, y in batches:
             check_images(x, self.image_shape)
-            garbage = self.pool.draw(max(1, round(len(x) * GARBAGE_SHARE)) if len(self.pool) and not self._apart else 0)
+            garbage = self.pool.draw(max(1, round(len(x) * GARBAGE_SHARE)) if self._learns_garbage else 0).to(self.device)
+            if self.config.search and len(garbage):
+                garbage = surest(self.net, garbage, self.config.search)
             if len(x) == 1 and not everywhere:
                 continue  # BatchNorm cannot learn from one image
             target = torch.cat([y, torch.full((len(garbage),), self.net.num_classes, device=y.device)])
-            yield torch.cat([x.to(self.device), garbage.to(self.device)]), target.to(self.device)
+            yield torch.cat([x.to(self.device), garbage]), target.to(self.device)
 
     # Stage 2.
 

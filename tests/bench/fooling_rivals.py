@@ -7,14 +7,13 @@ docs/results/fooling/work/, where a finished one stays as it is.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from attached import Trained, batches, parser_of
 from fooling import OUT, id_sets
-from torch import Tensor
 
 from tie_ext import TIEConfig, TIENet
 from tie_ext.app.data import ImageSet
@@ -22,45 +21,36 @@ from tie_ext.backbones import BACKBONES
 from tie_ext.bench.comparison import attached, train_method
 from tie_ext.outliers import make
 from tie_ext.recipe import Recipe
-from tie_ext.support.modules import frozen
+from tie_ext.searching import surest
 from tie_ext.support.random import seeded
 
-STEPS, RADIUS = 5, 0.3
-"""Steps of ascent in a batch of ACET, and how far in all they go from where they start, a share of the value range (the paper: 40, 0.3)."""
+STEPS = 5
+"""Steps of ascent in each batch of a training that searches (ACET's paper: 40)."""
 
 
-def loop(epochs: int, seed: int, **parts) -> Callable[[ImageSet, str, Path], TIENet]:
+def loop(epochs: int, seed: int, search: int = 0, **parts) -> Callable[[ImageSet, str, Path], TIENet]:
     """TIE's loop by a recipe."""
-    recipe = Recipe(TIEConfig(epochs=epochs, seed=seed), **parts)
+    recipe = Recipe(TIEConfig(epochs=epochs, seed=seed, search=search), **parts)
     return lambda images, backbone, state: train_method(
         "tie", lambda: BACKBONES[backbone](images.shape[0], len(images.classes)), images, recipe, state=state
     )[0]
 
 
-def surest(net: TIENet, x: Tensor) -> Tensor:
-    """Images ``(B, C, S, S)`` moved, by at most :data:`RADIUS`, to where the network is surest of any class."""
-    with frozen(net):
-        for _ in range(STEPS):
-            x = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(net(x).log_softmax(1).amax(1).sum(), x)
-            x = net.clip(x + RADIUS / STEPS * (net.high - net.low) * gradient.sign())
-    return x.detach()
-
-
-def acet(epochs: int, seed: int, starts: Sequence[str] = ("multiscale",)) -> Callable[[ImageSet, str, Path], TIENet]:
-    """Adversarial confidence enhancing training: beside each batch half as many images of noise, or of other priors by name, moved to where the
-    network is surest; their largest log-probability is pushed down (Hein et al., 2019). Otherwise as the plain network of attached.py is trained."""
+def acet(epochs: int, seed: int, start: str) -> Callable[[ImageSet, str, Path], TIENet]:
+    """Adversarial confidence enhancing training: beside each batch a quarter as many images of a prior, moved to where the network is surest; their
+    largest log-probability is pushed down (Hein et al., 2019). Otherwise as the plain network of attached.py is trained."""
 
     def train(images: ImageSet, backbone: str, state: Path) -> TIENet:
         with seeded(seed):
-            net = TIENet(BACKBONES[backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
-        priors = [make(name, net) for name in starts]
+            plain = BACKBONES[backbone](images.shape[0], len(images.classes))
+            net = TIENet(plain, len(images.classes), images.shape, classes=images.classes, garbage="layers")
+        prior = make(start, net)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * -(-len(images) // 128))
         for epoch in range(epochs):
             with seeded(seed, epoch):
                 for x, y in batches(images):
-                    found = surest(net, torch.cat([prior.draw((len(x) // 2 // len(priors), *x.shape[1:])) for prior in priors]))
+                    found = surest(net, prior.draw((max(1, len(x) // 4), *x.shape[1:])), STEPS)
                     net.train()
                     logits = net(torch.cat([x, found]))
                     loss = F.cross_entropy(logits[: len(x)], y) + logits[len(x) :].log_softmax(1).amax(1).mean()
@@ -68,16 +58,7 @@ def acet(epochs: int, seed: int, starts: Sequence[str] = ("multiscale",)) -> Cal
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-        return net.eval()
-
-    return train
-
-
-def on_top_of(rival: str, seed: int) -> Callable[[ImageSet, str, Path], TIENet]:
-    """Another of these networks, as it is, with the head of attach."""
-
-    def train(images: ImageSet, backbone: str, state: Path) -> TIENet:
-        return attached(TIENet.load(state.with_name(state.name.replace(f"-{rival}-attach.training", f"-{rival}.safetensors"))), images, seed)
+        return attached(net.eval(), images, seed)
 
     return train
 
@@ -86,12 +67,12 @@ def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path
     """How to train each, by name."""
     return {
         "procedural": loop(epochs, seed, synthesizers={}, prior=("procedural",)),
-        "acet": acet(epochs, seed),
-        "acet-attach": on_top_of("acet", seed),
-        "acet2": acet(epochs, seed, ("multiscale", "procedural")),
-        "acet2-attach": on_top_of("acet2", seed),
+        "acet": acet(epochs, seed, "multiscale"),
+        "acet-procedural": acet(epochs, seed, "procedural"),
         "tie": loop(epochs, seed),
+        "tie-search": loop(epochs, seed, STEPS, prior=("procedural",)),
         "loop": loop(epochs, seed, prior=("procedural",), garbage="layers"),
+        "loop-search": loop(epochs, seed, STEPS, prior=("procedural",), garbage="layers"),
     }
 
 

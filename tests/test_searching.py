@@ -1,0 +1,120 @@
+"""Images that were searched for, and a loop that teaches the network to be unsure of them."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SHAPE, TINY, Small, make_batches, make_small
+
+from tie_ext import Noise, TIEConfig, TIENet, TIETrainer
+from tie_ext.searching import RADIUS, sureness, surest
+
+
+def make_net(garbage: str) -> TIENet:
+    torch.manual_seed(0)
+    return TIENet(Small(3), 3, SHAPE, garbage=garbage)
+
+
+def sure(net: TIENet, x: torch.Tensor) -> float:
+    """Mean largest probability of an ID class, among all that the search counts."""
+    with torch.no_grad():
+        return net.eval()(x, garbage=isinstance(net.garbage, torch.nn.Linear)).softmax(1)[:, :3].amax(1).mean().item()
+
+
+@pytest.mark.parametrize("garbage", ["linear", "layers"])
+def test_images_move_to_where_the_network_is_surest(garbage):
+    net, x = make_net(garbage).train(), torch.rand(12, *SHAPE)
+    before, start = copy.deepcopy(net.state_dict()), x.clone()
+    moved = surest(net, x, 5)
+    assert net.training
+    assert not moved.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(x, start)
+    assert (moved - x).abs().max() <= RADIUS + 1e-6
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    assert sure(net, moved) > sure(net, x)
+
+
+def test_a_search_keeps_to_the_range_of_each_channel():
+    torch.manual_seed(0)
+    net = TIENet(Small(3), 3, SHAPE, low=-2.0, high=3.0)
+    x = net.scaled(torch.rand(12, *SHAPE))
+    moved = surest(net, x, 3)
+    assert (moved - x).abs().max() == pytest.approx(5 * RADIUS, rel=1e-4)
+    assert moved.min() >= -2
+    assert moved.max() <= 3
+
+
+def test_no_step_moves_nothing():
+    x = torch.rand(4, *SHAPE)
+    assert torch.equal(surest(make_net("linear"), x, 0), x)
+
+
+def test_what_is_learned_of_searched_images_is_acets_formula():
+    logits, y = torch.randn(5, 3), torch.tensor([0, 3, 1, 3, 2])
+    expected = (logits[1].log_softmax(0).max() + logits[3].log_softmax(0).max()) / 2
+    torch.testing.assert_close(sureness(logits, y), expected)
+    assert sureness(logits, y.clamp(max=2)) == 0
+
+
+@pytest.mark.parametrize("garbage", ["linear", "layers"])
+def test_a_loop_that_searches_is_less_sure_of_what_is_searched_for(garbage, monkeypatch):
+    monkeypatch.setattr("tie_ext.training.STEPS", 30)
+    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 20)
+    found = {}
+    for search in (0, 3):
+        net = make_net(garbage)
+        trainer = TIETrainer(net, replace(TINY, epochs=12, lr=0.01, search=search), [], [Noise(net)])
+        for _ in range(12):
+            trainer.epoch(make_batches(sizes=(12, 12)))
+        torch.manual_seed(1)
+        found[search] = sure(net, surest(net, trainer.pool.draw(40), 3))
+    assert found[3] < found[0] - 0.1
+
+
+def test_a_loop_that_searches_learns_its_formula(monkeypatch):
+    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 1)
+    monkeypatch.setattr("tie_ext.training.surest", lambda net, x, steps: x / 2 if steps == 4 else x)
+    net = make_net("layers")
+    trainer = TIETrainer(net, replace(TINY, search=4, garbage_weight=0.5), [], [Noise(net)])
+    trainer.pool.images[:] = 200
+    (x, y), before = make_batches(sizes=(8,))[0], copy.deepcopy(net).train()
+    with torch.no_grad():
+        whole = before(torch.cat([x, torch.full((2, *SHAPE), 100 / 255)]))
+    counts = torch.bincount(y, minlength=3)
+    expected = torch.nn.functional.cross_entropy(whole[:8], y, 1 / counts) + 0.5 * whole[8:].log_softmax(1).amax(1).mean()
+    assert trainer.epoch([(x, y)]).losses["classifier"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("garbage", ["linear", "layers"])
+def test_stop_and_resume_equals_uninterrupted(tmp_path, garbage, monkeypatch):
+    monkeypatch.setattr("tie_ext.training.STEPS", 5)
+    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 5)
+
+    def trainer() -> TIETrainer:
+        net = make_net(garbage)
+        return TIETrainer(net, replace(TINY, search=2), [], [Noise(net)])
+
+    whole, first, second = trainer(), trainer(), trainer()
+    for _ in range(2):
+        whole.epoch(make_batches())
+    first.epoch(make_batches())
+    first.save(tmp_path / "run")
+    second.load(tmp_path / "run")
+    second.epoch(make_batches())
+    pairs = zip(whole.net.state_dict().values(), second.net.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_run_that_searches_is_another_run(tmp_path):
+    trainer = TIETrainer(make_small(), replace(TINY, search=2), [])
+    trainer.save(tmp_path / "run")
+    with pytest.raises(ValueError, match="search"):
+        TIETrainer(make_small(), TINY, []).load(tmp_path / "run")
+
+
+def test_a_negative_search_is_refused():
+    with pytest.raises(ValueError, match="search"):
+        TIEConfig(search=-1)
