@@ -213,11 +213,6 @@ def test_an_adaptive_searcher_stops_where_it_has_found_and_no_later_mark_has_les
     assert (blind != path[30]).flatten(1).any(1).any()
 
 
-def test_half_is_counted_at_the_first_mark_that_has_it():
-    assert fooling.steps_until({0: 0.0, 5: 0.5, 10: 0.9}) == 5
-    assert fooling.steps_until({0: 0.0, 5: 0.4}) is None
-
-
 def test_level_1_is_where_the_garbage_logit_leads():
     logits = torch.randn(50, N + 1)
     assert torch.equal(fooling.level_1_score(logits, torch.zeros(50, 1)) > 0, decide(logits).level == 1)
@@ -305,11 +300,16 @@ def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["fooling.py", str(tmp_path / "toy-120x1-conv3-seed0.safetensors")])
     for rival in (False, True):
         if rival:  # what was measured at first is not measured again
-            TIENet(Conv3(1, N), N, (1, 28, 28)).save(work / "toy-120x1-conv3-seed0-acet.safetensors")
+            one = TIENet(Conv3(1, N), N, (1, 28, 28))
+            one.tau.fill_(0.9)
+            one.save(work / "toy-120x1-conv3-seed0-tie.safetensors")
         script.main()
     record = json.loads((tmp_path / "out" / "toy-120x1-conv3-seed0.json").read_text())
-    rows = [(row["network"], row["detector"], row["searcher"], row["form"]) for row in record["rows"]]
-    assert len(rows) == len(set(rows)) == (7 + 1) * 4 * 2
+    rows = [(row["network"], row["detector"], row["searcher"], row["seen"]) for row in record["rows"]]
+    assert len(rows) == len(set(rows)) == (8 * 9 + 2 * 3) * 4  # every detector sees what every searcher found
+    forms = {(row["detector"] == row["seen"], row["seen"] == "blind", row["form"]) for row in record["rows"]}
+    assert forms == {(True, False, "adaptive"), (False, False, "crossed"), (False, True, "blind")}
+    assert set(record["rejected"]["plain"]["mnist"]) == set(record["false_alarms"]["plain"])
     assert record["judges"] == ["toy-120x1-conv3-seed1"]
     assert all(rate < 0.2 for of in record["false_alarms"].values() for label, rate in of.items() if "level" not in label)
     assert all(("path" in row) == (not row["searcher"].startswith("generator")) for row in record["rows"])
@@ -319,55 +319,54 @@ def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monke
 def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
     assert fooling_page.page() == ""
-    numbers = {"found": 0.25, "confidence": 0.875, "judged": None, "half": None, "path": {"10": 0.0, "30": 0.125, "100": 0.25}}
+    numbers = {"found": 0.25, "confidence": 0.875, "judged": None, "path": {"10": 0.0, "30": 0.125, "100": 0.25}}
     kinds = ("noise", "procedural", "OOD images", "generator, 200 steps")
     rows = [{"network": "plain", "searcher": kind, "detector": "ViM", "form": form, **numbers} for kind in kinds for form in ("blind", "adaptive")]
     for row in rows:
         if row["searcher"].startswith("generator"):
-            del row["path"], row["half"]
-    rows += [{**rows[1], "detector": "attach", "judged": 0.625, "half": 20}]
+            del row["path"]
+    rows += [{**rows[1], "detector": "combined", "judged": 0.625}]
     record = {"data": "mnist", "backbone": "conv3", "epochs": 10, "seed": 0, "images": {"train": 20}, "per_class": 5, "judges": ["b"], "rows": rows}
-    record |= {"command": "fooling.py", "accuracy": {"plain": 0.9}, "false_alarms": {"plain": {"ViM": 0.04, "attach": 0.05}}}
+    record |= {"command": "fooling.py", "accuracy": {"plain": 0.9}, "false_alarms": {"plain": {"ViM": 0.04, "combined": 0.05}}}
+    record |= {"garbage": {"plain": {"id": 0.01, "notmnist": 0.97}}, "rejected": {"plain": {"notmnist": {"ViM": 0.5, "combined": 0.96}}}}
     (tmp_path / "mnist-20x10-conv3-seed0.json").write_text(json.dumps(record))
     lines = fooling_page.page().splitlines()
     assert max(line.count("|") for line in lines) == 6
-    blind, adaptive = (line for line in lines if line.startswith("| plain: ViM") and line.count("/") > 2)
+    strongest, blind, adaptive = (line for line in lines if line.startswith("| plain: ViM") and line.count("/") > 4)
     assert [cell.strip() for cell in blind.split("|")][2:6] == ["0 / 12 / 25", "0 / 12 / 25", "0 / 12 / 25", "25"]
-    assert blind == adaptive
-    assert any(line.startswith("| plain: attach") and "20" in line for line in lines)
+    assert strongest == blind == adaptive
     found = "\n".join(lines)
-    assert all(number in found for number in ("62", "88", "4.00", "5.00", "90.00"))
+    assert all(number in found for number in ("62", "88", "4.00", "5.00", "90.00", "97.00", "96.00"))
 
 
-def test_the_hardest_to_fool_are_ranked_by_the_stronger_searcher():
-    def rows(detector, blind, adaptive):
-        found = {"blind": blind, "adaptive": adaptive}
-        return [
-            {"network": "plain", "detector": detector, "searcher": "noise", "form": form, "path": {"10": 0.0, "30": 0.0, "100": share}}
-            for form, share in found.items()
-        ]
+def rows_of(network: str, detector: str, form: str, found: tuple[float, ...]) -> list[dict]:
+    """Ascent from noise, and a generator by the last of what was found."""
+    row = {"network": network, "detector": detector, "form": form, "searcher": "noise"}
+    path = dict(zip(("10", "30", "100"), found[:3], strict=True))
+    return [{**row, "path": path}, {**row, "searcher": "generator", "found": found[3]}]
 
-    said = fooling_page._hardest(rows("MSP", 0.9, 0.1) + rows("ViM", 0.2, 0.5), {"plain": 0.75})[1].splitlines()
-    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in said[2:]] == [
-        ["plain: ViM", "75.00", "0 / 0 / 50"],
-        ["plain: MSP", "75.00", "0 / 0 / 90"],
+
+def cells_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_hardest_to_fool_are_ranked_by_the_strongest_searcher():
+    rows = rows_of("plain", "MSP", "blind", (0, 0, 0.2, 0)) + rows_of("plain", "MSP", "crossed", (0, 0, 0.9, 0.1))
+    rows += rows_of("plain", "ViM", "adaptive", (0, 0, 0.5, 1)) + rows_of("plain", "ViM", "crossed", (0, 0.4, 0, 0))
+    assert cells_of(fooling_page._hardest(rows, {"plain": 0.75})[1]) == [
+        ["plain: ViM", "75.00", "0 / 40 / 50 / 100"],
+        ["plain: MSP", "75.00", "0 / 0 / 90 / 10"],
     ]
 
 
-@pytest.mark.parametrize(("taught", "said"), [((0.1, 0.2, 0.5), "held: 0.40 to 0.50"), ((0.1, 0.2, 0.6), "not held: 0.40 to 0.60")])
-def test_what_inversions_change_is_decided_by_the_same_detector_without_them(taught, said):
-    def rows(network: str, detector: str, found: tuple[float, ...]) -> list[dict]:
-        noise = {
-            "network": network,
-            "detector": detector,
-            "form": "adaptive",
-            "searcher": "noise",
-            "path": dict(zip(("10", "30", "100"), found, strict=True)),
-        }
-        return [noise, {**noise, "form": "blind", "path": dict.fromkeys(noise["path"], 1.0)}]
-
-    assert fooling_page._decided(rows("plain", "attach, level 1", (0.25, 0.5, 1.0))) == []
-    title, text, _, table, _ = fooling_page._decided(rows("plain", "attach, level 1", (0.25, 0.5, 1.0)) + rows("loop", "level 1", taught))
-    assert f"It is {said}." in text
-    assert ("for pictures" in text) == title.endswith("No\n") == said.startswith("not")
-    assert "25 / 50 / 100" in table
+@pytest.mark.parametrize(("taught", "said"), [((0.1, 0.2, 0.5, 0.5), "0.40 to 0.50, held"), ((0.1, 0.2, 0.5, 0.6), "0.40 to 0.60, not held")])
+def test_what_inversions_and_search_change_is_decided_by_the_same_detector_without_them(taught, said):
+    without = rows_of("plain", "level 1", "adaptive", (0.25, 0.5, 1, 1))
+    assert fooling_page._decided(without) == []
+    for network, what, column in (("loop", "inversions", 2), ("loop-search", "search", 3)):
+        _, text, table, _ = fooling_page._decided(without + rows_of(network, "level 1", "crossed", taught))
+        assert f"with {what} {said}." in text
+        (cells,) = cells_of(table)
+        assert cells[:2] == ["head on every layer: level 1", "25 / 50 / 100 / 100"]
+        assert cells[column] == " / ".join(str(round(100 * share)) for share in taught)
+        assert cells[5 - column] == "-"

@@ -20,19 +20,22 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tie_ext import Procedural, TIENet
+from tie_ext import GarbageHead, Procedural, TIENet
 from tie_ext.app import data
 from tie_ext.app.data import ImageBatches, ImageSet
 from tie_ext.bench import fooling
 from tie_ext.bench.fooling import Detector, Score, outputs, verdict, with_line
+from tie_ext.combination import largest
 from tie_ext.support.files import load_state, save_state, write_json
 from tie_ext.support.random import seeded
 from tie_ext.synthesis import Candidates
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-RIVALS = ("procedural", "tie", "loop", "acet", "acet-attach", "acet2-attach", "hunted")
+RIVALS = ("procedural", "tie", "tie-search", "loop", "loop-search", "acet", "acet-procedural", "hunted")
 """Of fooling_rivals.py; those that are there are measured."""
+HOSTS = ("plain", "loop-search")
+"""Networks on which the hosts' detectors are measured too."""
 GENERATOR = 200
 """Steps of a generator."""
 PER_CLASS = 5
@@ -56,26 +59,22 @@ def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
     return outputs(net, (x for x, _ in ImageBatches(images, 500)))
 
 
-def detectors_of(net: TIENet, sets: Mapping[str, ImageSet], attached: bool) -> dict[str, Detector]:
-    """Detectors by name: of an attached network the hosts', its head, and the combination that :func:`tie_ext.combine` makes; of another its garbage
-    class, or MSP where it has none. One half of the held-out images sets scales, the other draws lines."""
+def detectors_of(net: TIENet, sets: Mapping[str, ImageSet], with_hosts: bool) -> dict[str, Detector]:
+    """Detectors by name: the garbage class by its score and by its own decision; beside a head on every layer what :func:`tie_ext.combine` makes of
+    it, by its rule and by the largest; the hosts' where asked. One half of the held-out images sets scales, the other draws lines."""
     logits, h = read(net, sets["held"])
     half = len(h) // 2
-    scores: dict[str, Score] = {}
-    if attached:
+    scores: dict[str, Score] = {"garbage class": fooling.garbage_score}
+    if isinstance(net.garbage, GarbageHead):
         hosts = fooling.host_scores(net, read(net, sets["train"])[1], sets["train"].y)
-        scores = {name: hosts[name] for name in ("MSP", "energy", "Mahalanobis", "ViM")}
         parts = [fooling.garbage_score, hosts["ViM"], hosts["GEN"]]
-        scores |= {"attach": fooling.garbage_score, "attach, combined": fooling.combined(parts, logits[:half], h[:half])}
-    elif net.tau.isfinite():
-        scores = {"garbage class": fooling.garbage_score}
-    else:
-        scores = {"MSP": lambda logits, h: -logits[:, :-1].softmax(1).amax(1)}
+        scores["combined"] = fooling.combined(parts, logits[:half], h[:half])
+        scores["combined, largest"] = fooling.combined(parts, logits[:half], h[:half], largest)
+        if with_hosts:
+            scores = {name: hosts[name] for name in ("MSP", "energy", "Mahalanobis", "ViM")} | scores
     made = {name: with_line(score, logits[half:], h[half:]) for name, score in scores.items()}
-    if net.tau.isfinite():
-        line = with_line(fooling.level_1_score, logits[half:], h[half:])
-        made["attach, level 1" if attached else "level 1"] = line._replace(line=torch.tensor(0.0))
-    return made
+    level_1 = with_line(fooling.level_1_score, logits[half:], h[half:])
+    return made | {"level 1": level_1._replace(line=torch.tensor(0.0))}
 
 
 def judge(path: Path, root: str) -> tuple[TIENet, Detector]:
@@ -83,7 +82,7 @@ def judge(path: Path, root: str) -> tuple[TIENet, Detector]:
     of = Trained.read(path.stem)
     sets = id_sets(of.data, root, of.images, of.seed)
     net = TIENet.load(path.with_name(f"{path.stem}-head.safetensors"))
-    return net, detectors_of(net, sets, attached=True)["attach, combined"]
+    return net, detectors_of(net, sets, with_hosts=False)["combined"]
 
 
 def starts(net: TIENet, sets: Mapping[str, ImageSet], y: Tensor) -> dict[str, Tensor]:
@@ -105,13 +104,18 @@ def search(
     generator: bool,
     seen: Detector | None,
 ) -> Iterator[tuple[dict, Candidates, Tensor]]:
-    """What one searcher finds: a row for each detector that then looks at it, and start, beside the images and which of them were found."""
+    """What one searcher finds: a row for each detector that then looks at it, and start, beside the images and which of them were found.
+
+    An adaptive searcher's images are shown to the network's other detectors too (*crossed*): one that gives a searcher no gradient looks hard to
+    fool, until somebody searches by another.
+    """
+    forms = {name: "blind" if seen is None else "adaptive" if detector is seen else "crossed" for name, detector in detectors.items()}
     y = torch.arange(net.num_classes).repeat(PER_CLASS)
     if generator:
         images = Candidates(fooling.invert(net, y, GENERATOR, 0, seen), y)
         for name, detector in detectors.items():
-            row, found = verdict(net, detector, images, judges)
-            yield {"detector": name, "searcher": f"generator, {GENERATOR} steps", **row}, images, found
+            row, found = verdict(net, detector, images, () if forms[name] == "crossed" else judges)
+            yield {"detector": name, "form": forms[name], "searcher": f"generator, {GENERATOR} steps", **row}, images, found
         return
     kinds = starts(net, sets, y)
     paths: dict[tuple[str, str], dict[int, float]] = {}
@@ -119,12 +123,11 @@ def search(
         last = step == fooling.MARKS[-1]
         for kind, part in zip(kinds, x.split(len(y)), strict=True):
             for name, detector in detectors.items():
-                row, found = verdict(net, detector, Candidates(part, y), judges if last else ())
+                row, found = verdict(net, detector, Candidates(part, y), judges if last and forms[name] != "crossed" else ())
                 path = paths.setdefault((name, kind), {})
                 path[step] = row["found"]
                 if last:
-                    half = fooling.steps_until(path) if seen else None
-                    yield {"detector": name, "searcher": kind, **row, "path": path, "half": half}, Candidates(part, y), found
+                    yield {"detector": name, "form": forms[name], "searcher": kind, **row, "path": path}, Candidates(part, y), found
 
 
 def sheet(shown: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
@@ -161,6 +164,11 @@ def curves(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
+def _rejected(detector: Detector, logits: Tensor, h: Tensor) -> float:
+    """Share of images that a detector rejects."""
+    return 1 - detector.accepts(logits, h).double().mean().item()
+
+
 def some(searched: Candidates, found: Tensor) -> Tensor:
     """One found image of each class that is shown, as uint8 ``(k, C, S, S)``."""
     chosen = torch.zeros(len(SHOWN), *searched.x.shape[1:], dtype=torch.uint8)
@@ -193,14 +201,18 @@ def main() -> None:
     if any(record.get(key) != value for key, value in about.items()):
         record = {**about, "accuracy": {}, "false_alarms": {}, "seconds": {}, "rows": []}
     shown = load_state(pictures, "shown") if record["rows"] else {}
-    made = {name: detectors_of(net, sets, attached=name == "plain" or name.endswith("-attach")) for name, net in nets.items()}
+    made = {name: detectors_of(net, sets, with_hosts=name in HOSTS) for name, net in nets.items()}
     for name, net in nets.items():
         logits, h = read(net, sets["id"])
         record["accuracy"][name] = (logits[:, :-1].argmax(1) == sets["id"].y).double().mean().item()
-        if net.tau.isfinite():  # else it has no garbage class
-            seen = {"id": logits, **{other: read(net, images)[0] for other, images in others.items()}}
-            record.setdefault("garbage", {})[name] = {what: (rows.argmax(1) == net.num_classes).double().mean().item() for what, rows in seen.items()}
-        record["false_alarms"][name] = {label: 1 - one.accepts(logits, h).double().mean().item() for label, one in made[name].items()}
+        read_others = {other: read(net, images) for other, images in others.items()}
+        seen = {"id": logits, **{other: rows for other, (rows, _) in read_others.items()}}
+        record.setdefault("garbage", {})[name] = {what: (rows.argmax(1) == net.num_classes).double().mean().item() for what, rows in seen.items()}
+        rejected = {
+            what: {label: _rejected(one, *rows) for label, one in made[name].items()} for what, rows in {"id": (logits, h), **read_others}.items()
+        }
+        record["false_alarms"][name] = rejected.pop("id")
+        record.setdefault("rejected", {})[name] = rejected
     for generator in (False, True):
         for name, net in nets.items():
             for label, seen in [("blind", None), *made[name].items()]:
@@ -208,12 +220,11 @@ def main() -> None:
                 if key in record["seconds"]:
                     continue
                 start = time.perf_counter()
-                looking = made[name] if seen is None else {label: seen}
-                for row, searched, found in search(net, sets, looking, judges, generator, seen):
-                    record["rows"].append({"network": name, "form": "blind" if seen is None else "adaptive", **row})
+                for row, searched, found in search(net, sets, made[name], judges, generator, seen):
+                    record["rows"].append({"network": name, "seen": label, **row})
                     shares = ", ".join(f"{what} {value:.3f}" for what, value in row.items() if isinstance(value, float))
                     print(f"{name}: {row['detector']}, {label}, {row['searcher']}: {shares}; {row.get('path', '')}", flush=True)
-                    if seen is not None:
+                    if row["form"] == "adaptive":
                         shown.setdefault(f"{name}: {label}", {})[row["searcher"]] = some(searched, found)
                 record["seconds"][key] = time.perf_counter() - start
                 save_state(pictures, "shown", shown)

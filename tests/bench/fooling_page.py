@@ -12,19 +12,18 @@ from tie_ext.app.report import table
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 SHOWN = ("10", "30", "100")
 """Steps of ascent in the tables; the figure has all."""
+MARKED = f"after {' / '.join(SHOWN)} steps of ascent, mean over the kinds of start, / by the generator"
 HUNTED = ("20", "30", "50")
 """Steps of ascent by which the trial is judged."""
-HARDEST = 5
+HARDEST = 8
 """Detectors in the first table."""
 BAR = 0.5
 """What a network taught by inversions may be found, in shares of what the same detector is without them."""
-PAIRS = {
-    "head on every layer, score": (("plain", "attach"), ("loop", "garbage class")),
-    "head on every layer, level 1": (("plain", "attach, level 1"), ("loop", "level 1")),
-    "linear logit, score": (("procedural", "garbage class"), ("tie", "garbage class")),
-    "linear logit, level 1": (("procedural", "level 1"), ("tie", "level 1")),
+TRIOS = {
+    "head on every layer": ("plain", "loop", "loop-search"),
+    "linear logit": ("procedural", "tie", "tie-search"),
 }
-"""Network and detector without inversions and with them."""
+"""Networks without inversions, with them, and with search in every batch too."""
 HEAD = """# Fooling images: what is found by somebody who searches
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/fooling/`, which hold their commands. A searcher looks for images that a
@@ -36,23 +35,29 @@ finished network takes for a class. Nothing that is found need look like the cla
 
 *Blind*: the searcher sees the ID logits. *Adaptive*: it sees the detector too, whatever that computes, and stops when it is accepted. An image is
 *found* where the detector accepts it *and* the network calls it the class asked for. Given enough steps an adaptive searcher fools nearly every
-detector: what tells them apart is how many it takes. Where the blind searcher finds more (MSP), the detector's part of the objective held the
-adaptive one back: the stronger of both counts. `tie_ext/bench/fooling.py` has the formulas.
+detector: what tells them apart is how many it takes. A detector that gives a searcher no gradient looks hard to fool, until somebody searches by
+another of the same network. So every detector sees what was found by all of them, and *the strongest searcher* counts. `tie_ext/bench/fooling.py` has
+the formulas.
 
-Lines reject 5 % of ID images; *level 1* is the garbage class's own decision, without a line. Networks, so far as a record has them: *plain*, with
-the hosts' detectors, the head of `attach`, and what `tie_ext.combine` makes of head, ViM and GEN; *procedural*, a linear garbage class taught by
-procedural images alone; *tie*, the paper's linear one, by noise and inversions; *loop*, the default of `tie-ext train`, a head on every layer taught
-by procedural images and inversions; *acet*, trained against noise moved to where the network is surest, five steps in each batch (its paper: 40);
-*acet-attach*, the same network with attach's head; *acet2-attach*, likewise, but half of what was moved in training began as procedural images;
-*hunted*, the head of attach taught again by what searchers found.
+Lines reject 5 % of ID images; *level 1* is the garbage class's own decision, without a line. *Combined* is what `tie_ext.combine` makes of garbage
+class, ViM and GEN; *combined, largest* the same with `rule="max"`. Networks, so far as a record has them:
+
+- *plain*, with the head of `attach`; *procedural*, a linear garbage class taught by procedural images alone.
+- *loop*, the default of `tie-ext train`, the head taught by procedural images and inversions; *tie*, the paper's linear logit, by noise and
+  inversions.
+- *loop-search* and *tie-search*, both with `--search 5`: what a batch has of the pool is moved first, by five steps, to where the network is surest.
+  Both pools begin with procedural images.
+- *acet* and *acet-procedural*, trained as *plain* is, but against noise or procedural images moved likewise (the paper's ACET: 40 steps), with the
+  head of `attach`; *hunted*, the head of `attach` taught again by what searchers found.
+
+Percent. Small is good.
 """
-NAMES = "\nPercent. Small is good, but for steps.\n"
 
 
 def page() -> str:
     """The page; empty where there are no records yet."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
-    return "\n".join([HEAD + NAMES, *(part for record in records for part in _section(record)), *_hunted()]) if records else ""
+    return "\n".join([HEAD, *(part for record in records for part in _section(record)), *_hunted()]) if records else ""
 
 
 def _hunted() -> list[str]:
@@ -90,13 +95,13 @@ def _section(record: dict) -> list[str]:
         f"{record['per_class']} images of each class from each kind of start, and by the generator. ID accuracy: {accuracy}. False alarms on ID test "
         f"images: {percent([min(rates)])} to {percent([max(rates)])}. Judges: {', '.join(record['judges']) or 'none'}.\n",
         f"![Share found against steps](../figures/fooling_steps_{stem}.png)\n",
-        *_garbage(record.get("garbage", {})),
+        *_not_searched(record),
         *_hardest(record["rows"], record["accuracy"]),
     ]
     titles = {
+        "strongest": f"By the strongest searcher, found after {steps} steps:",
         "blind": f"Blind, found after {steps} steps:",
         "adaptive": f"Adaptive, found after {steps} steps:",
-        "half": "Adaptive, steps by which half were found (of 0, 1, 2, 3, 5, 10, 20, 30, 50, 100):",
         "judged": "Adaptive, of the found, called the class asked for *and* accepted by networks trained apart, by their own combination:",
         "confidence": "Adaptive, mean probability of the class asked for, of the found:",
     }
@@ -107,58 +112,74 @@ def _section(record: dict) -> list[str]:
     return [*parts, f"![Images found, adaptive](../figures/fooling_{stem}.png)\n", *_decided(record["rows"])]
 
 
-def _garbage(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What the garbage class takes of images that nobody searched for."""
-    rows = [{"network": name, **{what: percent([rate]) for what, rate in of.items()}} for name, of in rates.items()]
-    return ["Images that nobody searched for, in garbage:\n", table(rows), ""] if rows else []
+def _not_searched(record: dict) -> list[str]:
+    """What becomes of images that nobody searched for."""
+    sets = [what for what in next(iter(record["garbage"].values())) if what != "id"]
+    rows = []
+    for name, of in record["garbage"].items():
+        rows.append({"network: detector": f"{name}: in garbage", "ID": percent([of["id"]]), **{what: percent([of[what]]) for what in sets}})
+        for label in ("combined", "combined, largest"):
+            if label in record["false_alarms"][name]:
+                shares = {what: percent([record["rejected"][name][what][label]]) for what in sets}
+                rows.append({"network: detector": f"{name}: {label}", "ID": percent([record["false_alarms"][name][label]]), **shares})
+    return ["Images that nobody searched for, rejected:\n", table(rows), ""]
+
+
+Who = tuple[str, str]
+"""Network and detector."""
+
+
+def strongest(rows: Sequence[dict]) -> dict[Who, dict[str, dict[str, float]]]:
+    """The most that any searcher found, by network and detector, kind of start, and steps (``found`` of a generator)."""
+    most: dict[Who, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        kind = most.setdefault((row["network"], row["detector"]), {}).setdefault(row["searcher"], {})
+        for mark, share in ({mark: row["path"][mark] for mark in SHOWN} if "path" in row else {"found": row["found"]}).items():
+            kind[mark] = max(kind.get(mark, 0.0), share)
+    return most
+
+
+def _found(kinds: Mapping[str, Mapping[str, float]]) -> list[float]:
+    """Found by ascent after each of the steps, mean over the kinds of start, and last by the generator, where there was one."""
+    ascent = [mean(of[mark] for of in kinds.values() if mark in of) for mark in SHOWN]
+    return ascent + [of["found"] for of in kinds.values() if "found" in of]
+
+
+def _joined(shares: Sequence[float]) -> str:
+    return " / ".join(percent([share], 0) for share in shares)
 
 
 def _hardest(rows: Sequence[dict], accuracy: Mapping[str, float]) -> list[str]:
-    """The detectors against which least is found, by the stronger of blind and adaptive ascent, mean over the kinds of start."""
-    paths: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    for row in rows:
-        if "path" in row:
-            paths.setdefault((row["network"], row["detector"]), {}).setdefault(row["searcher"], []).append(row["path"])
-    found = {who: [mean(max(path[mark] for path in of) for of in kinds.values()) for mark in SHOWN] for who, kinds in paths.items()}
-    steps = " / ".join(SHOWN)
+    """The detectors against which least is found by the strongest searcher."""
+    found = {who: _found(kinds) for who, kinds in strongest(rows).items()}
+    last = len(SHOWN) - 1
     shown = [
-        {
-            "network: detector": ": ".join(who),
-            "ID accuracy": percent([accuracy[who[0]]]),
-            f"found after {steps}": " / ".join(percent([share], 0) for share in found[who]),
-        }
-        for who in sorted(found, key=lambda who: found[who][::-1])[:HARDEST]
+        {"network: detector": ": ".join(who), "ID accuracy": percent([accuracy[who[0]]]), "found": _joined(found[who])}
+        for who in sorted(found, key=lambda who: (found[who][last], found[who]))[:HARDEST]
     ]
-    return [
-        f"Hardest to fool, by the stronger of blind and adaptive ascent, mean over the kinds of start; found after {steps} steps:\n",
-        table(shown),
-        "",
-    ]
+    return [f"Hardest to fool by the strongest searcher, {MARKED}:\n", table(shown), ""]
 
 
 def _decided(rows: Sequence[dict]) -> list[str]:
-    """Whether inversions make searched images harder to find."""
-    found: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
-        if row["form"] == "adaptive" and "path" in row:
-            found.setdefault((row["network"], row["detector"]), []).append(row["path"])
-    shown, ratios = [], []
-    for label, (without, taught) in PAIRS.items():
-        if without in found and taught in found:
-            shares = [[mean(path[mark] for path in found[of]) for mark in SHOWN] for of in (without, taught)]
-            ratios += [b / a for a, b in zip(*shares, strict=True) if a]
-            cells = [" / ".join(percent([share], 0) for share in of) for of in shares]
-            shown.append({"garbage class": label, "without inversions": cells[0], "with inversions": cells[1]})
+    """Whether inversions, and search in every batch, make searched images harder to find."""
+    most = strongest(rows)
+    shown, ratios = [], {"inversions": [], "search": []}
+    for garbage, networks in TRIOS.items():
+        for detector in dict.fromkeys(label for _, label in most):
+            found = [_found(most[network, detector]) if (network, detector) in most else [] for network in networks]
+            if not found[0] or not any(found[1:]):
+                continue
+            for what, shares in zip(ratios, found[1:], strict=True):
+                ratios[what] += [b / a for a, b in zip(found[0], shares, strict=False) if a]
+            cells = zip(("without", "inversions", "search too"), found, strict=True)
+            shown.append({"garbage class: detector": f"{garbage}: {detector}", **{what: _joined(shares) or "-" for what, shares in cells}})
     if not shown:
         return []
-    held = max(ratios) <= BAR
+    said = [f"with {what} {min(of):.2f} to {max(of):.2f}, {'held' if max(of) <= BAR else 'not held'}" for what, of in ratios.items() if of]
     return [
-        f"### Do inversions help? {'Yes' if held else 'No'}\n",
-        f"The same detector taught by procedural images alone, and by inversions too. Adaptive ascent, found after {' / '.join(SHOWN)} steps, mean "
-        f"over the kinds of start. The bar: with inversions at most {BAR:g} of what is found without, at each of these steps. It is "
-        f"{'held' if held else 'not held'}: {min(ratios):.2f} to {max(ratios):.2f}."
-        + ("" if held else " So inversions are for pictures ([explain.md](explain.md)), and no defence."),
-        "",
+        "### Do inversions help, and does search?\n",
+        f"The same detector without inversions, with them, and with search in every batch too; {MARKED}. The bar: at most {BAR:g} of what is found "
+        f"without, in each of these. It is {'; '.join(said)}.\n",
         table(shown),
         "",
     ]
@@ -166,17 +187,22 @@ def _decided(rows: Sequence[dict]) -> list[str]:
 
 def _rows(rows: list[dict], what: str) -> list[dict]:
     """A row for each network and detector, a column for each searcher."""
-    form = "blind" if what == "blind" else "adaptive"
-    chosen = [row for row in rows if row["form"] == form and not (what == "half" and "path" not in row)]
-    searchers = dict.fromkeys(row["searcher"] for row in chosen)
-    cells = {(row["network"], row["detector"], row["searcher"]): _cell(row, what) for row in chosen}
+    searchers = dict.fromkeys(row["searcher"] for row in rows)
+    if what == "strongest":
+        cells = {(*who, kind): _shares(of) for who, kinds in strongest(rows).items() for kind, of in kinds.items()}
+    else:
+        chosen = [row for row in rows if row["form"] == ("blind" if what == "blind" else "adaptive")]
+        cells = {(row["network"], row["detector"], row["searcher"]): _cell(row, what) for row in chosen}
     who = dict.fromkeys(key[:2] for key in cells)
     return [{"network: detector": ": ".join(label), **{searcher: cells.get((*label, searcher), "-") for searcher in searchers}} for label in who]
 
 
 def _cell(row: dict, what: str) -> str:
-    if what == "half":
-        return "-" if row["half"] is None else str(row["half"])
     if what in ("judged", "confidence"):
         return "-" if row[what] is None else percent([row[what]], 0)
-    return " / ".join(percent([row["path"][mark]], 0) for mark in SHOWN) if "path" in row else percent([row["found"]], 0)
+    return _shares(row.get("path") or row)
+
+
+def _shares(of: Mapping[str, float]) -> str:
+    """Found by a generator, or after each of the steps."""
+    return _joined([of["found"]] if "found" in of else [of[mark] for mark in SHOWN])

@@ -13,7 +13,7 @@ An image is *found* where the detector accepts it and the network calls it the c
 if it may take enough steps: what tells detectors apart is how many it takes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pytorch_ood.detector import GEN, EnergyBased, Mahalanobis, MaxSoftmax, ViM
 from torch import Tensor
 
-from tie_ext.combination import reference, stouffer
+from tie_ext.combination import Reference, reference, stouffer
 from tie_ext.decision import conformal_threshold, ood_score
 from tie_ext.gaussians import Gaussians, fit_gaussians, unit
 from tie_ext.generator import Generator
@@ -44,6 +44,9 @@ BATCH = 64
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """A score ``(B,)`` of logits ``(B, n+1)`` and features ``(B, F)``, through which gradients flow; larger = more OOD."""
+
+Rule = Callable[[Reference, Tensor], Tensor]
+"""One of :data:`tie_ext.combination.RULES` through which gradients flow: all but those that count."""
 
 
 class Detector(NamedTuple):
@@ -97,14 +100,14 @@ def garbage_score(logits: Tensor, h: Tensor) -> Tensor:
     return ood_score(logits)
 
 
-def combined(parts: Sequence[Score], logits: Tensor, h: Tensor) -> Score:
-    """Several scores as one by Stouffer's rule, on the scale that held-out ID images ``(N, n+1)``, ``(N, F)`` give them."""
+def combined(parts: Sequence[Score], logits: Tensor, h: Tensor, rule: Rule = stouffer) -> Score:
+    """Several scores as one by a rule, on the scale that held-out ID images ``(N, n+1)``, ``(N, F)`` give them."""
 
     def columns(logits: Tensor, h: Tensor) -> Tensor:
         return torch.stack([score(logits, h) for score in parts], dim=1)
 
     learned = reference(columns(logits, h))
-    return lambda logits, h: stouffer(learned, columns(logits, h))
+    return lambda logits, h: rule(learned, columns(logits, h))
 
 
 def with_line(score: Score, logits: Tensor, h: Tensor) -> Detector:
@@ -218,11 +221,6 @@ def verdict(net: TIENet, detector: Detector, searched: Candidates, judges: Seque
         "judged": _share(torch.cat(judged)) if judged else None,
         "confidence": _share(logits[found, :-1].softmax(1).gather(1, y[:, None])),
     }, found
-
-
-def steps_until(path: Mapping[int, float]) -> int | None:
-    """The first mark by which half of the images were found; None if never, of shares by mark."""
-    return next((mark for mark, share in path.items() if share >= 0.5), None)
 
 
 def _share(which: Tensor) -> float | None:
