@@ -218,17 +218,19 @@ def test_level_1_is_where_the_garbage_logit_leads():
     assert torch.equal(fooling.level_1_score(logits, torch.zeros(50, 1)) > 0, decide(logits).level == 1)
 
 
-def test_the_combination_ranks_as_that_of_combine_does(toy):
+@pytest.mark.parametrize("rule", ["stouffer", "max"])
+def test_the_combination_ranks_as_that_of_combine_does(toy, rule):
     from tie_ext import combine
+    from tie_ext.combination import RULES
 
     net, _ = toy
     train, held = stripes(240, 0), stripes(240, 1)
     x = torch.cat([stripes(30, 2)[0], torch.rand(30, 1, 28, 28)])
-    theirs = combine(net, [train], [held]).decide(x).score
+    theirs = combine(net, [train], [held], rule=rule).decide(x).score
     logits, h = fooling.outputs(net, [held[0]])
     hosts = fooling.host_scores(net, fooling.outputs(net, [train[0]])[1], train[1])
     rows = torch.randperm(240, generator=torch.Generator().manual_seed(SPLIT))[:120]
-    mine = fooling.combined([fooling.garbage_score, hosts["ViM"], hosts["GEN"]], logits[rows], h[rows])(*fooling.outputs(net, [x]))
+    mine = fooling.combined([fooling.garbage_score, hosts["ViM"], hosts["GEN"]], logits[rows], h[rows], RULES[rule])(*fooling.outputs(net, [x]))
     assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
 
 

@@ -66,13 +66,14 @@ def three(net: TIENet | None = None, **settings) -> Combined:
 # The members that validation chose.
 
 
-def test_combine_is_the_garbage_class_gen_and_vim_of_the_training_images():
+@pytest.mark.parametrize("rule", ["stouffer", "max"])
+def test_combine_is_the_garbage_class_gen_and_vim_of_the_training_images(rule):
     net = trained().eval()
     training, held, x = loader(300, seed=1), loader(40, seed=2), images()[0]
-    found = combine(net, training, held, 0.1)
+    found = combine(net, training, held, 0.1, rule)
     half = net.feature_size // 2
     vim = theirs.ViM(net.features, half, net.fc.weight, net.fc.bias).fit(training)
-    expected = Combined([TIEDetector(net), vim, theirs.GEN(net)], 0.1).fit(held)
+    expected = Combined([TIEDetector(net), vim, theirs.GEN(net)], 0.1, rule).fit(held)
     torch.testing.assert_close(found(x), expected(x))
     torch.testing.assert_close(found.threshold, expected.threshold)
     assert combine(net, training, held, None).threshold is None
@@ -83,6 +84,8 @@ def test_few_training_images_give_finite_scores_and_one_is_refused():
     assert combine(net, loader(4), loader(40))(images()[0]).isfinite().all()
     with pytest.raises(ValueError, match="Expected at least two training images for ViM, but got 1"):
         combine(net, loader(1), loader(40))
+    with pytest.raises(ValueError, match="Expected a rule"):
+        combine(net, None, loader(40), rule="sum")  # type: ignore[arg-type]
 
 
 # One network, run once.

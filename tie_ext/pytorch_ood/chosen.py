@@ -4,6 +4,7 @@ import torch
 from pytorch_ood.detector import GEN, ViM
 from torch import Tensor
 
+from tie_ext.combination import check_rule
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector
@@ -14,7 +15,7 @@ from tie_ext.teaching import MEMORY
 
 
 @torch.no_grad()
-def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: float | None = 0.05) -> Combined:
+def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: float | None = 0.05, rule: str = "stouffer") -> Combined:
     """The garbage class of a network, ViM and GEN as one detector, with one line: the members and the rule that validation sets chose by their
     worst column (docs/research/attached.md). Each finds what the others miss: what looks like nothing known, odd features, odd logits.
 
@@ -23,17 +24,20 @@ def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: floa
         training: Batches ``(x, y)`` of the ID images that the classifier was trained on; ViM learns of a sample of them that fits the memory.
         held_out: Batches ``(x, y)`` of ID images that it was not trained on: half of them set the scale of the scores, half draw the line.
         false_alarm: Reject ID images with at most this probability; None for scores without a line.
+        rule: Of :data:`tie_ext.combination.RULES`. ``max`` is harder to get through for somebody who searches, as all members have to be fooled at
+            once (docs/research/fooling.md).
 
     Raises:
-        ValueError: If there are fewer than two training images, or too few held-out ones.
+        ValueError: If there are fewer than two training images, or too few held-out ones, or the rule is unknown.
     """
+    check_rule(rule)  # before any image is read
     features = FeatureSample(net.feature_size)
     with evaluating(net):
         for x, _ in training:
             features.add(net.features(x.to(net.low.device)).float())
     vim = fit_vim(features.rows, net.fc.weight, net.fc.bias)
     vim.encoder = net.features
-    return Combined([TIEDetector(net), vim, GEN(net)], false_alarm).fit(held_out)
+    return Combined([TIEDetector(net), vim, GEN(net)], false_alarm, rule).fit(held_out)
 
 
 class FeatureSample(Sample):
