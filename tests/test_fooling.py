@@ -365,10 +365,10 @@ def test_the_hardest_to_fool_are_ranked_by_the_strongest_searcher():
 def test_what_inversions_and_search_change_is_decided_by_the_same_detector_without_them(taught, said):
     without = rows_of("plain", "level 1", "adaptive", (0.25, 0.5, 1, 1))
     assert fooling_page._decided(without) == []
-    for network, what, column in (("loop", "inversions", 2), ("loop-search", "search", 3)):
+    for network, what, column in (("loop", "inversions", 2), ("loop-search", "both", 3), ("search", "search", 4)):
         _, text, table, _ = fooling_page._decided(without + rows_of(network, "level 1", "crossed", taught))
         assert f"with {what} {said}." in text
         (cells,) = cells_of(table)
         assert cells[:2] == ["head on every layer: level 1", "25 / 50 / 100 / 100"]
         assert cells[column] == " / ".join(str(round(100 * share)) for share in taught)
-        assert cells[5 - column] == "-"
+        assert [cells[other] for other in (2, 3, 4) if other != column] == ["-", "-"]

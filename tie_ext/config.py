@@ -43,8 +43,7 @@ class TIEConfig(Settings):
     )
     search: int = setting(
         0,
-        "Steps of gradient ascent that move each batch's garbage to where the network is surest of a class, so that images that somebody searches "
-        "for are harder to find (5 do; ACET: 40); 0 for none. A step costs a fifth of an epoch's training or more.",
+        "Steps that move a batch's garbage to where the network is surest of a class: with 5, searched images are harder to find (ACET: 40).",
         low=0,
         high=1000,
     )

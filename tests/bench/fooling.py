@@ -32,9 +32,9 @@ from tie_ext.synthesis import Candidates
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-RIVALS = ("procedural", "tie", "tie-search", "loop", "loop-search", "acet", "acet-procedural", "hunted")
+RIVALS = ("procedural", "tie", "tie-search", "loop", "loop-search", "search", "acet", "acet-procedural", "hunted")
 """Of fooling_rivals.py; those that are there are measured."""
-HOSTS = ("plain", "loop-search")
+HOSTS = ("plain", "loop-search", "search")
 """Networks on which the hosts' detectors are measured too."""
 GENERATOR = 200
 """Steps of a generator."""

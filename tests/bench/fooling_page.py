@@ -19,11 +19,11 @@ HARDEST = 8
 """Detectors in the first table."""
 BAR = 0.5
 """What a network taught by inversions may be found, in shares of what the same detector is without them."""
-TRIOS = {
-    "head on every layer": ("plain", "loop", "loop-search"),
-    "linear logit": ("procedural", "tie", "tie-search"),
+FAMILIES = {
+    "head on every layer": ("plain", "loop", "loop-search", "search"),
+    "linear logit": ("procedural", "tie", "tie-search", ""),
 }
-"""Networks without inversions, with them, and with search in every batch too."""
+"""Networks without inversions and search, with inversions, with both, and with search alone."""
 HEAD = """# Fooling images: what is found by somebody who searches
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/fooling/`, which hold their commands. A searcher looks for images that a
@@ -46,7 +46,7 @@ class, ViM and GEN; *combined, largest* the same with `rule="max"`. Networks, so
 - *loop*, the default of `tie-ext train`, the head taught by procedural images and inversions; *tie*, the paper's linear logit, by noise and
   inversions.
 - *loop-search* and *tie-search*, both with `--search 5`: what a batch has of the pool is moved first, by five steps, to where the network is surest.
-  Both pools begin with procedural images.
+  Both pools begin with procedural images. *search*: `--search 5 --synthesizer none --lr 0.003`, which makes no inversions.
 - *acet* and *acet-procedural*, trained as *plain* is, but against noise or procedural images moved likewise (the paper's ACET: 40 steps), with the
   head of `attach`; *hunted*, the head of `attach` taught again by what searchers found.
 
@@ -163,23 +163,23 @@ def _hardest(rows: Sequence[dict], accuracy: Mapping[str, float]) -> list[str]:
 def _decided(rows: Sequence[dict]) -> list[str]:
     """Whether inversions, and search in every batch, make searched images harder to find."""
     most = strongest(rows)
-    shown, ratios = [], {"inversions": [], "search": []}
-    for garbage, networks in TRIOS.items():
+    shown, ratios = [], {"inversions": [], "both": [], "search": []}
+    for garbage, networks in FAMILIES.items():
         for detector in dict.fromkeys(label for _, label in most):
             found = [_found(most[network, detector]) if (network, detector) in most else [] for network in networks]
             if not found[0] or not any(found[1:]):
                 continue
             for what, shares in zip(ratios, found[1:], strict=True):
                 ratios[what] += [b / a for a, b in zip(found[0], shares, strict=False) if a]
-            cells = zip(("without", "inversions", "search too"), found, strict=True)
+            cells = zip(("neither", *ratios), found, strict=True)
             shown.append({"garbage class: detector": f"{garbage}: {detector}", **{what: _joined(shares) or "-" for what, shares in cells}})
     if not shown:
         return []
     said = [f"with {what} {min(of):.2f} to {max(of):.2f}, {'held' if max(of) <= BAR else 'not held'}" for what, of in ratios.items() if of]
     return [
         "### Do inversions help, and does search?\n",
-        f"The same detector without inversions, with them, and with search in every batch too; {MARKED}. The bar: at most {BAR:g} of what is found "
-        f"without, in each of these. It is {'; '.join(said)}.\n",
+        f"The same detector with neither inversions nor search in every batch, with inversions, with both, with search; {MARKED}. The bar: at most "
+        f"{BAR:g} of what is found with neither, in each of these. It is {'; '.join(said)}.\n",
         table(shown),
         "",
     ]

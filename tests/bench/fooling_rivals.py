@@ -8,6 +8,7 @@ docs/results/fooling/work/, where a finished one stays as it is.
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,11 +27,13 @@ from tie_ext.support.random import seeded
 
 STEPS = 5
 """Steps of ascent in each batch of a training that searches (ACET's paper: 40)."""
+LR = 3e-3
+"""Learning rate of the loop that searches, without inversions: at the loop's 1e-3 it had 90.31 % on FashionMNIST after ten epochs, at this 91.33."""
 
 
-def loop(epochs: int, seed: int, search: int = 0, **parts) -> Callable[[ImageSet, str, Path], TIENet]:
+def loop(config: TIEConfig, **parts) -> Callable[[ImageSet, str, Path], TIENet]:
     """TIE's loop by a recipe."""
-    recipe = Recipe(TIEConfig(epochs=epochs, seed=seed, search=search), **parts)
+    recipe = Recipe(config, **parts)
     return lambda images, backbone, state: train_method(
         "tie", lambda: BACKBONES[backbone](images.shape[0], len(images.classes)), images, recipe, state=state
     )[0]
@@ -65,14 +68,17 @@ def acet(epochs: int, seed: int, start: str) -> Callable[[ImageSet, str, Path], 
 
 def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path], TIENet]]:
     """How to train each, by name."""
+    paper = TIEConfig(epochs=epochs, seed=seed)
+    searching, drawn = replace(paper, search=STEPS), {"prior": ("procedural",)}
     return {
-        "procedural": loop(epochs, seed, synthesizers={}, prior=("procedural",)),
+        "procedural": loop(paper, synthesizers={}, **drawn),
         "acet": acet(epochs, seed, "multiscale"),
         "acet-procedural": acet(epochs, seed, "procedural"),
-        "tie": loop(epochs, seed),
-        "tie-search": loop(epochs, seed, STEPS, prior=("procedural",)),
-        "loop": loop(epochs, seed, prior=("procedural",), garbage="layers"),
-        "loop-search": loop(epochs, seed, STEPS, prior=("procedural",), garbage="layers"),
+        "tie": loop(paper),
+        "tie-search": loop(searching, **drawn),
+        "loop": loop(paper, garbage="layers", **drawn),
+        "loop-search": loop(searching, garbage="layers", **drawn),
+        "search": loop(replace(searching, lr=LR), garbage="layers", synthesizers={}, **drawn),
     }
 
 
