@@ -37,6 +37,15 @@ def test_images_move_to_where_the_network_is_surest(garbage):
     assert sure(net, moved) > sure(net, x)
 
 
+@pytest.mark.parametrize(("garbage", "outputs"), [("linear", 4), ("layers", 3)])
+def test_a_step_goes_up_the_largest_log_probability_that_the_search_counts(garbage, outputs):
+    net, x = make_net(garbage).eval(), torch.rand(12, *SHAPE, requires_grad=True)
+    net.backbone.requires_grad_(False)
+    logits = net(x, garbage=True)[:, :outputs]
+    (gradient,) = torch.autograd.grad(logits.log_softmax(1)[:, :3].amax(1).sum(), x)
+    torch.testing.assert_close(surest(net, x, 1), (x + RADIUS * gradient.sign()).clamp(0, 1).detach())
+
+
 def test_a_search_keeps_to_the_range_of_each_channel():
     torch.manual_seed(0)
     net = TIENet(Small(3), 3, SHAPE, low=-2.0, high=3.0)
@@ -86,6 +95,21 @@ def test_a_loop_that_searches_learns_its_formula(monkeypatch):
     counts = torch.bincount(y, minlength=3)
     expected = torch.nn.functional.cross_entropy(whole[:8], y, 1 / counts) + 0.5 * whole[8:].log_softmax(1).amax(1).mean()
     assert trainer.epoch([(x, y)]).losses["classifier"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("garbage", ["linear", "layers"])
+def test_statistics_are_settled_on_images_that_were_searched_for_before(garbage, monkeypatch):
+    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 1)
+    net = make_net(garbage)
+    norm, settled = next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)), []
+
+    def searched(net: TIENet, x: torch.Tensor, steps: int) -> torch.Tensor:
+        settled.append(bool(norm.num_batches_tracked) and bool(norm.running_mean.any()))
+        return x
+
+    monkeypatch.setattr("tie_ext.training.surest", searched)
+    TIETrainer(net, replace(TINY, epochs=2, search=1), [], [Noise(net)]).epoch(make_batches(sizes=(8, 8)))
+    assert settled == [False, True, True]  # two batches, and all that was kept of them
 
 
 @pytest.mark.parametrize("garbage", ["linear", "layers"])

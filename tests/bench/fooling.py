@@ -34,7 +34,7 @@ OUT = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 RIVALS = ("procedural", "tie", "tie-search", "loop", "loop-search", "search", "acet", "acet-procedural", "hunted")
 """Of fooling_rivals.py; those that are there are measured."""
-HOSTS = ("plain", "loop-search", "search")
+HOSTS = ("plain",)
 """Networks on which the hosts' detectors are measured too."""
 GENERATOR = 200
 """Steps of a generator."""

@@ -45,8 +45,8 @@ class, ViM and GEN; *combined, largest* the same with `rule="max"`. Networks, so
 - *plain*, with the head of `attach`; *procedural*, a linear garbage class taught by procedural images alone.
 - *loop*, the default of `tie-ext train`, the head taught by procedural images and inversions; *tie*, the paper's linear logit, by noise and
   inversions.
-- *loop-search* and *tie-search*, both with `--search 5`: what a batch has of the pool is moved first, by five steps, to where the network is surest.
-  Both pools begin with procedural images. *search*: `--search 5 --synthesizer none --lr 0.003`, which makes no inversions.
+- *loop-search* and *tie-search*, both with `--search 5 --lr 0.003`: what a batch has of the pool is moved first, by five steps, to where the network
+  is surest. Both pools begin with procedural images. *search*: the same with `--synthesizer none`, which makes no inversions.
 - *acet* and *acet-procedural*, trained as *plain* is, but against noise or procedural images moved likewise (the paper's ACET: 40 steps), with the
   head of `attach`; *hunted*, the head of `attach` taught again by what searchers found.
 
