@@ -24,6 +24,8 @@ FAMILIES = {
     "linear logit": ("procedural", "tie", "tie-search", ""),
 }
 """Networks without inversions and search, with inversions, with both, and with search alone."""
+Who = tuple[str, str]
+"""Network and detector."""
 HEAD = """# Fooling images: what is found by somebody who searches
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/fooling/`, which hold their commands. A searcher looks for images that a
@@ -57,7 +59,24 @@ Percent. Small is good.
 def page() -> str:
     """The page; empty where there are no records yet."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
-    return "\n".join([HEAD, *(part for record in records for part in _section(record)), *_hunted()]) if records else ""
+    return "\n".join([HEAD, *(part for record in records for part in _section(record)), *_long(), *_hunted()]) if records else ""
+
+
+def _long() -> list[str]:
+    """What other generators find, and longer ones."""
+    parts = []
+    for path in sorted((RESULTS / "long").glob("*.json")):
+        record = json.loads(path.read_text())
+        found: dict[Who, dict[str, float]] = {}
+        for row in record["rows"]:
+            search = f"{row['steps']} steps, seed {row['seed']}"
+            for label, share in row["found"].items():
+                most = found.setdefault((row["network"], label), {})
+                most[search] = max(most.get(search, 0.0), share)
+        rows = [{"network: detector": ": ".join(who), **{search: percent([share], 0) for search, share in of.items()}} for who, of in found.items()]
+        said = "Adaptive to either combination, the more that was found; every detector of the network sees the images.\n"
+        parts += [f"## Other generators, and longer ones: {path.stem}\n", f"    python tests/bench/{record['command']}\n", said, table(rows), ""]
+    return parts
 
 
 def _hunted() -> list[str]:
@@ -123,10 +142,6 @@ def _not_searched(record: dict) -> list[str]:
                 shares = {what: percent([record["rejected"][name][what][label]]) for what in sets}
                 rows.append({"network: detector": f"{name}: {label}", "ID": percent([record["false_alarms"][name][label]]), **shares})
     return ["Images that nobody searched for, rejected:\n", table(rows), ""]
-
-
-Who = tuple[str, str]
-"""Network and detector."""
 
 
 def strongest(rows: Sequence[dict]) -> dict[Who, dict[str, dict[str, float]]]:
