@@ -2,8 +2,8 @@
 
     python tests/bench/fooling_long.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors [NAME ...]
 
-Adaptive generators against the combinations of the plain network and of those of fooling_rivals.py that are named; all detectors of a network see what
-was found. Writes docs/results/fooling/long/NAME.json after each, and goes on from there.
+Adaptive generators against the combinations of the plain network and of those of fooling_rivals.py that are named; all detectors of a network see
+what was found. Writes docs/results/fooling/long/NAME.json after each, and goes on from there.
 """
 
 import json
