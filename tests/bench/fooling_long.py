@@ -2,8 +2,8 @@
 
     python tests/bench/fooling_long.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors [NAME ...]
 
-Adaptive generators against the combinations of the plain network and of those of fooling_rivals.py that are named; all detectors of a network see
-what was found. Writes docs/results/fooling/long/NAME.json after each, and goes on from there.
+Adaptive generators against the combinations of the networks of fooling_rivals.py that are named; all detectors of a network see what was found.
+Writes docs/results/fooling/long/NAME.json after each, and goes on from there.
 """
 
 import json
@@ -35,9 +35,8 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(row["network"], row["seen"], row["steps"], row["seed"]) for row in rows}
-    for name in ["plain", *(a.names or ["loop-search"])]:
-        plain = a.network.with_name(f"{a.network.stem}-head.safetensors")
-        net = TIENet.load(plain if name == "plain" else OUT / "work" / f"{a.network.stem}-{name}.safetensors")
+    for name in a.names or ["loop-search"]:
+        net = TIENet.load(OUT / "work" / f"{a.network.stem}-{name}.safetensors")
         detectors = detectors_of(net, sets, with_hosts=False)
         y = torch.arange(net.num_classes).repeat(PER_CLASS)
         for steps, seed in SEARCHES:
