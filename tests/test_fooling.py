@@ -306,7 +306,16 @@ def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monke
             one.tau.fill_(0.9)
             one.save(work / "toy-120x1-conv3-seed0-tie.safetensors")
         script.main()
-    record = json.loads((tmp_path / "out" / "toy-120x1-conv3-seed0.json").read_text())
+    read = lambda: json.loads((tmp_path / "out" / "toy-120x1-conv3-seed0.json").read_text())  # noqa: E731
+    before = read()
+    torch.nn.init.zeros_(one.fc.weight)
+    one.save(work / "toy-120x1-conv3-seed0-tie.safetensors")
+    script.main()  # what was found against a network that was trained anew is found again
+    record = read()
+    assert record["accuracy"]["tie"] != before["accuracy"]["tie"] or record["networks"]["tie"] != before["networks"]["tie"]
+    for network, same in (("plain", True), ("tie", False)):
+        seconds = [[took for key, took in of["seconds"].items() if key.startswith(f"{network}, ")] for of in (before, record)]
+        assert (seconds[0] == seconds[1]) == same
     rows = [(row["network"], row["detector"], row["searcher"], row["seen"]) for row in record["rows"]]
     assert len(rows) == len(set(rows)) == (8 * 9 + 2 * 3) * 4  # every detector sees what every searcher found
     forms = {(row["detector"] == row["seen"], row["seen"] == "blind", row["form"]) for row in record["rows"]}

@@ -28,6 +28,7 @@ FLOORS = [
     "head",
     "teaching",
     "network",
+    "searching",
     "synthesis",
     "outliers.vae",
     "outliers",

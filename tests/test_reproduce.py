@@ -278,6 +278,16 @@ def test_every_method_computes_in_the_precision_of_the_settings(method, done):
         reproduce._check_settings(out, cells(out)[f"mnist-allx1-{method}-seed0"], method, recipe)
 
 
+def test_a_cell_of_before_a_setting_has_its_default(done):
+    out, plan, _ = done
+    record = cells(out)["mnist-allx1-tie-seed0"]
+    del record["config"]["search"]
+    recipe = plan.recipe
+    reproduce._check_settings(out, record, "tie", recipe)
+    with pytest.raises(ValueError, match="with search 0 instead of 5"):
+        reproduce._check_settings(out, record, "tie", replace(recipe, config=replace(recipe.config, search=5)))
+
+
 @pytest.mark.parametrize("method", ["vernekar", "ascood"])
 def test_other_papers_training_sees_their_outliers_alone(method):
     trainer = recipe_of(method, RECIPE).trainer(make_net())

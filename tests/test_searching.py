@@ -25,9 +25,12 @@ def sure(net: TIENet, x: torch.Tensor) -> float:
 @pytest.mark.parametrize("garbage", ["linear", "layers"])
 def test_images_move_to_where_the_network_is_surest(garbage):
     net, x = make_net(garbage).train(), torch.rand(12, *SHAPE)
+    frozen = next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)).eval().requires_grad_(False)
     before, start = copy.deepcopy(net.state_dict()), x.clone()
     moved = surest(net, x, 5)
     assert net.training
+    assert not frozen.training
+    assert [p.requires_grad for p in net.parameters()].count(False) == 2
     assert not moved.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(x, start)
@@ -48,12 +51,14 @@ def test_a_step_goes_up_the_largest_log_probability_that_the_search_counts(garba
 
 def test_a_search_keeps_to_the_range_of_each_channel():
     torch.manual_seed(0)
-    net = TIENet(Small(3), 3, SHAPE, low=-2.0, high=3.0)
-    x = net.scaled(torch.rand(12, *SHAPE))
+    net = TIENet(Small(3, 3), 3, (3, *SHAPE[1:]), low=(-2.0, 0.0, 1.0), high=(3.0, 1.0, 5.0))
+    x = net.scaled(torch.rand(12, 3, *SHAPE[1:]))
     moved = surest(net, x, 3)
-    assert (moved - x).abs().max() == pytest.approx(5 * RADIUS, rel=1e-4)
-    assert moved.min() >= -2
-    assert moved.max() <= 3
+    for channel, (low, high) in enumerate(((-2, 3), (0, 1), (1, 5))):
+        far, part = (moved - x)[:, channel].abs().max(), moved[:, channel]
+        assert far == pytest.approx((high - low) * RADIUS, rel=1e-4)
+        assert part.min() >= low
+        assert part.max() <= high
 
 
 def test_no_step_moves_nothing():
@@ -142,3 +147,21 @@ def test_a_run_that_searches_is_another_run(tmp_path):
 def test_a_negative_search_is_refused():
     with pytest.raises(ValueError, match="search"):
         TIEConfig(search=-1)
+
+
+def test_a_step_is_taken_in_half_precision_too():
+    net = make_net("linear").half().eval()
+    x = torch.rand(6, *SHAPE).half()
+    assert (surest(net, x, 1) != x).flatten(1).any(1).all()
+
+
+def test_a_layer_that_was_frozen_stays_so_and_bfloat16_trains():
+    net = make_net("linear")
+    frozen = next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    net.train()
+    frozen.eval()
+    before = frozen.running_mean.clone()
+    log = TIETrainer(net, replace(TINY, search=2, precision="bfloat16"), [], [Noise(net)]).epoch(make_batches(sizes=(8, 1)))
+    assert log.losses["classifier"] > 0
+    assert not frozen.training
+    assert torch.equal(frozen.running_mean, before)

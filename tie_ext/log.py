@@ -18,7 +18,8 @@ class EpochLog:
     epoch: int
     """From 1."""
     losses: dict[str, float]
-    """``classifier``: weighted cross-entropy; ``kl``, ``ce``, ``cosine``: the terms of the inversion loss, unweighted."""
+    """``classifier``: weighted cross-entropy, with a search beside a head on every layer plus :func:`tie_ext.searching.sureness`;
+    ``kl``, ``ce``, ``cosine``: the terms of the inversion loss, unweighted."""
     accuracy: float
     """Share of the ID training images whose n+1 outputs name their class, after training, in [0, 1]."""
     tau: float | None

@@ -6,6 +6,7 @@ A network that never saw such images is sure of nearly all of them. The loop can
 import torch
 from torch import Tensor
 
+from tie_ext.decision import widened
 from tie_ext.head import GarbageHead
 from tie_ext.network import TIENet
 from tie_ext.support.modules import frozen
@@ -18,6 +19,8 @@ def surest(net: TIENet, x: Tensor, steps: int) -> Tensor:
     """Images moved to where the network is surest of any ID class, by steps along the sign of the gradient of its largest log-probability.
 
     With a linear garbage logit its probability counts among the n+1; a head on every layer is left out, because the classifier learns apart from it.
+
+    Paper: 40 steps by an adaptive rate from permuted images and noise. Here: few steps of one size from the garbage pool, because a loop has no time.
 
     Arguments:
         net: The network; left as it was.
@@ -35,7 +38,7 @@ def surest(net: TIENet, x: Tensor, steps: int) -> Tensor:
     with frozen(net), torch.enable_grad():
         for _ in range(steps):
             x = x.detach().requires_grad_()
-            logits = net(x, garbage=not alone)
+            logits = widened(net(x, garbage=not alone))
             (gradient,) = torch.autograd.grad(logits.log_softmax(1)[:, : net.num_classes].amax(1).sum(), x)
             x = net.clip(x + RADIUS / steps * (net.high - net.low) * gradient.sign())
     return x.detach()
@@ -49,7 +52,10 @@ def sureness(logits: Tensor, y: Tensor) -> Tensor:
         y: Labels ``(B,)``; n where the image was searched for.
 
     Returns:
-        A scalar, 0 where none was searched for.
+        A scalar, at most 0; 0 where none was searched for.
+
+    References:
+        Hein et al., as in :func:`surest`.
     """
     searched = (y == logits.shape[1]).to(logits.dtype)
     return (logits.log_softmax(1).amax(1) * searched).sum() / searched.sum().clamp_min(1)

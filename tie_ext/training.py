@@ -287,10 +287,10 @@ class TIETrainer:
         for x, y in batches:
             check_images(x, self.image_shape)
             garbage = self.pool.draw(max(1, round(len(x) * GARBAGE_SHARE)) if self._learns_garbage else 0).to(self.device)
-            if self.config.search and len(garbage):
-                garbage = surest(self.net, garbage, self.config.search)
             if len(x) == 1 and not everywhere:
                 continue  # BatchNorm cannot learn from one image
+            if self.config.search and len(garbage):
+                garbage = surest(self.net, garbage, self.config.search)
             target = torch.cat([y, torch.full((len(garbage),), self.net.num_classes, device=y.device)])
             yield torch.cat([x.to(self.device), garbage]), target.to(self.device)
 

@@ -8,6 +8,7 @@ one had seen the held-out ones. Judges are the networks of other seeds beside th
 goes on from there, and ends with a sheet of what was found in docs/figures/.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,6 +165,11 @@ def curves(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
+def _digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _rejected(detector: Detector, logits: Tensor, h: Tensor) -> float:
     """Share of images that a detector rejects."""
     return 1 - detector.accepts(logits, h).double().mean().item()
@@ -184,9 +190,9 @@ def main() -> None:
     sets = id_sets(of.data, a.root, of.images, of.seed)
     others = {other: data.load(other, "test", a.root, sets["id"].shape) for other in OTHERS if other != of.data}
     sets["ood"] = ImageSet(*(torch.cat([getattr(other, part) for other in others.values()]) for part in "xy"), ())
-    nets = {"plain": TIENet.load(a.network.with_name(f"{a.network.stem}-head.safetensors"))}
     files = {name: OUT / "work" / f"{a.network.stem}-{name}.safetensors" for name in RIVALS}
-    nets |= {name: TIENet.load(file) for name, file in files.items() if file.exists()}
+    found = {"plain": a.network.with_name(f"{a.network.stem}-head.safetensors"), **{name: file for name, file in files.items() if file.exists()}}
+    nets = {name: TIENet.load(file) for name, file in found.items()}
     apart = other_seeds(a.network)
     judges = [judge(path, a.root) for path in apart]
     about = {
@@ -198,6 +204,14 @@ def main() -> None:
     path, pictures = OUT / f"{a.network.stem}.json", OUT / "work" / f"{a.network.stem}.shown"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(path.read_text()) if path.exists() else {}
+    about["networks"] = {name: _digest(file) for name, file in found.items()}
+    if record.get("networks") is not None:  # what was found against a network that has been trained anew since is found again
+        for name in [name for name, digest in record["networks"].items() if about["networks"].get(name) != digest]:
+            record["rows"] = [row for row in record["rows"] if row["network"] != name]
+            record["seconds"] = {key: value for key, value in record["seconds"].items() if not key.startswith(f"{name}, ")}
+            for measure in ("accuracy", "garbage", "false_alarms", "rejected"):
+                record[measure].pop(name, None)
+        record["networks"] = about["networks"]
     if any(record.get(key) != value for key, value in about.items()):
         record = {**about, "accuracy": {}, "false_alarms": {}, "seconds": {}, "rows": []}
     shown = load_state(pictures, "shown") if record["rows"] else {}

@@ -22,6 +22,7 @@ from tie_ext.app.snapshots import to_bytes
 from tie_ext.backbones import BACKBONES
 from tie_ext.bench.comparison import cell, check_method, has_garbage, recipe_of
 from tie_ext.bench.tables import CELLS, read_cells, tables
+from tie_ext.config import TIEConfig
 from tie_ext.decision import ood_score, uncertainty
 from tie_ext.network import TIENet
 from tie_ext.outliers.inversion import Inversion
@@ -29,6 +30,7 @@ from tie_ext.recipe import Recipe
 from tie_ext.support.files import add_json_line, load_state, save_state, write_atomically, write_json
 from tie_ext.support.modules import frozen
 from tie_ext.support.random import seeded
+from tie_ext.support.settings import plain
 from tie_ext.training import TIETrainer
 
 BACKBONE = {"mnist": "conv3", "fashionmnist": "conv3", "svhn": "conv5", "cifar10": "conv5", "cifar100": "residual", "tinyimagenet": "residual"}
@@ -126,8 +128,8 @@ def _check_settings(path: Path, record: Mapping, method: str, recipe: Recipe) ->
 
 
 def _flat(record: Mapping) -> dict:
-    """A recipe's record by names that an error can say."""
-    flat = {**record["config"], "prior": record.get("prior"), "objective": record.get("objective")}
+    """A recipe's record by names that an error can say; a setting that came after the record has its default."""
+    flat = {**plain(TIEConfig()), **record["config"], "prior": record.get("prior"), "objective": record.get("objective")}
     for name, settings in record.get("synthesizers", {}).items():
         flat |= {f"{name}.{key}": value for key, value in settings.items()}
     return flat
