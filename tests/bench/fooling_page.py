@@ -191,7 +191,12 @@ def _decided(rows: Sequence[dict]) -> list[str]:
             shown.append({"garbage class: detector": f"{garbage}: {detector}", **{what: _joined(shares) or "-" for what, shares in cells}})
     if not shown:
         return []
-    said = [f"with {what} {min(of):.2f} to {max(of):.2f}, {'held' if max(of) <= BAR else 'not held'}" for what, of in ratios.items() if of]
+    said = [
+        f"with {what} {min(of):.2f} to {max(of):.2f}, {'held' if max(of) <= BAR else 'not held'}"
+        + (" (inf: some, where there was nothing)" if math.inf in of else "")
+        for what, of in ratios.items()
+        if of
+    ]
     return [
         "### Do inversions help, and does search?\n",
         f"The same detector with neither inversions nor search in every batch, with inversions, with both, with search; {MARKED}. The bar: at most "
