@@ -45,6 +45,8 @@ OTHERS = ("mnist", "fashionmnist", "notmnist")
 """OOD sets whose images ascent starts from, but for the ID set."""
 SHOWN = (0, 5, 9)
 """Classes on the sheet."""
+LABEL = 190
+"""Pixels that a label on it takes."""
 
 
 def id_sets(name: str, root: str, count: int, seed: int) -> dict[str, ImageSet]:
@@ -135,12 +137,12 @@ def sheet(shown: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
     """A row for each detector, a group of images ``(k, C, S, S)`` for each searcher, black where nothing was found."""
     groups = next(iter(shown.values()))
     side, count = next(iter(groups.values())).shape[-1] + 2, len(SHOWN)
-    page = Image.new("RGB", (160 + (count * side + 12) * len(groups), 14 + side * len(shown)), "white")
+    page = Image.new("RGB", (LABEL + (count * side + 12) * len(groups), 14 + side * len(shown)), "white")
     pen = ImageDraw.Draw(page)
     for place, (label, kinds) in enumerate(shown.items()):
         pen.text((4, 14 + side * place + side // 2 - 6), label, fill="black")
         for group, (kind, images) in enumerate(kinds.items()):
-            left = 160 + group * (count * side + 12)
+            left = LABEL + group * (count * side + 12)
             pen.text((left, 1), kind.partition(",")[0], fill="black")
             for column, x in enumerate(images):
                 page.paste(Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).numpy()), (left + side * column, 14 + side * place))
@@ -158,7 +160,10 @@ def curves(rows: Sequence[Mapping]) -> Figure:
     for place, (label, found) in enumerate(paths.items()):
         marks = [mark for mark in found[0] if int(mark)]
         ax.plot(
-            [int(mark) for mark in marks], [100 * mean(path[mark] for path in found) for mark in marks], ("o-", "s--")[place // 10 % 2], label=label
+            [int(mark) for mark in marks],
+            [100 * mean(path[mark] for path in found) for mark in marks],
+            ("o-", "s--", "^:", "v-.")[place // 10 % 4],
+            label=label,
         )
     ax.set(xscale="log", xlabel="steps of gradient ascent", ylabel="found (%)")
     figure.legend(loc="outside right center", fontsize=7)
