@@ -117,6 +117,11 @@ def parts(rank: int, again: TIETrainer) -> dict:
     headed = TIENet(Small(3), 3, SHAPE, garbage="layers")
     found["head taught"] = TIETrainer(headed, replace(TINY, epochs=1), [], [Noise(headed)]).epoch(batches(rank)).losses["head"]
     found["head"] = headed.state_dict()
+    for garbage in ("linear", "layers"):
+        torch.manual_seed(0)
+        searching = TIENet(Small(3), 3, SHAPE, garbage=garbage)
+        one = TIETrainer(searching, replace(TINY, epochs=1, search=2), [], [Noise(searching)])
+        found[f"searching, {garbage}"] = (one.epoch(last).losses["classifier"], searching.state_dict())
     uneven = batches(rank)[: 3 + rank]
     labels = [(x, torch.full_like(y, 7) if rank else y) for x, y in batches(rank)]
     for name, trainer, data in (("uneven", still(), uneven), ("uneven after load", again, uneven), ("bad labels", still(), labels)):
@@ -170,6 +175,13 @@ def test_a_head_on_every_layer_learns_from_all_processes_and_stays_one(two):
     with torch.no_grad():
         statistics = torch.cat([net.eval().statistics(x)[1] for x, _ in batches(None)])
     torch.testing.assert_close(net.garbage.mean, statistics.mean(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("garbage", ["linear", "layers"])
+def test_a_loop_that_searches_ends_with_one_network(two, garbage):
+    (loss, a), (other, b) = (each[f"searching, {garbage}"] for each in two)
+    assert loss == other
+    assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
 
 
 def test_tau_is_computed_over_all_processes(two):
