@@ -20,6 +20,7 @@ from tie_ext.pytorch_ood.combined import SPLIT
 from tie_ext.synthesis import Candidates
 
 sys.path.append(str(Path(__file__).parent / "bench"))
+import fooling_network
 import fooling_page
 
 N = 3
@@ -329,7 +330,7 @@ def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monke
 
 def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
-    assert fooling_page.page() == ""
+    assert fooling_page.pages() == {}
     numbers = {"found": 0.25, "confidence": 0.875, "judged": None, "path": {"10": 0.0, "30": 0.125, "100": 0.25}}
     kinds = ("noise", "procedural", "OOD images", "generator, 200 steps")
     rows = [{"network": "plain", "searcher": kind, "detector": "ViM", "form": form, **numbers} for kind in kinds for form in ("blind", "adaptive")]
@@ -341,8 +342,12 @@ def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     record |= {"command": "fooling.py", "accuracy": {"plain": 0.9}, "false_alarms": {"plain": {"ViM": 0.04, "combined": 0.05}}}
     record |= {"garbage": {"plain": {"id": 0.01, "notmnist": 0.97}}, "rejected": {"plain": {"notmnist": {"ViM": 0.5, "combined": 0.96}}}}
     (tmp_path / "mnist-20x10-conv3-seed0.json").write_text(json.dumps(record))
-    lines = fooling_page.page().splitlines()
-    assert max(line.count("|") for line in lines) == 6
+    front, lines = (text.splitlines() for text in fooling_page.pages().values())
+    assert max(line.count("|") for line in [*front, *lines]) == 6
+    assert cells_of(next(part for part in fooling_page._found({"mnist": [record]}) if "---" in part)) == [
+        ["plain: ViM", "0 / 12 / 25 / 25 (1)"],
+        ["plain: combined", "0 / 12 / 25 (1)"],
+    ]
     strongest, blind, adaptive = (line for line in lines if line.startswith("| plain: ViM") and line.count("/") > 4)
     assert [cell.strip() for cell in blind.split("|")][2:6] == ["0 / 12 / 25", "0 / 12 / 25", "0 / 12 / 25", "25"]
     assert strongest == blind == adaptive
@@ -376,20 +381,35 @@ def cells_of(table: str) -> list[list[str]]:
 def test_the_hardest_to_fool_are_ranked_by_the_strongest_searcher():
     rows = rows_of("plain", "MSP", "blind", (0, 0, 0.2, 0)) + rows_of("plain", "MSP", "crossed", (0, 0, 0.9, 0.1))
     rows += rows_of("plain", "ViM", "adaptive", (0, 0, 0.5, 1)) + rows_of("plain", "ViM", "crossed", (0, 0.4, 0, 0))
-    assert cells_of(fooling_page._hardest(rows, {"plain": 0.75})[1]) == [
+    assert cells_of(fooling_network.hardest(rows, {"plain": 0.75})[1]) == [
         ["plain: ViM", "75.00", "0 / 40 / 50 / 100"],
         ["plain: MSP", "75.00", "0 / 0 / 90 / 10"],
     ]
 
 
-@pytest.mark.parametrize(("taught", "said"), [((0.1, 0.2, 0.5, 0.5), "0.40 to 0.50, held"), ((0.1, 0.2, 0.5, 0.6), "0.40 to 0.60, not held")])
+@pytest.mark.parametrize(
+    ("taught", "said"), [((0.1, 0.2, 0.5, 0.5), "0.40 to 0.50, held (1)"), ((0.1, 0.2, 0.5, 0.6), "0.40 to 0.60, held in 75 % (1)")]
+)
 def test_what_inversions_and_search_change_is_decided_by_the_same_detector_without_them(taught, said):
-    without = rows_of("plain", "level 1", "adaptive", (0.25, 0.5, 1, 1))
-    assert fooling_page._decided(without) == []
-    for network, what, column in (("loop", "inversions", 2), ("loop-search", "both", 3), ("search", "search", 4)):
-        _, text, table, _ = fooling_page._decided(without + rows_of(network, "level 1", "crossed", taught))
-        assert f"with {what} {said}." in text
-        (cells,) = cells_of(table)
-        assert cells[:2] == ["head on every layer: level 1", "25 / 50 / 100 / 100"]
-        assert cells[column] == " / ".join(str(round(100 * share)) for share in taught)
-        assert [cells[other] for other in (2, 3, 4) if other != column] == ["-", "-"]
+    without = rows_of("plain", "level 1", "adaptive", (0.25, 0.5, 1, 1)) + rows_of("plain", "MSP", "adaptive", (1, 1, 1, 1))
+    assert fooling_page._decided({"toy": [{"rows": without}]}) == []
+    for network, column in (("loop", 1), ("loop-search", 2), ("search", 3)):
+        record = {"rows": without + rows_of(network, "level 1", "crossed", taught)}
+        (cells,) = cells_of(fooling_page._decided({"toy": [record]})[2])
+        assert cells == ["toy", *(said if place == column else "-" for place in (1, 2, 3))]
+    (cells,) = cells_of(fooling_page._decided({"toy": [record, record, {"rows": without}]})[2])  # a seed without such a network does not count
+    assert cells[3] == said.replace("(1)", "(2)")
+
+
+def test_what_is_found_where_nothing_was_to_be_found_is_held_by_no_bar():
+    record = {"rows": rows_of("plain", "ViM", "adaptive", (0, 0, 0, 0.5)) + rows_of("loop", "ViM", "adaptive", (0, 0, 0.1, 0.1))}
+    assert fooling_page._bar([record], "inversions") == "0.20 to inf, held in 50 % (1)"
+
+
+def test_a_front_page_has_the_costs_of_each_seed():
+    blind = [{**row, "detector": "combined, largest", "form": "blind"} for row in rows_of("plain", "", "", (0.1, 0.3, 0.2, 0.05))]
+    record = {"accuracy": {"plain": 0.5}, "garbage": {"plain": {"id": 0.125, "letters": 0.75, "digits": 0.25}}, "rows": blind}
+    other = {**record, "accuracy": {"plain": 0.5, "loop": 0.75}, "garbage": {"plain": record["garbage"]["plain"], "loop": {"id": 0, "letters": 1}}}
+    (plain, loop) = cells_of(fooling_page._cost({"toy": [record, other]})[2])
+    assert plain == ["toy: plain", "50.00 ± 0.00", "12.50 ± 0.00", "25.0 ± 0.0", "30 / 5, 30 / 5"]
+    assert loop == ["toy: loop", "75.00", "0.00", "100.0", "-"]

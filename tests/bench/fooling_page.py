@@ -1,4 +1,4 @@
-"""docs/research/fooling.md, of the records of fooling.py; tables.py writes it."""
+"""docs/research/fooling.md and fooling_networks.md, of the records of fooling.py; tables.py writes them."""
 
 import json
 import math
@@ -6,27 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+from fooling_network import MARKED, SHOWN, Who, joined, section, shares_found, strongest
 from page import percent
 
 from tie_ext.app.report import table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "fooling"
-SHOWN = ("10", "30", "100")
-"""Steps of ascent in the tables; the figure has all."""
-MARKED = f"after {' / '.join(SHOWN)} steps of ascent, mean over the kinds of start, / by the generator"
 HUNTED = ("20", "30", "50")
 """Steps of ascent by which the trial is judged."""
-HARDEST = 8
-"""Detectors in the first table."""
 BAR = 0.5
 """What a network taught by inversions may be found, in shares of what the same detector is without them."""
-FAMILIES = {
-    "head on every layer": ("plain", "loop", "loop-search", "search"),
-    "linear logit": ("procedural", "tie", "tie-search", ""),
+FAMILIES = {"head on every layer": "plain", "linear logit": "procedural"}
+"""The network with neither inversions nor search, by what gives the garbage logit."""
+TAUGHT = {
+    "inversions": {"head on every layer": "loop", "linear logit": "tie"},
+    "both": {"head on every layer": "loop-search", "linear logit": "tie-search"},
+    "search": {"head on every layer": "search"},
 }
-"""Networks without inversions and search, with inversions, with both, and with search alone."""
-Who = tuple[str, str]
-"""Network and detector."""
+"""What a loop adds to that, and the network that has it."""
+BEST = "combined, largest"
+"""The detector that is hardest to fool nearly everywhere."""
+RIVAL, OWN = "acet-procedural", "loop-search"
+Records = Mapping[str, Sequence[dict]]
+"""The records of each ID set, a seed each."""
 HEAD = """# Fooling images: what is found by somebody who searches
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/fooling/`, which hold their commands. A searcher looks for images that a
@@ -53,14 +55,126 @@ class, ViM and GEN; *combined, largest* the same with `rule="max"`. Networks, so
 - *acet* and *acet-procedural*, trained as *plain* is, but against noise or procedural images moved likewise (the paper's ACET: 40 steps), with the
   head of `attach`; *hunted*, the head of `attach` taught again by what searchers found.
 
-Percent. Small is good.
+Percent. Small is good. [fooling_networks.md](fooling_networks.md) has every searcher against every network.
+"""
+DETAIL = """# Fooling images: every searcher against every network
+
+Made by `python tests/bench/tables.py`. [fooling.md](fooling.md) says what the words mean, and what follows.
 """
 
 
-def page() -> str:
-    """The page; empty where there are no records yet."""
+def pages() -> dict[str, str]:
+    """The pages by name; none where there are no records yet."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
-    return "\n".join([HEAD, *(part for record in records for part in _section(record)), *_long(), *_hunted()]) if records else ""
+    if not records:
+        return {}
+    by_set: dict[str, list[dict]] = {}
+    for record in records:
+        by_set.setdefault(record["data"], []).append(record)
+    front = [HEAD, *_found(by_set), *_decided(by_set), *_cost(by_set), *_long(), *_hunted()]
+    return {"fooling.md": "\n".join(front), "fooling_networks.md": "\n".join([DETAIL, *(part for record in records for part in section(record))])}
+
+
+def _found(by_set: Records) -> list[str]:
+    """The strongest searcher against each detector, mean over seeds."""
+    most = {name: [strongest(record["rows"]) for record in records] for name, records in by_set.items()}
+    rows = []
+    for who in dict.fromkeys(who for found in most.values() for one in found for who in one):
+        cells = {}
+        for name, found in most.items():
+            shares = [shares_found(one[who]) for one in found if who in one]
+            cells[name] = f"{joined([mean(column) for column in zip(*shares, strict=False)])} ({len(shares)})" if shares else "-"
+        rows.append({"network: detector": ": ".join(who), **cells})
+    said = f"Found by the strongest searcher {MARKED}. Mean over the seeds, whose number stands in brackets.\n"
+    return ["## What is found\n", said, table(rows), ""]
+
+
+def _ratios(records: Sequence[dict], what: str) -> list[float]:
+    """What is found with ``what`` of :data:`TAUGHT`, in shares of what is found without, of all detectors, searchers and seeds; those where there is
+    nothing to find either way are left out."""
+    ratios = []
+    for most in (strongest(record["rows"]) for record in records):
+        for garbage, network in TAUGHT[what].items():
+            for (name, detector), kinds in most.items():
+                without = most.get((FAMILIES[garbage], detector))
+                if name == network and without is not None:
+                    ratios += [b / a if a else math.inf for a, b in zip(shares_found(without), shares_found(kinds), strict=False) if a or b]
+    return ratios
+
+
+def _bar(records: Sequence[dict], what: str) -> str:
+    """Whether it is held on one ID set."""
+    ratios, networks = _ratios(records, what), set(TAUGHT[what].values())
+    if not ratios:
+        return "-"
+    seeds = sum(any(network in networks for network, _ in strongest(record["rows"])) for record in records)
+    held = mean(ratio <= BAR for ratio in ratios)
+    return f"{min(ratios):.2f} to {max(ratios):.2f}, {'held' if held == 1 else f'held in {percent([held], 0)} %'} ({seeds})"
+
+
+def _decided(by_set: Records) -> list[str]:
+    """Whether inversions, and search in every batch, make searched images harder to find."""
+    rows = [{"ID images": name, **{what: _bar(records, what) for what in TAUGHT}} for name, records in by_set.items()]
+    rows = [row for row in rows if any(row[what] != "-" for what in TAUGHT)]
+    if not rows:
+        return []
+    return [
+        "## Do inversions help, and does search?\n",
+        "What is found against a network with inversions, with both, and with search in every batch, in shares of what is found against the same "
+        f"detector of the network with neither: every detector, after {', '.join(SHOWN)} steps and by the generator. The bar: at most {BAR:g} in "
+        "each of these. Seeds in brackets; inf: some was found where there was nothing to find before. The networks differ in their learning rate "
+        "too (*plain*: SGD; *loop*: 0.001; with search 0.003, chosen by looking at FashionMNIST), and *tie* begins with noise.\n",
+        table(rows),
+        "",
+        *_beside_the_rival(by_set),
+    ]
+
+
+def _beside_the_rival(by_set: Records) -> list[str]:
+    """Another bar: half of what is found against the best rival."""
+    said = []
+    for name, records in by_set.items():
+        for most in (strongest(record["rows"]) for record in records):
+            if (RIVAL, BEST) in most and (OWN, BEST) in most:
+                said.append(f"{name}: {joined(shares_found(most[RIVAL, BEST]))} beside {joined(shares_found(most[OWN, BEST]))}")
+    if not said:
+        return []
+    return [
+        f"The best rival is ACET from drawn images (*{RIVAL}*), which is what the search in the loop does: found against its *{BEST}*, beside "
+        f"*{OWN}*'s, {'; '.join(said)}. So the loop cannot have half of what the best rival has.\n"
+    ]
+
+
+def _blind(record: dict, network: str) -> str:
+    """The most that searchers found who did not see the detector, by ascent and by the generator."""
+    rows = [row for row in record["rows"] if (row["network"], row["detector"], row["form"]) == (network, BEST, "blind")]
+    ascent = [row["path"][mark] for row in rows for mark in SHOWN if "path" in row]
+    return joined([max(ascent, default=0.0), *(row["found"] for row in rows if "path" not in row)]) if rows else "-"
+
+
+def _cost(by_set: Records) -> list[str]:
+    """Accuracy, garbage, and what blind searchers find, by network."""
+    rows = []
+    for name, records in by_set.items():
+        for network in dict.fromkeys(network for record in records for network in record["accuracy"]):
+            having = [record for record in records if network in record["accuracy"]]
+            garbage = [record["garbage"][network] for record in having]
+            sets = [what for what in garbage[0] if what != "id"]
+            blind = [_blind(record, network) for record in having]
+            rows.append(
+                {
+                    "ID images: network": f"{name}: {network}",
+                    "ID accuracy": percent([record["accuracy"][network] for record in having]),
+                    "ID in garbage": percent([of["id"] for of in garbage]),
+                    "OOD in garbage, least": percent([min(of[what] for what in sets) for of in garbage], 1),
+                    "blind": ", ".join(blind),
+                }
+            )
+    said = (
+        f"Images that nobody searched for, and searchers who do not see the detector: the most that they find against *{BEST}*, by ascent after "
+        f"{', '.join(SHOWN)} steps from any start / by the generator, a seed after the other. The bar for them is 1 %.\n"
+    )
+    return ["## What it costs, and blind searchers\n", said, table(rows), ""]
 
 
 def _long() -> list[str]:
@@ -102,142 +216,3 @@ def _hunted() -> list[str]:
         )
         parts += [title, f"    python tests/bench/{record['command']}\n", said, table(rows), ""]
     return parts
-
-
-def _section(record: dict) -> list[str]:
-    stem = f"{record['data']}-{record['images']['train']}x{record['epochs']}-{record['backbone']}-seed{record['seed']}"
-    rates = [rate for of in record["false_alarms"].values() for label, rate in of.items() if "level" not in label]
-    accuracy = ", ".join(f"{name} {percent([value])}" for name, value in record["accuracy"].items())
-    steps = " / ".join(SHOWN)
-    parts = [
-        f"## {stem}\n",
-        f"    python tests/bench/{record['command']}\n",
-        f"{record['per_class']} images of each class from each kind of start, and by the generator. ID accuracy: {accuracy}. False alarms on ID test "
-        f"images: {percent([min(rates)])} to {percent([max(rates)])}. Judges: {', '.join(record['judges']) or 'none'}.\n",
-        f"![Share found against steps](../figures/fooling_steps_{stem}.png)\n",
-        *_not_searched(record),
-        *_hardest(record["rows"], record["accuracy"]),
-    ]
-    titles = {
-        "strongest": f"By the strongest searcher, found after {steps} steps:",
-        "blind": f"Blind, found after {steps} steps:",
-        "adaptive": f"Adaptive, found after {steps} steps:",
-        "judged": "Adaptive, of the found, called the class asked for *and* accepted by networks trained apart, by their own combination:",
-        "confidence": "Adaptive, mean probability of the class asked for, of the found:",
-    }
-    for what, title in titles.items():
-        rows = _rows(record["rows"], what)
-        if rows:
-            parts += [title + "\n", table(rows), ""]
-    return [*parts, f"![Images found, adaptive](../figures/fooling_{stem}.png)\n", *_decided(record["rows"])]
-
-
-def _not_searched(record: dict) -> list[str]:
-    """What becomes of images that nobody searched for."""
-    sets = [what for what in next(iter(record["garbage"].values())) if what != "id"]
-    rows = []
-    for name, of in record["garbage"].items():
-        rows.append({"network: detector": f"{name}: in garbage", "ID": percent([of["id"]]), **{what: percent([of[what]]) for what in sets}})
-        for label in ("combined", "combined, largest"):
-            if label in record["false_alarms"][name]:
-                shares = {what: percent([record["rejected"][name][what][label]]) for what in sets}
-                rows.append({"network: detector": f"{name}: {label}", "ID": percent([record["false_alarms"][name][label]]), **shares})
-    return ["Images that nobody searched for, rejected:\n", table(rows), ""]
-
-
-def strongest(rows: Sequence[dict]) -> dict[Who, dict[str, dict[str, float]]]:
-    """The most that any searcher found, by network and detector, kind of start, and steps (``found`` of a generator)."""
-    most: dict[Who, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        kind = most.setdefault((row["network"], row["detector"]), {}).setdefault(row["searcher"], {})
-        for mark, share in ({mark: row["path"][mark] for mark in SHOWN} if "path" in row else {"found": row["found"]}).items():
-            kind[mark] = max(kind.get(mark, 0.0), share)
-    return most
-
-
-def _found(kinds: Mapping[str, Mapping[str, float]]) -> list[float]:
-    """Found by ascent after each of the steps, mean over the kinds of start, and last by the generator, where there was one."""
-    ascent = [mean(of[mark] for of in kinds.values() if mark in of) for mark in SHOWN]
-    return ascent + [of["found"] for of in kinds.values() if "found" in of]
-
-
-def _joined(shares: Sequence[float]) -> str:
-    return " / ".join(percent([share], 0) for share in shares)
-
-
-def _hardest(rows: Sequence[dict], accuracy: Mapping[str, float]) -> list[str]:
-    """The detectors against which least is found by the strongest searcher."""
-    found = {who: _found(kinds) for who, kinds in strongest(rows).items()}
-    last = len(SHOWN) - 1
-    shown = [
-        {"network: detector": ": ".join(who), "ID accuracy": percent([accuracy[who[0]]]), "found": _joined(found[who])}
-        for who in sorted(found, key=lambda who: (found[who][last], found[who]))[:HARDEST]
-    ]
-    return [f"Hardest to fool by the strongest searcher, {MARKED}:\n", table(shown), ""]
-
-
-def _decided(rows: Sequence[dict]) -> list[str]:
-    """Whether inversions, and search in every batch, make searched images harder to find."""
-    most = strongest(rows)
-    shown, ratios = [], {"inversions": [], "both": [], "search": []}
-    for garbage, networks in FAMILIES.items():
-        for detector in dict.fromkeys(label for _, label in most):
-            found = [_found(most[network, detector]) if (network, detector) in most else [] for network in networks]
-            if not found[0] or not any(found[1:]):
-                continue
-            for what, shares in zip(ratios, found[1:], strict=True):
-                ratios[what] += [b / a if a else math.inf for a, b in zip(found[0], shares, strict=False) if a or b]
-            cells = zip(("neither", *ratios), found, strict=True)
-            shown.append({"garbage class: detector": f"{garbage}: {detector}", **{what: _joined(shares) or "-" for what, shares in cells}})
-    if not shown:
-        return []
-    said = [
-        f"with {what} {min(of):.2f} to {max(of):.2f}, {'held' if max(of) <= BAR else 'not held'}"
-        + (" (inf: some, where there was nothing)" if math.inf in of else "")
-        for what, of in ratios.items()
-        if of
-    ]
-    return [
-        "### Do inversions help, and does search?\n",
-        f"The same detector with neither inversions nor search in every batch, with inversions, with both, with search; {MARKED}. The bar: at most "
-        f"{BAR:g} of what is found with neither, in each of these. It is {'; '.join(said)}. The networks differ in "
-        "their learning rate too (*plain*: SGD; *loop*: 0.001; with search 0.003, chosen by looking at FashionMNIST), and *tie* begins with noise.\n",
-        table(shown),
-        "",
-        *_beside_the_rival(most),
-    ]
-
-
-def _beside_the_rival(most: Mapping[Who, dict[str, dict[str, float]]]) -> list[str]:
-    """The issue's other bars: beside ACET, the best rival."""
-    rival, own = ("acet-procedural", "combined, largest"), ("loop-search", "combined, largest")
-    if rival not in most or own not in most:
-        return []
-    return [
-        f"The best rival is ACET from drawn images (*acet-procedural*: combined, largest), which is what the search in the loop does: "
-        f"{_joined(_found(most[rival]))} beside {_joined(_found(most[own]))} of *loop-search*. "
-        "So the loop cannot have half of what the best rival has.\n"
-    ]
-
-
-def _rows(rows: list[dict], what: str) -> list[dict]:
-    """A row for each network and detector, a column for each searcher."""
-    searchers = dict.fromkeys(row["searcher"] for row in rows)
-    if what == "strongest":
-        cells = {(*who, kind): _shares(of) for who, kinds in strongest(rows).items() for kind, of in kinds.items()}
-    else:
-        chosen = [row for row in rows if row["form"] == ("blind" if what == "blind" else "adaptive")]
-        cells = {(row["network"], row["detector"], row["searcher"]): _cell(row, what) for row in chosen}
-    who = dict.fromkeys(key[:2] for key in cells)
-    return [{"network: detector": ": ".join(label), **{searcher: cells.get((*label, searcher), "-") for searcher in searchers}} for label in who]
-
-
-def _cell(row: dict, what: str) -> str:
-    if what in ("judged", "confidence"):
-        return "-" if row[what] is None else percent([row[what]], 0)
-    return _shares(row.get("path") or row)
-
-
-def _shares(of: Mapping[str, float]) -> str:
-    """Found by a generator, or after each of the steps."""
-    return _joined([of["found"]] if "found" in of else [of[mark] for mark in SHOWN])

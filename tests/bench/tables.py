@@ -369,7 +369,7 @@ def documents() -> dict[str, str]:
         "research/benchmark.md": benchmark_page.page(),
         "research/detectors.md": detectors_page.page(),
         **detectors_page.pull_requests(),
-        "research/fooling.md": fooling_page.page(),
+        **{f"research/{name}": text for name, text in fooling_page.pages().items()},
         "research/explain.md": explained_page.page(),
         "research/under_fire.md": fire.page(),
         "research/no_tie.md": no_tie.page() if no_tie.RECORD.exists() else "",
