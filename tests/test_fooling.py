@@ -355,16 +355,16 @@ def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     assert all(number in found for number in ("62", "88", "4.00", "5.00", "90.00", "97.00", "96.00"))
 
 
-def test_the_page_says_the_most_that_a_longer_generator_found(tmp_path, monkeypatch):
+def test_the_page_says_the_most_that_longer_searches_found(tmp_path, monkeypatch):
     monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
     (tmp_path / "long").mkdir()
-    rows = [
-        {"network": "plain", "seen": seen, "steps": 1000, "seed": 0, "found": {"level 1": share}}
-        for seen, share in (("combined", 0.25), ("combined, largest", 0.5))
-    ]
+    row = {"network": "plain", "searcher": "generator", "steps": 1000, "seed": 0}
+    rows = [{**row, "seen": seen, "found": {"level 1": share}} for seen, share in (("combined", 0.25), ("combined, largest", 0.5), (None, 0.125))]
+    rows += [{**row, "searcher": "ascent", "seen": seen, "found": {"level 1": share}} for seen, share in (("combined", 1.0), (None, 0.75))]
     (tmp_path / "long" / "toy.json").write_text(json.dumps({"rows": rows, "command": "fooling_long.py"}))
     *_, table, _ = fooling_page._long()
-    assert cells_of(table) == [["plain: level 1", "50"]]
+    assert table.splitlines()[0].split("|")[2:5] == [" ascent, 1000 steps ", " generator, 1000 steps ", " blind, the most "]
+    assert cells_of(table) == [["plain: level 1", "100", "50", "75"]]
 
 
 def rows_of(network: str, detector: str, form: str, found: tuple[float, ...]) -> list[dict]:

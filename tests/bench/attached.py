@@ -197,6 +197,24 @@ def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str
     return scores
 
 
+def headed(net: TIENet, images: ImageSet, outliers: tuple[str, ...], seed: int) -> TIENet:
+    """The n-class network of ``net`` with a garbage head that these outliers taught."""
+    classes = images.classes
+    return attach(
+        classifier(net), ImageBatches(images, 128), len(classes), classes=classes, outliers=[make(name, net) for name in outliers], seed=seed
+    )
+
+
+@torch.no_grad()
+def judged(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Scores of a garbage class, and the share that is in it, by set."""
+    decisions = {name: [net.decide(x) for x, _ in ImageBatches(of, 500)] for name, of in sets.items() if name != "train"}
+    return (
+        {name: torch.cat([one.score for one in of]) for name, of in decisions.items()},
+        {name: torch.cat([one.level == 1 for one in of]).double().mean().item() for name, of in decisions.items()},
+    )
+
+
 def numbers_of(scores: Mapping[str, Mapping[str, Tensor]], garbage: Mapping[str, Mapping[str, float]]) -> dict:
     """Metrics against the ID test set by score and set, and the share in garbage by head and set."""
     ood = [name for name in next(iter(scores.values())) if name not in ("held", "id")]
@@ -231,22 +249,9 @@ def main() -> None:
     garbage: dict[str, dict[str, float]] = {}
     for label, names in HEADS.items():
         start = time.perf_counter()
-        with_head = attach(
-            classifier(net),
-            ImageBatches(images, 128),
-            len(images.classes),
-            classes=images.classes,
-            outliers=[make(name, net) for name in names],
-            seed=a.seed,
-        )
+        with_head = headed(net, images, names, a.seed)
         seconds[label] = time.perf_counter() - start
-        scores[label], garbage[label] = {}, {}
-        with torch.no_grad():
-            for name, of in sets.items():
-                if name != "train":
-                    decisions = [with_head.decide(x) for x, _ in ImageBatches(of, 500)]
-                    scores[label][name] = torch.cat([decision.score for decision in decisions])
-                    garbage[label][name] = torch.cat([decision.level == 1 for decision in decisions]).double().mean().item()
+        scores[label], garbage[label] = judged(with_head, sets)
         if label == "head":
             with_head.save(a.work / f"{stem}-head.safetensors")
     logits, _ = read(net, sets["id"])

@@ -57,6 +57,16 @@ def id_sets(name: str, root: str, count: int, seed: int) -> dict[str, ImageSet]:
     return {part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()} | {"id": test}
 
 
+def others_of(name: str, root: str, shape: tuple[int, int, int]) -> dict[str, ImageSet]:
+    """OOD test sets by name, in the shape of the ID images."""
+    return {other: data.load(other, "test", root, shape) for other in OTHERS if other != name}
+
+
+def together(sets: Mapping[str, ImageSet]) -> ImageSet:
+    """All images of some sets, whose classes have no names."""
+    return ImageSet(*(torch.cat([getattr(of, part) for of in sets.values()]) for part in "xy"), ())
+
+
 def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
     """Logits and features of all images."""
     return outputs(net, (x for x, _ in ImageBatches(images, 500)))
@@ -193,8 +203,8 @@ def main() -> None:
     a = parser_of(__doc__).parse_args()
     of = Trained.read(a.network.stem)
     sets = id_sets(of.data, a.root, of.images, of.seed)
-    others = {other: data.load(other, "test", a.root, sets["id"].shape) for other in OTHERS if other != of.data}
-    sets["ood"] = ImageSet(*(torch.cat([getattr(other, part) for other in others.values()]) for part in "xy"), ())
+    others = others_of(of.data, a.root, sets["id"].shape)
+    sets["ood"] = together(others)
     files = {name: OUT / "work" / f"{a.network.stem}-{name}.safetensors" for name in RIVALS}
     found = {"plain": a.network.with_name(f"{a.network.stem}-head.safetensors"), **{name: file for name, file in files.items() if file.exists()}}
     nets = {name: TIENet.load(file) for name, file in found.items()}

@@ -23,7 +23,7 @@ BASELINES: dict[str, tuple[type, dict]] = {
 """OpenOOD's trainers by name, with the settings of its ``configs/pipelines/train``."""
 
 
-class _Loader:
+class Loader:
     """Batches as OpenOOD's loaders give them; its trainers ask the loader and its iterator for their length."""
 
     def __init__(self, batches: Batches, steps: int):
@@ -32,7 +32,7 @@ class _Loader:
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> "_Loader":
+    def __iter__(self) -> "Loader":
         self.pairs = iter(self.batches)
         return self
 
@@ -65,7 +65,7 @@ def train_baseline(name: str, net: TIENet, batches: Batches, epochs: int, seed: 
             "trainer": {"trainer_args": settings["trainer_args"]},
         }
     )
-    loader = _Loader(batches, sum(1 for _ in batches))
+    loader = Loader(batches, sum(1 for _ in batches))
     with without_cuda(wanted=net.fc.weight.is_cuda), seeded(seed):
         trainer = trainer_class(net, loader, config)
         for epoch in range(1, epochs + 1):
