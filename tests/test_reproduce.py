@@ -125,6 +125,22 @@ def test_a_record_names_a_command_that_can_be_typed(monkeypatch, program, name):
     assert provenance()["command"] == f"{name} reproduce --seeds 0"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--root", "/home/me/data"], "--root DATA"),
+        (["--root", "/home/me/data/"], "--root DATA/"),
+        (["--root=/home/me/data/mnist"], "--root=DATA/mnist"),
+        (["/home/me/data2", "/home/me"], "/home/me/data2 /home/me"),
+        (["--data", "data"], "--data data"),
+    ],
+)
+def test_a_command_says_a_name_for_a_place_that_lies_elsewhere_for_everyone(monkeypatch, words, said):
+    monkeypatch.setattr(sys, "argv", ["attached.py", *words])
+    assert provenance(places={"DATA": "/home/me/data"})["command"] == f"attached.py {said}"
+    assert provenance(places={"DATA": "/home/me/data/"})["command"] == f"attached.py {said}"
+
+
 def test_commands_that_differ_in_their_seeds_alone_stand_as_one():
     made = [
         ("--methods tie --seeds 2 --epochs 5", 2),

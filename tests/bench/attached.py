@@ -82,8 +82,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 def made_by(root: str) -> dict:
     """Provenance of a record; its command says DATA for where the images lie, which is another place for everyone."""
-    said = provenance()
-    return said | {"command": said["command"].replace(f"--root {root}", "--root DATA")}
+    return provenance(places={"DATA": root})
 
 
 def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, ImageSet]:

@@ -261,14 +261,11 @@ def main() -> None:
             stem += f"-{a.data}-{found['images']}-{a.backbone}"
         if a.what == "head":
             stem += f"-{a.network.stem}"
-        record = {**found, **provenance(getattr(a, "device", "cpu"))}
-        if hasattr(a, "work"):
-            record["command"] = record["command"].replace(str(a.work), "WORK")
-        if hasattr(a, "root"):
-            record["command"] = record["command"].replace(a.root, "DATA")
+        places = {"DATA": getattr(a, "root", None), "WORK": getattr(a, "work", None)}
         if hasattr(a, "network"):
-            record["command"] = record["command"].replace(str(a.network), a.network.name)
-        write_json(OUT / f"{stem}.json", record)
+            places[a.network.name] = a.network
+        places = {name: place for name, place in places.items() if place is not None}
+        write_json(OUT / f"{stem}.json", {**found, **provenance(getattr(a, "device", "cpu"), places=places)})
 
 
 if __name__ == "__main__":

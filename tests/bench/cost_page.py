@@ -30,6 +30,11 @@ COUNTED = """## Counted by tests
 """What needs no clock."""
 
 
+def _typed(record: dict) -> str:
+    """How a record is made anew."""
+    return f"`python tests/bench/{record['command']}`"
+
+
 def held(is_so: bool) -> str:
     return "held" if is_so else "not held"
 
@@ -49,16 +54,16 @@ def _measured() -> list[str]:
     if r := records.get("openood-epoch"):
         reads = ", ".join(f"{name} {count:.2f} times" for name, count in r["reads"].items())
         parts.append(
-            f"## An epoch inside OpenOOD\n\n`{r['command']}`: its own loader and baseline trainer, LeNet, {r['images']} MNIST images, "
+            f"## An epoch inside OpenOOD\n\n{_typed(r)}: its own loader and baseline trainer, LeNet, {r['images']} MNIST images, "
             f"{len(r['seconds']['tie'])} epochs each in turn, loading included: {r['ratio']:.2f} of its own epoch "
             f"(promised: {HOSTED}, {held(r['ratio'] <= HOSTED)}). Each image was read: {reads} an epoch (promised: at most {READS})."
         )
     if r := records.get("memory"):
         peaks = ", ".join(f"{peak:.0f} MB in {epochs} epochs" for epochs, peak in r["peak_memory_mb"].items())
-        parts.append(f"## Memory of long runs\n\n`{r['command']}`: {peaks}, {100 * r['more']:+.1f} %.")
+        parts.append(f"## Memory of long runs\n\n{_typed(r)}: {peaks}, {100 * r['more']:+.1f} %.")
     if r := records.get("classes"):
         parts.append(
-            f"## {r['classes']} classes\n\n`{r['command']}`: {r['images']} procedural images of 64 pixels, {r['epochs']} epochs, "
+            f"## {r['classes']} classes\n\n{_typed(r)}: {r['images']} procedural images of 64 pixels, {r['epochs']} epochs, "
             f"garbage: {r['garbage']}. "
             f"Accuracy on training images {100 * r['accuracy']:.1f} %; level 1 takes {100 * r['held-out garbage in garbage']:.1f} % of garbage "
             f"that was not trained on and {100 * r['ID in garbage']:.2f} % of training images. Peak memory {r['peak_memory_mb']:.0f} MB."
@@ -66,12 +71,12 @@ def _measured() -> list[str]:
     if r := records.get("large"):
         took = ", ".join(f"{name} {s:.0f} s" for name, s in r["seconds"].items())
         parts.append(
-            f"## 224 pixels\n\n`{r['command']}`: a torchvision ResNet-18, ten steps of everything: {took}; peak memory {r['peak_memory_mb']:.0f} MB."
+            f"## 224 pixels\n\n{_typed(r)}: a torchvision ResNet-18, ten steps of everything: {took}; peak memory {r['peak_memory_mb']:.0f} MB."
         )
     if r := records.get("accelerator"):
         rates = ", ".join(f"{name} {median(of):.0f}" for name, of in r["per_second"].items())
         parts.append(
-            f"## On an accelerator\n\n`{r['command']}` ({r['processor']}): ResNet-18 for 32 pixels, bfloat16; images a second, medians in turn: "
+            f"## On an accelerator\n\n{_typed(r)} ({r['processor']}): ResNet-18 for 32 pixels, bfloat16; images a second, medians in turn: "
             f"{rates}; share of plain training's: {r['ratio']:.2f} (promised: {ACCELERATED}, {held(r['ratio'] >= ACCELERATED)}). "
             f"Attach to a torchvision ResNet-50 at 224 pixels: {r['attach']['per_second']:.0f} ID images a second, their outliers included."
         )
@@ -82,7 +87,7 @@ def _measured() -> list[str]:
     if r := records.get("folders-speed"):
         rates = ", ".join(f"{name} {median(of):.0f}" for name, of in r["per_second"].items())
         parts.append(
-            f"## `tie-ext score` on a folder\n\n`{r['command']}`: {r['images']} JPEGs of {r['pixels']} pixels, Conv5 with a head at 32 pixels; "
+            f"## `tie-ext score` on a folder\n\n{_typed(r)}: {r['images']} JPEGs of {r['pixels']} pixels, Conv5 with a head at 32 pixels; "
             f"images a second of processor time, all processes together, medians of five: {rates}. Share of the DataLoader's rate: "
             f"{r['ratio']['loader']:.2f} (promised: {LEFT}, {held(r['ratio']['loader'] >= LEFT)}). "
             f"On a CPU the classifier itself takes the processor from the DataLoader: of the rate of both together it is "
@@ -91,7 +96,7 @@ def _measured() -> list[str]:
     if r := records.get("folders-memory"):
         peaks = ", ".join(f"{peak:.0f} MB for {count}" for count, peak in r["peak_mb"].items())
         parts.append(
-            f"## Training on a folder that stays on disk\n\n`{r['command']}`: JPEGs of {r['pixels']} pixels, an epoch; peak memory {peaks}: "
+            f"## Training on a folder that stays on disk\n\n{_typed(r)}: JPEGs of {r['pixels']} pixels, an epoch; peak memory {peaks}: "
             f"{r['more_mb']:+.0f} MB (promised: at most {MORE_MB}, {held(r['more_mb'] <= MORE_MB)})."
         )
     if heads := [r for name, r in records.items() if name.startswith("head-")]:
@@ -112,7 +117,7 @@ def _scoring(record: dict) -> str:
         for name, r in record["cases"].items()
     ]
     return (
-        f"## Scoring\n\n`{record['command']}`: a pass in passes of the backbone alone, medians of five in turn, processor time of one thread; "
+        f"## Scoring\n\n{_typed(record)}: a pass in passes of the backbone alone, medians of five in turn, processor time of one thread; "
         f"promised: at most {SCORING}. Small networks lose most: their own pass is short, and the head reads each of their layers.\n\n{table(rows)}"
     )
 
@@ -132,7 +137,7 @@ def _epochs(records: list[dict]) -> str:
                     "train / invert / exclude": " / ".join(f"{100 * found['stages'][s]:.0f} %" for s in ("train", "invert", "exclude")),
                 }
             )
-    commands = "\n".join(f"    {r['command']}" for r in records)
+    commands = "\n".join(f"    python tests/bench/{r['command']}" for r in records)
     return (
         f"## An epoch\n\nTIE's, in plain epochs: {records[0]['repeats']} of each in turn, one thread; medians of the seconds that the process "
         "computed for. In the last epoch the head that people use learns in full. The stages are shares of TIE's epoch; with `layers` the head "
@@ -158,7 +163,7 @@ def _heads(records: list[dict]) -> str:
             garbage, auroc, fpr95 = zip(*of, strict=True)
             row[label] = f"{percent(garbage, 1)} / {percent(auroc)} / {percent(fpr95)}"
         rows.append(row)
-    commands = "\n".join(f"    {r['command']}" for r in records)
+    commands = "\n".join(f"    python tests/bench/{r['command']}" for r in records)
     return (
         f"## What the head learns from fewer images\n\nThe same networks, which learn no more. Attach: all training images once, three outliers an "
         f"image, 1600 steps. The loop: {records[0]['epochs']} epochs as they are now, inversions and all. Garbage rate / AUROC / FPR@95 of the "
@@ -191,7 +196,7 @@ def _detection(r: dict) -> str:
         worse += [f"{figure} of {name}" for figure, (found, good) in figures.items() if _worse(*found.values(), good)]
     said = f"Worse by more than both deviations together: {', '.join(worse) or 'nothing'}. (Promised: nothing.)"
     return (
-        f"## Detection before and after\n\n`{r['command']}`\n\nBefore: each epoch read its images three to five times. Runs of `tie-ext train` "
+        f"## Detection before and after\n\n{_typed(r)}\n\nBefore: each epoch read its images three to five times. Runs of `tie-ext train` "
         f"({settings}; {commits}). Garbage rate / AUROC / FPR@95 of the score; percent, mean ± standard deviation over the seeds; `val:` rows are "
         f"validation images.\n\n{table(rows)}\n\n{said}"
     )

@@ -106,8 +106,8 @@ def main() -> None:
             key = f"{of}, {kind}, {rate}, seed {seed}"
             if key not in runs:
                 runs[key] = run(sets, kind == "TIE", rate, seed)
-                record = {"images": IMAGES, "test": TEST, "epochs": EPOCHS, "runs": runs, **provenance()}
-                write_json(RECORD, record | {"command": record["command"].replace(a.root, "DATA")})
+                record = {"images": IMAGES, "test": TEST, "epochs": EPOCHS, "runs": runs, **provenance(places={"DATA": a.root})}
+                write_json(RECORD, record)
     PAGE.write_text(page())
 
 
@@ -135,7 +135,7 @@ def page() -> str:
         "in percent, mean ± standard deviation over the seeds, in the epoch with the best ID test accuracy, which is what may explain the paper's "
         "row and is not how to choose. In brackets: the largest mean of any epoch.",
         "",
-        f"    {record['command']}",
+        f"    python tests/bench/{record['command']}",
         "",
     ]
     for of in ("mnist", "fashionmnist"):

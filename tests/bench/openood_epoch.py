@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     a = parser.parse_args()
-    command = " ".join(["python", *sys.argv]).replace(str(a.openood), "OPENOOD").replace(str(a.data), "DATA")
+    said = provenance(places={"OPENOOD": a.openood, "DATA": a.data})
     torch.set_num_threads(1)
     root = a.openood.resolve()
     sys.path.insert(0, str(root))
@@ -94,7 +94,7 @@ def main() -> None:
     reads = {name: count[0] / images / a.repeats for name, (_, count, _) in made.items()}
     ratio = median(times["tie"]) / median(times["plain"])
     print(f"ratio {ratio:.2f}, reads {reads}")
-    write_json(OUT / "openood-epoch.json", {"images": images, "seconds": times, "ratio": ratio, "reads": reads, **provenance(), "command": command})
+    write_json(OUT / "openood-epoch.json", {"images": images, "seconds": times, "ratio": ratio, "reads": reads, **said})
 
 
 if __name__ == "__main__":

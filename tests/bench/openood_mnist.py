@@ -128,10 +128,10 @@ def main() -> None:
         network: [json.loads((a.work / trained(a, network, seed)).with_name("seconds.json").read_text()) for seed in range(a.seeds)]
         for network in TRAINED
     }
-    command = " ".join(["python", *sys.argv]).replace(str(a.openood), "OPENOOD").replace(str(a.data), "DATA").replace(str(a.work), "WORK")
     packages = ("torch", "torchvision", "numpy", "scikit-learn", "faiss-cpu")
+    said = provenance(packages=packages, places={"OPENOOD": a.openood, "DATA": a.data, "WORK": a.work})
     record = {"openood": "3c35632", "train": a.train, "test": a.test, "epochs": a.epochs, "seconds": seconds, "numbers": numbers}
-    write_json(OUT / "mnist.json", {**record, **provenance(packages=packages), "command": command})
+    write_json(OUT / "mnist.json", {**record, **said})
     page()
 
 
@@ -155,8 +155,8 @@ def page() -> None:
     seeds = len(next(iter(r["seconds"].values())))
     text = (
         "# OpenOOD's own main.py, on MNIST\n\n"
-        f"Made by `{r['command']}` at commit {r['commit'][:7]}, of `docs/results/openood/mnist.json`. OpenOOD at {r['openood']}, torch "
-        f"{r['versions']['torch']}, CPU.{kept}\n\n"
+        f"Made by `python tests/bench/{r['command']}` at commit {r['commit'][:7]}, of `docs/results/openood/mnist.json`. OpenOOD at "
+        f"{r['openood']}, torch {r['versions']['torch']}, CPU.{kept}\n\n"
         f"OpenOOD's LeNet, {r['train']} training images, {r['epochs']} epochs, {seeds} seeds, each run by its main.py. *plain*: its baseline "
         "trainer. *attach*: trainer `attach` on that very network, which stays as it is. *TIE*: trainer `tie` as `train_tie.yml` has it, SGD at half "
         "the rate of *plain*. CIFAR-10 was not run: OpenOOD's networks for it are too slow for a CPU. Seconds for training one, loading "

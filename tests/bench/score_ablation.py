@@ -8,7 +8,6 @@ tables.py makes docs/research/score_ablation.md of it.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -87,9 +86,8 @@ def main() -> None:
             | {"misclassified": ood_metrics(score(logits)[~wrong], score(logits)[wrong])}
             for label, score in SCORES.items()
         }
-    command = " ".join(["python", *sys.argv]).replace(str(a.root), "DATA")
-    command = command.replace(f"{a.networks[0].parent}/", "NETWORKS/")
-    write_json(DOCS / "results" / "score_ablation.json", {"results": results, **provenance(), "command": command})
+    said = provenance(places={"DATA": a.root, "NETWORKS": a.networks[0].parent})
+    write_json(DOCS / "results" / "score_ablation.json", {"results": results, **said})
     names = [*sets, "misclassified"]
     for metric in ("auroc", "fpr95"):
         means = {label: {name: sum(r[label][name][metric] for r in results.values()) / len(results) for name in names} for label in SCORES}

@@ -4,9 +4,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -22,9 +23,17 @@ def peak_memory() -> float | None:
 
 
 def provenance(
-    device: str | torch.device = "cpu", packages: Sequence[str] = ("torch", "torchvision", "timm", "numpy", "pytorch-ood", "scikit-learn")
+    device: str | torch.device = "cpu",
+    packages: Sequence[str] = ("torch", "torchvision", "timm", "numpy", "pytorch-ood", "scikit-learn"),
+    places: Mapping[str, str | Path] = MappingProxyType({}),
 ) -> dict:
-    """Command, commit, versions, processor (that of ``device``) and threads of this process."""
+    """Command, commit, versions, processor (that of ``device``) and threads of this process.
+
+    Arguments:
+        device: Where it computes.
+        packages: Whose versions are told, where they are installed.
+        places: Files and folders that lie elsewhere for everyone, by the name that the command has instead.
+    """
     versions = {"python": platform.python_version()}
     for package in ("tie_ext", *packages):
         try:
@@ -39,8 +48,18 @@ def provenance(
         commit = None
     program = Path(sys.argv[0])
     name = "tie-ext" if program.resolve() == where / "app" / "cli.py" else program.name  # the former: `python -m tie_ext.app.cli`
-    command = " ".join([name, *sys.argv[1:]])
+    command = " ".join([name, *(_named(word, places) for word in sys.argv[1:])])
     return {"command": command, "commit": commit, "versions": versions, "processor": processor(device), "threads": torch.get_num_threads()}
+
+
+def _named(word: str, places: Mapping[str, str | Path]) -> str:
+    """A word of a command, with the name of a place instead of its path; so too behind ``--flag=`` and before what lies in it."""
+    flag, equals, value = word.rpartition("=")
+    for name, place in places.items():
+        path = os.fspath(place).rstrip("/")
+        if value == path or value.startswith(f"{path}/"):
+            return flag + equals + name + value.removeprefix(path)
+    return word
 
 
 def processor(device: str | torch.device = "cpu") -> str:
