@@ -2,6 +2,7 @@
 
     python tests/bench/cost.py epoch --root DATA --data mnist --images 60000
     python tests/bench/cost.py epoch --root DATA --data mnist --images 20000
+    python tests/bench/cost.py epoch --root DATA --data mnist --images 20000 --search 5 --garbage layers
     python tests/bench/cost.py epoch --root DATA --data cifar10 --images 50000 --backbone resnet20
     python tests/bench/cost.py memory
     python tests/bench/cost.py classes
@@ -53,8 +54,8 @@ def seconds(work: Callable[[], object]) -> float:
 def epoch(a: argparse.Namespace) -> dict:
     """Epochs of plain training and of TIE's loop, in turn."""
     images = data.load(a.data, "train", a.root).first(a.images)
-    batches, config, shape = training_batches(images), TIEConfig(epochs=max(2, a.repeats)), images.shape
-    record: dict = {"data": a.data, "images": len(images), "backbone": a.backbone, "repeats": a.repeats, "garbage": {}}
+    batches, config, shape = training_batches(images), TIEConfig(epochs=max(2, a.repeats), search=a.search), images.shape
+    record: dict = {"data": a.data, "images": len(images), "backbone": a.backbone, "repeats": a.repeats, "search": a.search, "garbage": {}}
     for garbage in a.garbage:
         plain, net = (TIENet(BACKBONES[a.backbone](shape[0], 10), 10, shape, garbage=kind) for kind in ("linear", garbage))
         trainer = Recipe(config, prior=(PRIOR[garbage],), garbage=garbage).trainer(net)
@@ -231,6 +232,7 @@ def main() -> None:
     one.add_argument("--backbone", choices=BACKBONES, default="conv3")
     one.add_argument("--garbage", nargs="+", choices=GARBAGE, default=["layers", "linear"])
     one.add_argument("--repeats", type=int, default=5)
+    one.add_argument("--search", type=int, default=0, help="of the loop's config")
     two = commands.add_parser("memory", help=memory.__doc__)
     two.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
     two.add_argument("--file", help=argparse.SUPPRESS)
@@ -258,7 +260,7 @@ def main() -> None:
     if found:
         stem = a.what
         if a.what == "epoch":
-            stem += f"-{a.data}-{found['images']}-{a.backbone}"
+            stem += f"-{a.data}-{found['images']}-{a.backbone}" + (f"-search{a.search}" if a.search else "")
         if a.what == "head":
             stem += f"-{a.network.stem}"
         places = {"DATA": getattr(a, "root", None), "WORK": getattr(a, "work", None)}

@@ -125,13 +125,13 @@ def _scoring(record: dict) -> str:
 def _epochs(records: list[dict]) -> str:
     """Epochs of TIE beside plain ones."""
     rows = []
-    for r in sorted(records, key=lambda r: (r["data"], -r["images"])):
+    for r in sorted(records, key=lambda r: (r["data"], -r["images"], r["search"])):
         for garbage, found in r["garbage"].items():
-            wanted = WANTED.get((r["data"], r["images"]))
+            wanted = None if r["search"] else WANTED.get((r["data"], r["images"]))
             rows.append(
                 {
                     "data, backbone": f"{r['data']}, {r['images']} images, {r['backbone']}",
-                    "garbage": garbage,
+                    "garbage": garbage + (f", search {r['search']}" if r["search"] else ""),
                     "median ratio (promised)": f"{found['ratio']:.2f}" + ("" if wanted is None else f" ({wanted}: {held(found['ratio'] <= wanted)})"),
                     "last epoch": f"{found['seconds']['tie'][-1] / median(found['seconds']['plain']):.2f}",
                     "train / invert / exclude": " / ".join(f"{100 * found['stages'][s]:.0f} %" for s in ("train", "invert", "exclude")),
