@@ -282,8 +282,10 @@ def _otherwise() -> list[str]:
                     row[column] = f"{percent([mean(auroc[best])], 1)} ({percent([min(auroc[best])], 1)}{named})"
                 rows.append(row)
         said = (
-            "AUROC, percent. *Plain* and the others are trained by OpenOOD's own trainers; PixMix mixes with procedural images. Combined: GEN, ViM, "
-            "and the head, or the first two. Best single: the one with the highest mean, chosen by looking at these very columns.\n"
+            "AUROC, percent, one seed. *Plain* and the others are trained by OpenOOD's own trainers and settings, but on this small network, for few "
+            "epochs, on images that are not normalised; PixMix mixes with procedural images, not fractals. Combined: GEN, ViM and the head, or the "
+            "first two; on RotPred's network OpenOOD's score of it too. Best single: the score with the highest mean, chosen by looking at these "
+            "very columns.\n"
         )
         title = f"## Networks that were trained to tell OOD images: {path.stem}\n"
         parts += [title, f"    python tests/bench/{record['command']}\n", said, table(rows), ""]

@@ -1,10 +1,11 @@
 """Does a garbage head add to networks that were trained to tell OOD images, by OpenOOD's own LogitNorm, RotPred and PixMix?
 
-    python tests/bench/trained_otherwise.py --root DATA --data cifar10 --images 20000 --epochs 10
+    python tests/bench/trained_otherwise.py --root DATA --images 20000 --epochs 10
 
-Each is trained by OpenOOD's trainer (``$OPENOOD_ROOT`` or ~/OpenOOD) on the same images and backbone, and *plain* by its trainer of plain networks.
-PixMix's mixing set are procedural images. Heads, scores and sets are those of attached.py. Writes docs/results/attached/otherwise/ after each
-network, and goes on from there.
+CIFAR-10. Each is trained by OpenOOD's trainer (``$OPENOOD_ROOT`` or ~/OpenOOD) with its settings, and *plain* by its trainer of plain networks.
+Unlike there: the project's backbones and few epochs, the last of which counts; images in [0, 1], not normalised; PixMix's mixing set are procedural
+images, not fractals. Heads, scores and sets are those of attached.py, and on RotPred's network OpenOOD's own score of it. Writes
+docs/results/attached/otherwise/ after each network, and goes on from there.
 """
 
 import argparse
@@ -25,13 +26,14 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from tie_ext import Procedural, TIENet
-from tie_ext.app.data import ImageSet
+from tie_ext.app.data import ImageBatches, ImageSet
 from tie_ext.backbones import BACKBONES
 from tie_ext.support.files import write_json
 from tie_ext.support.random import seeded
 
 sys.path.insert(0, os.environ.get("OPENOOD_ROOT", str(Path.home() / "OpenOOD")))
 
+from openood.postprocessors.rotpred_postprocessor import RotPredPostprocessor
 from openood.preprocessors.pixmix_preprocessor import PixMixPreprocessor
 from openood.trainers.base_trainer import BaseTrainer
 from openood.trainers.logitnorm_trainer import LogitNormTrainer
@@ -41,10 +43,13 @@ from openood.utils.config import Config
 from tie_ext.bench.openood_baselines import SGD, Loader
 from tie_ext.openood import without_cuda
 
+DATA = "cifar10"
 MIXED = 2000
 """Procedural images in PixMix's mixing set."""
 TRAINERS = {"plain": BaseTrainer, "logitnorm": LogitNormTrainer, "rotpred": RotPredTrainer, "pixmix": BaseTrainer}
 COMBINATIONS = {"combined": ("GEN", "ViM", "head"), "combined without the head": ("GEN", "ViM")}
+OWN = "RotPred"
+"""OpenOOD's own score of RotPred's network; there it is in both combinations."""
 
 
 class Rotating(nn.Module):
@@ -71,7 +76,7 @@ class Mixed:
         (folder / "list.txt").write_text("\n".join(map(str, names)))
         size = images.shape[-1]
         config = {
-            "dataset": {"name": "cifar10", "pre_size": size, "image_size": size, "interpolation": "bilinear", "normalization_type": "cifar10"},
+            "dataset": {"name": DATA, "pre_size": size, "image_size": size, "interpolation": "bilinear", "normalization_type": DATA},
             "preprocessor": {
                 "preprocessor_args": {"mixing_set_dir": str(folder / "list.txt"), "aug_severity": 3, "all_ops": True, "k": 4, "beta": 3}
             },
@@ -94,7 +99,7 @@ class Moved:
         return moved_batches(self.images)
 
 
-def train(name: str, fresh: Callable[[], TIENet], images: ImageSet, epochs: int, seed: int, folder: Path) -> TIENet:
+def train(name: str, fresh: Callable[[], TIENet], images: ImageSet, epochs: int, seed: int, folder: Path) -> TIENet | Rotating:
     """A network by one of :data:`TRAINERS`."""
     with seeded(seed):
         net = fresh()
@@ -110,15 +115,26 @@ def train(name: str, fresh: Callable[[], TIENet], images: ImageSet, epochs: int,
             trainer = TRAINERS[name](trained, Loader(batches, -(-len(images) // 128)), Config(config))
             for epoch in range(1, epochs + 1):
                 trainer.train_epoch(epoch)
-    return net.eval()
+    return trained.eval()
 
 
-def measured(net: TIENet, sets: dict[str, ImageSet], seed: int) -> dict:
+@torch.no_grad()
+def turned_scores(trained: Rotating, images: ImageSet) -> Tensor:
+    """OpenOOD's score of a network that tells turns, larger = more OOD, ``(N,)``."""
+    rejector = RotPredPostprocessor(Config({"postprocessor": {}}))
+    with without_cuda(wanted=False):
+        return torch.cat([-rejector.postprocess(trained, x)[1] for x, _ in ImageBatches(images, 500)])
+
+
+def measured(trained: TIENet | Rotating, sets: dict[str, ImageSet], seed: int) -> dict:
     """Accuracy, and the numbers of attached.py with those of :data:`COMBINATIONS`."""
+    net = trained.net if isinstance(trained, Rotating) else trained
     scores = host_scores(net, sets)
+    if isinstance(trained, Rotating):
+        scores[OWN] = {name: turned_scores(trained, images) for name, images in sets.items() if name != "train"}
     scores["head"], in_garbage = judged(headed(net, sets["train"], ("procedural",), seed), sets)
     for label, members in COMBINATIONS.items():
-        of = combined(scores, members, "stouffer")
+        of = combined(scores, (*members, *{OWN}.intersection(scores)), "stouffer")
         scores[label] = {name: of[name] for name in of if name != "calibration"}
     logits, _ = read(net, sets["id"])
     return {"accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(), **numbers_of(scores, {"head": in_garbage})}
@@ -127,15 +143,14 @@ def measured(net: TIENet, sets: dict[str, ImageSet], seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data")
-    parser.add_argument("--data", default="cifar10")
     parser.add_argument("--images", type=int, help="training images; default all but the held-out ones")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--backbone", choices=BACKBONES, default="conv3")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    sets = image_sets(a.data, a.root, a.images, a.seed)
+    sets = image_sets(DATA, a.root, a.images, a.seed)
     images = sets["train"]
-    path = OUT / "otherwise" / f"{Trained(a.data, len(images), a.epochs, a.backbone, a.seed)}.json"
+    path = OUT / "otherwise" / f"{Trained(DATA, len(images), a.epochs, a.backbone, a.seed)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     networks = json.loads(path.read_text())["networks"] if path.exists() else {}
 
@@ -150,7 +165,7 @@ def main() -> None:
             net = train(name, fresh, images, a.epochs, a.seed, Path(folder))
         seconds = time.perf_counter() - start
         networks[name] = {**measured(net, sets, a.seed), "seconds of training": seconds}
-        about = {"data": a.data, "backbone": a.backbone, "epochs": a.epochs, "seed": a.seed, "images": {part: len(of) for part, of in sets.items()}}
+        about = {"data": DATA, "backbone": a.backbone, "epochs": a.epochs, "seed": a.seed, "images": {part: len(of) for part, of in sets.items()}}
         write_json(path, {**about, "networks": networks, **made_by(a.root)})
         print(f"{name}: accuracy {networks[name]['accuracy']:.4f}, {seconds:.0f} s", flush=True)
 

@@ -1,10 +1,14 @@
 """Networks of OpenOOD's LogitNorm, RotPred and PixMix, beside which tests/bench/trained_otherwise.py has a garbage head."""
 
+import math
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tie_ext import TIENet
 from tie_ext.app.data import ImageSet
@@ -30,30 +34,56 @@ def images() -> ImageSet:
     return ImageSet(torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(40) % 10, tuple("0123456789"))
 
 
+def logits_of(trained, images: ImageSet) -> torch.Tensor:
+    with torch.no_grad():
+        return trained(images.x[:8].float() / 255)
+
+
 @pytest.mark.parametrize("name", ["plain", "logitnorm", "rotpred", "pixmix"])
-def test_each_trainer_of_openood_teaches_the_id_logits_alike_with_the_same_seed(otherwise, name, images, tmp_path):
+def test_each_trainer_of_openood_teaches_alike_with_the_same_seed(otherwise, name, images, tmp_path):
     first, again, other = (otherwise.train(name, fresh, images, 1, seed, tmp_path) for seed in (0, 0, 1))
     assert not first.training
-    x = images.x[:8].float() / 255
-    with torch.no_grad():
-        assert torch.equal(first(x), again(x))
-        assert not torch.allclose(first(x), other(x))
+    assert torch.equal(logits_of(first, images), logits_of(again, images))
+    assert not torch.allclose(logits_of(first, images), logits_of(other, images))
+
+
+def test_each_trainer_of_openood_teaches_something_else(otherwise, images, tmp_path):
+    logits = [logits_of(otherwise.train(name, fresh, images, 1, 0, tmp_path), images) for name in otherwise.TRAINERS]
+    assert not any(torch.allclose(a, b) for a, b in combinations(logits, 2))
+
+
+def test_rotpred_learns_to_tell_turns_and_is_scored_by_them(otherwise, images, tmp_path):
     with seeded(0):
-        begun = fresh()
-    assert not torch.equal(begun.fc.weight, first.fc.weight)
+        begun = otherwise.Rotating(fresh()).turned.weight
+    trained = otherwise.train("rotpred", fresh, images, 1, 0, tmp_path)
+    assert not torch.equal(begun, trained.turned.weight)
+    trained.turned.weight.data.zero_()
+    trained.turned.bias.data = torch.tensor([5.0, 0, 0, 0])  # takes every image for one that stands upright, of whose four turns one is
+    log_odds = 5 - torch.tensor(5.0).exp().add(3).log()
+    loss = -(log_odds + 3 * (log_odds - 5)) / 4 / math.log(2)
+    logits = trained.net(images.x.float() / 255)
+    unsure = -(logits.log_softmax(1).mean(1) + math.log(10)) / math.log(2)  # from uniform, in bits
+    assert torch.allclose(otherwise.turned_scores(trained, images), loss - unsure, atol=1e-4)
 
 
-def test_what_pixmix_gives_is_mixed_and_in_range(otherwise, images, tmp_path):
-    batches = otherwise.Mixed(images, fresh(), tmp_path)
-    ((x, y),) = list(batches)
-    assert x.shape == images.x.shape
-    assert x.min() >= 0
-    assert x.max() <= 1
-    assert sorted(y.tolist()) == sorted(images.y.tolist())
+def test_pixmix_mixes_with_its_own_set_in_range(otherwise, images, tmp_path):
+    def mixed(value: float) -> torch.Tensor:
+        batches = otherwise.Mixed(images, fresh(), tmp_path)
+        for path in tmp_path.glob("*.png"):
+            Image.new("RGB", (32, 32), (round(255 * value),) * 3).save(path)
+        np.random.seed(0)
+        with seeded(0):
+            ((x, y),) = list(batches)
+        assert sorted(y.tolist()) == sorted(images.y.tolist())
+        return x
+
+    black, white = mixed(0), mixed(1)
     assert len(list(tmp_path.glob("*.png"))) == 5
-    black = ImageSet(torch.zeros_like(images.x), images.y, images.classes)
-    ((x, _),) = list(otherwise.Mixed(black, fresh(), tmp_path))
-    assert x.amax((1, 2, 3)).gt(0.1).sum() > len(x) / 4  # something else than black was mixed in
+    assert black.shape == images.x.shape
+    assert min(black.min(), white.min()) >= 0
+    assert max(black.max(), white.max()) <= 1
+    changed = (black != white).flatten(1).any(1)
+    assert 0 < changed.sum() < len(changed)  # the others were mixed with what was made of themselves alone
 
 
 def test_a_network_that_tells_turns_gives_the_same_id_logits(otherwise):
