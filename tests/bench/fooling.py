@@ -180,7 +180,7 @@ def curves(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -219,7 +219,7 @@ def main() -> None:
     path, pictures = OUT / f"{a.network.stem}.json", OUT / "work" / f"{a.network.stem}.shown"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(path.read_text()) if path.exists() else {}
-    about["networks"] = {name: _digest(file) for name, file in found.items()}
+    about["networks"] = {name: digest(file) for name, file in found.items()}
     if record.get("networks") is not None:  # what was found against a network that has been trained anew since is found again
         for name in [name for name, digest in record["networks"].items() if about["networks"].get(name) != digest]:
             record["rows"] = [row for row in record["rows"] if row["network"] != name]
@@ -229,7 +229,7 @@ def main() -> None:
         record["networks"] = about["networks"]
     if any(record.get(key) != value for key, value in about.items()):
         record = {**about, "accuracy": {}, "false_alarms": {}, "seconds": {}, "rows": []}
-    shown = load_state(pictures, "shown") if record["rows"] else {}
+    shown = load_state(pictures, "shown") if record["rows"] and pictures.exists() else {}
     made = {name: detectors_of(net, sets, with_hosts=name in HOSTS) for name, net in nets.items()}
     for name, net in nets.items():
         logits, h = read(net, sets["id"])

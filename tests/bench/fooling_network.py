@@ -12,11 +12,14 @@ SHOWN = ("10", "30", "100")
 MARKED = f"after {' / '.join(SHOWN)} steps of ascent, mean over the kinds of start, / by the generator"
 HARDEST = 8
 """Detectors in the first table."""
+EVERYWHERE = ("blind", "garbage class", "combined", "combined, largest", "level 1")
+"""What searchers see whose images every detector is judged by: one that sees another detector is there on some networks alone."""
 Who = tuple[str, str]
 """Network and detector."""
 
 
 def section(record: dict) -> list[str]:
+    """All tables and figures of a record."""
     stem = f"{record['data']}-{record['images']['train']}x{record['epochs']}-{record['backbone']}-seed{record['seed']}"
     rates = [rate for of in record["false_alarms"].values() for label, rate in of.items() if "level" not in label]
     accuracy = ", ".join(f"{name} {percent([value])}" for name, value in record["accuracy"].items())
@@ -58,9 +61,12 @@ def _not_searched(record: dict) -> list[str]:
 
 
 def strongest(rows: Sequence[dict]) -> dict[Who, dict[str, dict[str, float]]]:
-    """The most that any searcher found, by network and detector, kind of start, and steps (``found`` of a generator)."""
+    """The most that any searcher found who sees the detector or one of :data:`EVERYWHERE`, by network and detector, kind of start, and steps
+    (``found`` of a generator)."""
     most: dict[Who, dict[str, dict[str, float]]] = {}
     for row in rows:
+        if row["seen"] not in (*EVERYWHERE, row["detector"]):
+            continue
         kind = most.setdefault((row["network"], row["detector"]), {}).setdefault(row["searcher"], {})
         for mark, share in ({mark: row["path"][mark] for mark in SHOWN} if "path" in row else {"found": row["found"]}).items():
             kind[mark] = max(kind.get(mark, 0.0), share)
