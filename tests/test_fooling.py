@@ -335,19 +335,17 @@ def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     kinds = ("noise", "procedural", "OOD images", "generator, 200 steps")
     rows = [{"network": "plain", "searcher": kind, "detector": "ViM", "form": form, **numbers} for kind in kinds for form in ("blind", "adaptive")]
     for row in rows:
+        row["seen"] = "blind" if row["form"] == "blind" else row["detector"]
         if row["searcher"].startswith("generator"):
             del row["path"]
-    rows += [{**rows[1], "detector": "combined", "judged": 0.625}]
+    rows += [{**rows[1], "detector": "combined", "judged": 0.625, "seen": "ViM"}]
     record = {"data": "mnist", "backbone": "conv3", "epochs": 10, "seed": 0, "images": {"train": 20}, "per_class": 5, "judges": ["b"], "rows": rows}
     record |= {"command": "fooling.py", "accuracy": {"plain": 0.9}, "false_alarms": {"plain": {"ViM": 0.04, "combined": 0.05}}}
     record |= {"garbage": {"plain": {"id": 0.01, "notmnist": 0.97}}, "rejected": {"plain": {"notmnist": {"ViM": 0.5, "combined": 0.96}}}}
     (tmp_path / "mnist-20x10-conv3-seed0.json").write_text(json.dumps(record))
     front, lines = (text.splitlines() for text in fooling_page.pages().values())
     assert max(line.count("|") for line in [*front, *lines]) == 6
-    assert cells_of(next(part for part in fooling_page._found({"mnist": [record]}) if "---" in part)) == [
-        ["plain: ViM", "0 / 12 / 25 / 25 (1)"],
-        ["plain: combined", "0 / 12 / 25 (1)"],
-    ]
+    assert cells_of(fooling_page._found({"mnist": [record]})[2]) == [["plain: ViM", "0 / 12 / 25 / 25 (1)"]]
     strongest, blind, adaptive = (line for line in lines if line.startswith("| plain: ViM") and line.count("/") > 4)
     assert [cell.strip() for cell in blind.split("|")][2:6] == ["0 / 12 / 25", "0 / 12 / 25", "0 / 12 / 25", "25"]
     assert strongest == blind == adaptive
@@ -355,61 +353,122 @@ def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
     assert all(number in found for number in ("62", "88", "4.00", "5.00", "90.00", "97.00", "96.00"))
 
 
-def test_the_page_says_the_most_that_longer_searches_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
-    (tmp_path / "long").mkdir()
-    row = {"network": "plain", "searcher": "generator", "steps": 1000, "seed": 0}
-    rows = [{**row, "seen": seen, "found": {"level 1": share}} for seen, share in (("combined", 0.25), ("combined, largest", 0.5), (None, 0.125))]
-    rows += [{**row, "searcher": "ascent", "seen": seen, "found": {"level 1": share}} for seen, share in (("combined", 1.0), (None, 0.75))]
-    (tmp_path / "long" / "toy.json").write_text(json.dumps({"rows": rows, "command": "fooling_long.py"}))
-    *_, table, _ = fooling_page._long()
-    assert table.splitlines()[0].split("|")[2:5] == [" ascent, 1000 steps ", " generator, 1000 steps ", " blind, the most "]
-    assert cells_of(table) == [["plain: level 1", "100", "50", "75"]]
+def record_of(rows: list[dict], **more) -> dict:
+    return {"data": "toy", "backbone": "conv3", "epochs": 1, "seed": 0, "images": {"train": 20}, "rows": rows} | more
 
 
-def rows_of(network: str, detector: str, form: str, found: tuple[float, ...]) -> list[dict]:
+def rows_of(network: str, detector: str, seen: str, found: tuple[float, ...]) -> list[dict]:
     """Ascent from noise, and a generator by the last of what was found."""
-    row = {"network": network, "detector": detector, "form": form, "searcher": "noise"}
+    row = {"network": network, "detector": detector, "seen": seen, "form": "blind" if seen == "blind" else "adaptive", "searcher": "noise"}
     path = dict(zip(("10", "30", "100"), found[:3], strict=True))
-    return [{**row, "path": path}, {**row, "searcher": "generator", "found": found[3]}]
+    return [{**row, "path": path}, {**row, "searcher": "generator, 200 steps", "found": found[3]}]
 
 
 def cells_of(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
+def long_of(where, rows: list[dict]) -> None:
+    (where / "long").mkdir()
+    (where / "long" / "toy-20x1-conv3-seed0.json").write_text(json.dumps({"rows": rows, "command": "fooling_long.py"}))
+
+
+LONG = {"network": "plain", "searcher": "generator", "steps": 1000, "seed": 0}
+
+
+def test_the_page_says_the_most_that_longer_searches_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
+    rows = [{**LONG, "seen": seen, "found": {"level 1": share}} for seen, share in (("combined", 0.25), ("combined, largest", 0.5), ("blind", 0.125))]
+    rows += [{**LONG, "searcher": "ascent", "seen": seen, "found": {"level 1": share}} for seen, share in (("combined", 1.0), ("blind", 0.75))]
+    long_of(tmp_path, rows)
+    *_, table, _ = fooling_page._long()
+    assert table.splitlines()[0].split("|")[2:5] == [" ascent, 1000 steps ", " generator, 1000 steps ", " blind, the most "]
+    assert cells_of(table) == [["plain: level 1", "100", "50", "75"]]
+
+
+def test_generators_of_other_seeds_count_among_the_strongest(tmp_path, monkeypatch):
+    monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
+    record = record_of(rows_of("plain", "level 1", "level 1", (0.1, 0.2, 0.3, 0.4)))
+    found = [{**LONG, "steps": 200, "seed": seed, "seen": "combined", "found": {"level 1": share}} for seed, share in ((1, 0.5), (2, 0.75))]
+    long_of(tmp_path, [*found, {**LONG, "seen": "combined", "found": {"level 1": 1.0}}])
+    ascent, generator = fooling_page.found_by_all(record)["plain", "level 1"].values()
+    assert generator == {"found": 0.75}  # a longer one is no fair comparison
+    assert ascent == {"10": 0.1, "30": 0.2, "100": 0.3}
+    assert [cells[1] for cells in cells_of(fooling_page._found({"toy": [record]})[2])] == ["10 / 20 / 30 / 75 (1)"]
+
+
+def test_a_searcher_that_some_networks_lack_counts_for_no_other_detector():
+    rows = rows_of("plain", "level 1", "MSP", (1, 1, 1, 1)) + rows_of("plain", "level 1", "combined", (0, 0.1, 0.2, 0.3))
+    rows += rows_of("plain", "MSP", "MSP", (0.5, 0.5, 0.5, 0.5))
+    most = fooling_network.strongest(rows)
+    assert fooling_network.shares_found(most["plain", "level 1"]) == [0, 0.1, 0.2, 0.3]
+    assert fooling_network.shares_found(most["plain", "MSP"]) == [0.5, 0.5, 0.5, 0.5]
+
+
 def test_the_hardest_to_fool_are_ranked_by_the_strongest_searcher():
-    rows = rows_of("plain", "MSP", "blind", (0, 0, 0.2, 0)) + rows_of("plain", "MSP", "crossed", (0, 0, 0.9, 0.1))
-    rows += rows_of("plain", "ViM", "adaptive", (0, 0, 0.5, 1)) + rows_of("plain", "ViM", "crossed", (0, 0.4, 0, 0))
+    rows = rows_of("plain", "MSP", "blind", (0, 0, 0.2, 0)) + rows_of("plain", "MSP", "level 1", (0, 0, 0.9, 0.1))
+    rows += rows_of("plain", "ViM", "ViM", (0, 0, 0.5, 1)) + rows_of("plain", "ViM", "combined", (0, 0.4, 0, 0))
     assert cells_of(fooling_network.hardest(rows, {"plain": 0.75})[1]) == [
         ["plain: ViM", "75.00", "0 / 40 / 50 / 100"],
         ["plain: MSP", "75.00", "0 / 0 / 90 / 10"],
     ]
 
 
-@pytest.mark.parametrize(
-    ("taught", "said"), [((0.1, 0.2, 0.5, 0.5), "0.40 to 0.50, held (1)"), ((0.1, 0.2, 0.5, 0.6), "0.40 to 0.60, held in 75 % (1)")]
-)
-def test_what_inversions_and_search_change_is_decided_by_the_same_detector_without_them(taught, said):
-    without = rows_of("plain", "level 1", "adaptive", (0.25, 0.5, 1, 1)) + rows_of("plain", "MSP", "adaptive", (1, 1, 1, 1))
-    assert fooling_page._decided({"toy": [{"rows": without}]}) == []
-    for network, column in (("loop", 1), ("loop-search", 2), ("search", 3)):
-        record = {"rows": without + rows_of(network, "level 1", "crossed", taught)}
-        (cells,) = cells_of(fooling_page._decided({"toy": [record]})[2])
-        assert cells == ["toy", *(said if place == column else "-" for place in (1, 2, 3))]
-    (cells,) = cells_of(fooling_page._decided({"toy": [record, record, {"rows": without}]})[2])  # a seed without such a network does not count
-    assert cells[3] == said.replace("(1)", "(2)")
+@pytest.mark.parametrize(("taught", "said"), [((0.1, 0.2, 0.5, 0.5), "4 of 4; 0.50"), ((0.1, 0.2, 0.5, 0.6), "3 of 4; 0.60")])
+def test_what_inversions_and_search_change_is_decided_by_the_same_detector_of_the_other_network(taught, said):
+    without = rows_of("plain", "level 1", "level 1", (0.25, 0.5, 1, 1)) + rows_of("plain", "MSP", "MSP", (1, 1, 1, 1))
+    assert fooling_page._decided({"toy": [record_of(without)]}) == []
+    for network, what in (("loop", "inversions"), ("loop-search", "both"), ("search", "search")):
+        record = record_of([*without, *rows_of(network, "level 1", "level 1", taught), *rows_of(network, "MSP", "MSP", (1, 1, 1, 1))])
+        record |= {"accuracy": {}}
+        cells, *starts = cells_of(fooling_page._decided({"toy": [record]})[2])
+        assert cells == [what, said]
+        if what == "both":
+            noise, generator = (["- both, noise", "3 of 3; 0.50"], ["- both, generator, 200 steps", f"{said[0] == '4':d} of 1; {taught[-1]:.2f}"])
+            assert starts == [noise, generator]
+        else:
+            assert starts == []
+    two = {"toy": [record, record, record_of(without, accuracy={})]}  # a seed without such a network does not count
+    assert cells_of(fooling_page._decided(two)[2]) == [["search", f"{2 * int(said[0])} of 8; {said[-4:]}"]]
 
 
 def test_what_is_found_where_nothing_was_to_be_found_is_held_by_no_bar():
-    record = {"rows": rows_of("plain", "ViM", "adaptive", (0, 0, 0, 0.5)) + rows_of("loop", "ViM", "adaptive", (0, 0, 0.1, 0.1))}
-    assert fooling_page._bar([record], "inversions") == "0.20 to inf, held in 50 % (1)"
+    record = record_of(rows_of("plain", "level 1", "level 1", (0, 0, 0, 0.5)) + rows_of("loop", "level 1", "level 1", (0, 0, 0.1, 0.1)))
+    found = list(fooling_page.comparisons([record], "inversions"))
+    assert [(one.steps, one.held) for one in found] == [("100", False), ("found", True)]  # the others say nothing
+    assert fooling_page._held(found) == "1 of 2; inf"
 
 
-def test_a_front_page_has_the_costs_of_each_seed():
-    blind = [{**row, "detector": "combined, largest", "form": "blind"} for row in rows_of("plain", "", "", (0.1, 0.3, 0.2, 0.05))]
-    record = {"accuracy": {"plain": 0.5}, "garbage": {"plain": {"id": 0.125, "letters": 0.75, "digits": 0.25}}, "rows": blind}
+def test_the_other_bars_are_decided_by_the_numbers():
+    blind = [{**row, "detector": "level 1"} for row in rows_of("loop-search", "", "blind", (0.1, 0.3, 0.2, 0.05))]
+    garbage = {"plain": {"id": 0, "letters": 1, "digits": 0.5}, "loop-search": {"id": 0, "letters": 0.75, "digits": 0.5}}
+    accuracies = [{"plain": 0.9, "loop-search": 0.85}, {"plain": 0.8, "loop-search": 0.75}]
+    records = [record_of(blind, accuracy=accuracy, garbage=garbage) for accuracy in accuracies]
+    said = [cells[1] for cells in cells_of(fooling_page._bars({"toy": records})[1])]
+    assert said == [
+        "80.00 beside 85.00 ± 7.07: held",
+        "50.0 beside 50.0: held",
+        "garbage class 0, combined 0, combined, largest 0, level 1 30: not held",
+    ]
+    worse = {**garbage, "loop-search": {"id": 0, "letters": 0.25, "digits": 0.5}}
+    records = [record_of([], accuracy={"plain": 0.9, "loop-search": value}, garbage=worse) for value in (0.85, 0.86)]
+    said = [cells[1] for cells in cells_of(fooling_page._bars({"toy": records})[1])]
+    assert [one.rpartition(": ")[2] for one in said] == ["not held", "not held", "held"]
+    said = [cells[1] for cells in cells_of(fooling_page._bars({"toy": records[:1]})[1])]
+    assert said[0].endswith(": one seed")
+
+
+def test_a_front_page_has_the_costs_of_each_network():
+    record = {"accuracy": {"plain": 0.5}, "garbage": {"plain": {"id": 0.125, "letters": 0.75, "digits": 0.25}}}
     other = {**record, "accuracy": {"plain": 0.5, "loop": 0.75}, "garbage": {"plain": record["garbage"]["plain"], "loop": {"id": 0, "letters": 1}}}
-    (plain, loop) = cells_of(fooling_page._cost({"toy": [record, other]})[2])
-    assert plain == ["toy: plain", "50.00 ± 0.00", "12.50 ± 0.00", "25.0 ± 0.0", "30 / 5, 30 / 5"]
-    assert loop == ["toy: loop", "75.00", "0.00", "100.0", "-"]
+    plain, loop = cells_of(fooling_page._cost({"toy": [record, other]})[2])
+    assert plain == ["toy: plain", "50.00 ± 0.00", "12.50 ± 0.00", "25.0 ± 0.0"]
+    assert loop == ["toy: loop", "75.00", "0.00", "100.0"]
+
+
+def test_the_front_page_says_what_networks_apart_take_for_the_class():
+    rows = rows_of("plain", "combined, largest", "combined, largest", (0, 0, 0, 0)) + rows_of("plain", "level 1", "level 1", (0, 0, 0, 0))
+    for row, judged, confidence in zip(rows, (0.25, 0.5, 1, 1), (0.75, None, 0, 0), strict=True):
+        row |= {"judged": judged, "confidence": confidence}
+    record = record_of(rows, accuracy={"plain": 1, "loop": 1})
+    assert cells_of(fooling_page._like({"toy": [record]})[2]) == [["toy: plain", "25", "75", "50", "-"]]

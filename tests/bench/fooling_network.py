@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
+from attached_page import stem_of
 from page import percent
 
 from tie_ext.app.report import table
@@ -20,7 +21,7 @@ Who = tuple[str, str]
 
 def section(record: dict) -> list[str]:
     """All tables and figures of a record."""
-    stem = f"{record['data']}-{record['images']['train']}x{record['epochs']}-{record['backbone']}-seed{record['seed']}"
+    stem = stem_of(record)
     rates = [rate for of in record["false_alarms"].values() for label, rate in of.items() if "level" not in label]
     accuracy = ", ".join(f"{name} {percent([value])}" for name, value in record["accuracy"].items())
     steps = " / ".join(SHOWN)
