@@ -339,7 +339,17 @@ def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
         if row["searcher"].startswith("generator"):
             del row["path"]
     rows += [{**rows[1], "detector": "combined", "judged": 0.625, "seen": "ViM"}]
-    record = {"data": "mnist", "backbone": "conv3", "epochs": 10, "seed": 0, "images": {"train": 20}, "per_class": 5, "judges": ["b"], "rows": rows}
+    record = {
+        "data": "mnist",
+        "backbone": "conv3",
+        "epochs": 10,
+        "seed": 0,
+        "images": {"train": 20},
+        "networks": {},
+        "per_class": 5,
+        "judges": ["b"],
+        "rows": rows,
+    }
     record |= {"command": "fooling.py", "accuracy": {"plain": 0.9}, "false_alarms": {"plain": {"ViM": 0.04, "combined": 0.05}}}
     record |= {"garbage": {"plain": {"id": 0.01, "notmnist": 0.97}}, "rejected": {"plain": {"notmnist": {"ViM": 0.5, "combined": 0.96}}}}
     (tmp_path / "mnist-20x10-conv3-seed0.json").write_text(json.dumps(record))
@@ -354,7 +364,7 @@ def test_a_page_shows_every_measure_in_five_columns(tmp_path, monkeypatch):
 
 
 def record_of(rows: list[dict], **more) -> dict:
-    return {"data": "toy", "backbone": "conv3", "epochs": 1, "seed": 0, "images": {"train": 20}, "rows": rows} | more
+    return {"data": "toy", "backbone": "conv3", "epochs": 1, "seed": 0, "images": {"train": 20}, "networks": {}, "rows": rows} | more
 
 
 def rows_of(network: str, detector: str, seen: str, found: tuple[float, ...]) -> list[dict]:
@@ -430,6 +440,14 @@ def test_what_inversions_and_search_change_is_decided_by_the_same_detector_of_th
             assert starts == []
     two = {"toy": [record, record, record_of(without, accuracy={})]}  # a seed without such a network does not count
     assert cells_of(fooling_page._decided(two)[2]) == [["search", f"{2 * int(said[0])} of 8; {said[-4:]}"]]
+
+
+def test_networks_that_are_the_same_are_said_to_be():
+    networks = ({"loop-search": "a", "search": "a"}, {"loop-search": "a", "search": "b"}, {"loop-search": "a"}, {})
+    records = [record_of([], seed=seed, networks=of) for seed, of in enumerate(networks)]
+    (said,) = fooling_page._alike({"toy": records})
+    assert said.startswith("On toy-20x1-conv3-seed0 *loop-search*")
+    assert fooling_page._alike({"toy": records[1:]}) == []
 
 
 def test_what_is_found_where_nothing_was_to_be_found_is_held_by_no_bar():

@@ -307,6 +307,22 @@ def test_a_shell_completes_verbs_and_flags_by_the_words_of_the_guide():
     assert all(word in done.stdout for word in ("reproduce", "--false-alarm", "--synthesizer"))
 
 
+def test_a_loop_that_expels_nothing_says_so(folder, tmp_path, capsys):
+    for lam, idle in (("100", True), ("-inf", False)):
+        place = tmp_path / lam
+        assert main(train(folder, place, "--epochs", "1", f"--lam={lam}")) == 0
+        said = capsys.readouterr().out
+        assert ("no candidate was uncertain enough to become garbage" in said) == idle
+        assert main(["report", str(place)]) == 0
+        assert ("no candidate was uncertain enough to become garbage" in (place / "report.html").read_text()) == idle
+
+
+def test_without_synthesizers_nothing_is_said_of_candidates():
+    assert report.idle([{"tau": 0.5, "proposed": [0, 0], "excluded": [0, 0]}]) == ""
+    assert report.idle([{"tau": 1.5, "proposed": [2, 0], "excluded": [0, 0]}, {"tau": 0.5, "proposed": [2, 0], "excluded": [0, 1]}]) == ""
+    assert "at least 0.75" in report.idle([{"tau": tau, "proposed": [2, 0], "excluded": [0, 0]} for tau in (1.5, 0.75)])
+
+
 def test_the_tables_say_what_the_record_does(run):
     numbers = json.loads((run / "run.json").read_text())["numbers"]
     (of_id,), (of_ood,) = report.id_rows({"TIE": numbers}), report.ood_rows({"TIE": numbers})

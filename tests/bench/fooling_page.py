@@ -158,7 +158,24 @@ def _decided(by_set: Records) -> list[str]:
         "other. Networks differ in their learning rate too (*plain*: SGD; *loop*: 0.001; with search 0.003, chosen by looking at "
         "FashionMNIST). Some networks met generators of three seeds, the others of one (below): this is to the disadvantage of the former.\n"
     )
-    return ["## Do inversions help, and does search?\n", said, table(rows), "", *_bars(by_set)]
+    return ["## Do inversions help, and does search?\n", said, table(rows), "", *_alike(by_set), *_bars(by_set)]
+
+
+def _alike(by_set: Records) -> list[str]:
+    """Where the loop expelled no inversion, a network with inversions is that without them."""
+    alike = [
+        stem_of(record)
+        for records in by_set.values()
+        for record in records
+        if record["networks"].get("loop-search") == record["networks"].get("search", "none")
+    ]
+    return (
+        [
+            f"On {', '.join(alike)} *loop-search* and *search* are the same network, to the last bit: no inversion was uncertain enough to be expelled.\n"
+        ]
+        if alike
+        else []
+    )
 
 
 def _bars(by_set: Records) -> list[str]:

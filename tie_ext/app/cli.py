@@ -193,6 +193,7 @@ def _train(a: argparse.Namespace) -> None:
         return
     print(report.tables({"TIE": record["numbers"]}))
     print(report.worst_validation(record["numbers"]), end="")
+    print(report.idle(record["log"]), end="")
     print(f"run: {folder}; pictures: tie-ext report {folder}")
 
 

@@ -233,6 +233,18 @@ def worst_validation(numbers: Mapping) -> str:
     return f"worst validation set: {name.removeprefix('val:')}, AUROC {100 * auroc:.1f} by {label}\n"
 
 
+def idle(log: Sequence[Mapping]) -> str:
+    """A line where no epoch excluded a candidate, as the loop then adds nothing to what the pool began with; nothing where one did, or none was
+    proposed, as without synthesizers."""
+    taus = [entry["tau"] for entry in log if entry["tau"] is not None]
+    if not taus or any(sum(entry["excluded"]) for entry in log) or not any(sum(entry["proposed"]) for entry in log):
+        return ""
+    return (
+        f"no candidate was uncertain enough to become garbage in any epoch: tau was at least {min(taus):.2f}, and uncertainty is at most 1. "
+        "The network is not sure enough of its training images: train it longer, or give a smaller --lam\n"
+    )
+
+
 def write_report(folder: Path) -> Path:
     """Draw all figures of a run into ``RUN/figures`` and put them, the table and the settings on ``RUN/report.html``.
 
@@ -290,6 +302,8 @@ def _figures(
         )
     if log:
         caption = "Proposed outliers by the output they were aimed at: entropy, confidence, margin, uncertainty"
+        if said := idle(log):
+            caption += f"; {said.strip()}"
         figures["metrics"] = (caption, metric_curves(log, names))
     figures["features"] = ("Features of test images and garbage (t-SNE)", feature_map(snapshots, names))
     if (folder / "scores.safetensors").is_file():
