@@ -169,13 +169,10 @@ def _alike(by_set: Records) -> list[str]:
         for record in records
         if record["networks"].get("loop-search") == record["networks"].get("search", "none")
     ]
-    return (
-        [
-            f"On {', '.join(alike)} *loop-search* and *search* are the same network, to the last bit: no inversion was uncertain enough to be expelled.\n"
-        ]
-        if alike
-        else []
-    )
+    if not alike:
+        return []
+    said = "*loop-search* and *search* are the same network, to the last bit: no inversion was uncertain enough to be expelled"
+    return [f"On {', '.join(alike)} {said}.\n"]
 
 
 def _bars(by_set: Records) -> list[str]:
