@@ -33,7 +33,7 @@ from tie_ext.synthesis import Candidates
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-RIVALS = ("procedural", "tie", "tie-search", "loop", "loop-search", "search", "acet", "acet-procedural", "hunted")
+RIVALS = ("procedural", "predecessor", "tie", "tie-search", "loop", "loop-search", "search", "acet", "acet-procedural", "hunted")
 """Of fooling_rivals.py; those that are there are measured."""
 HOSTS = ("plain",)
 """Networks on which the hosts' detectors are measured too."""

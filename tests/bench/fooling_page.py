@@ -54,7 +54,7 @@ of the garbage class, ViM and GEN; *combined, largest* the same with `rule="max"
 - *plain*: trained with cross-entropy, with the head that `attach` teaches from procedural images. *procedural*: a garbage class that is a linear
   function of the features, taught by procedural images too.
 - *loop*: the default of `tie-ext train`, whose head learns inversions beside procedural images. *tie*: the paper's linear garbage class, noise and
-  inversions.
+  inversions. *predecessor*: *tie* that expels every inversion, sure or not.
 - *loop-search*: *loop* with `--search 5 --lr 0.003`. Beside each batch come garbage images. They are moved, by five steps of ascent, to where the
   network is surest of a class, and the network learns to be unsure of them. *search*: the same without inversions.
 - *acet-procedural*: the published way to do this (ACET), beside plain training, from procedural images, with the head of `attach`. The paper takes

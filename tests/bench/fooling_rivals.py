@@ -31,11 +31,11 @@ LR = 3e-3
 """Learning rate of a loop that searches; chosen by looking at FashionMNIST's test accuracy, the loop's own being 1e-3."""
 
 
-def loop(config: TIEConfig, **parts) -> Callable[[ImageSet, str, Path], TIENet]:
-    """TIE's loop by a recipe."""
+def loop(config: TIEConfig, method: str = "tie", **parts) -> Callable[[ImageSet, str, Path], TIENet]:
+    """A method of tie_ext.bench.comparison by a recipe."""
     recipe = Recipe(config, **parts)
     return lambda images, backbone, state: train_method(
-        "tie", lambda: BACKBONES[backbone](images.shape[0], len(images.classes)), images, recipe, state=state
+        method, lambda: BACKBONES[backbone](images.shape[0], len(images.classes)), images, recipe, state=state
     )[0]
 
 
@@ -75,6 +75,7 @@ def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path
         "acet": acet(epochs, seed, "multiscale"),
         "acet-procedural": acet(epochs, seed, "procedural"),
         "tie": loop(paper),
+        "predecessor": loop(paper, "predecessor"),
         "tie-search": loop(searching, **drawn),
         "loop": loop(paper, garbage="layers", **drawn),
         "loop-search": loop(searching, garbage="layers", **drawn),
