@@ -404,7 +404,7 @@ def test_generators_of_other_seeds_count_among_the_strongest(tmp_path, monkeypat
     ascent, generator = fooling_page.found_by_all(record)["plain", "level 1"].values()
     assert generator == {"found": 0.75}  # a longer one is no fair comparison
     assert ascent == {"10": 0.1, "30": 0.2, "100": 0.3}
-    assert [cells[1] for cells in cells_of(fooling_page._found({"toy": [record]})[2])] == ["10 / 20 / 30 / 75 (1)"]
+    assert [cells[1] for cells in cells_of(fooling_page._found({"toy": [record]})[2])] == ["10 / 20 / 30 / 40 (1)"]  # one generator each
 
 
 def test_a_searcher_that_some_networks_lack_counts_for_no_other_detector():

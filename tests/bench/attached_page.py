@@ -19,7 +19,7 @@ NEAR = {"cifar10": ("val:tinyimagenet",), "cifar100": ("val:tinyimagenet",)}
 
 
 FRONT = {
-    "attach, combined": "the trained network, ID images, a minute",
+    "attach, combined": "the trained network, ID images, minutes",
     "head": "the same",
     "ViM": "the trained network, ID images",
     "KNN": "the same",
@@ -66,7 +66,7 @@ def front(data: str = "cifar10") -> str:
     seeds = {name: len(rates) for name, rates in shares.items()}
     return (
         f"{table(rows)}\n\nOn {' and '.join(f'{name} ({many} seeds)' for name, many in sorted(seeds.items()))} the garbage class takes "
-        f"{100 * least:.0f} % or more of every\nother set without any threshold, and at most {100 * of_id:.1f} % of the ID images.\n"
+        f"{100 * least:.0f} % or more of every\nOOD test set without any threshold, and at most {100 * of_id:.1f} % of the ID images.\n"
     )
 
 
