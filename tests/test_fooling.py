@@ -396,6 +396,22 @@ def test_the_page_says_the_most_that_longer_searches_found(tmp_path, monkeypatch
     assert cells_of(table) == [["plain: level 1", "100", "50", "75"]]
 
 
+@pytest.mark.parametrize("seen", [None, "two"])
+def test_longer_searches_climb_from_every_start_and_see_the_detector(toy, seen):
+    import fooling_long
+
+    (net, detectors), y = toy, torch.arange(N)
+    detector = detectors.get(seen)
+    begun = torch.cat([Noise(net).draw((N, *net.image_shape)) for _ in range(2)])
+    found = fooling_long.searched(net, y, begun, "ascent", 3, 0, detector)
+    ((_, wanted),) = fooling.climb(net, begun, torch.cat([y, y]), detector, (3,))
+    assert torch.equal(found.x, wanted)
+    assert found.y.tolist() == [*y.tolist(), *y.tolist()]
+    made = fooling_long.searched(net, y, begun, "generator", 2, 1, detector)
+    assert torch.equal(made.x, fooling.invert(net, y, 2, 1, detector))
+    assert made.y.tolist() == y.tolist()
+
+
 def test_generators_of_other_seeds_count_among_the_strongest(tmp_path, monkeypatch):
     monkeypatch.setattr(fooling_page, "RESULTS", tmp_path)
     record = record_of(rows_of("plain", "level 1", "level 1", (0.1, 0.2, 0.3, 0.4)))
