@@ -32,6 +32,7 @@ FLOORS = [
     "synthesis",
     "outliers.vae",
     "outliers",
+    "processing",
     "exclusion",
     "config",
     "log",

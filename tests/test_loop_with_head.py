@@ -85,7 +85,7 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
     for _ in range(2):
         trainer.epoch(batches)
     assert drawn == [30, 45]
-    assert taught == [(15, 45, 20), (15, 60, 30)]  # the last epoch teaches in full
+    assert taught == [(30, 45, 20), (30, 60, 30)]  # the ID images as they are and processed; the last epoch teaches in full
 
 
 def test_more_weight_of_garbage_puts_more_in_it(monkeypatch):

@@ -2,9 +2,9 @@
 
 Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.head`), ``t (N,)`` 1 where an image is an outlier, else 0.
 
-One look at the ID images, one at three times as many outliers, and the head learns ``t`` of ``s`` by binary cross-entropy. Its log-odds become the
-(n+1)-th logit, ``logsumexp(ID logits) + head(s)``, so that the softmax over n+1 outputs gives the head's odds of garbage; no ID logit changes by a
-bit.
+One look at the ID images, one at the same processed another way (:mod:`tie_ext.processing`), one at three times as many outliers, and the head
+learns ``t`` of ``s`` by binary cross-entropy. Its log-odds become the (n+1)-th logit, ``logsumexp(ID logits) + head(s)``, so that the softmax over
+n+1 outputs gives the head's odds of garbage; no ID logit changes by a bit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,9 @@ from tie_ext.decision import uncertainty, widened
 from tie_ext.exclusion import cutoff
 from tie_ext.head import GarbageHead
 from tie_ext.network import TIENet
+from tie_ext.outliers.drawing import Dice
 from tie_ext.outliers.procedural import Procedural
+from tie_ext.processing import processed
 from tie_ext.support.checks import check_images, check_labels, describe
 from tie_ext.support.modules import frozen
 from tie_ext.support.random import seeded
@@ -86,8 +88,8 @@ def attach(
             with frozen(net):
                 proposer.to(net.low.device).fit(net, _Labelled(net, batches), progress=1.0)
         head = cast(GarbageHead, net.garbage)
-        inside, outside, logits = _look(net, head, batches, proposers, progress)
-        teach(head, inside, outside, STEPS, WEIGHT, progress)
+        inside, logits, again, outside = _look(net, head, batches, proposers, progress)
+        teach(head, torch.cat([inside, again]), outside, STEPS, WEIGHT, progress)
         net.tau.fill_(_tau(net, inside, logits))
     return net
 
@@ -120,12 +122,14 @@ class _Labelled:
 
 
 @torch.no_grad()
-def _look(net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence[Synthesizer], progress: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics ``(N, S)`` of ID images and ``(M, S)`` of outliers, and the ID logits ``(N, n)``; each image is read and passed once."""
+def _look(
+    net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence[Synthesizer], progress: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics ``(N, S)`` and logits ``(N, n)`` of ID images, and statistics of the same processed and of outliers; each image is read once."""
     device, low, high = net.low.device, net.low.cpu(), net.high.cpu()
     counts = torch.zeros(net.num_classes, dtype=torch.long)
     size = head.mean.numel()
-    inside, outside = Sample(MEMORY // (4 * (size + net.num_classes))), Sample(MEMORY // (4 * size))
+    inside, again, outside = (Sample(MEMORY // (4 * columns)) for columns in (size + net.num_classes, size, size))
     labelled = False
     with frozen(net):
         for batch in tqdm(batches, desc="attach: images", leave=False, disable=not progress):
@@ -140,6 +144,7 @@ def _look(net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence
                 check_labels(y, len(x), net.num_classes)
                 counts, labelled = counts + y.cpu().bincount(minlength=net.num_classes), True
             inside.add(torch.cat([s, logits], dim=1))
+            again.add(net.statistics(net.scaled(processed(net.unit(x), Dice(device))))[1])
             for proposer in proposers:
                 # Drawn together, which is faster, and read in pieces that fit a processor's cache.
                 proposed = proposer.sample(net, x.repeat(OUTLIERS, 1, 1, 1), y.to(device).repeat(OUTLIERS)).x
@@ -150,7 +155,7 @@ def _look(net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence
         raise ValueError(f"Expected samples of all {net.num_classes} classes, but got none of class {missing}")
     if len(inside.rows) < 2:
         raise ValueError(f"Expected at least two ID images, but got {len(inside.rows)}")
-    return inside.rows[:, :size], outside.rows, inside.rows[:, size:]
+    return inside.rows[:, :size], inside.rows[:, size:], again.rows, outside.rows
 
 
 @torch.no_grad()

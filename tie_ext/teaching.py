@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tie_ext.head import GarbageHead
 
 MEMORY = 2**28
-"""Bytes of statistics kept of ID images, and as many of outliers; of more images a random sample of this size is kept."""
+"""Bytes of statistics kept of ID images, of the same processed, and of outliers; of more images a random sample of this size is kept."""
 OUTLIERS = 3
 """Outliers an ID image, of each who proposes them."""
 WEIGHT = 3.0

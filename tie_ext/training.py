@@ -22,9 +22,11 @@ from tie_ext.exclusion import GarbagePool, cutoff
 from tie_ext.head import GarbageHead
 from tie_ext.log import CandidateTally, EpochLog
 from tie_ext.network import TIENet
+from tie_ext.outliers.drawing import Dice
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.outliers.noise import Noise
 from tie_ext.outliers.procedural import Procedural
+from tie_ext.processing import processed
 from tie_ext.searching import sureness, surest
 from tie_ext.support.checks import check_images, check_labels
 from tie_ext.support.distributed import average_gradients, average_statistics, broadcast, gathered, rank, share, total, world
@@ -238,13 +240,15 @@ class TIETrainer:
         return isinstance(self.net.garbage, GarbageHead)
 
     def _teach(self, kept: Pairs) -> float:
-        """The head on every layer learns the pool's garbage, and new images of the prior, from the ID images; its mean loss."""
+        """The head on every layer tells the pool's garbage, and new images of the prior, from the ID images and the same processed; its mean loss."""
         head, count = cast(GarbageHead, self.net.garbage), sum(len(x) for x, _ in kept)
         most = max(2, MEMORY // (4 * head.mean.numel() * world()))
-        inside, outside = Sample(most), Sample(most)
+        inside, outside = Sample(2 * most), Sample(most)
         with frozen(self.net), torch.no_grad():
             for x, _ in self._bar(kept, "head"):
-                inside.add(self.net.statistics(x.to(self.device))[1])
+                x = x.to(self.device)
+                for images in (x, self.net.scaled(processed(self.net.unit(x), Dice(self.device)))):
+                    inside.add(self.net.statistics(images)[1])
             for part in (part for images in self._garbage(count) for part in images.split(BATCH)):
                 outside.add(self.net.statistics(part.to(self.device))[1])
         # The same statistics and the same randomness in every process, so that all heads stay one.

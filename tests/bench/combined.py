@@ -14,6 +14,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from processed import PROCESSED
 from torch import Tensor
 
 from tie_ext.app.evaluation import ood_metrics
@@ -53,12 +54,14 @@ def validation(runs: Mapping[str, Mapping], members: tuple[str, ...], rule: str)
 
 
 def judged(scores: Mapping, members: tuple[str, ...], rule: str) -> dict:
-    """Metrics of each OOD test set, and the false alarms at the calibrated threshold."""
+    """Metrics of each OOD test set, and the false alarms at the calibrated threshold, also of ID images that were processed."""
     of = combined(scores, members, rule)
     threshold = conformal_threshold(of.pop("calibration"), FALSE_ALARM)
-    test = {name: x for name, x in of.items() if name != "id" and not name.startswith("val:")}
+    rejected = {name: (x > threshold).double().mean().item() for name, x in of.items() if name == "id" or name.startswith(PROCESSED)}
+    test = {name: x for name, x in of.items() if name not in rejected and not name.startswith("val:")}
     return {
-        "false_alarms": (of["id"] > threshold).double().mean().item(),
+        "false_alarms": rejected.pop("id"),
+        "processed": rejected,
         "sets": {
             name: {
                 **{key: ood_metrics(of["id"], x)[key] for key in ("auroc", "fpr95_id")},

@@ -25,7 +25,7 @@ COUNTED = """## Counted by tests
   `test_an_epoch_reads_each_image_once`.
 - No step waits for the device: `test_no_step_waits_for_the_device`.
 - A pool's slots are chosen before images are converted: `test_slots_are_chosen_before_images_are_converted_and_bit_for_bit_the_same`.
-- Attach passes each image once, and each outlier once: `test_images_pass_once_and_outliers_once_in_memory_that_does_not_grow`.
+- Attach passes each image twice, each outlier once: `test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow`.
 - Images on disk larger than the memory budget: `test_memory_does_not_grow_with_a_folder_that_is_larger_than_the_budget`."""
 """What needs no clock."""
 
