@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SHAPE, Small, make_batches
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
 from tie_ext.head import FLAT, MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
@@ -315,6 +316,11 @@ class Flat(nn.Sequential):
             Small().eval(),
             iter(make_batches()),
             "Expected batches that can be read more than once, as a DataLoader or a list, but got a list_iterator",
+        ),
+        (
+            Small().eval(),
+            TensorDataset(torch.rand(8, *SHAPE)),
+            "Expected batches, but got TensorDataset, which gives one image at a time",
         ),
         (Small().eval(), [{"data": 1}], "Expected batches of images, or of .images, labels., but got dict"),
         (Small().eval(), [torch.rand(8, *SHAPE) * 255], "Expected images in the value range"),

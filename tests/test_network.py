@@ -77,6 +77,21 @@ class Untidy(nn.Module):
         return self.second(self.first(x.flatten(1)))
 
 
+def test_a_backbone_whose_output_is_no_tensor_is_told_so():
+    class Named(Conv3):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    with pytest.raises(ValueError, match="but Named returns a dict and no tensor as `fc` does; return the logits"):
+        TIENet(Named(1, 10), 10, SHAPE)
+
+
+def test_a_range_that_differs_by_channel_is_told_by_channel():
+    net = TIENet(Conv3(3, 10), 10, (3, 28, 28), [-1.0, -2.0, -1.0], [1.0, 2.0, 1.0])
+    with pytest.raises(ValueError, match=r"value range \[-1, 1\] and \[-2, 2\] \(by channel\) of the network, but got values in \[0, 3\]"):
+        net.check(torch.cat([torch.zeros(1, 2, 28, 28), torch.full((1, 1, 28, 28), 3.0)], 1))
+
+
 @pytest.mark.parametrize("backbone", [Softmaxed(1, 10), Untidy()])
 def test_a_backbone_that_does_not_return_its_heads_output_is_refused(backbone):
     with pytest.raises(ValueError, match=f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__}"):

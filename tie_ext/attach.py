@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tie_ext.decision import uncertainty, widened
@@ -70,6 +71,8 @@ def attach(
         raise ValueError(f"Expected a trained model in evaluation mode, but got {type(model).__name__} in training mode; call model.eval()")
     if isinstance(batches, Iterator):
         raise ValueError(f"Expected batches that can be read more than once, as a DataLoader or a list, but got a {type(batches).__name__}")
+    if isinstance(batches, Dataset):
+        raise ValueError(f"Expected batches, but got {type(batches).__name__}, which gives one image at a time; put it into DataLoader(..., 128)")
     if outliers is not None and not outliers:
         raise ValueError("Expected someone to propose outliers, or None for procedural images, but got an empty list")
     first = next(iter(batches), None)

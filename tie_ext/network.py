@@ -347,6 +347,7 @@ def _try(backbone: nn.Module, x: Tensor) -> None:
         hook.remove()
     if not (outputs and isinstance(y, Tensor) and y.shape == outputs[-1].shape and torch.allclose(y, outputs[-1], 0, 0, equal_nan=True)):
         raise ValueError(
-            f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__} returns something else than "
-            f"`{name}` does; return the logits, without a softmax, and call the last linear layer `fc`"
+            f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__} returns "
+            f"{'something else than' if isinstance(y, Tensor) else f'a {type(y).__name__} and no tensor as'} `{name}` does; return the logits, "
+            "without a softmax, and call the last linear layer `fc`"
         )

@@ -123,9 +123,30 @@ def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(folder, weig
     assert row.split(" | ")[1:3] == [f"{100 * right:.2f}".ljust(11), "100.00".ljust(13)]
 
 
+def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
+    assert main(attach(many, weights, tmp_path / "run")) == 0
+    said = capsys.readouterr().out
+    assert "ID accuracy is 50.0%, no better than chance among 2 classes: are these its weights, --mean," in said
+    assert "tie-ext score decides by the combined score, with a threshold that rejects at most 5% of new ID images" in said
+    assert "too few" not in said
+
+
+@pytest.mark.parametrize(("accuracy", "classes", "images", "guessed"), [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False)])
+def test_chance_is_what_guessing_could_reach(accuracy, classes, images, guessed):
+    assert attaching._by_chance(accuracy, classes, images) == guessed
+
+
+def test_too_few_test_images_for_a_threshold_are_said_before_the_work(folder, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out))
+    with pytest.raises(pytest.fail.Exception, match="12 held-out images are too few for a threshold, which takes 38: tie-ext score decides by"):
+        main(attach(folder, weights, tmp_path / "run"))
+
+
 def test_how_test_images_were_come_by_is_said_before_the_work(folder, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out))
-    with pytest.raises(pytest.fail.Exception, match=r"train has no train/ and test/: 32 images to train on, 8 held out"):
+    with pytest.raises(
+        pytest.fail.Exception, match=r"train has no train/ and test/: 32 images to train on, 8 held out.*\. If the network was trained"
+    ):
         main(attach(folder / "train", weights, tmp_path / "run"))
 
 
@@ -154,12 +175,15 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
     assert main(attach(many, weights, out, *MEAN, *STD)) == 0
     assert "| attached, combined | noise | " in capsys.readouterr().out
     detector = Combined.load(out / "combined")
+    assert detector.false_alarm == 0.05
     assert [type(member).__name__ for member in detector.detectors] == ["TIEDetector", "ViM", "GEN"]
     kept = load_state(out / "scores.safetensors", "scores")["combined"]
     judging = torch.randperm(40, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
     scores = detector.predict(detector.network.scaled(test.x.float() / 255))
     torch.testing.assert_close(kept["id"], scores[judging])
     line = kept["id"].sort().values
+    assert float(detector.threshold) == float(line[-1])
+    torch.testing.assert_close(detector.decide(detector.network.scaled(test.x.float() / 255)).score, scores)
     paths = [str(many / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(20)]
     for rate, above in ((None, -1), (0.25, -5)):  # of 21 images, the new one among them, at most 1.05 and 5.25
         assert main(["score", str(out), *(["--false-alarm", str(rate)] if rate else []), *paths]) == 0
@@ -223,7 +247,8 @@ def test_other_architectures_are_made_again_from_the_record(name, channels, fold
     assert "or the run.json of a run beside it, which says what its architecture is, but got neither" in capsys.readouterr().err
 
 
-def test_the_range_is_what_normalising_makes_of_black_and_white(folder, weights, tmp_path):
+def test_the_range_is_what_normalising_makes_of_black_and_white(folder, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["tie_ext.attach"], "processed", lambda x, dice: x)
     assert main(attach(folder, weights, tmp_path / "run", *MEAN, *STD)) == 0
     net = TIENet.load(tmp_path / "run" / "network.safetensors")
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])
@@ -395,9 +420,9 @@ def test_a_class_without_samples_is_refused(folder, weights, tmp_path, capsys):
     [
         (
             ["--backbone", "resnet18"],
-            "one of conv3, conv5, residual, resnet20, torchvision:NAME or timm:NAME, but got 'resnet18'",
+            "one of conv3, conv5, residual, resnet20, torchvision:NAME or timm:NAME, but got 'resnet18'; did you mean torchvision:resnet18?",
         ),
-        (["--backbone", "os:system"], "or timm:NAME, but got 'os:system'"),
+        (["--backbone", "os:system"], "or timm:NAME, but got 'os:system'\n"),
         (["--backbone", "torchvision:resnet19"], "Expected a classifier of torchvision by its name there, such as resnet1"),
         (["--backbone", "torchvision:fcn_resnet50"], "Expected a classifier of torchvision by its name there"),
         (["--mean", "0.5"], "Expected as many --mean as --std, but got 1 and 0"),
@@ -570,10 +595,11 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
             Path("IMAGES", split, label).mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(f"IMAGES/{split}/{label}/{i}.png")
+    shutil.copytree("IMAGES/test", "NEW_IMAGES")
     torch.save(make("torchvision:resnet18").state_dict(), "weights.pt")
     for command in block.replace("--size 224", "--size 48").replace("\\\n", "").splitlines():  # as the page has it, but quick
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
     with open("rows.csv") as rows:
         levels = [row["level"] for row in csv.DictReader(rows)]
-    assert len(levels) == 56
+    assert len(levels) == 40
     assert set(levels) <= {"accepted", "uncertain", "garbage"}

@@ -89,6 +89,9 @@ def test_a_set_that_is_known_and_not_there_is_told_from_one_that_is_not_known(tm
         data.load("tinyimagenet", "train", tmp_path)
     with pytest.raises(ValueError, match=r"Expected a data set, one of mnist.*, but got 'imagenette' and no folder"):
         data.load("imagenette", "train", tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match=r"but got '.*mine' and no folder .*; did you mean folder:.*mine\?"):
+        data.load(str(tmp_path / "mine"), "train", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "uniform", "sphere"])

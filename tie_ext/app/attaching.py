@@ -3,13 +3,14 @@
 The folder is as training leaves one (:mod:`tie_ext.app.folder`), so that scores, thresholds and reports need not know how the network was made.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tie_ext.app import models
-from tie_ext.app.combining import COMBINED, combined_scores
+from tie_ext.app import data, models
+from tie_ext.app.combining import COMBINED, combined_scores, too_few
 from tie_ext.app.data import ImageBatches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.app.folder import OWN, attached, clear, read_record, written
@@ -23,6 +24,8 @@ from tie_ext.support.provenance import provenance
 
 LABEL = OWN[1]
 """What tables and scores call such a network."""
+KNOWN = ". If the network was trained on these, its threshold rejects more than it says: put images that it has not seen into test/"
+"""Where images were held out here, of which a network that came trained may know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ def attach_run(
         settings: What to attach to.
         device: Where to compute.
         progress: Show progress bars.
-        say: Told before the work how the test images were come by, where a person has to know; ``run.json`` says it too.
+        say: Told what a person has to know: before the work, how the test images were come by, which ``run.json`` says too, and that they are too
+            few for a threshold; after it, that the network is no better than chance.
 
     Returns:
         The content of ``run.json``; its ``accuracy`` is that of the network as it came, whatever the garbage class takes.
@@ -72,8 +76,10 @@ def attach_run(
     model = models.load(settings.backbone, channels, len(images.classes), weights, settings.weights).to(device)
     for held in (test, *ood.values()):
         held.check()
-    if say is not None and test.note:
-        say(test.note)
+    say = say or (lambda text: None)
+    for said in (test.note + (KNOWN if data.HELD_OUT in test.note else ""), too_few(len(test))):
+        if said:
+            say(said)
     with locked(folder):
         _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
         batches = ImageBatches(images, settings.batch_size, scale=scale)
@@ -93,7 +99,15 @@ def attach_run(
         save_examples(folder, test, ood)
         save_state(folder / "scores.safetensors", "scores", {LABEL: scores["score"], **combined})
         write_json(folder / "run.json", {**record, "numbers": numbers})
+    if _by_chance(numbers["accuracy"], len(images.classes), len(test)):
+        said = "are these its weights, --mean, --std and --size, and the classes in the order of its training (by name)?"
+        say(f"ID accuracy is {numbers['accuracy']:.1%}, no better than chance among {len(images.classes)} classes: {said}")
     return {**record, "numbers": numbers}
+
+
+def _by_chance(accuracy: float, classes: int, images: int) -> bool:
+    """Whether guessing does as well, within two standard deviations."""
+    return accuracy <= 1 / classes + 2 * math.sqrt((1 - 1 / classes) / classes / images)
 
 
 def _refuse_a_run(folder: Path) -> None:

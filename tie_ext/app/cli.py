@@ -193,6 +193,7 @@ def _train(a: argparse.Namespace) -> None:
         return
     print(report.tables({"TIE": record["numbers"]}))
     print(report.worst_validation(record["numbers"]), end="")
+    print(report.decides(record["numbers"]), end="")
     print(report.idle(record["log"]), end="")
     print(f"run: {folder}; pictures: tie-ext report {folder}")
 
@@ -208,6 +209,7 @@ def _attach(a: argparse.Namespace) -> None:
     numbers = attaching.attach_run(a.out, settings, a.device, progress=_interactive(), say=print)["numbers"]
     print(report.tables({attaching.LABEL: numbers}))
     print(report.worst_validation(numbers), end="")
+    print(report.decides(numbers), end="")
     print("ID accuracy is that of the network as it came")
     print(f"run: {a.out}; pictures: tie-ext report {a.out}")
 

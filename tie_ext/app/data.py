@@ -38,6 +38,8 @@ _SHAPES = {"demo": (1, 28, 28), "mnist": (1, 28, 28), "fashionmnist": (1, 28, 28
 IN_MEMORY = ("auto", "yes", "no")
 """Where the images of a folder are kept while they are used: decoded once in memory, or on disk, decoded anew each time; ``auto``, in memory where
 they take at most :data:`BUDGET`. The result is the same."""
+HELD_OUT = "held out"
+"""What the note of a test set says of images that were taken from those of training."""
 BUDGET = 2**28
 """Bytes of an image set that is kept in memory unless told otherwise: 20 000 colour images of 64 pixels."""
 
@@ -157,7 +159,8 @@ def load(
     looked = ", ".join(str(place / ("train" if split == "train" else "test")) for place in places)
     if name in NAMES:
         raise ValueError(f"Expected {split} images of {name}, which torchvision does not have, in a folder, one of {looked}, but got none")
-    raise ValueError(f"Expected a data set, one of {', '.join(NAMES)} or folder:PATH, but got {name!r} and no folder {looked}")
+    hint = f"; did you mean folder:{name}?" if Path(name).is_dir() else ""
+    raise ValueError(f"Expected a data set, one of {', '.join(NAMES)} or folder:PATH, but got {name!r} and no folder {looked}{hint}")
 
 
 def kept(images: Images, in_memory: str) -> Images:
@@ -251,7 +254,7 @@ def _said(path: Path, has_train: bool, classes: Sequence[str], files: Sequence[t
     lacks = "train/ and no test/" if has_train else "no train/ and test/"
     none = [name for label, name in enumerate(classes) if label not in {files[i][1] for i in out}]
     names = ", ".join(none[:5]) + (f" and {len(none) - 5} more" if len(none) > 5 else "")
-    said = f"{path} has {lacks}: {len(files) - len(out)} images to train on, {len(out)} held out (one in five of each class, seed {seed})"
+    said = f"{path} has {lacks}: {len(files) - len(out)} images to train on, {len(out)} {HELD_OUT} (one in five of each class, seed {seed})"
     return f"{said}; no test image of {names}, of which there is one image" if none else said
 
 

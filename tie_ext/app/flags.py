@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tie_ext {__version__}")
     commands = parser.add_subparsers(required=True, dest="name", metavar="demo | train | attach | score | report | explain | reproduce")
 
-    demo = _command(commands, "demo", "train and compare on images that need no download, in about a minute")
+    demo = _command(commands, "demo", "train and compare on images that need no download, in a minute or two")
     output = demo.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="for table, figures and detector (default: demo)")
     output.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
@@ -162,7 +162,7 @@ def _images(parser: argparse.ArgumentParser, needed: bool) -> "argparse._Argumen
     group.add_argument("--ood", nargs="*", metavar="SET", help="sets to score at the end, beside noise")
     group.add_argument("--val-ood", nargs="*", metavar="SET", help="sets whose images in val/ are scored too, to choose settings by")
     group.add_argument("--images", type=int, metavar="N", help="take a random subset of this many training images")
-    group.add_argument("--size", type=int, metavar="N", help="image size in pixels (default: the set's own, 64 for folders)")
+    group.add_argument("--size", type=int, metavar="N", help="side of the square that images are brought to (default: the set's own, 64 for folders)")
     group.add_argument("--batch-size", type=int, metavar="N", help="ID images a batch (default: 128)")
     group.add_argument("--in-memory", choices=IN_MEMORY, help="keep images of folders in memory; auto: up to 256 MB (default: auto)")
     return group

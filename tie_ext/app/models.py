@@ -172,7 +172,7 @@ def _maker(name: str) -> Callable[[int, int], nn.Module]:
     if registry == "torchvision":
         from torchvision import models
 
-        _check_in(arch, models.list_models(module=models), registry)
+        _check_in(arch, _torchvisions(), registry)
         return lambda channels, n: _for_channels(models.get_model(arch, weights=None, num_classes=n), channels)
     if registry == "timm":
         try:
@@ -181,7 +181,15 @@ def _maker(name: str) -> Callable[[int, int], nn.Module]:
             raise ImportError(f"Expected timm to be installed for {name}, but got: {error}; pip install 'tie_ext[timm]'") from error
         _check_in(arch, timm.list_models(), registry)
         return lambda channels, n: timm.create_model(arch, pretrained=False, num_classes=n, in_chans=channels)
-    raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, torchvision:NAME or timm:NAME, but got {name!r}")
+    hint = f"; did you mean torchvision:{name}?" if name in _torchvisions() else ""
+    raise ValueError(f"Expected a backbone, one of {', '.join(BACKBONES)}, torchvision:NAME or timm:NAME, but got {name!r}{hint}")
+
+
+def _torchvisions() -> Sequence[str]:
+    """Names of torchvision's classifiers."""
+    from torchvision import models
+
+    return models.list_models(module=models)
 
 
 def _check_in(arch: str, known: Sequence[str], registry: str) -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from tie_ext.app.combining import FALSE_ALARM
+from tie_ext.app.combining import COMBINED, FALSE_ALARM
 from tie_ext.app.deciding import decider
 from tie_ext.app.folder import OWN, attached, load_network, load_scores, read_record
 from tie_ext.app.scoring import LEVELS
@@ -231,6 +231,16 @@ def worst_validation(numbers: Mapping) -> str:
         return ""
     auroc, name, label = min(found)
     return f"worst validation set: {name.removeprefix('val:')}, AUROC {100 * auroc:.1f} by {label}\n"
+
+
+def decides(numbers: Mapping) -> str:
+    """A line on what ``tie-ext score`` decides by, where that is not the rule of the first table."""
+    if COMBINED not in numbers["scores"]:
+        return ""
+    return (
+        f"tie-ext score decides by the combined score, with a threshold that rejects at most {FALSE_ALARM:.0%} of new ID images on average "
+        "(another: --false-alarm); the first table is of the network's own rule\n"
+    )
 
 
 def idle(log: Sequence[Mapping]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tie_ext.app import data, models, processes
-from tie_ext.app.combining import COMBINED, combined_scores
+from tie_ext.app.combining import COMBINED, combined_scores, too_few
 from tie_ext.app.data import Images, training_batches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.app.folder import OWN, attached, read_record, read_settings, save_settings
@@ -41,7 +41,8 @@ def train_run(
         settings: What to do; None to go on with the run in the folder.
         device: Where to train.
         progress: Show progress bars.
-        say: Told before training how the test images were come by, where a person has to know; ``run.json`` says it too.
+        say: Told what a person has to know: before training: how the test images were come by, which ``run.json`` says too, and that they are too few
+            for a threshold.
 
     Returns:
         The content of ``run.json``; of the first process alone, where several train (:mod:`tie_ext.app.processes`).
@@ -66,8 +67,10 @@ def train_run(
     if new and processes.first():
         for held in (test, *ood.values()):
             held.check()
-    if say is not None and test.note:
-        say(test.note)
+    if say is not None:
+        for said in (test.note, too_few(len(test)) if settings.recipe.garbage == "layers" else ""):
+            if said:
+                say(said)
     with locked(folder) if processes.first() else nullcontext():
         if new:
             _refuse_a_run(folder)  # again, as another process may have begun one while the images were read

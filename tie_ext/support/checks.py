@@ -61,7 +61,7 @@ def check_images(x: Tensor, shape: Sequence[int] | None = None, low: float | Ten
         slack = 1e-4  # normalisation in float32 rounds
         if (x < low - slack).any() or (x > high + slack).any():
             raise ValueError(
-                f"Expected images in the value range [{_numbers(low)}, {_numbers(high)}] of the network, but got values in "
+                f"Expected images in the value range {_range(low, high)} of the network, but got values in "
                 f"[{x.min().item():.4g}, {x.max().item():.4g}]; scale them, or give the range as `low` and `high` of the TIENet"
             )
 
@@ -114,6 +114,8 @@ def describe(x: object) -> str:
     return f"a {x.dtype} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__}"
 
 
-def _numbers(value: float | Tensor) -> str:
-    values = value.flatten().tolist() if isinstance(value, Tensor) else [value]
-    return ", ".join(f"{v:.4g}" for v in dict.fromkeys(values))
+def _range(low: float | Tensor, high: float | Tensor) -> str:
+    """A range, or one a channel where they differ."""
+    lows, highs = (value.flatten().tolist() if isinstance(value, Tensor) else [value] for value in (low, high))
+    said = list(dict.fromkeys(f"[{least:.4g}, {most:.4g}]" for least, most in zip(lows, highs, strict=True)))
+    return " and ".join(said) + (" (by channel)" if len(said) > 1 else "")
