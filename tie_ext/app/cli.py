@@ -134,7 +134,8 @@ def _demo(a: argparse.Namespace) -> None:
         save_state(a.out / "scores.safetensors", "scores", scores)
         write_json(a.out / "run.json", {**record, "comparison": numbers})
     print(report.tables(numbers))
-    print(f"all numbers in percent; seed {a.seed}, {time.perf_counter() - start:.0f} s of training and scoring")
+    print("\n".join(report.WORDS))
+    print(f"seed {a.seed}, {time.perf_counter() - start:.0f} s of training and scoring")
     print(f"report: {report.write_report(a.out)}\ndetector: {a.out / 'network.safetensors'}")
 
 

@@ -192,6 +192,14 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+WORDS = (
+    "Percent. AUROC: how often an OOD image scores above an ID image; 50 is chance.",
+    "FPR@95: ID images that are rejected where 95 % of the OOD images are.",
+    "In garbage: rejected by the garbage class (level 1), without a threshold. ID rejected: by the garbage class or by uncertainty (level 2).",
+)
+"""What the columns of the tables are."""
+
+
 def id_rows(methods: Mapping[str, Mapping]) -> list[dict[str, object]]:
     """A row for each method, in percent: what it does to ID test images."""
     keys = {"ID accuracy": "accuracy", "ID in garbage": "id_garbage_rate", "ID rejected": "id_rejected"}
@@ -341,11 +349,8 @@ def _results(record: Mapping) -> str:
     methods = _methods(record)
     if not methods:
         return "<p>The run has not reached its last epoch; there are no test scores yet.</p>"
-    note = (
-        "All numbers in percent. OOD is the positive class; in garbage is the share that level 1 rejects, ID rejected the share of ID images that "
-        "either level rejects."
-    )
-    return f"{_html(id_rows(methods))}<br>{_html(ood_rows(methods))}<p>{note}</p>"
+    decided = "".join(decides(numbers) for numbers in list(methods.values())[:1])
+    return f"{_html(id_rows(methods))}<br>{_html(ood_rows(methods))}<p>{html.escape(' '.join((*WORDS, decided)))}</p>"
 
 
 def _html(rows: Sequence[Mapping[str, object]]) -> str:
@@ -381,6 +386,6 @@ figcaption{{color:#555}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}
 _PAGE = (
     PAGE_STYLE
     + """
-<h1>TIE: {title}</h1>{table}{figures}<h2>Settings</h2><pre>{settings}</pre></body></html>
+<h1>{title}</h1>{table}{figures}<h2>Settings</h2><pre>{settings}</pre></body></html>
 """
 )
