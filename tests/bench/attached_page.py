@@ -18,6 +18,7 @@ WITH_PROCESSED = (
     "ID images processed another way, percent rejected: in garbage, and above a line that 5 % of the held-out images pass. A head that saw none\n"
     "was taught with the ID images as they are alone:\n"
 )
+BEFORE = "Measured before the head was taught processed images."
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "attached"
 CALLED = {"tinyimagenet": "TinyImageNet", "gaussian": "Gaussian noise", "uniform": "uniform noise", "notmnist": "letters (notMNIST)"}
 
@@ -269,6 +270,7 @@ def _joint() -> list[str]:
                 }
             )
     text = (
+        f"{BEFORE}\n"
         "Detached: the head learns of a network that was trained without it. Joint: the head's loss goes into the network's training, with\n"
         "half as many procedural images as ID images in each batch. Then both get a new head. The same seeds and initial weights.\n"
     )
@@ -293,6 +295,7 @@ def _search() -> list[str]:
             row[record["network"].partition("-")[0]] = f"{percent([of[worst]], 1)} ({_called(worst).partition(',')[0]}); {held}"
         rows.append(row)
     text = (
+        f"{BEFORE}\n"
         "Percent of the worst far validation set in garbage; of held-out ID images in garbage. Where nothing else is said: 70 % shapes, two\n"
         "outliers an ID image, all four statistics, weight 1, 1600 steps. Heads on the same statistics; one network of each data set.\n"
     )
@@ -318,7 +321,8 @@ def _otherwise() -> list[str]:
                     row[column] = f"{percent([mean(auroc[best])], 1)} ({percent([min(auroc[best])], 1)}{named})"
                 rows.append(row)
         said = (
-            "AUROC, percent, one seed. *Plain* and the others are trained by OpenOOD's own trainers and settings, but on this small network, for few "
+            f"{BEFORE} AUROC, percent, one seed. "
+            "*Plain* and the others are trained by OpenOOD's own trainers and settings, but on this small network, for few "
             "epochs, on images that are not normalised; PixMix mixes with procedural images, not fractals. Combined: GEN, ViM and the head, or the "
             "first two; on RotPred's network OpenOOD's score of it too. Best single: the score with the highest mean, chosen by looking at these "
             "very columns.\n"
