@@ -25,6 +25,13 @@ def test_images_stay_images_of_their_size_and_the_callers_are_as_they_were(seed,
     assert bool(((y >= 0) & (y <= 1)).all())
 
 
+def test_rounding_beyond_the_range_makes_nothing_that_is_no_number():
+    x = torch.full((200, 1, 8, 8), -1e-6)
+    x[:, :, 4:] = 1 + 1e-6
+    y = processed(x, Dice("cpu", torch.Generator().manual_seed(0)))
+    assert bool(((y >= 0) & (y <= 1)).all())
+
+
 def test_the_same_seed_gives_the_same_images_and_another_one_others():
     x = torch.rand(20, 3, 16, 16)
     one, again, other = (processed(x, Dice("cpu", torch.Generator().manual_seed(seed))) for seed in (0, 0, 1))

@@ -33,7 +33,7 @@ def processed(x: Tensor, dice: Dice) -> Tensor:
     """The same images ``(B, C, H, W)``, each with half of: a rotation with a change of size and a move, blur, contrast, gamma, brightness, noise.
 
     Arguments:
-        x: Images in [0, 1].
+        x: Images in [0, 1], or beyond it by rounding.
         dice: Where random numbers come from, on the device of the images.
     """
     if not len(x):
@@ -50,7 +50,7 @@ def _processed(x: Tensor, dice: Dice) -> Tensor:
     def factor(x: Tensor) -> Tensor:
         return dice.log_uniform(1 / TONE, TONE, len(x), 1, 1, 1)
 
-    out = x.clone()
+    out = x.clamp(0, 1)  # what was scaled back from another range may miss it by a last bit, and has no power
     some(lambda x: warped(x, dice))
     some(lambda x: blurred(x, dice.uniform(len(x), high=math.sqrt(min(x.shape[2:])) / 10)))
     some(lambda x: x.mean((1, 2, 3), keepdim=True).lerp(x, factor(x)))

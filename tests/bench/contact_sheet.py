@@ -1,4 +1,4 @@
-"""What the procedural families look like: a row each, colour at the left and grey at the right, into docs/figures/procedural.png.
+"""What the procedural families, and ID images processed another way, look like: docs/figures/procedural.png, a row each, colour left and grey right.
 
 python tests/bench/contact_sheet.py
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from tie_ext import Domain, Procedural
 from tie_ext.outliers.drawing import Dice
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
+from tie_ext.processing import processed
 
 SHEET = Path(__file__).parents[2] / "docs" / "figures" / "procedural.png"
 SIDE, GAP, LABEL = 32, 2, 96
@@ -47,6 +48,7 @@ def rows() -> dict[str, list[Tensor]]:
         **made,
         "mixture": [mixture.draw(s) for s in sizes],
         "ID images": images,
+        "processed": [processed(x, dice) for x in images],
         "shuffled tiles": [shuffled_tiles(x, dice) for x in images],
         "permuted pixels": [permuted_pixels(x, dice) for x in images],
     }
