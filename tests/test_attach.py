@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
+from tie_ext.decision import uncertainty, widened
+from tie_ext.exclusion import cutoff
 from tie_ext.head import FLAT, MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
 from tie_ext.outliers import make
 from tie_ext.support.sample import Sample
@@ -186,9 +188,10 @@ def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_
     net = attach(Small().eval(), [(x[:50], y[:50]), (x[50:], y[50:])], 3)
     ((inside, outside, steps, weight),) = taught
     assert (len(inside), len(outside), steps, weight) == (120, 180, 30, 3.0)
-    torch.testing.assert_close(inside[:60], net.statistics(x)[1])
-    inner = net.statistics(torch.cat(brought))[1]
-    torch.testing.assert_close(inside[60:], inner)
+    seen = torch.cat([part for pair in zip(brought, x.split(50), strict=True) for part in pair])
+    torch.testing.assert_close(inside, net.statistics(seen)[1])
+    uncertainties = uncertainty(widened(net(seen, garbage=True)).softmax(1)).detach()
+    assert float(net.tau) == pytest.approx(cutoff(uncertainties, 2.0), rel=1e-4)
     assert len(outside.unique(dim=0)) == 180  # no outlier is there twice
 
 

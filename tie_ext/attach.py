@@ -91,8 +91,8 @@ def attach(
             with frozen(net):
                 proposer.to(net.low.device).fit(net, _Labelled(net, batches), progress=1.0)
         head = cast(GarbageHead, net.garbage)
-        inside, logits, again, outside = _look(net, head, batches, proposers, progress)
-        teach(head, torch.cat([inside, again]), outside, STEPS, WEIGHT, progress)
+        inside, logits, outside = _look(net, head, batches, proposers, progress)
+        teach(head, inside, outside, STEPS, WEIGHT, progress)
         net.tau.fill_(_tau(net, inside, logits))
     return net
 
@@ -125,29 +125,27 @@ class _Labelled:
 
 
 @torch.no_grad()
-def _look(
-    net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence[Synthesizer], progress: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics ``(N, S)`` and logits ``(N, n)`` of ID images, and statistics of the same processed and of outliers; each image is read once."""
+def _look(net: TIENet, head: GarbageHead, batches: Iterable, proposers: Sequence[Synthesizer], progress: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics ``(2N, S)`` and ID logits ``(2N, n)`` of ID images, as they are and processed, and ``(M, S)`` of outliers; each is read once."""
     device, low, high = net.low.device, net.low.cpu(), net.high.cpu()
     counts = torch.zeros(net.num_classes, dtype=torch.long)
     size = head.mean.numel()
-    inside, again, outside = (Sample(MEMORY // (4 * columns)) for columns in (size + net.num_classes, size, size))
+    inside, outside = Sample(2 * MEMORY // (4 * (size + net.num_classes))), Sample(MEMORY // (4 * size))
     labelled = False
     with frozen(net):
         for batch in tqdm(batches, desc="attach: images", leave=False, disable=not progress):
             x, y = _pair(batch)
             check_images(x.cpu(), net.image_shape, low, high)
             x = x.to(device)
-            h, s = net.statistics(x)
-            logits = net.fc(h)
+            for images in (net.scaled(processed(net.unit(x), Dice(device))), x):
+                h, s = net.statistics(images)
+                logits = net.fc(h)
+                inside.add(torch.cat([s, logits], dim=1))
             if y is None:
                 y = logits.argmax(1)
             else:
                 check_labels(y, len(x), net.num_classes)
                 counts, labelled = counts + y.cpu().bincount(minlength=net.num_classes), True
-            inside.add(torch.cat([s, logits], dim=1))
-            again.add(net.statistics(net.scaled(processed(net.unit(x), Dice(device))))[1])
             for proposer in proposers:
                 # Drawn together, which is faster, and read in pieces that fit a processor's cache.
                 proposed = proposer.sample(net, x.repeat(OUTLIERS, 1, 1, 1), y.to(device).repeat(OUTLIERS)).x
@@ -156,14 +154,14 @@ def _look(
     if labelled and (counts == 0).any():
         missing = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"Expected samples of all {net.num_classes} classes, but got none of class {missing}")
-    if len(inside.rows) < 2:
-        raise ValueError(f"Expected at least two ID images, but got {len(inside.rows)}")
-    return inside.rows[:, :size], inside.rows[:, size:], again.rows, outside.rows
+    if inside.seen < 4:
+        raise ValueError(f"Expected at least two ID images, but got {inside.seen // 2}")
+    return inside.rows[:, :size], inside.rows[:, size:], outside.rows
 
 
 @torch.no_grad()
 def _tau(net: TIENet, inside: Tensor, logits: Tensor) -> float:
-    """The paper's threshold of the ID images' uncertainty."""
+    """The paper's threshold of the ID images' uncertainty. Training images as they are would set it too low: the network knows them by heart."""
     odds = torch.cat([net.garbage(rows) for rows in inside.split(4096)])
     every = torch.cat([logits, logits.logsumexp(1, keepdim=True) + odds], dim=1)
     return cutoff(uncertainty(widened(every).softmax(1)), LAM)
