@@ -15,8 +15,8 @@ AS_THEY_ARE = "head, images as they are"
 TEACHERS = {"head": "procedural", AS_THEY_ARE: "procedural; ID images only as they are"}
 """What a table calls what taught a head."""
 WITH_PROCESSED = (
-    "ID images processed another way, percent rejected: in garbage, and above a line that 5 % of the held-out images pass. A head that saw none\n"
-    "was taught with the ID images as they are alone:\n"
+    "ID images processed another way, percent rejected: in garbage, and above a line that 5 % of the held-out images pass. The head that saw none\n"
+    "was taught by the ID images as they are alone:\n"
 )
 BEFORE = "Measured before the head was taught processed images."
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "attached"
@@ -113,7 +113,8 @@ def page() -> str:
         )
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
         parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
-        parts += [WITH_PROCESSED, table(_processed(records)), ""]
+        processed = all("rejected_at_5" in record for record in records)
+        parts += [WITH_PROCESSED, table(_processed(records)), ""] if processed else [BEFORE, ""]
     return "\n".join([*parts, *_combined(), *_joint(), *_search(), *_otherwise()])
 
 
@@ -138,7 +139,7 @@ def _columns(records: list[dict], wanted: list[str] | None = None) -> list[dict]
 def _teachers(records: list[dict]) -> list[dict]:
     rows = []
     for label in records[0]["numbers"]["garbage_rate"]:
-        rates = [record["numbers"]["garbage_rate"][label] for record in records]
+        rates = [record["numbers"]["garbage_rate"][label] for record in records if label in record["numbers"]["garbage_rate"]]
         tests = _tests(rates[0])
         worst = min(tests, key=lambda name: mean(rate[name] for rate in rates))
         rows.append(
@@ -167,9 +168,9 @@ def _processed(records: list[dict]) -> list[dict]:
     for name in ["id", *(name for name in rates[0]["head"] if name.startswith(PROCESSED))]:
         row = {"ID test images": "as they are" if name == "id" else name.removeprefix(PROCESSED)}
         for label in ("head", AS_THEY_ARE):
-            known = all(label in rate for rate in rates)
+            known = [rate[label][name] for rate in rates if label in rate]
             said = "head" if label == "head" else "head that saw none"
-            row[f"{said}: in garbage"] = percent([rate[label][name] for rate in rates], 1) if known else "-"
+            row[f"{said}: in garbage"] = percent(known, 1) if known else "-"
             if label == "head":
                 row["above its line"] = percent([rate[label][name] for rate in at_line], 1)
         judged = [one["false_alarms"] if name == "id" else one["processed"][name] for one in combined]

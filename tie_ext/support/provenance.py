@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ def provenance(
         commit = None
     program = Path(sys.argv[0])
     name = "tie-ext" if program.resolve() == where / "app" / "cli.py" else program.name  # the former: `python -m tie_ext.app.cli`
-    command = " ".join([name, *(_named(word, places) for word in sys.argv[1:])])
+    command = shlex.join([name, *(_named(word, places) for word in sys.argv[1:])])
     return {"command": command, "commit": commit, "versions": versions, "processor": processor(device), "threads": torch.get_num_threads()}
 
 
