@@ -73,7 +73,7 @@ def judged(scores: Mapping, members: tuple[str, ...], rule: str) -> dict:
 
 
 COMBINE = (("GEN", "ViM", "head"), "stouffer")
-"""What :func:`tie_ext.combine` has, chosen on all networks but the second seed of CIFAR-10."""
+"""What :func:`tie_ext.combine` has, chosen when there were fewer networks."""
 
 
 def chosen(tried: Mapping[tuple, tuple[float, float]], candidates: list[tuple]) -> tuple:
