@@ -15,8 +15,8 @@ AS_THEY_ARE = "head, images as they are"
 TEACHERS = {"head": "procedural", AS_THEY_ARE: "procedural; ID images only as they are"}
 """What a table calls what taught a head."""
 WITH_PROCESSED = (
-    "ID images processed another way, percent rejected: in garbage, and above a line that 5 % of the held-out images pass. The head that saw none\n"
-    "was taught by the ID images as they are alone:\n"
+    "ID images processed another way, percent rejected: in garbage, and above a line that 5 % of the held-out images pass. A head that saw none\n"
+    "is taught by the ID images as they are alone:\n"
 )
 BEFORE = "Measured before the head was taught processed images."
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "attached"
@@ -113,7 +113,7 @@ def page() -> str:
         )
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
         parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
-        processed = all("rejected_at_5" in record for record in records)
+        processed = all("rejected_at_5" in record["numbers"] for record in records)
         parts += [WITH_PROCESSED, table(_processed(records)), ""] if processed else [BEFORE, ""]
     return "\n".join([*parts, *_combined(), *_joint(), *_search(), *_otherwise()])
 
@@ -175,7 +175,7 @@ def _processed(records: list[dict]) -> list[dict]:
                 row["above its line"] = percent([rate[label][name] for rate in at_line], 1)
         judged = [one["false_alarms"] if name == "id" else one["processed"][name] for one in combined]
         rows.append({**row, "combined: above its line": percent(judged, 1) if judged else "-"})
-    return rows
+    return [{column: cell for column, cell in row.items() if any(other[column] != "-" for other in rows)} for row in rows]
 
 
 def judged_rows() -> list[dict]:
