@@ -21,6 +21,7 @@ from tie_ext.bench.comparison import classifier
 from tie_ext.head import STATISTICS
 from tie_ext.outliers.drawing import Dice
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
+from tie_ext.processing import processed
 from tie_ext.support.files import write_json
 from tie_ext.support.modules import frozen
 from tie_ext.support.random import seeded
@@ -51,10 +52,14 @@ TRIALS: dict[str, dict] = {
     "shapes, three an image, weight 3, 800 steps": {"times": 3, "weight": 3.0, "steps": 800},
     "shapes, six an image, weight 3": {"times": 6, "weight": 3.0},
     "shapes, six an image, weight 10": {"times": 6, "weight": 10.0},
+    "shapes, three an image, weight 3, processed": {"times": 3, "weight": 3.0, "processed": True},
+    "shapes, three an image, weight 10, processed": {"times": 3, "weight": 10.0, "processed": True},
+    "shapes, three an image, weight 3, processed, 4800 steps": {"times": 3, "weight": 3.0, "processed": True, "steps": 4800},
     "shapes, 800 steps": {"steps": 800},
     "shapes, 3200 steps": {"steps": 3200},
 }
-"""Where nothing else is said: two outliers an ID image by the second mixture, all statistics, weight 1, 1600 steps."""
+"""Where nothing else is said: two outliers an ID image by the second mixture, all statistics, weight 1, 1600 steps, ID images as they are alone.
+*Processed*: the same processed another way beside them."""
 
 
 @torch.no_grad()
@@ -106,10 +111,14 @@ def main() -> None:
     most = {name: max(parts.get(name, 0) for _, _, parts in plans) for name in (*FAMILIES, *MADE)}
     with seeded(0):
         outside = outliers(net, ImageBatches(sets["train"], 500), most)
+        again = statistics(net, (processed(x, Dice()) for x, _ in ImageBatches(sets["train"], 500)))[0]
+        way = statistics(net, (processed(x, Dice()) for x, _ in ImageBatches(sets["held"], 500)))
+    seen["held, processed"] = way
     results = {}
     for label, trial, parts in plans:
         kept = columns(net, trial.get("read", range(STATISTICS)))
-        inside, rows = seen["train"][0][:, kept], torch.cat([outside[name][:count, kept] for name, count in parts.items()])
+        inside = torch.cat([seen["train"][0], again])[:, kept] if trial.get("processed") else seen["train"][0][:, kept]
+        rows = torch.cat([outside[name][:count, kept] for name, count in parts.items()])
         results[label] = []
         for seed in SEEDS:
             start = time.perf_counter()
@@ -121,11 +130,15 @@ def main() -> None:
                 scores = {name: head(s[:, kept]).squeeze(1) - largest for name, (s, largest) in seen.items()}
             line = scores["held"].quantile(0.999)
             result = {"held in garbage": (scores["held"] > 0).double().mean().item(), "seconds": seconds}
+            result["held, processed, in garbage"] = (scores["held, processed"] > 0).double().mean().item()
             result |= {name: {"in garbage": (of > 0).double().mean().item(), "above 1 in 1000 of ID": (of > line).double().mean().item()}
                        for name, of in scores.items() if name.startswith("val:")}  # fmt: skip
             results[label].append(result)
             rates = ", ".join(f"{name} {r['in garbage']:.3f}/{r['above 1 in 1000 of ID']:.3f}" for name, r in result.items() if isinstance(r, dict))
-            print(f"{label}: held {result['held in garbage']:.3%}; {rates}; {seconds:.0f} s", flush=True)
+            print(
+                f"{label}: held {result['held in garbage']:.3%}, processed {result['held, processed, in garbage']:.3%}; {rates}; {seconds:.0f} s",
+                flush=True,
+            )
     write_json(OUT / "head_search" / f"{a.network.stem}.json", {"network": a.network.stem, "results": results, **made_by(a.root)})
 
 
