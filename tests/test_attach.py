@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SHAPE, Small, make_batches
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
 from tie_ext.decision import uncertainty, widened
@@ -302,6 +302,17 @@ class Softmaxed(Small):
 class Flat(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(784, 9), nn.ReLU(), nn.Linear(9, 3))
+
+
+class Stream(IterableDataset):
+    """Gives whole batches, as some do."""
+
+    def __iter__(self):
+        return iter([stripes(30)])
+
+
+def test_a_stream_of_batches_is_taken():
+    assert attach(Small().eval(), Stream(), 3).tau.isfinite()
 
 
 @pytest.mark.parametrize(

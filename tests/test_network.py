@@ -88,7 +88,7 @@ def test_a_backbone_whose_output_is_no_tensor_is_told_so():
 
 def test_a_range_that_differs_by_channel_is_told_by_channel():
     net = TIENet(Conv3(3, 10), 10, (3, 28, 28), [-1.0, -2.0, -1.0], [1.0, 2.0, 1.0])
-    with pytest.raises(ValueError, match=r"value range \[-1, 1\] and \[-2, 2\] \(by channel\) of the network, but got values in \[0, 3\]"):
+    with pytest.raises(ValueError, match=r"value range \[-1, 1\], \[-2, 2\], \[-1, 1\] \(by channel\) of the network, but got values in \[0, 3\]"):
         net.check(torch.cat([torch.zeros(1, 2, 28, 28), torch.full((1, 1, 28, 28), 3.0)], 1))
 
 

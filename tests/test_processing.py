@@ -32,6 +32,24 @@ def test_rounding_beyond_the_range_makes_nothing_that_is_no_number():
     assert bool(((y >= 0) & (y <= 1)).all())
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_images_of_any_floating_point_type(kind):
+    x = torch.rand(50, 3, 12, 12).to(kind)
+    y = processed(x, Dice())
+    assert y.dtype == torch.float32
+    model = Conv3(3, 2).eval()
+    assert attach(model, [torch.rand(8, 3, 28, 28, dtype=torch.float64)], 2).tau.isfinite()
+
+
+def test_a_wide_image_is_turned_and_not_sheared():
+    x = torch.zeros(300, 1, 32, 128)
+    x[:, :, :, 64] = 1  # an upright line
+    y = warped(x, Dice("cpu", torch.Generator().manual_seed(0)))[:, 0]
+    place = (y * torch.arange(128)).sum(2) / y.sum(2).clamp(min=1e-6)
+    tilt = ((place[:, 28] - place[:, 3]) / 25).atan().rad2deg().abs()
+    assert 4 < float(tilt.max()) < 7
+
+
 def test_the_same_seed_gives_the_same_images_and_another_one_others():
     x = torch.rand(20, 3, 16, 16)
     one, again, other = (processed(x, Dice("cpu", torch.Generator().manual_seed(seed))) for seed in (0, 0, 1))

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from tie_ext.decision import uncertainty, widened
@@ -71,7 +71,7 @@ def attach(
         raise ValueError(f"Expected a trained model in evaluation mode, but got {type(model).__name__} in training mode; call model.eval()")
     if isinstance(batches, Iterator):
         raise ValueError(f"Expected batches that can be read more than once, as a DataLoader or a list, but got a {type(batches).__name__}")
-    if isinstance(batches, Dataset):
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):  # of which some give batches
         raise ValueError(f"Expected batches, but got {type(batches).__name__}, which gives one image at a time; put it into DataLoader(..., 128)")
     if outliers is not None and not outliers:
         raise ValueError("Expected someone to propose outliers, or None for procedural images, but got an empty list")

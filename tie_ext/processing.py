@@ -34,10 +34,13 @@ def processed(x: Tensor, dice: Dice) -> Tensor:
 
     Arguments:
         x: Images in [0, 1], or beyond it by rounding.
+
+    Returns:
+        Images in [0, 1], float32.
         dice: Where random numbers come from, on the device of the images.
     """
     if not len(x):
-        return x
+        return x.float()
     return torch.cat([_processed(piece, dice) for piece in x.split(max(1, CHUNK // x[0].numel()))])  # small, so that a processor's cache holds it
 
 
@@ -50,7 +53,7 @@ def _processed(x: Tensor, dice: Dice) -> Tensor:
     def factor(x: Tensor) -> Tensor:
         return dice.log_uniform(1 / TONE, TONE, len(x), 1, 1, 1)
 
-    out = x.clamp(0, 1)  # what was scaled back from another range may miss it by a last bit, and has no power
+    out = x.float().clamp(0, 1)  # what was scaled back from another range may miss it by a last bit, and has no power
     some(lambda x: warped(x, dice))
     some(lambda x: blurred(x, dice.uniform(len(x), high=math.sqrt(min(x.shape[2:])) / 10)))
     some(lambda x: x.mean((1, 2, 3), keepdim=True).lerp(x, factor(x)))
@@ -62,11 +65,12 @@ def _processed(x: Tensor, dice: Dice) -> Tensor:
 
 def warped(x: Tensor, dice: Dice) -> Tensor:
     """Images ``(B, C, H, W)`` turned, of another size and moved, which also softens them; their border goes on outside."""
-    B = len(x)
+    B, _, H, W = x.shape
     angle, size = math.radians(TURN) * dice.uniform(B, low=-1), 1 + WARP * dice.uniform(B, low=-1)
     across, along = size * angle.cos(), size * angle.sin()
     move = WARP * dice.uniform(B, 2, low=-1)
-    rows = torch.stack([torch.stack([across, -along, move[:, 0]], 1), torch.stack([along, across, move[:, 1]], 1)], 1)
+    # Both sides are 2 long where the grid is concerned, whatever they are in pixels.
+    rows = torch.stack([torch.stack([across, -along * H / W, move[:, 0]], 1), torch.stack([along * W / H, across, move[:, 1]], 1)], 1)
     return F.grid_sample(x, F.affine_grid(rows.to(x), list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
 
 

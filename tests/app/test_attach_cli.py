@@ -131,7 +131,10 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     assert "too few" not in said
 
 
-@pytest.mark.parametrize(("accuracy", "classes", "images", "guessed"), [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False)])
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "images", "guessed"),
+    [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False), (1.0, 2, 4, False)],
+)
 def test_chance_is_what_guessing_could_reach(accuracy, classes, images, guessed):
     assert attaching._by_chance(accuracy, classes, images) == guessed
 

@@ -165,9 +165,10 @@ def _heads(records: list[dict]) -> str:
         rows.append(row)
     commands = "\n".join(f"    python tests/bench/{r['command']}" for r in records)
     return (
-        f"## What the head learns from fewer images\n\nThe same networks, which learn no more. Attach: all training images once, three outliers an "
-        f"image, 1600 steps. The loop: {records[0]['epochs']} epochs as they are now, inversions and all. Garbage rate / AUROC / FPR@95 of the "
-        f"score; percent, mean ± standard deviation over the networks; `val:` rows are validation images.\n\n"
+        "## What the head learns from fewer images\n\nThe same networks, which learn no more. Attach: all training images once, as they are and "
+        f"processed, three outliers an image, 1600 steps. The loop: {records[0]['epochs']} epochs, inversions and all, before its head saw processed "
+        "images. Garbage rate / AUROC / FPR@95 of the score; percent, mean ± standard deviation over the networks; `val:` rows are validation "
+        "images.\n\n"
         f"{commands}\n\n{table(rows)}"
     )
 

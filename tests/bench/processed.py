@@ -1,6 +1,6 @@
 """ID test images as other programs would have given them, most of them by Pillow: a rejector should let them pass.
 
-Of what the head is taught (:mod:`tie_ext.processing`) there are size, blur, contrast, brightness, gamma, rotation, moves and noise, some of them
+Of what the head is taught (:mod:`tie_ext.processing`) there are size, blur, contrast, brightness, gamma, rotation, moves and noise, most of them
 stronger here; sharpening, a median and JPEG it has never seen.
 """
 
@@ -57,7 +57,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "blur, 0.7 pixels": by_pillow(lambda image: image.filter(ImageFilter.GaussianBlur(0.7))),
     "sharpened": by_pillow(lambda image: image.filter(ImageFilter.UnsharpMask(1, 100, 0))),
     "median of 3 x 3": by_pillow(lambda image: image.filter(ImageFilter.MedianFilter(3))),
-    "contrast by 0.8": by_torch(lambda x: 0.8 * x),
+    "darker by a fifth": by_torch(lambda x: 0.8 * x),
     "brighter by a tenth": by_torch(lambda x: x + 0.1),
     "gamma 1.5": by_torch(lambda x: x**1.5),
     "turned by 10 degrees": by_pillow(lambda image: image.rotate(10, Image.Resampling.BILINEAR)),

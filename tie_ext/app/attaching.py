@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tie_ext.app import data, models
-from tie_ext.app.combining import COMBINED, combined_scores, too_few
+from tie_ext.app.combining import COMBINED, NEEDED, combined_scores, too_few
 from tie_ext.app.data import ImageBatches
 from tie_ext.app.evaluation import evaluate
 from tie_ext.app.folder import OWN, attached, clear, read_record, written
@@ -106,8 +106,8 @@ def attach_run(
 
 
 def _by_chance(accuracy: float, classes: int, images: int) -> bool:
-    """Whether guessing does as well, within two standard deviations."""
-    return accuracy <= 1 / classes + 2 * math.sqrt((1 - 1 / classes) / classes / images)
+    """Whether guessing does as well, within two standard deviations; of a few images nobody can tell."""
+    return images >= NEEDED and accuracy <= 1 / classes + 2 * math.sqrt((1 - 1 / classes) / classes / images)
 
 
 def _refuse_a_run(folder: Path) -> None:

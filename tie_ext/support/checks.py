@@ -116,6 +116,6 @@ def describe(x: object) -> str:
 
 def _range(low: float | Tensor, high: float | Tensor) -> str:
     """A range, or one a channel where they differ."""
-    lows, highs = (value.flatten().tolist() if isinstance(value, Tensor) else [value] for value in (low, high))
-    said = list(dict.fromkeys(f"[{least:.4g}, {most:.4g}]" for least, most in zip(lows, highs, strict=True)))
-    return " and ".join(said) + (" (by channel)" if len(said) > 1 else "")
+    lows, highs = torch.broadcast_tensors(*(torch.as_tensor(value).flatten().cpu() for value in (low, high)))
+    said = [f"[{least:.4g}, {most:.4g}]" for least, most in zip(lows.tolist(), highs.tolist(), strict=True)]
+    return said[0] if len(set(said)) == 1 else ", ".join(said) + " (by channel)"
