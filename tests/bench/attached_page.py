@@ -297,8 +297,8 @@ def _search() -> list[str]:
         rows.append(row)
     text = (
         "Percent of the worst far validation set in garbage; of held-out ID images in garbage, as they are and, where it was measured, processed\n"
-        "another way. Where nothing else is said: 70 % shapes, two outliers an ID image, all four statistics, weight 1, 1600 steps, ID images as they are alone.\n"
-        "Heads on the same statistics; one network of each data set.\n"
+        "another way. Where nothing else is said: 70 % shapes, two outliers an ID image, all four statistics, weight 1, 1600 steps, ID images\n"
+        "as they are alone. Heads on the same statistics; one network of each data set.\n"
     )
     commands = [f"    python tests/bench/{record['command']}" for record in records]
     return ["## How the head came to be\n", *commands, "", text, table(rows), ""]
