@@ -169,7 +169,7 @@ def test_the_halves_share_no_image_and_each_does_its_work():
     assert sorted(torch.cat([scaling, calibrating]).tolist()) == list(range(61))
     assert scaling.tolist() != sorted(scaling.tolist())  # as a loader may have its classes in order
     learned = reference(scores[scaling])
-    torch.testing.assert_close(detector.reference, learned)
+    torch.testing.assert_close(detector.reference, learned, rtol=1e-4, atol=1e-4)  # sums of batches of other sizes
     torch.testing.assert_close(detector.threshold, conformal_threshold(RULES["stouffer"](learned, scores[calibrating]), 0.1))
     torch.testing.assert_close(detector(images()[0]), RULES["stouffer"](learned, detector.scores(images()[0])))
 
