@@ -70,7 +70,7 @@ def test_the_head_learns_the_pool(monkeypatch):
 
 
 def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(monkeypatch):
-    taught, drawn = [], []
+    taught, drawn, brought = [], [], []
 
     class Counted(Noise):
         def draw(self, shape):
@@ -78,6 +78,7 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
             return super().draw(shape)
 
     monkeypatch.setattr("tie_ext.training.teach", lambda head, inside, outside, *how: taught.append((len(inside), len(outside), how[0])) or 0.5)
+    monkeypatch.setattr("tie_ext.training.processed", lambda x, dice: brought.append(len(x)) or x)
     net = make_net()
     trainer = TIETrainer(net, replace(TINY, garbage_weight=2.0), [], [Counted(net)])
     drawn.clear()
@@ -85,6 +86,7 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
     for _ in range(2):
         trainer.epoch(batches)
     assert drawn == [30, 45]
+    assert sum(brought) == 30  # each image of both epochs
     assert taught == [(30, 45, 20), (30, 60, 30)]  # the ID images as they are and processed; the last epoch teaches in full
 
 

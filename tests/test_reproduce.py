@@ -133,6 +133,7 @@ def test_a_record_names_a_command_that_can_be_typed(monkeypatch, program, name):
         (["--root=/home/me/data/mnist"], "--root=DATA/mnist"),
         (["/home/me/data2", "/home/me"], "/home/me/data2 /home/me"),
         (["--data", "data"], "--data data"),
+        (["--heads", "head, two words"], "--heads 'head, two words'"),
     ],
 )
 def test_a_command_says_a_name_for_a_place_that_lies_elsewhere_for_everyone(monkeypatch, words, said):

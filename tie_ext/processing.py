@@ -34,10 +34,10 @@ def processed(x: Tensor, dice: Dice) -> Tensor:
 
     Arguments:
         x: Images in [0, 1], or beyond it by rounding.
+        dice: Where random numbers come from, on the device of the images.
 
     Returns:
         Images in [0, 1], float32.
-        dice: Where random numbers come from, on the device of the images.
     """
     if not len(x):
         return x.float()
