@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+import airbench
 import torch
 import torch.nn.functional as F
 from processed import PROCESSED, processed_sets
@@ -45,6 +46,7 @@ OTHERS = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet"
 AS_THEY_ARE = "head, images as they are"
 HEADS = {"head": ("procedural",), AS_THEY_ARE: ("procedural",), "head, multi-scale noise": ("multiscale",), "head, white noise": ("white",)}
 """Heads by the outliers that teach them; one does not see the ID images processed another way."""
+NETWORKS = {**BACKBONES, "airbench": airbench.AirBench}
 HALF = "04"
 """Ends the name of a set of whose ten classes 0 to 4 are ID."""
 MOST = 2000
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help=f"a set's name; with {HALF} behind it, classes 0 to 4 are ID and 5 to 9 OOD")
     parser.add_argument("--images", type=int, help="training images; default all but the held-out ones")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--backbone", choices=BACKBONES, default="conv3")
+    parser.add_argument("--backbone", choices=NETWORKS, default="conv3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of training; bfloat16 takes half the time where a CPU has it")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
@@ -250,8 +252,9 @@ def main() -> None:
     a.work.mkdir(parents=True, exist_ok=True)
     images = sets["train"]
     with seeded(a.seed):
-        net = TIENet(BACKBONES[a.backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
-    seconds = {"training": train(net, images, a.epochs, a.seed, a.work / f"{stem}.training", a.precision)}
+        net = TIENet(NETWORKS[a.backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
+    trained = airbench.train if a.backbone == "airbench" else train
+    seconds = {"training": trained(net, images, a.epochs, a.seed, a.work / f"{stem}.training", a.precision)}
     net.save(a.work / f"{stem}.safetensors")
     start = time.perf_counter()
     scores = host_scores(net, sets)
