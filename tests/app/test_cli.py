@@ -153,6 +153,13 @@ def test_a_file_that_is_no_image_loses_no_other_row(run, folder, tmp_path, capsy
         assert said.err.count("\n") == 1
 
 
+def test_a_path_with_nothing_there_is_told_before_any_row(run, folder, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("of before")
+    assert main(["score", str(run), str(folder / "test"), str(tmp_path / "typo"), "--out", str(tmp_path / "rows.csv")]) == 1
+    assert "typo, or a folder of them, but there is nothing" in capsys.readouterr().err
+    assert (tmp_path / "rows.csv").read_text() == "of before"
+
+
 def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert (run / ".lock").exists()  # which a report passes over
     assert main(["report", str(run)]) == 0
@@ -399,12 +406,12 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["score", "RUN", "missing.png"], "Expected an image file at missing.png"),
+        (["score", "RUN", "missing.png"], "Expected an image file at missing.png, or a folder of them"),
         (["score", "nowhere", "x.png"], "Expected a tie_ext network file at"),
         (["score", "RUN", "x.png", "--false-alarm", "0.01"], "Expected at least 99 ID images"),
         (["score", "ALONE", "x.png", "--false-alarm", "0.1"], "Expected a tie_ext scores file at"),
         (["score", "RUN", "."], "Expected images in . or below it, but got none"),
-        (["score", "RUN", "RUN/figures/../../nothing.png", "--out", "nowhere/rows"], "Expected to write rows to nowhere/rows, but got: No such file"),
+        (["score", "RUN", "ALONE", "--out", "nowhere/rows"], "Expected to write rows to nowhere/rows, but got: No such file"),
         (["report", "nowhere"], "Expected a run with a run.json"),
         (["train", "--resume", "nowhere"], "Expected a run with a run.json"),
         (["train", "--data", "nothing", "--out", "new"], "Expected a data set, one of mnist"),

@@ -25,6 +25,8 @@ CALLED = {"tinyimagenet": "TinyImageNet", "gaussian": "Gaussian noise", "uniform
 
 
 COMBINED = RESULTS / "combined.json"
+LATER = RESULTS / "combined_later.json"
+"""The same combinations on networks that were trained after they had been chosen."""
 NEAR = {"cifar10": ("val:tinyimagenet",), "cifar100": ("val:tinyimagenet",)}
 """Validation sets that no outlier from nothing is near."""
 
@@ -55,9 +57,15 @@ def stem_of(record: dict) -> str:
     return f"{record['data']}-{record['images']['train']}x{record['epochs']}-{record['backbone']}-seed{record['seed']}"
 
 
+def combined_runs() -> dict[str, dict]:
+    """What ``combine`` was judged at, by network; empty where there is no record yet."""
+    records = [json.loads(path.read_text()) for path in (COMBINED, LATER) if path.exists()]
+    return {name: of for record in records for name, of in record["judged"]["combine"]["runs"].items()}
+
+
 def front(data: str = "cifar10") -> str:
     """The table in README, and what there is to say of other data."""
-    runs = json.loads(COMBINED.read_text())["judged"]["combine"]["runs"]
+    runs = combined_runs()
     judged = {key: found for key, found in groups().items() if key[0] == data and any(stem_of(record) in runs for record in found)}
     records = max(judged.values(), key=lambda found: mean(record["accuracy"] for record in found))
     stems = [stem_of(record) for record in records if stem_of(record) in runs]
@@ -161,7 +169,7 @@ def _processed(records: list[dict]) -> list[dict]:
     """A row for each way in which ID test images were processed."""
     rates = [record["numbers"]["garbage_rate"] for record in records]
     at_line = [record["numbers"]["rejected_at_5"] for record in records]
-    runs = json.loads(COMBINED.read_text())["judged"]["combine"]["runs"] if COMBINED.exists() else {}
+    runs = combined_runs()
     combined = [runs[stem_of(record)] for record in records if "processed" in runs.get(stem_of(record), {})]
     rows = []
     for name in ["id", *(name for name in rates[0]["head"] if name.startswith(PROCESSED))]:
@@ -177,11 +185,11 @@ def _processed(records: list[dict]) -> list[dict]:
     return [{column: cell for column, cell in row.items() if any(other[column] != "-" for other in rows)} for row in rows]
 
 
-def judged_rows() -> list[dict]:
+def judged_rows(path: Path = COMBINED) -> list[dict]:
     """A row for each combination that was chosen, and for single scores; none where there is no record."""
-    if not COMBINED.exists():
+    if not path.exists():
         return []
-    record = json.loads(COMBINED.read_text())
+    record = json.loads(path.read_text())
     tried = {(tuple(row["members"]), row["rule"]): row for row in record["validation"]}
     rows = []
     for name, of in record["judged"].items():
@@ -191,7 +199,7 @@ def judged_rows() -> list[dict]:
             {
                 "what": name,
                 "members": f"{' + '.join(of['members'])}" + (f", {of['rule']}" if len(of["members"]) > 1 else ""),
-                "validation: worst AUROC": percent([tried[key]["worst"]]),
+                **({"validation: worst AUROC": percent([tried[key]["worst"]])} if tried else {}),
                 "test: worst, mean": f"{percent([min(sets)])}, {percent([mean(sets)])}",
                 "false alarms": percent([mean(run["false_alarms"] for run in of["runs"].values())]),
             }
@@ -213,17 +221,25 @@ def _combined() -> list[str]:
         f"{percent([record['false_alarm']], 0)} % of them may exceed.\n"
     )
     text_by_set = "`combine` by OOD test set; best single: the highest AUROC of the hosts' detectors, chosen by looking at this very column.\n"
-    command = f"    python tests/bench/{record['command']}\n"
     return [
         "## One score of several\n",
-        command,
+        f"    python tests/bench/{record['command']}\n",
         text,
         table(judged_rows()),
         "",
+        *_later(),
         text_by_set,
-        table(_by_set(record["judged"]["combine"]["runs"])),
+        table(_by_set(combined_runs())),
         "",
     ]
+
+
+def _later() -> list[str]:
+    if not LATER.exists():
+        return []
+    record = json.loads(LATER.read_text())
+    text = f"The same on networks that were trained after all this was chosen: {', '.join(record['runs'])}.\n"
+    return [text, f"    python tests/bench/{record['command']}\n", table(judged_rows(LATER)), ""]
 
 
 def _by_set(runs: dict[str, dict]) -> list[dict]:

@@ -5,10 +5,12 @@
 Reads what tests/bench/attached.py left. Every combination of up to three scores is tried with every rule. The scale of each score comes from one
 half of the held-out ID images, the threshold at 5 % false alarms from the other; the ID test set judges both. AUROC and FPR@95 are against that
 set. What counts is the AUROC in the worst of all validation columns of all runs; of those within ALIKE of the best, the highest mean over these
-columns is chosen. Writes docs/results/attached/combined.json.
+columns is chosen. Writes docs/results/attached/combined.json. With ``--later`` nothing is chosen: what that record chose is judged on networks that
+came after it, and docs/results/attached/combined_later.json is written.
 """
 
 import argparse
+import json
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +26,7 @@ from tie_ext.support.files import load_state, write_json
 from tie_ext.support.provenance import provenance
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "attached" / "combined.json"
+LATER = OUT.with_name("combined_later.json")
 FALSE_ALARM = 0.05
 ALIKE = 0.002
 """Differences of AUROC that another seed would turn round."""
@@ -82,11 +85,30 @@ def chosen(tried: Mapping[tuple, tuple[float, float]], candidates: list[tuple]) 
     return max((key for key in candidates if tried[key][0] >= line), key=lambda key: tried[key][1])
 
 
+def record_of(runs: Mapping[str, Mapping], best: Mapping[str, tuple], validated: list[dict]) -> dict:
+    """What is written: the chosen combinations, judged on each network."""
+    return {
+        "runs": list(runs),
+        "false_alarm": FALSE_ALARM,
+        "validation": validated,
+        "judged": {
+            name: {"members": members, "rule": rule, "runs": {run: judged(scores, members, rule) for run, scores in runs.items()}}
+            for name, (members, rule) in best.items()
+        },
+        **provenance(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scores", type=Path, nargs="+")
-    paths = parser.parse_args().scores
-    runs = {path.name.removesuffix(".scores.safetensors"): load_state(path, "scores") for path in paths}
+    parser.add_argument("--later", action="store_true", help="choose nothing: judge what was chosen before, on these networks")
+    a = parser.parse_args()
+    runs = {path.name.removesuffix(".scores.safetensors"): load_state(path, "scores") for path in a.scores}
+    if a.later:
+        best = {name: (tuple(of["members"]), of["rule"]) for name, of in json.loads(OUT.read_text())["judged"].items()}
+        write_json(LATER, record_of(runs, best, []))
+        return
     labels = [label for label in next(iter(runs.values())) if not label.startswith("head, ")]
     tried = {}
     for size in (1, 2, 3):
@@ -103,19 +125,8 @@ def main() -> None:
         "head": (("head",), "stouffer"),
     }
     best |= {f"chosen by {rule}": chosen(tried, [key for key in ranked if key[1] == rule and len(key[0]) > 1]) for rule in RULES}
-    record = {
-        "runs": list(runs),
-        "false_alarm": FALSE_ALARM,
-        "validation": [
-            {"members": members, "rule": rule, "worst": tried[members, rule][0], "mean": tried[members, rule][1]} for members, rule in ranked
-        ],
-        "judged": {
-            name: {"members": members, "rule": rule, "runs": {run: judged(scores, members, rule) for run, scores in runs.items()}}
-            for name, (members, rule) in best.items()
-        },
-        **provenance(),
-    }
-    write_json(OUT, record)
+    validated = [{"members": members, "rule": rule, "worst": tried[members, rule][0], "mean": tried[members, rule][1]} for members, rule in ranked]
+    write_json(OUT, record_of(runs, best, validated))
     for name, (members, rule) in best.items():
         worst, mean = tried[members, rule]
         print(f"{name}: {' + '.join(members)} by {rule}: validation worst {worst:.4f}, mean {mean:.4f}")

@@ -27,10 +27,12 @@ def listed(places: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Image files, and those in folders and below them, in the order of their names.
 
     Raises:
-        ValueError: If a folder holds none.
+        ValueError: If there is nothing at a path, or a folder holds no image.
     """
     files: list[str] = []
     for place in places:
+        if not Path(place).exists():
+            raise ValueError(f"Expected an image file at {place}, or a folder of them, but there is nothing")
         found = list(images_below(place)) if Path(place).is_dir() else [os.fspath(place)]
         if not found:
             raise ValueError(f"Expected images in {place} or below it, but got none")
