@@ -271,6 +271,21 @@ def test_networks_of_other_types_take_a_head(dtype):
     assert {p.dtype for p in net.parameters()} == {dtype}
 
 
+def test_a_network_attached_in_bfloat16_computes_so_and_its_head_has_learned_of_that(tmp_path, monkeypatch):
+    x, y = stripes()
+    read = []
+    looked = TIENet.statistics
+    monkeypatch.setattr(TIENet, "statistics", lambda net, x: (read.append(net.precision), looked(net, x))[1])
+    model = Conv3(1, 3).eval()
+    net = attach(model, [(x, y)], 3, precision="bfloat16")
+    assert set(read) == {"bfloat16"}
+    assert net.precision == TIENet.load(net.save(tmp_path / "net") or tmp_path / "net").precision == "bfloat16"
+    assert not torch.equal(net(x), model(x))
+    torch.testing.assert_close(net(x), model(x), rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="Expected a precision, one of float32, bfloat16, but got 'half'"):
+        attach(model, [(x, y)], 3, precision="half")
+
+
 def test_gradients_reach_the_image_though_relus_work_in_place():
     torch.manual_seed(0)
     net, x, slopes = TIENet(Conv3(1, 3), 3, SHAPE, garbage="layers").eval(), stripes(4)[0], []

@@ -43,6 +43,7 @@ def attach(
     outliers: Sequence[Synthesizer] | None = None,
     seed: int = 0,
     progress: bool = False,
+    precision: str = "float32",
 ) -> TIENet:
     """Give a trained classifier a garbage class, without training it again and without any OOD image.
 
@@ -58,6 +59,7 @@ def attach(
         outliers: Who proposes outliers, each once fitted to model and images; None for procedural images.
         seed: Of the outliers and of the head.
         progress: Show progress bars.
+        precision: What the model computes in, now and in the network that is returned; ``"bfloat16"`` is faster where the hardware has it.
 
     Returns:
         The network in evaluation mode, with tau set: ``net(x)`` gives the model's own logits, ``net.decide(x)`` decides.
@@ -65,7 +67,7 @@ def attach(
     Raises:
         ValueError: If the model is in training mode, has not n outputs, no linear layer to end in, none with a map to read, or returns
             something else than its logits; if there are no images, or they can be read once alone, are not finite, of one shape and in the
-            value range, or a class has no samples; or if nobody proposes outliers. The head has not been trained then.
+            value range, or a class has no samples; if nobody proposes outliers, or the precision is none. The head has not been trained then.
     """
     if model.training:
         raise ValueError(f"Expected a trained model in evaluation mode, but got {type(model).__name__} in training mode; call model.eval()")
@@ -83,6 +85,7 @@ def attach(
     image_shape = tuple(x.shape[1:])
     with seeded(seed), torch.enable_grad():  # the head learns, whatever the caller needs
         net = TIENet(model, num_classes, image_shape, low, high, classes, "layers").eval()
+        net.precision = precision
         outputs = model(x[:1].to(next(model.parameters()))).shape[1]
         if outputs != num_classes:
             raise ValueError(f"Expected a model with {num_classes} outputs, as num_classes says, but got one with {outputs}")

@@ -153,6 +153,14 @@ def test_how_test_images_were_come_by_is_said_before_the_work(folder, weights, t
         main(attach(folder / "train", weights, tmp_path / "run"))
 
 
+def test_a_run_may_compute_in_bfloat16(folder, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
+    assert main(attach(folder, weights, tmp_path / "run", "--precision", "bfloat16")) == 0
+    assert TIENet.load(tmp_path / "run" / "network.safetensors").precision == "bfloat16"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"] == "bfloat16"
+    assert main(["score", str(tmp_path / "run"), *images_of(folder)]) == 0
+
+
 def test_score_and_a_threshold_work_as_on_a_trained_run(run, folder, capsys):
     for place in (run, run / "network.safetensors"):
         assert main(["score", str(place), "--false-alarm", "0.25", *images_of(folder)]) == 0

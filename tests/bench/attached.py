@@ -209,7 +209,8 @@ def headed(net: TIENet, images: ImageSet, label: str, seed: int) -> TIENet:
     # There is no setting for it: nobody should want it but for this comparison.
     unseen = patch("tie_ext.attach.processed", lambda x, dice: x) if label == AS_THEY_ARE else nullcontext()
     with unseen:
-        return attach(classifier(net), ImageBatches(images, 128), len(classes), classes=classes, outliers=outliers, seed=seed)
+        batches = ImageBatches(images, 128)
+        return attach(classifier(net), batches, len(classes), classes=classes, outliers=outliers, seed=seed, precision=net.precision)
 
 
 @torch.no_grad()
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=NETWORKS, default="conv3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of training; bfloat16 takes half the time where a CPU has it")
+    parser.add_argument("--scores-in", choices=PRECISIONS, default="float32", help="precision of all that comes after training")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--work", type=Path, default=OUT / "work", help="networks and scores, which are not committed")
     a = parser.parse_args()
@@ -255,6 +257,7 @@ def main() -> None:
         net = TIENet(NETWORKS[a.backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
     trained = airbench.train if a.backbone == "airbench" else train
     seconds = {"training": trained(net, images, a.epochs, a.seed, a.work / f"{stem}.training", a.precision)}
+    net.precision = a.scores_in
     net.save(a.work / f"{stem}.safetensors")
     start = time.perf_counter()
     scores = host_scores(net, sets)
@@ -274,6 +277,7 @@ def main() -> None:
         "epochs": a.epochs,
         "seed": a.seed,
         "precision of training": a.precision,
+        "precision of scores": a.scores_in,
         "images": {name: len(of) for name, of in sets.items()},
         "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),
         "seconds": seconds,

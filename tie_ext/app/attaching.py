@@ -17,6 +17,7 @@ from tie_ext.app.folder import OWN, attached, clear, read_record, written
 from tie_ext.app.settings import ImageSettings, load_images
 from tie_ext.app.snapshots import save_examples, save_snapshot
 from tie_ext.attach import attach
+from tie_ext.network import PRECISIONS
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.support.checks import check_number
 from tie_ext.support.files import locked, save_state, sha256, write_json
@@ -40,10 +41,14 @@ class AttachSettings(ImageSettings):
     """File of the network's weights."""
     seed: int = 0
     """Of the subset, of what is held out, and of the head."""
+    precision: str = "float32"
+    """What the network computes in, one of :data:`tie_ext.network.PRECISIONS`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("seed", self.seed, 0, 2**31 - 1, integer=True)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"Expected a precision, one of {', '.join(PRECISIONS)}, but got {self.precision!r}")
 
 
 def attach_run(
@@ -84,7 +89,8 @@ def attach_run(
         _refuse_a_run(folder)  # again, as another process may have begun one while the images were read
         batches = ImageBatches(images, settings.batch_size, scale=scale)
         low, high = (bound.flatten().tolist() for bound in (scale.low, scale.high))
-        net = attach(model, batches, len(images.classes), low, high, images.classes, seed=settings.seed, progress=progress)
+        names, seed, precision = images.classes, settings.seed, settings.precision
+        net = attach(model, batches, len(names), low, high, names, seed=seed, progress=progress, precision=precision)
         numbers, scores = evaluate(net, test, ood, images)
         about = {"test_images": test.note} if test.note else {}
         record = {"settings": settings.record(), "weights_sha256": sha256(settings.weights), **about}

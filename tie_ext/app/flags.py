@@ -15,7 +15,7 @@ from tie_ext.app.data import IN_MEMORY
 from tie_ext.backbones import BACKBONES
 from tie_ext.config import TIEConfig
 from tie_ext.explain import STEPS
-from tie_ext.network import GARBAGE
+from tie_ext.network import GARBAGE, PRECISIONS
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
 from tie_ext.recipe import PRIORS, Recipe, names
@@ -85,7 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
     attach.add_argument_group("output").add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder, a new one")
     data = _images(attach, needed=True)
     data.add_argument("--seed", type=int, metavar="N", help="of the subset, the held-out images and the garbage class (default: 0)")
-    _network(attach, "", "its state_dict (see below)")
+    network = _network(attach, "", "its state_dict (see below)")
+    network.add_argument("--precision", choices=PRECISIONS, help="what it computes in (default: float32); bfloat16 is faster where hardware has it")
 
     usage = "tie-ext score RUN IMAGE [IMAGE ...] [flags]"
     score = _command(commands, "score", "label, level, uncertainty and score of images, a row each", usage=usage)
