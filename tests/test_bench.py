@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from tie_ext import Conv3, TIENet
 from tie_ext.app.cli import main
+from tie_ext.app.data import ImageSet
 from tie_ext.decision import Decision
 
 sys.path.append(str(Path(__file__).parent / "bench"))
 import agreement
+import airbench
 import page
 import threshold
 
@@ -126,3 +128,56 @@ def test_a_place_in_a_page_takes_a_measured_number():
 def test_a_place_that_names_no_measured_number_is_an_error(place):
     with pytest.raises(ValueError, match="to name a number that was measured"):
         page.fill(f"{{{{{place}}}}}")
+
+
+def test_patches_are_whitened():
+    torch.manual_seed(0)
+    x = torch.nn.functional.avg_pool2d(torch.rand(50, 3, 34, 34), 3, 1)  # neighbours are alike
+    net = airbench.AirBench()
+    net.learn_patches(x)
+    rows = net.whiten(x).movedim(1, 0).reshape(24, -1)[:12]
+    assert torch.equal(net.whiten.weight[:12], -net.whiten.weight[12:])
+    torch.testing.assert_close(rows.mean(1), torch.zeros(12), rtol=0, atol=0.02)
+    off = rows.cov() - torch.diag(rows.cov().diag())
+    assert off.abs().max() < 0.05
+    assert 0.5 < rows.var(1).max() < 1.05
+
+
+def test_a_quick_training_goes_on_where_it_was_stopped_and_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(airbench, "BATCH", 16)
+    torch.manual_seed(0)
+    y = torch.arange(80) % 2
+    images = ImageSet((torch.rand(80, 3, 32, 32) * 100 + 100 * y[:, None, None, None]).to(torch.uint8), y, ("dark", "bright"))
+
+    def fresh():
+        torch.manual_seed(0)
+        return TIENet(airbench.AirBench(3, 2), 2, images.shape)
+
+    def until_the_third(*given, made=airbench.batches):
+        if given[1] == 2:
+            raise KeyboardInterrupt
+        return made(*given)
+
+    whole, stopped = fresh(), fresh()
+    airbench.train(whole, images, 4, 0, tmp_path / "whole.training")
+    monkeypatch.setattr(airbench, "batches", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        airbench.train(stopped, images, 4, 0, tmp_path / "stopped.training")
+    monkeypatch.undo()
+    monkeypatch.setattr(airbench, "BATCH", 16)
+    again = fresh()
+    airbench.train(again, images, 4, 0, tmp_path / "stopped.training")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    with torch.no_grad():
+        assert (again(images.x / 255.0).argmax(1) == y).float().mean() > 0.9
+
+
+def test_images_are_mirrored_in_turn_and_moved_by_two_pixels_at_most():
+    images = ImageSet(torch.arange(32 * 32).reshape(1, 1, 32, 32).remainder(251).to(torch.uint8).repeat(6, 3, 1, 1), torch.arange(6), ())
+    first = torch.arange(6) < 3
+    for epoch in (0, 1):
+        (x, y), *_ = airbench.batches(images, epoch, first)
+        for one, label in zip(x, y, strict=True):
+            still = one.flip(2) if first[label] ^ bool(epoch) else one
+            middle = images.x[0, :, 2:-2, 2:-2] / 255
+            assert any(torch.equal(still[:, i : i + 28, j : j + 28], middle) for i in range(5) for j in range(5))
