@@ -336,7 +336,11 @@ def test_a_stream_of_batches_is_taken():
         (Small(), make_batches(), "Expected a trained model in evaluation mode, but got Small in training mode; call model.eval()"),
         (TIENet(Small(), 3, SHAPE).eval(), make_batches(), "Expected a classifier without a garbage class, but got a TIENet, which has one already"),
         (Small(5).eval(), make_batches(), "Expected a model with 3 outputs, as num_classes says, but got one with 5"),
-        (Softmaxed().eval(), make_batches(), "Expected a backbone that returns what its last linear layer gives"),
+        (
+            Softmaxed().eval(),
+            make_batches(),
+            "Expected a backbone that returns the logits that its last .*, but Softmaxed returns probabilities; leave the softmax out",
+        ),
         (Flat().eval(), make_batches(), "Expected a backbone with convolutions or transformer blocks"),
         (nn.Conv2d(1, 3, 28).eval(), make_batches(), "Expected a backbone that ends in a linear layer"),
         (Small(3, channels=3).eval(), make_batches(), r"Expected a backbone for images \(1, 28, 28\), but Small fails on one"),

@@ -346,8 +346,11 @@ def _try(backbone: nn.Module, x: Tensor) -> None:
     finally:
         hook.remove()
     if not (outputs and isinstance(y, Tensor) and y.shape == outputs[-1].shape and torch.allclose(y, outputs[-1], 0, 0, equal_nan=True)):
+        if isinstance(y, Tensor) and y.ndim == 2 and (y >= 0).all() and torch.allclose(y.sum(1), y.new_ones(len(y)), atol=1e-2):
+            said = f"its last linear layer `{name}` gives, but {type(backbone).__name__} returns probabilities"
+            raise ValueError(f"Expected a backbone that returns the logits that {said}; leave the softmax out")
         raise ValueError(
             f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__} returns "
-            f"{'something else than' if isinstance(y, Tensor) else f'a {type(y).__name__} and no tensor as'} `{name}` does; return the logits, "
-            "without a softmax, and call the last linear layer `fc`"
+            f"{'something else than' if isinstance(y, Tensor) else f'a {type(y).__name__} and no tensor as'} `{name}` does; return the logits "
+            "as they are, and call the last linear layer `fc`"
         )

@@ -126,7 +126,7 @@ def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(folder, weig
 def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     assert main(attach(many, weights, tmp_path / "run")) == 0
     said = capsys.readouterr().out
-    assert "ID accuracy is 50.0%, no better than chance among 2 classes: are these its weights, --mean," in said
+    assert "ID accuracy is 50.0%, which guessing among 2 classes could give: are these its weights, --mean," in said
     assert "tie-ext score decides by the combined score, with a threshold that rejects at most 5% of new ID images" in said
     assert "too few" not in said
 
@@ -209,6 +209,19 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
     assert {path for path in out.rglob("*") if path.is_file()} - {out / ".lock"} == set(written(out))
     net = TIENet.load(out / "network.safetensors")
     assert load_network(out).classes == net.classes
+    capsys.readouterr()
+    assert main(["score", str(out / "combined"), *paths]) == 0  # a saved detector decides as it does in Python
+    alone = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert main(["score", str(out), *paths]) == 0
+    assert alone == list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert main(["score", str(out / "combined"), paths[0], "--false-alarm", "0.25"]) == 1
+    assert "a saved detector, which has its own threshold" in capsys.readouterr().err
+    x = net.scaled(test.x.float() / 255)
+    single = TIEDetector(net.eval(), false_alarm=0.25).fit([(x, test.y)])
+    single.save(tmp_path / "single")
+    assert main(["score", str(tmp_path / "single"), *paths]) == 0
+    rows = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert [row["level"] != "accepted" for row in rows] == [level > 0 for level in _by_path(test, single.decide(x).level)]
     (out / "combined" / "members.safetensors").write_bytes(b"{}")
     assert main(["score", str(out), paths[0]]) == 1
     assert "members" in capsys.readouterr().err
@@ -405,7 +418,7 @@ class Headless(nn.Sequential):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: Softmaxed(2, 3), "Expected a backbone that returns what its last linear layer gives, but Softmaxed returns something else"),
+        (lambda: Softmaxed(2, 3), "but Softmaxed returns probabilities; leave the softmax out"),
         (Flat, "Expected a backbone with convolutions or transformer blocks, whose maps tell OOD images, but got Flat"),
         (Headless, "Expected a backbone that ends in a linear layer, but got Headless without any"),
     ],

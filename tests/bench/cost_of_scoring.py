@@ -37,7 +37,7 @@ def made(backbone: nn.Module, size: int, device: str) -> tuple[TIENet, Combined]
     x = torch.rand(40, 3, size, size)
     batches = [(part, torch.arange(len(part)) % 10) for part in x.split(20)]
     net = attach(backbone.to(device), batches, 10)
-    return net, combine(net, batches, batches, 0.2)
+    return net, combine(net, batches, list(batches), 0.2)
 
 
 def seconds(work: Callable[[Tensor], object], x: Tensor) -> float:

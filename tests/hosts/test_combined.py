@@ -84,6 +84,8 @@ def test_few_training_images_give_finite_scores_and_one_is_refused():
     assert combine(net, loader(4), loader(40))(images()[0]).isfinite().all()
     with pytest.raises(ValueError, match="Expected at least two training images for ViM, but got 1"):
         combine(net, loader(1), loader(40))
+    with pytest.raises(ValueError, match="Expected held-out images that the network was not trained on, but got the training images again"):
+        combine(net, both := loader(40), both)
     with pytest.raises(ValueError, match="Expected a rule"):
         combine(net, None, loader(40), rule="sum")  # type: ignore[arg-type]
 

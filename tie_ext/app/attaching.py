@@ -62,7 +62,7 @@ def attach_run(
         device: Where to compute.
         progress: Show progress bars.
         say: Told what a person has to know: before the work, how the test images were come by, which ``run.json`` says too, and that they are too
-            few for a threshold; after it, that the network is no better than chance.
+            few for a threshold; after it, that the network may be guessing.
 
     Returns:
         The content of ``run.json``; its ``accuracy`` is that of the network as it came, whatever the garbage class takes.
@@ -107,7 +107,7 @@ def attach_run(
         write_json(folder / "run.json", {**record, "numbers": numbers})
     if _by_chance(numbers["accuracy"], len(images.classes), len(test)):
         said = "are these its weights, --mean, --std and --size, and the classes in the order of its training (by name)?"
-        say(f"ID accuracy is {numbers['accuracy']:.1%}, no better than chance among {len(images.classes)} classes: {said}")
+        say(f"ID accuracy is {numbers['accuracy']:.1%}, which guessing among {len(images.classes)} classes could give: {said}")
     return {**record, "numbers": numbers}
 
 

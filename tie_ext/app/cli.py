@@ -229,7 +229,7 @@ def _score(a: argparse.Namespace) -> None:
     rows = scoring.scored(net, decide, scoring.listed(a.images), a.every_label, _interactive() and (a.out is not None or not sys.stdout.isatty()))
     broken = []
     with _written(a.out) as out:
-        table = csv.DictWriter(out, scoring.COLUMNS) if a.format == "csv" else None
+        table = csv.DictWriter(out, scoring.COLUMNS, lineterminator="\n") if a.format == "csv" else None
         for i, (row, error) in enumerate(rows):
             if table and i == 0:
                 table.writeheader()

@@ -6,26 +6,32 @@ from pathlib import Path
 from torch import Tensor
 
 from tie_ext.app.combining import COMBINED, FALSE_ALARM
-from tie_ext.app.folder import OWN, load_combined, load_scores
+from tie_ext.app.folder import OWN, load_combined, load_saved, load_scores
 from tie_ext.decision import Decision, conformal_threshold
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood import TIEDetector
 
 
 def decider(net: TIENet, folder: Path, false_alarm: float | None = None) -> Callable[[Tensor], Decision]:
-    """The decision of a run: by a line on the score of its combination; where it has none, on the network's own, or by the paper's rule.
+    """The decision of a saved detector, or of a run: by a line on the score of its combination; where it has none, on the network's own, or by
+    the paper's rule.
 
     The line is drawn on ID test images as the run scored them.
 
     Arguments:
         net: The network of the run.
-        folder: The run folder.
+        folder: The run folder, or that of a saved detector.
         false_alarm: Share of ID images that may be rejected; None for the paper's rule, or :data:`FALSE_ALARM` where there is a combination.
 
     Raises:
         FileNotFoundError: If the scores are needed and not there.
-        ValueError: If a file is damaged or foreign, or there are too few ID test images for such a line.
+        ValueError: If a file is damaged or foreign, a saved detector is to have another threshold, or there are too few ID test images for such
+            a line.
     """
+    if (saved := load_saved(folder)) is not None:
+        if false_alarm is not None:
+            raise ValueError(f"Expected a run folder beside --false-alarm, but got {folder}, a saved detector, which has its own threshold")
+        return saved.to(net.low.device).decide
     combined = load_combined(folder)
     if combined is None and false_alarm is None:
         return net.decide

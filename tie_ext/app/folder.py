@@ -28,7 +28,7 @@ from tie_ext.app.combining import COMBINED
 from tie_ext.app.settings import ImageSettings, RunSettings
 from tie_ext.backbones import BACKBONES
 from tie_ext.network import TIENet
-from tie_ext.pytorch_ood import Combined
+from tie_ext.pytorch_ood import Combined, TIEDetector
 from tie_ext.recipe import Recipe
 from tie_ext.support.checks import check_number, check_shape, describe
 from tie_ext.support.files import load_state, read_json, reading, write_json
@@ -153,6 +153,18 @@ def load_combined(folder: Path) -> Combined | None:
     """
     place = folder / COMBINED
     return _with_architecture(Combined.load, place, place / "network.safetensors", folder) if place.is_dir() else None
+
+
+def load_saved(folder: Path) -> TIEDetector | Combined | None:
+    """The detector that its ``save`` wrote into a folder, on the CPU; None where there is none.
+
+    Raises:
+        ValueError: If a file of it is damaged, foreign or missing.
+    """
+    if not (folder / "detector.json").is_file():
+        return None
+    load: Callable[..., TIEDetector | Combined] = Combined.load if (folder / "members.safetensors").is_file() else TIEDetector.load
+    return _with_architecture(load, folder, folder / "network.safetensors", folder)
 
 
 def _with_architecture(load: Callable[..., Loaded], path: Path, file: Path, folder: Path) -> Loaded:

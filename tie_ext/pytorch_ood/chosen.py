@@ -28,9 +28,11 @@ def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: floa
             once (docs/research/fooling.md).
 
     Raises:
-        ValueError: If there are fewer than two training images, or too few held-out ones, or the rule is unknown.
+        ValueError: If there are fewer than two training images, or too few held-out ones or the same ones, or the rule is unknown.
     """
     check_rule(rule)  # before any image is read
+    if held_out is training:
+        raise ValueError("Expected held-out images that the network was not trained on, but got the training images again")
     features = FeatureSample(net.feature_size)
     with evaluating(net):
         for x, _ in training:

@@ -62,7 +62,8 @@ def check_images(x: Tensor, shape: Sequence[int] | None = None, low: float | Ten
         if (x < low - slack).any() or (x > high + slack).any():
             raise ValueError(
                 f"Expected images in the value range {_range(low, high)} of the network, but got values in "
-                f"[{x.min().item():.4g}, {x.max().item():.4g}]; scale them, or give the range as `low` and `high` of the TIENet"
+                f"[{x.min().item():.4g}, {x.max().item():.4g}]; bring them there (divide those of 0 to 255 by 255), or give their range as "
+                "`low` and `high` where the network is made"
             )
 
 
