@@ -195,7 +195,8 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 WORDS = (
     "Percent. AUROC: how often an OOD image scores above an ID image; 50 is chance.",
     "FPR@95: ID images that are rejected where 95 % of the OOD images are.",
-    "In garbage: rejected by the garbage class (level 1), without a threshold. ID rejected: by the garbage class or by uncertainty (level 2).",
+    "In garbage: rejected by the garbage class (level 1), without a threshold. ID rejected: by the garbage class or by uncertainty (level 2),",
+    "before any threshold on the score.",
 )
 """What the columns of the tables are."""
 
