@@ -118,6 +118,8 @@ def page() -> str:
         parts.append(
             f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s on one core.\n"
         )
+        if any(record.get("precision of scores") == "bfloat16" for record in records):
+            parts.append("Network, head and all detectors computed in bfloat16.\n")
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
         parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
         processed = all("rejected_at_5" in record["numbers"] for record in records)
