@@ -407,7 +407,7 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
     ("arguments", "message"),
     [
         (["score", "RUN", "missing.png"], "Expected an image file at missing.png, or a folder of them"),
-        (["score", "nowhere", "x.png"], "Expected a tie_ext network file at"),
+        (["score", "nowhere", "x.png"], "Expected a run folder, or a network's file, at nowhere, but there is nothing"),
         (["score", "RUN", "x.png", "--false-alarm", "0.01"], "Expected at least 99 ID images"),
         (["score", "ALONE", "x.png", "--false-alarm", "0.1"], "Expected a tie_ext scores file at"),
         (["score", "RUN", "."], "Expected images in . or below it, but got none"),

@@ -141,6 +141,8 @@ def load_network(path: str | os.PathLike) -> TIENet:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, foreign, or of an architecture that nothing says.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"Expected a run folder, or a network's file, at {path}, but there is nothing")
     file = Path(path) / "network.safetensors" if Path(path).is_dir() else Path(path)
     return _with_architecture(TIENet.load, file, file, file.parent)
 
