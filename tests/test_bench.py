@@ -146,8 +146,8 @@ def test_patches_are_whitened():
 def test_a_quick_training_goes_on_where_it_was_stopped_and_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(airbench, "BATCH", 16)
     torch.manual_seed(0)
-    y = torch.arange(80) % 2
-    images = ImageSet((torch.rand(80, 3, 32, 32) * 100 + 100 * y[:, None, None, None]).to(torch.uint8), y, ("dark", "bright"))
+    y = torch.arange(96) % 2
+    images = ImageSet((torch.rand(96, 3, 32, 32) * 100 + 100 * y[:, None, None, None]).to(torch.uint8), y, ("dark", "bright"))
 
     def fresh():
         torch.manual_seed(0)
@@ -172,12 +172,25 @@ def test_a_quick_training_goes_on_where_it_was_stopped_and_learns(tmp_path, monk
         assert (again(images.x / 255.0).argmax(1) == y).float().mean() > 0.9
 
 
+def test_the_bias_of_the_whitening_stays_after_its_epochs(tmp_path, monkeypatch):
+    images = ImageSet(torch.randint(255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
+    monkeypatch.setattr(airbench, "BATCH", 1)
+    for epochs, moved in ((1, True), (0, False)):
+        monkeypatch.setattr(airbench, "WHITENING_EPOCHS", epochs)
+        net, first = (TIENet(airbench.AirBench(3, 2), 2, images.shape) for _ in range(2))
+        first.backbone.learn_patches(images.x / 255.0)
+        airbench.train(net, images, 1, 0, tmp_path / f"{epochs}.training")
+        assert torch.equal(net.backbone.whiten.weight, first.backbone.whiten.weight)
+        assert torch.equal(net.backbone.whiten.bias, first.backbone.whiten.bias) != moved
+
+
 def test_images_are_mirrored_in_turn_and_moved_by_two_pixels_at_most():
     images = ImageSet(torch.arange(32 * 32).reshape(1, 1, 32, 32).remainder(251).to(torch.uint8).repeat(6, 3, 1, 1), torch.arange(6), ())
-    first = torch.arange(6) < 3
+    first, middle, places = torch.arange(6) < 3, images.x[0, :, 2:-2, 2:-2] / 255, set()
     for epoch in (0, 1):
         (x, y), *_ = airbench.batches(images, epoch, first)
         for one, label in zip(x, y, strict=True):
             still = one.flip(2) if first[label] ^ bool(epoch) else one
-            middle = images.x[0, :, 2:-2, 2:-2] / 255
-            assert any(torch.equal(still[:, i : i + 28, j : j + 28], middle) for i in range(5) for j in range(5))
+            (place,) = [(i, j) for i in range(5) for j in range(5) if torch.equal(still[:, i : i + 28, j : j + 28], middle)]
+            places.add(place)
+    assert len(places) > 4

@@ -4,7 +4,7 @@ Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.head`), ``t (N,)`` 1 w
 
 One look at the ID images, one at the same processed another way (:mod:`tie_ext.processing`), one at three times as many outliers, and the head
 learns ``t`` of ``s`` by binary cross-entropy. Its log-odds become the (n+1)-th logit, ``logsumexp(ID logits) + head(s)``, so that the softmax over
-n+1 outputs gives the head's odds of garbage; no ID logit changes by a bit.
+n+1 outputs gives the head's odds of garbage; no ID logit changes by a bit, unless the network is asked to compute in bfloat16.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +59,8 @@ def attach(
         outliers: Who proposes outliers, each once fitted to model and images; None for procedural images.
         seed: Of the outliers and of the head.
         progress: Show progress bars.
-        precision: What the model computes in, now and in the network that is returned; ``"bfloat16"`` is faster where the hardware has it.
+        precision: What the backbone computes in, now and in the network that is returned: ``"float32"``, which stands for the model's own type,
+            or ``"bfloat16"``, which is faster where the hardware has it and gives the model's logits as nearly as it can.
 
     Returns:
         The network in evaluation mode, with tau set: ``net(x)`` gives the model's own logits, ``net.decide(x)`` decides.

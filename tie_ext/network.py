@@ -106,8 +106,8 @@ class TIENet(Ranged):
 
     @property
     def precision(self) -> str:
-        """What the backbone computes in, one of :data:`PRECISIONS`. Training sets it, and it is saved, so that a threshold meets the scores it
-        was fitted to.
+        """What the backbone computes in, one of :data:`PRECISIONS`. Training and attach set it, and it is saved, so that a threshold meets the
+        scores it was fitted to.
         """
         return self._precision
 

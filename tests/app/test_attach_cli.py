@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -222,6 +223,13 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
     assert main(["score", str(tmp_path / "single"), *paths]) == 0
     rows = csv.DictReader(capsys.readouterr().out.splitlines())
     assert [row["level"] != "accepted" for row in rows] == [level > 0 for level in _by_path(test, single.decide(x).level)]
+    for unfitted in (Combined.load(out / "combined"), TIEDetector(net)):  # one over the other
+        if isinstance(unfitted, Combined):
+            unfitted.threshold = None
+        net.tau.fill_(math.inf)
+        unfitted.save(tmp_path / "single")
+        assert main(["score", str(tmp_path / "single"), paths[0]]) == 1
+        assert "Expected a detector with a threshold in" in capsys.readouterr().err
     (out / "combined" / "members.safetensors").write_bytes(b"{}")
     assert main(["score", str(out), paths[0]]) == 1
     assert "members" in capsys.readouterr().err

@@ -48,6 +48,8 @@ FAR_AND_NEAR = {
 }
 
 
+SHOWN = ("cifar10", 45000, 10, "airbench")
+"""The networks of that table; the words above it say so."""
 GREY = ("mnist", "fashionmnist")
 """What the line below that table tells of."""
 
@@ -63,12 +65,10 @@ def combined_runs() -> dict[str, dict]:
     return {name: of for record in records for name, of in record["judged"]["combine"]["runs"].items()}
 
 
-def front(data: str = "cifar10") -> str:
+def front() -> str:
     """The table in README, and what there is to say of other data."""
-    runs = combined_runs()
-    judged = {key: found for key, found in groups().items() if key[0] == data and any(stem_of(record) in runs for record in found)}
-    records = max(judged.values(), key=lambda found: mean(record["accuracy"] for record in found))
-    stems = [stem_of(record) for record in records if stem_of(record) in runs]
+    runs, records = combined_runs(), groups()[SHOWN]
+    stems = [stem_of(record) for record in records]
     rows = []
     for label, needs in FRONT.items():
         combined = label == "attach, combined"
@@ -118,8 +118,8 @@ def page() -> str:
         parts.append(
             f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s on one core.\n"
         )
-        if any(record.get("precision of scores") == "bfloat16" for record in records):
-            parts.append("Network, head and all detectors computed in bfloat16.\n")
+        if all(record.get("precision of scores") == "bfloat16" for record in records):
+            parts.append("Backbones computed in bfloat16, for all detectors alike.\n")
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
         parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
         processed = all("rejected_at_5" in record["numbers"] for record in records)
@@ -247,7 +247,7 @@ def _later() -> list[str]:
 def _by_set(runs: dict[str, dict]) -> list[dict]:
     """The chosen combination beside the best single score, a row for each OOD test set of each ID set."""
     rows = []
-    for (data, images, *_), records in groups().items():
+    for (data, images, _, backbone), records in groups().items():
         stems = {stem_of(record): record["numbers"]["scores"] for record in records}
         judged = [(runs[stem]["sets"], scores) for stem, scores in stems.items() if stem in runs]
         for name in judged[0][0] if judged else ():
@@ -255,7 +255,7 @@ def _by_set(runs: dict[str, dict]) -> list[dict]:
             best = max(singles, key=lambda label: mean(scores[label][name]["auroc"] for _, scores in judged))
             rows.append(
                 {
-                    "in-distribution": f"{data}, {images} images",
+                    "in-distribution": f"{data}, {images} images, {backbone}",
                     "OOD set": _called(name),
                     "combined: FPR@95": percent([sets[name]["fpr95_id"] for sets, _ in judged]),
                     "combined: AUROC": percent([sets[name]["auroc"] for sets, _ in judged]),

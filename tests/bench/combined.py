@@ -106,6 +106,9 @@ def main() -> None:
     a = parser.parse_args()
     runs = {path.name.removesuffix(".scores.safetensors"): load_state(path, "scores") for path in a.scores}
     if a.later:
+        chosen_on = json.loads(OUT.read_text())["runs"]
+        if known := sorted(set(chosen_on) & set(runs)):
+            raise ValueError(f"Expected networks that came later, but got {', '.join(known)}, on which the combinations were chosen")
         best = {name: (tuple(of["members"]), of["rule"]) for name, of in json.loads(OUT.read_text())["judged"].items()}
         write_json(LATER, record_of(runs, best, []))
         return

@@ -65,7 +65,8 @@ def attach_run(
             few for a threshold; after it, that the network may be guessing.
 
     Returns:
-        The content of ``run.json``; its ``accuracy`` is that of the network as it came, whatever the garbage class takes.
+        The content of ``run.json``; its ``accuracy`` is that of the network as it came, in the precision of the settings,
+        whatever the garbage class takes.
 
     Raises:
         ValueError: If a setting, the data, the weights or the network is not as expected, the folder holds a run, or another process is at it.

@@ -225,7 +225,7 @@ def _score(a: argparse.Namespace) -> None:
         with usage():
             check_number("--false-alarm", a.false_alarm, 0, 1, above=True)
     net = load_network(a.run).to(a.device)
-    decide = decider(net, a.run if a.run.is_dir() else a.run.parent, a.false_alarm)
+    decide = decider(net, a.run, a.false_alarm)
     rows = scoring.scored(net, decide, scoring.listed(a.images), a.every_label, _interactive() and (a.out is not None or not sys.stdout.isatty()))
     broken = []
     with _written(a.out) as out:

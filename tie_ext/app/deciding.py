@@ -12,7 +12,7 @@ from tie_ext.network import TIENet
 from tie_ext.pytorch_ood import TIEDetector
 
 
-def decider(net: TIENet, folder: Path, false_alarm: float | None = None) -> Callable[[Tensor], Decision]:
+def decider(net: TIENet, place: Path, false_alarm: float | None = None) -> Callable[[Tensor], Decision]:
     """The decision of a saved detector, or of a run: by a line on the score of its combination; where it has none, on the network's own, or by
     the paper's rule.
 
@@ -20,18 +20,22 @@ def decider(net: TIENet, folder: Path, false_alarm: float | None = None) -> Call
 
     Arguments:
         net: The network of the run.
-        folder: The run folder, or that of a saved detector.
+        place: The run folder, that of a saved detector, or the network's file in a run folder.
         false_alarm: Share of ID images that may be rejected; None for the paper's rule, or :data:`FALSE_ALARM` where there is a combination.
 
     Raises:
         FileNotFoundError: If the scores are needed and not there.
-        ValueError: If a file is damaged or foreign, a saved detector is to have another threshold, or there are too few ID test images for such
-            a line.
+        ValueError: If a file is damaged or foreign, a saved detector has no threshold or is to have another, or there are too few ID test images
+            for such a line.
     """
-    if (saved := load_saved(folder)) is not None:
+    if (saved := load_saved(place)) is not None:
         if false_alarm is not None:
-            raise ValueError(f"Expected a run folder beside --false-alarm, but got {folder}, a saved detector, which has its own threshold")
+            raise ValueError(f"Expected a run folder beside --false-alarm, but got {place}, a saved detector, which has its own threshold")
+        by_training = isinstance(saved, TIEDetector) and saved.false_alarm is None and (saved.tau is not None or bool(net.tau.isfinite()))
+        if saved.threshold is None and not by_training:
+            raise ValueError(f"Expected a detector with a threshold in {place}, but got one without; fit it and save it again")
         return saved.to(net.low.device).decide
+    folder = place if place.is_dir() else place.parent
     combined = load_combined(folder)
     if combined is None and false_alarm is None:
         return net.decide

@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     usage = "tie-ext score RUN IMAGE [IMAGE ...] [flags]"
     score = _command(commands, "score", "label, level, uncertainty and score of images, a row each", usage=usage)
     data = score.add_argument_group("data")
-    data.add_argument("run", type=Path, metavar="RUN", help="run folder, or a network's file")
+    data.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of a saved detector, or a network's file")
     data.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, and folders with all that is below them")
     method = score.add_argument_group("method")
     method.add_argument(
@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         metavar="RATE",
         help="decide by one threshold on the score, drawn by the run's ID test images so that at most this share of new ID images is rejected "
-        "(default: 0.05 where the run has a combined detector, else the network's own rule)",
+        "(default: 0.05 where the run has a combined detector, else the network's own rule; a saved detector has its own)",
     )
     method.add_argument("--device", default=DEVICE, help=f"where to compute (default: {DEVICE})")
     output = score.add_argument_group("output")

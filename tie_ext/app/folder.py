@@ -29,6 +29,7 @@ from tie_ext.app.settings import ImageSettings, RunSettings
 from tie_ext.backbones import BACKBONES
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood import Combined, TIEDetector
+from tie_ext.pytorch_ood.combined import FORMAT
 from tie_ext.recipe import Recipe
 from tie_ext.support.checks import check_number, check_shape, describe
 from tie_ext.support.files import load_state, read_json, reading, write_json
@@ -135,7 +136,7 @@ def load_network(path: str | os.PathLike) -> TIENet:
     """The network of a run, on the CPU, in evaluation mode; where its architecture is not ours, as ``run.json`` beside it says.
 
     Arguments:
-        path: The run folder, or the network's file.
+        path: The folder of a run or of a saved detector, or the network's file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -165,7 +166,10 @@ def load_saved(folder: Path) -> TIEDetector | Combined | None:
     """
     if not (folder / "detector.json").is_file():
         return None
-    load: Callable[..., TIEDetector | Combined] = Combined.load if (folder / "members.safetensors").is_file() else TIEDetector.load
+    line = folder / "detector.json"
+    with reading(f"a detector.json at {line}"):
+        of = read_json(line, "a detector.json")["format"]
+    load: Callable[..., TIEDetector | Combined] = Combined.load if of == FORMAT else TIEDetector.load
     return _with_architecture(load, folder, folder / "network.safetensors", folder)
 
 

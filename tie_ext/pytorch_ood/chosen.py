@@ -28,7 +28,7 @@ def combine(net: TIENet, training: Batches, held_out: Batches, false_alarm: floa
             once (docs/research/fooling.md).
 
     Raises:
-        ValueError: If there are fewer than two training images, or too few held-out ones or the same ones, or the rule is unknown.
+        ValueError: If there are fewer than two training images, too few held-out ones, or the same loader twice, or the rule is unknown.
     """
     check_rule(rule)  # before any image is read
     if held_out is training:
