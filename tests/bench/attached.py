@@ -34,6 +34,7 @@ from tie_ext.backbones import BACKBONES
 from tie_ext.bench.comparison import classifier
 from tie_ext.network import PRECISIONS
 from tie_ext.outliers import make
+from tie_ext.pytorch_ood.chosen import fit_knn
 from tie_ext.support.files import save_state, write_json
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
@@ -47,6 +48,8 @@ AS_THEY_ARE = "head, images as they are"
 HEADS = {"head": ("procedural",), AS_THEY_ARE: ("procedural",), "head, multi-scale noise": ("multiscale",), "head, white noise": ("white",)}
 """Heads by the outliers that teach them; one does not see the ID images processed another way."""
 NETWORKS = {**BACKBONES, "airbench": airbench.AirBench}
+SAMPLED = "KNN of 5000"
+"""What :func:`tie_ext.combine` has of it."""
 HALF = "04"
 """Ends the name of a set of whose ten classes 0 to 4 are ID."""
 MOST = 2000
@@ -181,6 +184,7 @@ def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str
     mahalanobis, plus = Mahalanobis(None).fit_features(h, y), Mahalanobis(None).fit_features(one(h), y)
     knn = KNN(None).fit_features(h, y)
     vim = ViM(None, d=features // 2, w=weight, b=bias).fit_features(h, y)
+    kept = fit_knn(h)
     she = SHE(None, net.fc).fit_features(h, y)
     ash = ASH(None, lambda maps: net.fc(maps.flatten(1)), percentile=0.9)
     of = {
@@ -191,6 +195,7 @@ def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str
         "ASH": lambda logits, h: ash.predict_feature_maps(h[:, :, None, None]),
         "ViM": lambda logits, h: vim.predict_features(h),
         "KNN": lambda logits, h: knn.predict_features(h),
+        SAMPLED: lambda logits, h: kept.predict_features(h),
         "Mahalanobis": lambda logits, h: mahalanobis.predict_features(h),
         "Mahalanobis++": lambda logits, h: plus.predict_features(one(h)),
     }

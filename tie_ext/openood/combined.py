@@ -1,9 +1,9 @@
-"""Garbage class, ViM and GEN combined, as an OpenOOD postprocessor: larger conf = more ID, the negative of the combined score."""
+"""Garbage class, KNN and GEN combined, as an OpenOOD postprocessor: larger conf = more ID, the negative of the combined score."""
 
 import torch
 from openood.postprocessors import BasePostprocessor
 from openood.utils.config import Config
-from pytorch_ood.detector import GEN, ViM
+from pytorch_ood.detector import GEN
 from torch import Tensor, nn, no_grad
 
 from tie_ext.combination import RULES, Reference, check_rule, reference
@@ -11,22 +11,23 @@ from tie_ext.decision import ood_score
 from tie_ext.network import TIENet
 from tie_ext.openood.postprocessors import arguments, shipped
 from tie_ext.openood.trainer import Pairs
-from tie_ext.pytorch_ood.chosen import FeatureSample, fit_vim
+from tie_ext.pytorch_ood.chosen import FeatureSample, fit_knn
+from tie_ext.pytorch_ood.neighbours import SampledKNN
 
 
 class CombinedPostprocessor(BasePostprocessor):
-    """Postprocessor ``tie_combined``: the score of a ``tie_net``'s garbage class, ViM and GEN as one, by one forward pass.
+    """Postprocessor ``tie_combined``: the score of a ``tie_net``'s garbage class, KNN and GEN as one, by one forward pass.
 
     Of any other network, which has no garbage class, it combines the latter two. Its parameter is the ``rule``, a name in
-    :data:`tie_ext.combination.RULES`. Set up on ID images alone: ViM learns the training images, and the validation images set the scale of each
-    score. The members are those of :func:`tie_ext.combine`.
+    :data:`tie_ext.combination.RULES`. Set up on ID images alone: KNN keeps features of training images, and the validation images set the scale of
+    each score. The members are those of :func:`tie_ext.combine`.
     """
 
     def __init__(self, config: Config | None = None):
         super().__init__(config or shipped("tie_combined"))
         self.APS_mode, self.hyperparam_search_done = False, False
         self.rule = check_rule(arguments("tie_combined", self.config)["rule"])
-        self.vim: ViM | None = None
+        self.knn: SampledKNN | None = None
         self.reference: Reference | None = None
 
     @no_grad()
@@ -40,11 +41,10 @@ class CombinedPostprocessor(BasePostprocessor):
             return
         device = next(net.parameters()).device
         net.eval()
-        weight, bias = (torch.as_tensor(part, device=device) for part in getattr(net, "module", net).get_fc())  # type: ignore[operator]
-        features = FeatureSample(weight.shape[1])
+        features = FeatureSample()
         for x, _ in Pairs(id_loader_dict["train"]):
             features.add(_seen(net, x.to(device))[1].float())
-        self.vim = fit_vim(features.rows, weight, bias)
+        self.knn = fit_knn(features.rows)
         self.reference = reference(torch.cat([self._scores(*_seen(net, x.to(device))) for x, _ in Pairs(id_loader_dict["val"])]))
 
     @no_grad()
@@ -63,7 +63,7 @@ class CombinedPostprocessor(BasePostprocessor):
 
     def _scores(self, logits: Tensor, h: Tensor, garbage: Tensor | None) -> Tensor:
         """Scores ``(B, k)``, larger = more OOD."""
-        scores = [self.vim.predict_features(h), GEN.score(logits)]  # type: ignore[union-attr]  # both who call have fitted it
+        scores = [self.knn.predict_features(h), GEN.score(logits)]  # type: ignore[union-attr]  # both who call have fitted it
         return torch.stack(scores if garbage is None else [garbage, *scores], dim=1)
 
 

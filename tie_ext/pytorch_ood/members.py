@@ -14,6 +14,7 @@ from tie_ext.gaussians import Gaussians
 from tie_ext.network import TIENet
 from tie_ext.pytorch_ood.detector import TIEDetector
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
+from tie_ext.pytorch_ood.neighbours import SampledKNN
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
 
 ALL, LOGITS, FEATURES, ITSELF = "n+1 logits", "n logits", "penultimate features", "images"
@@ -134,6 +135,7 @@ MEMBERS: dict[type[Detector], Kept] = {
     ),
     MahalanobisPlusPlus: Kept(lambda net, s: MahalanobisPlusPlus(net.features), (), ("mu", "precision")),
     ViM: Kept(lambda net, s: ViM(net.features, s["d"], s["w"], s["b"]), ("d", "alpha"), ("w", "b", "u", "principal_subspace")),
+    SampledKNN: Kept(lambda net, s: SampledKNN(net.features, s["k"], s["most"]), ("k", "most"), ("sample",)),
     KNN: Kept(_knn, ("k", "normalize"), ("images",), traced=None),
 }
 """Detectors whose state is plain numbers and tensors."""
@@ -147,7 +149,7 @@ def check_kept(member: Detector, kind: str) -> Kept:
         TypeError: If there is no telling, or it stands on another network than the combination.
     """
     name = type(member).__name__
-    if type(member) not in MEMBERS or (isinstance(member, KNN) and member.knn.get_params() != KNN(None).knn.get_params()):
+    if type(member) not in MEMBERS or (type(member) is KNN and member.knn.get_params() != KNN(None).knn.get_params()):
         raise TypeError(f"Expected members out of {', '.join(_NAMES)}, with their default settings inside, but got {name}")
     if kind == ITSELF:
         raise TypeError(f"Expected members that read the network of the combination or its `features`, but got {name} on something else")
@@ -162,7 +164,7 @@ def state_of(member: Detector, kind: str) -> dict[str, Any]:
     """
     kept = check_kept(member, kind)
     state = {name: getattr(member, name) for name in (*kept.settings, *kept.tensors) if name != "images"}
-    if isinstance(member, KNN):
+    if type(member) is KNN:
         state["images"] = torch.from_numpy(member.knn._fit_X)
     return {"name": type(member).__name__, **state}
 
