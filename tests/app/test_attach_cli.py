@@ -188,7 +188,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
     assert "| attached, combined | noise | " in capsys.readouterr().out
     detector = Combined.load(out / "combined")
     assert detector.false_alarm == 0.05
-    assert [type(member).__name__ for member in detector.detectors] == ["TIEDetector", "ViM", "GEN"]
+    assert [type(member).__name__ for member in detector.detectors] == ["TIEDetector", "SampledKNN", "GEN"]
     kept = load_state(out / "scores.safetensors", "scores")["combined"]
     judging = torch.randperm(40, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
     scores = detector.predict(detector.network.scaled(test.x.float() / 255))

@@ -21,6 +21,7 @@ import pytorch_ood.detector as theirs
 from pytorch_ood.api import LogitsDetector, ModelNotSetException, RequiresFittingException
 
 from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate, combine
+from tie_ext.pytorch_ood import SampledKNN
 from tie_ext.pytorch_ood.members import MEMBERS
 
 rules = pytest.mark.parametrize("rule", list(RULES))
@@ -52,6 +53,7 @@ def every_member(net: TIENet) -> list:
         theirs.MaxSoftmax: lambda: theirs.MaxSoftmax(net, t=3.0),
         theirs.ViM: lambda: theirs.ViM(net.features, 4, net.fc.weight, net.fc.bias),
         theirs.KNN: lambda: theirs.KNN(net.features, k=3),
+        SampledKNN: lambda: SampledKNN(net.features, k=3, most=10),
         TIEDetector: lambda: TIEDetector(net, t=0.5),
     }
     return [made[cls]() if cls in made else cls(net if issubclass(cls, LogitsDetector) else net.features) for cls in MEMBERS]
@@ -67,22 +69,21 @@ def three(net: TIENet | None = None, **settings) -> Combined:
 
 
 @pytest.mark.parametrize("rule", ["stouffer", "max"])
-def test_combine_is_the_garbage_class_gen_and_vim_of_the_training_images(rule):
+def test_combine_is_the_garbage_class_gen_and_knn_of_the_training_images(rule):
     net = trained().eval()
     training, held, x = loader(300, seed=1), loader(40, seed=2), images()[0]
     found = combine(net, training, held, 0.1, rule)
-    half = net.feature_size // 2
-    vim = theirs.ViM(net.features, half, net.fc.weight, net.fc.bias).fit(training)
-    expected = Combined([TIEDetector(net), vim, theirs.GEN(net)], 0.1, rule).fit(held)
-    torch.testing.assert_close(found(x), expected(x))
-    torch.testing.assert_close(found.threshold, expected.threshold)
+    knn = theirs.KNN(net.features).fit(training)
+    expected = Combined([TIEDetector(net), knn, theirs.GEN(net)], 0.1, rule).fit(held)
+    torch.testing.assert_close(found(x), expected(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-3, atol=1e-3)
     assert combine(net, training, held, None).threshold is None
 
 
 def test_few_training_images_give_finite_scores_and_one_is_refused():
     net = trained().eval()
     assert combine(net, loader(4), loader(40))(images()[0]).isfinite().all()
-    with pytest.raises(ValueError, match="Expected at least two training images for ViM, but got 1"):
+    with pytest.raises(ValueError, match="Expected at least two training images for KNN, but got 1"):
         combine(net, loader(1), loader(40))
     with pytest.raises(ValueError, match="Expected held-out images that the network was not trained on, but got the training images again"):
         combine(net, both := loader(40), both)
@@ -523,7 +524,7 @@ def test_a_file_of_a_later_minor_version_is_read_and_each_loader_refuses_the_oth
 
 def exportable(rule: str, *without: type) -> Combined:
     net = trained().eval()
-    return Combined([member for member in every_member(net) if not isinstance(member, without)], 0.2, rule).fit(loader(60))
+    return Combined([member for member in every_member(net) if type(member) not in without], 0.2, rule).fit(loader(60))
 
 
 @rules
@@ -567,6 +568,44 @@ def test_onnx_decides_as_the_detector(rule, tmp_path):
 def test_what_cannot_be_exported_is_refused(make, message):
     with pytest.raises(TypeError, match=message):
         Combined(make(trained().eval()), 0.1).fit(loader(60)).deployed()
+
+
+# KNN on a sample.
+
+
+def test_sampled_knn_is_their_knn_on_the_features_it_keeps():
+    torch.manual_seed(0)
+    z, y, new = torch.randn(300, 6) * torch.rand(300, 1) * 5, torch.arange(300) % N, torch.cat([torch.randn(50, 6), torch.zeros(1, 6)])
+    every = SampledKNN(None, k=7, most=400).fit_features(z, y)
+    torch.testing.assert_close(
+        every.predict_features(new).double(), theirs.KNN(None, k=7).fit_features(z, y).predict_features(new), rtol=1e-4, atol=1e-4
+    )
+    some = SampledKNN(None, k=7, most=100).fit_features(z, y)
+    assert some.sample.shape == (100, 6)
+    again = theirs.KNN(None, k=7).fit_features(some.sample, torch.zeros(100)).predict_features(new)
+    torch.testing.assert_close(some.predict_features(new).double(), again, rtol=1e-4, atol=1e-4)
+    assert len({tuple(row) for row in some.sample.tolist()} & {tuple(row) for row in every.sample.tolist()}) == 100
+    assert torch.equal(SampledKNN(None, k=7, most=100).fit_features(z, y).sample, some.sample)
+    known = SampledKNN(None, k=7, most=400).fit_features(z, torch.where(torch.arange(300) < 200, 1, -1))
+    assert torch.equal(known.predict_features(new), SampledKNN(None, k=7, most=400).fit_features(z[:200], y[:200]).predict_features(new))
+
+
+def test_sampled_knn_says_what_it_cannot_use():
+    z, y = torch.randn(20, 4), torch.zeros(20)
+    with pytest.raises(RequiresFittingException):
+        SampledKNN(None).predict_features(z)
+    with pytest.raises(ModelNotSetException):
+        SampledKNN(None).predict(images()[0])
+    with pytest.raises(ValueError, match="Expected at least k = 50 ID samples, but got 20"):
+        SampledKNN(None).fit_features(z, y)
+    with pytest.raises(ValueError, match=r"Expected finite floating-point features of shape \(N, F\)"):
+        SampledKNN(None, 2).fit_features(z * float("nan"), y)
+    with pytest.raises(ValueError, match="Expected most"):
+        SampledKNN(None, 50, 20)
+    fitted = SampledKNN(None, 2, 10).fit_features(z, y)
+    with pytest.raises(ValueError, match="Expected k to be at most the 10 features kept, but got 11"):
+        fitted.set_hyperparameters(k=11).predict_features(z)
+    assert fitted.fit_features(z, y).predict_features(z).isfinite().all()
 
 
 # Mahalanobis++.

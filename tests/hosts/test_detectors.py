@@ -10,7 +10,7 @@ from pytorch_ood.api import Detector, DetectorInfo, FeaturesDetector, ModelNotSe
 from pytorch_ood.detector import ODIN, EnergyBased
 
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
-from tie_ext.pytorch_ood import IODIN, Combined, MahalanobisPlusPlus, RejectionNetwork, TIEDetector
+from tie_ext.pytorch_ood import IODIN, Combined, MahalanobisPlusPlus, RejectionNetwork, SampledKNN, TIEDetector
 
 
 def rejection(net):
@@ -25,6 +25,7 @@ MAKERS = {
     "IODIN": IODIN,
     "RejectionNetwork": rejection,
     "MahalanobisPlusPlus": lambda net: MahalanobisPlusPlus(net.features),
+    "SampledKNN": lambda net: SampledKNN(net.features, k=3),
     "Combined": combined,
 }
 
@@ -59,7 +60,7 @@ def test_it_says_what_it_is_and_can_be_set_by_name(detector):
 
 
 def test_without_a_model_or_before_fit_it_says_so():
-    for make in (IODIN, RejectionNetwork, MahalanobisPlusPlus, lambda _: Combined([TIEDetector(None)])):
+    for make in (IODIN, RejectionNetwork, MahalanobisPlusPlus, SampledKNN, lambda _: Combined([TIEDetector(None)])):
         with pytest.raises(ModelNotSetException):
             make(None).predict(images()[0])
     for make in list(MAKERS.values())[1:]:

@@ -332,17 +332,14 @@ def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, r
     assert torch.equal(pred, net(x).argmax(1))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
-    # ViM by hand: the norm outside the principal space of the training features, as large as the largest logits, against the energy.
-    weight, bias = (torch.from_numpy(part) for part in net.get_fc())
-    train, origin = torch.cat([batch["data"] for batch in loaders["train"]]), -torch.linalg.pinv(weight) @ bias
-    z = net(train, return_feature=True)[1].detach() - origin
-    space = torch.linalg.eigh(z.T @ z / len(z)).eigenvectors[:, : z.shape[1] - min(z.shape) // 2]
-    alpha = net(train).amax(1).mean() / (z @ space).norm(dim=1).mean()
+    # KNN by hand: the distance to the 50th nearest training features, all of length 1.
+    train = torch.nn.functional.normalize(net(torch.cat([batch["data"] for batch in loaders["train"]]), return_feature=True)[1].detach())
 
     def scores(x):
         logits, h = net(x, return_feature=True)
         p = logits.softmax(1).clamp(1e-7, 1 - 1e-7)
-        found = [alpha * ((h - origin) @ space).norm(dim=1) - logits.logsumexp(1), (p * (1 - p)).pow(0.1).mean(1)]
+        distances = torch.cdist(torch.nn.functional.normalize(h).double(), train.double()).float()
+        found = [distances.sort(dim=1).values[:, 49], (p * (1 - p)).pow(0.1).mean(1)]
         return torch.stack([ood_score(net(x, garbage=True)), *found] if network == "tie_net" else found, dim=1).detach()
 
     val = torch.cat([batch["data"] for batch in loaders["val"]])
@@ -366,7 +363,7 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
     with pytest.raises(ValueError, match="one of stouffer"):
         CombinedPostprocessor(Config({"postprocessor": {"name": "tie_combined", "postprocessor_args": {"rule": "mean"}}}))
     without = {**id_loaders(), "train": [{"data": torch.rand(1, 3, 28, 28), "label": torch.tensor([0])}]}
-    with pytest.raises(ValueError, match="at least two training images for ViM, but got 1"):
+    with pytest.raises(ValueError, match="at least two training images for KNN, but got 1"):
         CombinedPostprocessor().setup(net, without, Unread())
 
 

@@ -25,6 +25,7 @@ from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.utils import GridSearch
 
 from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate
+from tie_ext.pytorch_ood import SampledKNN
 
 N = 3
 OURS = {"TIEDetector": TIEDetector, "UncertaintyEstimate": UncertaintyEstimate}
@@ -402,6 +403,7 @@ def upstream_info(monkeypatch):
     smoke = module.TestAllDetectorsSmoke
     makers = {cls: lambda cls=cls: cls(trained().eval()) for cls in OURS.values()}
     makers[MahalanobisPlusPlus] = lambda: MahalanobisPlusPlus(trained().eval().features)
+    makers[SampledKNN] = lambda: SampledKNN(trained().eval().features, k=3)
     makers[Combined] = lambda: Combined([TIEDetector(trained().eval())], false_alarm=0.5)
     built = [(cls.__name__, make) for cls, make in makers.items()]
     before = smoke._classification_detector_registry

@@ -1,5 +1,6 @@
 """KNN on a sample of the training images, as a pytorch-ood detector that any device computes and torch exports. Larger score = more OOD."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,7 @@ class SampledKNN(KNN):
 
     info: ClassVar = DetectorInfo(paper=KNN.info.paper, tasks=KNN.info.tasks, ai_coded=True)
 
-    def __init__(self, encoder, k: int = 50, most: int = 5000):
+    def __init__(self, encoder: Callable[[Tensor], Tensor] | None, k: int = 50, most: int = 5000):
         # KNN's own would ask for scikit-learn, which is not needed here.
         check_number("k", k, 1, 10**9, integer=True)
         check_number("most", most, k, 10**9, integer=True)
@@ -50,7 +51,7 @@ class SampledKNN(KNN):
         known = z.detach()[(labels >= 0).to(z.device)]
         if len(known) < self.k:
             raise ValueError(f"Expected at least k = {self.k} ID samples, but got {len(known)}")
-        rows = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[: self.most]
+        rows = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[: max(self.most, self.k)]
         self.sample = unit(known[rows.to(z.device)].to(self.device or z.device).float())
         self._is_fitted = True
         return self
@@ -61,9 +62,12 @@ class SampledKNN(KNN):
 
         Raises:
             RequiresFittingException: If it has not been fitted.
+            ValueError: If k has been set to more than it has kept.
         """
         if self.sample is None:
             raise RequiresFittingException
+        if self.k > len(self.sample):
+            raise ValueError(f"Expected k to be at most the {len(self.sample)} features kept, but got {self.k}; fit the detector again")
         z = unit(z.to(self.sample.dtype))
         # By the expanded square, which is one matrix product and exports; the k-th neighbour is far enough for it to keep its digits.
         squares = z.square().sum(1, keepdim=True) + self.sample.square().sum(1) - 2 * z @ self.sample.T
