@@ -15,8 +15,8 @@ FPR@95 is its FPR95TPR: ID images that are taken for OOD ones where 95 % of the 
 
 {numbers}.
 The lists are not OpenOOD's own, and the images are JPEG files of 32 by 32 pixels in all sets. As in OpenOOD's lists, 1000 images of the
-CIFAR-10 test set are for validation, and those tested are of the others. ViM, a member of Combined, is fitted on the training images, and
-Combined on those for validation.
+CIFAR-10 test set are for validation, and those tested are of the others. Combined is of the garbage class, ViM and
+GEN, as `combine` was then (it has KNN now); ViM is fitted on the training images, and Combined on those for validation.
 
 Left out, as they are not at hand: {missing}.
 So this is not a row for the benchmark's own table.

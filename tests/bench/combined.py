@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from attached import SAMPLED
 from processed import PROCESSED
 from torch import Tensor
 
@@ -75,8 +76,10 @@ def judged(scores: Mapping, members: tuple[str, ...], rule: str) -> dict:
     }
 
 
-COMBINE = (("GEN", "ViM", "head"), "stouffer")
-"""What :func:`tie_ext.combine` has, chosen when there were fewer networks."""
+COMBINE = (("GEN", SAMPLED, "head"), "stouffer")
+"""What :func:`tie_ext.combine` has: the choice of the record, with KNN of fewer training images."""
+BEFORE = (("GEN", "ViM", "head"), "stouffer")
+"""What it had, chosen when there were fewer networks."""
 
 
 def chosen(tried: Mapping[tuple, tuple[float, float]], candidates: list[tuple]) -> tuple:
@@ -109,10 +112,11 @@ def main() -> None:
         chosen_on = json.loads(OUT.read_text())["runs"]
         if known := sorted(set(chosen_on) & set(runs)):
             raise ValueError(f"Expected networks that came later, but got {', '.join(known)}, on which the combinations were chosen")
-        best = {name: (tuple(of["members"]), of["rule"]) for name, of in json.loads(OUT.read_text())["judged"].items()}
+        best = {name: (tuple(of["members"]), of["rule"]) for name, of in json.loads(OUT.read_text())["judged"].items() if name != "combine"}
+        best = {"combine": COMBINE, "combine before": BEFORE, **best}
         write_json(LATER, record_of(runs, best, []))
         return
-    labels = [label for label in next(iter(runs.values())) if not label.startswith("head, ")]
+    labels = [label for label in next(iter(runs.values())) if not label.startswith("head, ") and label != SAMPLED]
     tried = {}
     for size in (1, 2, 3):
         for members in combinations(labels, size):
@@ -122,6 +126,7 @@ def main() -> None:
     ranked = sorted(tried, key=tried.__getitem__, reverse=True)
     best = {
         "combine": COMBINE,
+        "combine before": BEFORE,
         "chosen": chosen(tried, ranked),
         "without the head": chosen(tried, [key for key in ranked if "head" not in key[0]]),
         "single, without the head": chosen(tried, [key for key in ranked if len(key[0]) == 1 and "head" not in key[0]]),

@@ -28,7 +28,7 @@ from tie_ext.app import data
 from tie_ext.app.data import ImageBatches, ImageSet
 from tie_ext.app.evaluation import ood_metrics
 from tie_ext.pytorch_ood import IODIN, Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate
-from tie_ext.pytorch_ood.chosen import fit_vim
+from tie_ext.pytorch_ood.chosen import fit_knn
 from tie_ext.support.files import write_json
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
@@ -99,9 +99,9 @@ def makers(net: TIENet, seen: dict[str, Seen]) -> dict[str, Callable[[], Detecto
 @torch.no_grad()
 def combination(net: TIENet, seen: dict[str, Seen]) -> Combined:
     """What :func:`tie_ext.pytorch_ood.combine` gives, of a pass that has been made."""
-    vim = fit_vim(seen["train"].features, net.fc.weight, net.fc.bias)
-    vim.encoder = net.features
-    detector = Combined([TIEDetector(net), vim, theirs.GEN(net)])
+    knn = fit_knn(seen["train"].features)
+    knn.encoder = net.features
+    detector = Combined([TIEDetector(net), knn, theirs.GEN(net)])
     return detector.fit_scores(member_scores(detector, seen["held"]))
 
 

@@ -31,7 +31,7 @@ be compared with each other only).
 Every detector has pytorch-ood's default settings, also where users choose them on validation data. Two have a setting without a default: DICE's
 p is 0.9, as OpenOOD has it, and ViM's d half the features. GradNorm and GradUncertainty take the last layer's gradients, as pytorch-ood's examples
 do. KLMatching and TemperatureScaling are fitted on held-out ID images, all others on the training images. Ours are in bold: TIEDetector reads
-the garbage head, Combined is `tie_ext.pytorch_ood.combine` (TIEDetector, ViM and GEN), and the other three read the plain network.
+the garbage head, Combined is of TIEDetector, ViM and GEN (as `combine` was then; it has KNN now), and the other three read the plain network.
 """
 
 

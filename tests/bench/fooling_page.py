@@ -48,8 +48,8 @@ generator, has 50 images, so that 2 % are one image. A detector that gives a sea
 another of the same network. So every detector sees what was found by all searchers that all networks have, and *the strongest* counts.
 `tie_ext/bench/fooling.py` has the formulas.
 
-Detectors reject 5 % of ID images. *Level 1* is the garbage class's own decision, which rejects far fewer. *Combined* is what `tie_ext.combine` makes
-of the garbage class, ViM and GEN; *combined, largest* the same with `rule="max"`. Networks:
+Detectors reject 5 % of ID images. *Level 1* is the garbage class's own decision, which rejects far fewer. *Combined* is of the
+garbage class, ViM and GEN, as `combine` was then (it has KNN now); *combined, largest* the same with `rule="max"`. Networks:
 
 - *plain*: trained with cross-entropy, with the head that `attach` teaches from procedural images. *procedural*: a garbage class that is a linear
   function of the features, taught by procedural images too.
