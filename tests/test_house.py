@@ -288,7 +288,7 @@ def test_the_tutorial_runs_and_shows_what_it_did(tmp_path):
     assert done.returncode == 0, done.stderr
     said = "".join(output.get("text", "") for cell in nbformat.read(copy, 4).cells for output in cell.get("outputs", ()))
     assert "level of the same photographs (1: garbage): [1, 1, 1, 1, 1, 1]" in said
-    assert all(float(share) > 90 for share in re.findall(r"rejected: ([\d.]+)% of (?:letters|noise|photographs)", said))
+    assert all(float(share) > 80 for share in re.findall(r"rejected: ([\d.]+)% of (?:letters|noise|photographs)", said))
 
 
 def test_records_and_pages_name_no_place_of_one_machine():

@@ -50,7 +50,7 @@ class FeatureSample(Sample):
 
 
 def fit_knn(features: Tensor) -> SampledKNN:
-    """KNN of training features alone: the 50th neighbour, or the farthest where there are fewer.
+    """KNN of training features alone: the 50th neighbour of 5000 images, and one in a hundred of fewer, as k has to grow with their number.
 
     Arguments:
         features: ``(N, F)``, N >= 2.
@@ -61,5 +61,5 @@ def fit_knn(features: Tensor) -> SampledKNN:
     if len(features) < 2:
         raise ValueError(f"Expected at least two training images for KNN, but got {len(features)}")
     knn = SampledKNN(None)
-    knn.k = min(knn.k, len(features))
+    knn.k = max(1, min(knn.most, len(features)) * knn.k // knn.most)
     return knn.fit_features(features, torch.zeros(len(features), dtype=torch.long))
