@@ -220,14 +220,17 @@ def test_level_1_is_where_the_garbage_logit_leads():
 
 
 @pytest.mark.parametrize("rule", ["stouffer", "max"])
-def test_the_combination_ranks_as_that_of_combine_does(toy, rule):
-    from tie_ext import combine
+def test_the_combination_ranks_as_combined_does(toy, rule):
+    from pytorch_ood.detector import GEN, ViM
+
+    from tie_ext import Combined, TIEDetector
     from tie_ext.combination import RULES
 
     net, _ = toy
     train, held = stripes(240, 0), stripes(240, 1)
     x = torch.cat([stripes(30, 2)[0], torch.rand(30, 1, 28, 28)])
-    theirs = combine(net, [train], [held], rule=rule).decide(x).score
+    vim = ViM(net.features, net.feature_size // 2, net.fc.weight, net.fc.bias).fit([train])
+    theirs = Combined([TIEDetector(net), vim, GEN(net)], rule=rule).fit([held]).decide(x).score
     logits, h = fooling.outputs(net, [held[0]])
     hosts = fooling.host_scores(net, fooling.outputs(net, [train[0]])[1], train[1])
     rows = torch.randperm(240, generator=torch.Generator().manual_seed(SPLIT))[:120]

@@ -73,8 +73,9 @@ def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
 
 
 def detectors_of(net: TIENet, sets: Mapping[str, ImageSet], with_hosts: bool) -> dict[str, Detector]:
-    """Detectors by name: the garbage class by its score and by its own decision; beside a head on every layer what :func:`tie_ext.combine` makes of
-    it, by its rule and by the largest; the hosts' where asked. One half of the held-out images sets scales, the other draws lines."""
+    """Detectors by name: the garbage class by its score and by its own decision; beside a head on every layer what :func:`tie_ext.combine` made of
+    it in version 0.2.0, by its rule and by the largest; the hosts' where asked. One half of the held-out images sets scales, the other draws lines.
+    """
     logits, h = read(net, sets["held"])
     half = len(h) // 2
     scores: dict[str, Score] = {"garbage class": fooling.garbage_score}
