@@ -163,7 +163,8 @@ def page() -> None:
         f"included: {', '.join(f'{network} {took}' for network, took in seconds.items())}.\n\n"
         f"{r['test']} images of each set. Postprocessors have the parameters of their configs, since no real OOD image is used to search better "
         f"ones. A cell is AUROC / FPR@95, a mean over seeds. Near: {', '.join(NEAR)}. Far: {', '.join(FAR)}. Worst: the lowest AUROC of the five "
-        "sets. ACC is over the n ID outputs; OpenOOD's preprocessor also mirrors the digits that it trains on.\n\n"
+        "sets. ACC is over the n ID outputs; OpenOOD's preprocessor also mirrors the digits that it trains on. "
+        "tie_combined had ViM then, in the place of KNN.\n\n"
     )
     (HOUSE / "docs" / "research" / "openood.md").write_text(f"{text}{table(rows)}\n")
 
