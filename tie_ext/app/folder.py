@@ -164,9 +164,9 @@ def load_saved(folder: Path) -> TIEDetector | Combined | None:
     Raises:
         ValueError: If a file of it is damaged, foreign or missing.
     """
-    if not (folder / "detector.json").is_file():
-        return None
     line = folder / "detector.json"
+    if not line.is_file():
+        return None
     with reading(f"a detector.json at {line}"):
         of = read_json(line, "a detector.json")["format"]
     load: Callable[..., TIEDetector | Combined] = Combined.load if of == FORMAT else TIEDetector.load
