@@ -236,7 +236,7 @@ PLACES = {
     "training": "training.safetensors",
     "snapshot": "epochs/0002.safetensors",
     "scores": "scores.safetensors",
-    "detector": "detector.json",
+    "detector": "detector/detector.json",  # beside a run it would be what the command line decides by
     "run": "run.json",
 }
 SHARES = {"network": 0.24, "training": 0.26, "snapshot": 0.12, "scores": 0.12, "detector": 0.12, "run": 0.14}
@@ -255,7 +255,7 @@ def sound(place: Path) -> Path:
     def save() -> None:
         detector = TIEDetector(TIENet.load(out / "network.safetensors"), false_alarm=0.25)
         detector.threshold = torch.tensor(0.5)
-        detector.save(out)
+        detector.save(out / "detector")
 
     if ended(start(save, place / "said")) != 0:
         raise RuntimeError((place / "said").read_text())
@@ -271,7 +271,7 @@ def loaders(kind: str, out: Path, image: Path) -> dict[str, Callable[[], Any]]:
             net.decide(net.scaled(torch.full((1, *net.image_shape), 0.5)))
 
     def detect() -> None:
-        detector = TIEDetector.load(out)
+        detector = TIEDetector.load(out / "detector")
         shape = detector.model.net.image_shape  # type: ignore[union-attr]
         if shape:
             detector.predict(torch.full((1, *shape), 0.5))

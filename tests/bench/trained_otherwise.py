@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attached import OUT, Trained, headed, host_scores, image_sets, judged, made_by, numbers_of, read
+from attached import OUT, SAMPLED, Trained, headed, host_scores, image_sets, judged, made_by, numbers_of, read
 from attached import batches as moved_batches
 from combined import combined
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ DATA = "cifar10"
 MIXED = 2000
 """Procedural images in PixMix's mixing set."""
 TRAINERS = {"plain": BaseTrainer, "logitnorm": LogitNormTrainer, "rotpred": RotPredTrainer, "pixmix": BaseTrainer}
-COMBINATIONS = {"combined": ("GEN", "ViM", "head"), "combined without the head": ("GEN", "ViM")}
+COMBINATIONS = {"combined": ("GEN", SAMPLED, "head"), "combined without the head": ("GEN", SAMPLED)}
 OWN = "RotPred"
 """OpenOOD's own score of RotPred's network; there it is in both combinations."""
 
@@ -132,7 +132,7 @@ def measured(trained: TIENet | Rotating, sets: dict[str, ImageSet], seed: int) -
     scores = host_scores(net, sets)
     if isinstance(trained, Rotating):
         scores[OWN] = {name: turned_scores(trained, images) for name, images in sets.items() if name != "train"}
-    scores["head"], in_garbage = judged(headed(net, sets["train"], ("procedural",), seed), sets)
+    scores["head"], in_garbage = judged(headed(net, sets["train"], "head", seed), sets)
     for label, members in COMBINATIONS.items():
         of = combined(scores, (*members, *{OWN}.intersection(scores)), "stouffer")
         scores[label] = {name: of[name] for name in of if name != "calibration"}
