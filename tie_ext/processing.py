@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tie_ext.outliers.drawing import CHUNK, Dice
+from tie_ext.outliers.drawing import Dice
 
 SHARE = 0.5
 """How often each of the six changes is made to an image."""
@@ -41,7 +41,7 @@ def processed(x: Tensor, dice: Dice) -> Tensor:
     """
     if not len(x):
         return x.float()
-    return torch.cat([_processed(piece, dice) for piece in x.split(max(1, CHUNK // x[0].numel()))])  # small, so that a processor's cache holds it
+    return torch.cat([_processed(piece, dice) for piece in dice.split(x, x[0].numel())])
 
 
 def _processed(x: Tensor, dice: Dice) -> Tensor:

@@ -12,9 +12,14 @@ scores.
 """
 
 import argparse
+import copy
+import os
+import runpy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -24,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from processed import PROCESSED, processed_sets
 from pytorch_ood.detector import ASH, GEN, KNN, ODIN, SHE, EnergyBased, Mahalanobis, MaxSoftmax, ViM
-from torch import Tensor
+from torch import Tensor, nn
 
 from tie_ext import TIENet, attach
 from tie_ext.app import data
@@ -39,7 +44,17 @@ from tie_ext.support.files import save_state, write_json
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 
+
+def openood_resnet18(in_channels: int, num_classes: int) -> nn.Module:
+    """OpenOOD's ``ResNet18_32x32``, by its own code in ``$OPENOOD_ROOT`` or ~/OpenOOD, of which no more needs to be installed."""
+    root = Path(os.environ.get("OPENOOD_ROOT", Path.home() / "OpenOOD"))
+    return runpy.run_path(str(root / "openood" / "networks" / "resnet18_32x32.py"))["ResNet18_32x32"](num_classes=num_classes)
+
+
 OUT = Path(__file__).parents[2] / "docs" / "results" / "attached"
+RESNET18 = "resnet18_32x32"
+"""Trained by OpenOOD's recipe: 100 epochs, half a cosine."""
+BATCH = 128
 HELD = 5000
 """ID images held out of training."""
 VALIDATION = ("tinyimagenet", "glyphs", "photos")
@@ -47,7 +62,7 @@ OTHERS = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet"
 AS_THEY_ARE = "head, images as they are"
 HEADS = {"head": ("procedural",), AS_THEY_ARE: ("procedural",), "head, multi-scale noise": ("multiscale",), "head, white noise": ("white",)}
 """Heads by the outliers that teach them; one does not see the ID images processed another way."""
-NETWORKS = {**BACKBONES, "airbench": airbench.AirBench}
+NETWORKS = {**BACKBONES, "airbench": airbench.AirBench, RESNET18: openood_resnet18}
 SAMPLED = "KNN of 5000"
 """What :func:`tie_ext.combine` has of it."""
 HALF = "04"
@@ -90,9 +105,9 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def made_by(root: str) -> dict:
+def made_by(root: str, device: str = "cpu") -> dict:
     """Provenance of a record; its command says DATA for where the images lie, which is another place for everyone."""
-    return provenance(places={"DATA": root})
+    return provenance(device, places={"DATA": root})
 
 
 def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, ImageSet]:
@@ -121,21 +136,28 @@ def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, 
 
 def batches(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in a new order, images moved (colour ones also mirrored)."""
-    for rows in torch.randperm(len(images)).split(128):
+    for rows in torch.randperm(len(images)).split(BATCH):
         x = moved(images.x[rows], images.shape[-1] // 8).float() / 255
         if images.shape[0] == 3:
-            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+            x = torch.where((torch.rand(len(x), 1, 1, 1) < 0.5).to(x.device), x.flip(3), x)
         yield x, images.y[rows]
 
 
-def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, precision: str = "float32") -> float:
-    """Plain cross-entropy, SGD with one cycle of learning rate, images moved (colour ones also mirrored). Seconds it took in all.
+def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, precision: str = "float32", falling: bool = False) -> float:
+    """Plain cross-entropy, SGD with one cycle of learning rate, or one that falls along half a cosine, images moved (colour ones also mirrored).
+    Seconds it took in all.
 
     The trained network computes in float32, whatever the precision of training was.
     """
+    device = net.low.device
+    images = replace(images, x=images.x.to(device), y=images.y.to(device))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    steps = -(-len(images) // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * steps)
+    steps = epochs * -(-len(images) // BATCH)
+    schedule = (
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-6) if falling else torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
+    )
+    # An accelerator waits for orders where each is given by itself.
+    fast = net if device.type == "cpu" else torch.compile(net, mode="reduce-overhead")
     done, seconds = 0, 0.0
     net.precision = precision
     if state.exists():
@@ -147,21 +169,22 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, pr
     for epoch in range(done, epochs):
         start = time.perf_counter()
         net.train()
-        right = 0
+        right = torch.zeros((), dtype=torch.long, device=device)
         with seeded(seed, epoch):
             for x, y in batches(images):
-                logits = net(x)
+                logits = (fast if len(x) == BATCH else net)(x)
                 loss = F.cross_entropy(logits, y)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                right += int((logits.argmax(1) == y).sum())
+                right += (logits.argmax(1) == y).sum()
+        said = f"epoch {epoch + 1} of {epochs}: {int(right) / len(images):.4f} of training images right"
         seconds += time.perf_counter() - start
         kept = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         torch.save({**kept, "epochs": epoch + 1, "seconds": seconds}, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
-        print(f"epoch {epoch + 1} of {epochs}: {right / len(images):.4f} of training images right, {seconds:.0f} s", flush=True)
+        print(f"{said}, {seconds:.0f} s", flush=True)
     net.precision = "float32"
     net.eval()
     return seconds
@@ -169,9 +192,9 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, pr
 
 @torch.no_grad()
 def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """ID logits and features of all images."""
-    pairs = [net(x, return_feature=True) for x, _ in ImageBatches(images, 500)]
-    return torch.cat([logits for logits, _ in pairs]), torch.cat([h for _, h in pairs])
+    """ID logits and features of all images, on the CPU."""
+    pairs = [net(x, return_feature=True) for x, _ in ImageBatches(images, 500, scale=net)]
+    return torch.cat([logits for logits, _ in pairs]).cpu(), torch.cat([h for _, h in pairs]).cpu()
 
 
 def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str, Tensor]]:
@@ -180,13 +203,14 @@ def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str
     _, h = seen["train"]
     y, features = sets["train"].y, net.feature_size
     one = F.normalize  # what Mahalanobis++ changes
-    energy, weight, bias = EnergyBased.score, net.fc.weight.detach(), net.fc.bias.detach()
+    fc = copy.deepcopy(net.fc).cpu()
+    energy, weight, bias = EnergyBased.score, fc.weight.detach(), fc.bias.detach()
     mahalanobis, plus = Mahalanobis(None).fit_features(h, y), Mahalanobis(None).fit_features(one(h), y)
     knn = KNN(None).fit_features(h, y)
     vim = ViM(None, d=features // 2, w=weight, b=bias).fit_features(h, y)
     kept = fit_knn(h)
-    she = SHE(None, net.fc).fit_features(h, y)
-    ash = ASH(None, lambda maps: net.fc(maps.flatten(1)), percentile=0.9)
+    she = SHE(None, fc).fit_features(h, y)
+    ash = ASH(None, lambda maps: fc(maps.flatten(1)), percentile=0.9)
     of = {
         "MSP": lambda logits, h: MaxSoftmax.score(logits),
         "energy": lambda logits, h: energy(logits),
@@ -203,7 +227,9 @@ def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str
         scores = {label: {name: score(*pair) for name, pair in seen.items() if name != "train"} for label, score in of.items()}
     odin = ODIN(net)
     scores["ODIN"] = {
-        name: torch.cat([odin.predict(x).detach() for x, _ in ImageBatches(images, 500)]) for name, images in sets.items() if name != "train"
+        name: torch.cat([odin.predict(x).detach() for x, _ in ImageBatches(images, 500, scale=net)]).cpu()
+        for name, images in sets.items()
+        if name != "train"
     }
     return scores
 
@@ -214,16 +240,16 @@ def headed(net: TIENet, images: ImageSet, label: str, seed: int) -> TIENet:
     # There is no setting for it: nobody should want it but for this comparison.
     unseen = patch("tie_ext.attach.processed", lambda x, dice: x) if label == AS_THEY_ARE else nullcontext()
     with unseen:
-        batches = ImageBatches(images, 128)
+        batches = ImageBatches(images, 128 if net.low.is_cpu else 1024, scale=net)
         return attach(classifier(net), batches, len(classes), classes=classes, outliers=outliers, seed=seed, precision=net.precision)
 
 
 @torch.no_grad()
 def judged(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Scores of a garbage class, and the share that is in it, by set."""
-    decisions = {name: [net.decide(x) for x, _ in ImageBatches(of, 500)] for name, of in sets.items() if name != "train"}
+    decisions = {name: [net.decide(x) for x, _ in ImageBatches(of, 500, scale=net)] for name, of in sets.items() if name != "train"}
     return (
-        {name: torch.cat([one.score for one in of]) for name, of in decisions.items()},
+        {name: torch.cat([one.score for one in of]).cpu() for name, of in decisions.items()},
         {name: torch.cat([one.level == 1 for one in of]).double().mean().item() for name, of in decisions.items()},
     )
 
@@ -250,6 +276,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of training; bfloat16 takes half the time where a CPU has it")
     parser.add_argument("--scores-in", choices=PRECISIONS, default="float32", help="precision of all that comes after training")
+    parser.add_argument("--device", default="cpu", help="where networks compute; an accelerator trains a compiled one")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--work", type=Path, default=OUT / "work", help="networks and scores, which are not committed")
     a = parser.parse_args()
@@ -260,7 +287,8 @@ def main() -> None:
     images = sets["train"]
     with seeded(a.seed):
         net = TIENet(NETWORKS[a.backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
-    trained = airbench.train if a.backbone == "airbench" else train
+    net.to(a.device)
+    trained = airbench.train if a.backbone == "airbench" else partial(train, falling=a.backbone == RESNET18)
     seconds = {"training": trained(net, images, a.epochs, a.seed, a.work / f"{stem}.training", a.precision)}
     net.precision = a.scores_in
     net.save(a.work / f"{stem}.safetensors")
@@ -287,7 +315,7 @@ def main() -> None:
         "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),
         "seconds": seconds,
         "numbers": numbers_of(scores, garbage),
-        **made_by(a.root),
+        **made_by(a.root, a.device),
     }
     write_json(OUT / f"{stem}.json", record)
     save_state(a.work / f"{stem}.scores.safetensors", "scores", scores)

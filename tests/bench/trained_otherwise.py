@@ -135,7 +135,7 @@ def measured(trained: TIENet | Rotating, sets: dict[str, ImageSet], seed: int) -
     scores["head"], in_garbage = judged(headed(net, sets["train"], "head", seed), sets)
     for label, members in COMBINATIONS.items():
         of = combined(scores, (*members, *{OWN}.intersection(scores)), "stouffer")
-        scores[label] = {name: of[name] for name in of if name != "calibration"}
+        scores[label] = {("held" if name == "calibration" else name): x for name, x in of.items()}  # the half that gave no scale
     logits, _ = read(net, sets["id"])
     return {"accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(), **numbers_of(scores, {"head": in_garbage})}
 

@@ -48,17 +48,17 @@ def moved(x: Tensor, most: int) -> Tensor:
     """Each image moved by up to ``most`` pixels in either direction: a random crop of the padded image, as OpenOOD trains with.
 
     Arguments:
-        x: Images ``(B, C, H, W)`` on the CPU; what moves in is 0.
+        x: Images ``(B, C, H, W)``; what moves in is 0.
         most: In pixels; 0 leaves them, and the random state, as they are.
     """
     if most == 0:
         return x
     B, _, H, W = x.shape
-    top, left = torch.randint(2 * most + 1, (2, B, 1))
-    rows, columns = top + torch.arange(H), left + torch.arange(W)
+    top, left = torch.randint(2 * most + 1, (2, B, 1)).to(x.device)
+    rows, columns = top + torch.arange(H, device=x.device), left + torch.arange(W, device=x.device)
     padded = F.pad(x, (most, most, most, most))
     # Contiguous, as indexing leaves the channels last, and backbones that view their maps as rows fail on that.
-    return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return padded[torch.arange(B, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 class ImageBatches:

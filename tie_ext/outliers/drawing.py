@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 2**18
-"""Values painted at once. What a brush needs on the way is several times that, and so stays small beside a pool of large images."""
+"""Values painted at once on a CPU. What a brush needs on the way is several times that, and so stays small beside a pool of large images."""
+WIDE = 2**24
+"""Values painted at once on an accelerator, which waits for its orders where there are fewer."""
 CURVE = 10
 """Straight pieces that a quadratic curve is drawn with."""
 
@@ -25,6 +27,10 @@ class Dice(NamedTuple):
     """Of the numbers, and so of what is painted."""
     generator: torch.Generator | None = None
     """On the same device; None for the global random state."""
+
+    def split(self, rows: Tensor, size: int) -> tuple[Tensor, ...]:
+        """What is painted at once, of rows that have ``size`` values each."""
+        return rows.split(max(1, (CHUNK if torch.device(self.device).type == "cpu" else WIDE) // size))
 
     def uniform(self, *size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform numbers in ``[low, high)``, of shape ``size``."""

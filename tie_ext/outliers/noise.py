@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tie_ext.outliers.drawing import CHUNK, Dice, clouds
+from tie_ext.outliers.drawing import Dice, clouds
 from tie_ext.support.settings import Settings, setting
 from tie_ext.synthesis import Prior
 
@@ -38,7 +38,7 @@ class Noise(Prior):
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Noise images of shape ``(M, C, H, W)`` in ``[low, high]``, on the device of the range."""
         dice, images = Dice(self.low.device), torch.empty(*shape, device=self.low.device)
-        for part in images.split(max(1, CHUNK // math.prod(shape[1:]))):
+        for part in dice.split(images, math.prod(shape[1:])):
             part.copy_(self.scaled(clouds(part.shape, dice) if self.settings.kind == "multiscale" else white(part.shape, dice)))
         return images
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.network import TIENet
-from tie_ext.outliers.drawing import CHUNK, Dice, clouds, covered, fills, grid, multiscale, silhouettes
+from tie_ext.outliers.drawing import Dice, clouds, covered, fills, grid, multiscale, silhouettes
 from tie_ext.support.settings import Settings, setting
 from tie_ext.synthesis import Candidates, Prior
 
@@ -192,7 +192,7 @@ class Procedural(Prior):
         images, twins = torch.empty(*shape, device=dice.device), shape[0] // 2
         family = dice.deal(len(images) - twins, [share for share, _ in mixture])
         for i, (_, draw) in enumerate(mixture):
-            for chosen in (family == i).nonzero()[:, 0].split(max(1, CHUNK // math.prod(shape[1:]))):
+            for chosen in dice.split((family == i).nonzero()[:, 0], math.prod(shape[1:])):
                 if len(chosen):
                     drawn = greyed(draw((len(chosen), *shape[1:]), dice), dice)
                     images[chosen] = self.scaled(drawn)
