@@ -14,7 +14,7 @@ scores.
 import argparse
 import copy
 import os
-import runpy
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -48,7 +48,10 @@ from tie_ext.support.random import seeded
 def openood_resnet18(in_channels: int, num_classes: int) -> nn.Module:
     """OpenOOD's ``ResNet18_32x32``, by its own code in ``$OPENOOD_ROOT`` or ~/OpenOOD, of which no more needs to be installed."""
     root = Path(os.environ.get("OPENOOD_ROOT", Path.home() / "OpenOOD"))
-    return runpy.run_path(str(root / "openood" / "networks" / "resnet18_32x32.py"))["ResNet18_32x32"](num_classes=num_classes)
+    sys.path.append(str(root / "openood" / "networks"))  # the file alone: its package wants all that OpenOOD does
+    from resnet18_32x32 import ResNet18_32x32
+
+    return ResNet18_32x32(num_classes=num_classes)
 
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "attached"
