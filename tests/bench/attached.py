@@ -108,9 +108,9 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def made_by(root: str, device: str = "cpu") -> dict:
-    """Provenance of a record; its command says DATA for where the images lie, which is another place for everyone."""
-    return provenance(device, places={"DATA": root})
+def made_by(root: str, device: str = "cpu", work: Path = OUT / "work") -> dict:
+    """Provenance of a record; its command says DATA for where the images lie, and WORK for where networks stay, other places for everyone."""
+    return provenance(device, places={"DATA": root, "WORK": work})
 
 
 def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, ImageSet]:
@@ -318,7 +318,7 @@ def main() -> None:
         "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),
         "seconds": seconds,
         "numbers": numbers_of(scores, garbage),
-        **made_by(a.root, a.device),
+        **made_by(a.root, a.device, a.work),
     }
     write_json(OUT / f"{stem}.json", record)
     save_state(a.work / f"{stem}.scores.safetensors", "scores", scores)

@@ -49,7 +49,7 @@ FAR_AND_NEAR = {
 }
 
 
-SHOWN = ("cifar10", 45000, 10, "airbench")
+SHOWN = ("cifar10", 45000, 100, "resnet18_32x32")
 """The networks of that table; the words above it say so."""
 GREY = ("mnist", "fashionmnist")
 """What the line below that table tells of."""
@@ -96,6 +96,16 @@ def front() -> str:
     )
 
 
+def level_1() -> str:
+    """A sentence on the garbage class of the networks of the table, without a threshold."""
+    rates = [record["numbers"]["garbage_rate"]["head"] for record in groups()[SHOWN]]
+    of = {name: 100 * mean(rate[name] for rate in rates) for name in ("mnist", "fashionmnist", "notmnist", "id")}
+    return (
+        f"takes {of['mnist']:.0f} % of the digits, {of['fashionmnist']:.0f} % of the clothes and {of['notmnist']:.0f} % of the letters, and\n"
+        f"  {of['id']:.1f} % of the ID images"
+    )
+
+
 def groups() -> dict[tuple, list[dict]]:
     """Records of all seeds by data, training images, epochs and backbone."""
     found: dict[tuple, list[dict]] = defaultdict(list)
@@ -123,9 +133,9 @@ def page() -> str:
         accuracy = percent([record["accuracy"] for record in records])
         of_id = percent([record["numbers"]["garbage_rate"]["head"]["id"] for record in records])
         seconds = mean(record["seconds"]["head"] for record in records)
-        parts.append(
-            f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s on one core.\n"
-        )
+        threads = records[0]["threads"]
+        place = f"{records[0]['processor']}, {threads} thread{'s' if threads > 1 else ''}"
+        parts.append(f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s ({place}).\n")
         if all(record.get("precision of scores") == "bfloat16" for record in records):
             parts.append("Backbones computed in bfloat16, for all detectors alike.\n")
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
@@ -255,7 +265,29 @@ def _later() -> list[str]:
         "That it follows the search, and how many images it keeps, was decided when cifar10-45000x10-airbench-seed0 was seen: by validation sets,\n"
         f"but its OOD test sets were on the same screen. Networks: {', '.join(record['runs'])}.\n"
     )
-    return [text, f"    python tests/bench/{record['command']}\n", table(judged_rows(LATER)), ""]
+    beside = (
+        "Near sets, AUROC, beside the best of all combinations of up to three of the hosts' scores, chosen by looking at that very set on each\n"
+        "network:\n"
+    )
+    return [text, f"    python tests/bench/{record['command']}\n", table(judged_rows(LATER)), "", beside, table(_near(record)), ""]
+
+
+def _near(record: dict) -> list[dict]:
+    """A row for each near set of colour images: the combination, and the best one without the head."""
+    mine, without = record["judged"]["combine"]["runs"], record["best without the head"]
+    rows = []
+    for (data, images, _, backbone), records in groups().items():
+        stems = [stem for stem in map(stem_of, records) if stem in mine]
+        for name in {"cifar10": ("cifar100", "tinyimagenet"), "cifar100": ("cifar10", "tinyimagenet")}.get(data, ()) if stems else ():
+            rows.append(
+                {
+                    "in-distribution": f"{data}, {images} images, {backbone}",
+                    "OOD set": _called(name),
+                    "combine": percent([mine[stem]["sets"][name]["auroc"] for stem in stems]),
+                    "best without the head": percent([without[stem][name]["auroc"] for stem in stems]),
+                }
+            )
+    return rows
 
 
 def _by_set(runs: dict[str, dict]) -> list[dict]:

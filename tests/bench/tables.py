@@ -375,7 +375,9 @@ def documents() -> dict[str, str]:
         "research/no_tie.md": no_tie.page() if no_tie.RECORD.exists() else "",
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
         "research/which_outliers.md": fill((BENCH / "advice.md").read_text()),
-        "results.md": fill((BENCH / "results.md").read_text().replace("{{attached}}", attached_page.front())),
+        "results.md": fill(
+            (BENCH / "results.md").read_text().replace("{{attached}}", attached_page.front()).replace("{{level 1}}", attached_page.level_1())
+        ),
         "research/loop.md": fill((BENCH / "loop.md").read_text()),
         "research/findings.md": fill((BENCH / "findings.md").read_text()),
         "../README.md": readme(),
