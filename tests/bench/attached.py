@@ -7,8 +7,8 @@ ID images, which nothing was trained on (``held``); the ID test set (``id``), an
 (``val:...``), by which settings may be chosen; OOD test sets, for tables alone. CIFAR needs a DATA where all sets have CIFAR-10's size and
 compression, or compression is what is told.
 
-Network and scores stay in --work; numbers, command and versions are written to docs/results/attached/. tests/bench/combined.py goes on from the
-scores.
+Network and scores stay in --work; numbers, command and versions go into docs/results/attached/networks.jsonl. tests/bench/combined.py goes on
+from the scores.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tie_ext.bench.comparison import classifier
 from tie_ext.network import PRECISIONS
 from tie_ext.outliers import make
 from tie_ext.pytorch_ood.chosen import fit_knn
-from tie_ext.support.files import save_state, write_json
+from tie_ext.support.files import add_json_line, save_state
 from tie_ext.support.provenance import provenance
 from tie_ext.support.random import seeded
 
@@ -55,6 +55,7 @@ def openood_resnet18(in_channels: int, num_classes: int) -> nn.Module:
 
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "attached"
+RECORDS = OUT / "networks.jsonl"
 RESNET18 = "resnet18_32x32"
 """Trained by OpenOOD's recipe: 100 epochs, half a cosine."""
 BATCH = 128
@@ -308,6 +309,7 @@ def main() -> None:
             with_head.save(a.work / f"{stem}-head.safetensors")
     logits, _ = read(net, sets["id"])
     record = {
+        "network": stem,
         "data": a.data,
         "backbone": a.backbone,
         "epochs": a.epochs,
@@ -320,7 +322,7 @@ def main() -> None:
         "numbers": numbers_of(scores, garbage),
         **made_by(a.root, a.device, a.work),
     }
-    write_json(OUT / f"{stem}.json", record)
+    add_json_line(RECORDS, record, "network")
     save_state(a.work / f"{stem}.scores.safetensors", "scores", scores)
     print(f"{stem}: accuracy {record['accuracy']:.4f}, ID in garbage {garbage['head']['id']:.4%}, seconds {seconds}")
     metrics = record["numbers"]["scores"]

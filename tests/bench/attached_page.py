@@ -11,6 +11,7 @@ from page import percent
 from processed import PROCESSED
 
 from tie_ext.app.report import table
+from tie_ext.support.files import read_json_lines
 
 AS_THEY_ARE = "head, images as they are"
 SAMPLED = "KNN of 5000"
@@ -55,11 +56,6 @@ GREY = ("mnist", "fashionmnist")
 """What the line below that table tells of."""
 
 
-def stem_of(record: dict) -> str:
-    """The name of a record's network."""
-    return f"{record['data']}-{record['images']['train']}x{record['epochs']}-{record['backbone']}-seed{record['seed']}"
-
-
 def combined_runs() -> dict[str, dict]:
     """What GEN, KNN and the head were judged at together, by network; empty where there is no record yet."""
     records = [json.loads(path.read_text())["judged"] for path in (COMBINED, LATER) if path.exists()]
@@ -76,7 +72,7 @@ def _others(labels: Iterable[str]) -> list[str]:
 def front() -> str:
     """The table in README, and what there is to say of other data."""
     runs, records = combined_runs(), groups()[SHOWN]
-    stems = [stem_of(record) for record in records]
+    stems = [record["network"] for record in records]
     rows = []
     for label, needs in FRONT.items():
         combined = label == "attach, combined"
@@ -109,8 +105,7 @@ def level_1() -> str:
 def groups() -> dict[tuple, list[dict]]:
     """Records of all seeds by data, training images, epochs and backbone."""
     found: dict[tuple, list[dict]] = defaultdict(list)
-    for path in sorted(RESULTS.glob("*-seed*.json")):
-        record = json.loads(path.read_text())
+    for record in read_json_lines(RESULTS / "networks.jsonl", "a network"):
         found[record["data"], record["images"]["train"], record["epochs"], record["backbone"]].append(record)
     return found
 
@@ -190,7 +185,7 @@ def _processed(records: list[dict]) -> list[dict]:
     rates = [record["numbers"]["garbage_rate"] for record in records]
     at_line = [record["numbers"]["rejected_at_5"] for record in records]
     runs = combined_runs()
-    combined = [runs[stem_of(record)] for record in records if "processed" in runs.get(stem_of(record), {})]
+    combined = [runs[record["network"]] for record in records if "processed" in runs.get(record["network"], {})]
     rows = []
     for name in ["id", *(name for name in rates[0]["head"] if name.startswith(PROCESSED))]:
         row = {"ID test images": "as they are" if name == "id" else name.removeprefix(PROCESSED)}
@@ -277,7 +272,7 @@ def _near(record: dict) -> list[dict]:
     mine, without = record["judged"]["combine"]["runs"], record["best without the head"]
     rows = []
     for (data, images, _, backbone), records in groups().items():
-        stems = [stem for stem in map(stem_of, records) if stem in mine]
+        stems = [stem for stem in (record["network"] for record in records) if stem in mine]
         for name in {"cifar10": ("cifar100", "tinyimagenet"), "cifar100": ("cifar10", "tinyimagenet")}.get(data, ()) if stems else ():
             rows.append(
                 {
@@ -294,7 +289,7 @@ def _by_set(runs: dict[str, dict]) -> list[dict]:
     """The chosen combination beside the best single score, a row for each OOD test set of each ID set."""
     rows = []
     for (data, images, _, backbone), records in groups().items():
-        stems = {stem_of(record): record["numbers"]["scores"] for record in records}
+        stems = {record["network"]: record["numbers"]["scores"] for record in records}
         judged = [(runs[stem]["sets"], scores) for stem, scores in stems.items() if stem in runs]
         for name in judged[0][0] if judged else ():
             singles = _others(judged[0][1])

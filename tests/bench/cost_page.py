@@ -8,6 +8,7 @@ from statistics import mean, median, stdev
 from page import percent
 
 from tie_ext.app.report import table
+from tie_ext.support.files import read_json_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
 WANTED = {("mnist", 60_000): 1.5, ("mnist", 20_000): 2.0, ("cifar10", 50_000): 1.3}
@@ -147,7 +148,8 @@ def _epochs(records: list[dict]) -> str:
 
 def _heads(records: list[dict]) -> str:
     """Heads as the loop teaches them beside those of attach, on the same networks."""
-    full = [json.loads((DOCS / "results" / "attached" / f"{r['network']}.json").read_text())["numbers"] for r in records]
+    networks = {r["network"]: r for r in read_json_lines(DOCS / "results" / "attached" / "networks.jsonl", "a network")}
+    full = [networks[r["network"]]["numbers"] for r in records]
     rows = [
         {
             "": "ID test images in garbage",

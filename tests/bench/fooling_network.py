@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from attached_page import stem_of
 from page import percent
 
 from tie_ext.app.report import table
@@ -17,6 +16,11 @@ EVERYWHERE = ("blind", "garbage class", "combined", "combined, largest", "level 
 """What searchers see whose images every detector is judged by: one that sees another detector is there on some networks alone."""
 Who = tuple[str, str]
 """Network and detector."""
+
+
+def stem_of(record: dict) -> str:
+    """The name of a record's network."""
+    return f"{record['data']}-{record['images']['train']}x{record['epochs']}-{record['backbone']}-seed{record['seed']}"
 
 
 def section(record: dict) -> list[str]:

@@ -6,8 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from attached_page import stem_of
-from fooling_network import MARKED, SHOWN, Who, joined, section, shares_found, strongest
+from fooling_network import MARKED, SHOWN, Who, joined, section, shares_found, stem_of, strongest
 from page import percent
 
 from tie_ext.app.report import table
