@@ -1,6 +1,7 @@
 """What measures is code too, and pages take measured numbers only."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from tie_ext.decision import Decision
 sys.path.append(str(Path(__file__).parent / "bench"))
 import agreement
 import airbench
+import attached
+import combined
 import page
 import threshold
 
@@ -194,3 +197,52 @@ def test_images_are_mirrored_in_turn_and_moved_by_two_pixels_at_most():
             (place,) = [(i, j) for i in range(5) for j in range(5) if torch.equal(still[:, i : i + 28, j : j + 28], middle)]
             places.add(place)
     assert len(places) > 4
+
+
+def test_a_falling_rate_is_the_half_cosine_of_openood_and_training_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(attached, "BATCH", 8)
+    torch.manual_seed(0)
+    y = torch.arange(32) % 2
+    images = ImageSet((torch.rand(32, *SHAPE) * 100 + 100 * y[:, None, None, None]).to(torch.uint8), y, ("dark", "bright"))
+    rates, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a))
+
+    def fresh():
+        torch.manual_seed(0)
+        return TIENet(Conv3(SHAPE[0], 2), 2, SHAPE)
+
+    def until_the_third(images, made=attached.batches):
+        for batch in made(images):
+            if len(rates) == 22:  # the second run, of 12 steps as the first, is in its third epoch
+                raise KeyboardInterrupt
+            yield batch
+
+    whole, stopped, again = fresh(), fresh(), fresh()
+    attached.train(whole, images, 3, 0, tmp_path / "whole.training", falling=True)
+    assert rates == pytest.approx([1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)])
+    monkeypatch.setattr(attached, "batches", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        attached.train(stopped, images, 3, 0, tmp_path / "stopped.training", falling=True)
+    monkeypatch.setattr(attached, "batches", until_the_third.__defaults__[0])
+    attached.train(again, images, 3, 0, tmp_path / "stopped.training", falling=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_the_best_combination_without_the_head_is_found_for_each_set():
+    torch.manual_seed(0)
+    kinds = {"held": (200, 0.0), "id": (200, 0.0), "val:photos": (50, 9.0), "digits": (100, 1.0), "noise": (100, 1.0)}
+    tells = {"GEN": "digits", "KNN": "noise", "ViM": None, "head": "digits noise"}
+    scores = {
+        label: {
+            name: torch.randn(count) + shift * (of is not None and (name in of.split() or "val" in name)) for name, (count, shift) in kinds.items()
+        }
+        for label, of in tells.items()
+    }
+    scores["KNN of 5000"] = {name: x + 100 * (name == "noise") for name, x in scores["KNN"].items()}  # a part of combine, and no candidate
+    best = combined.best_without_head(scores)
+    assert set(best) == {"digits", "noise"}
+    assert "GEN" in best["digits"]["members"]
+    assert "KNN" in best["noise"]["members"]
+    assert not any({"head", "KNN of 5000"} & set(of["members"]) for of in best.values())
+    alone = combined.auroc(scores["GEN"]["id"], scores["GEN"]["digits"])
+    assert alone <= best["digits"]["auroc"] < 0.95

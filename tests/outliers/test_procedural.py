@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tie_ext import Procedural, ProceduralSettings
 from tie_ext.outliers import drawing
-from tie_ext.outliers.drawing import Dice, clouds, fills, multiscale, tones
+from tie_ext.outliers.drawing import CHUNK, Dice, clouds, fills, multiscale, tones
 from tie_ext.outliers.procedural import FAMILIES, chaos_game, fractals, greyed, leaves, masks, permuted_pixels, shapes, shuffled_tiles, waves
 
 DICE = Dice()
@@ -482,3 +482,11 @@ def test_the_mixture_takes_any_size(M, C, H, W):
     x = Procedural(domain()).draw((M, C, H, W))
     assert x.shape == (M, C, H, W)
     assert 0 <= x.min() <= x.max() <= 1
+
+
+def test_what_an_accelerator_paints_at_once_is_larger():
+    rows = torch.empty(1000, dtype=torch.long)
+    on_cpu, elsewhere = (Dice(device).split(rows, 3 * 32 * 32) for device in ("cpu", "meta"))
+    assert len(on_cpu) > len(elsewhere) == 1
+    assert max(map(len, on_cpu)) * 3 * 32 * 32 <= CHUNK
+    assert len(Dice().split(rows, 10 * CHUNK)) == 1000
