@@ -113,7 +113,7 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, pr
     slow = {name: of.clone() for name, of in net.state_dict().items() if name.startswith(LEARNED) and of.is_floating_point()}
     net.precision = precision
     if state.exists():
-        kept = torch.load(state, weights_only=True)
+        kept = torch.load(state, map_location=net.low.device, weights_only=True)
         net.load_state_dict(kept["net"])
         optimizer.load_state_dict(kept["optimizer"])
         schedule.load_state_dict(kept["schedule"])

@@ -46,7 +46,13 @@ from tie_ext.support.random import seeded
 
 
 def openood_resnet18(in_channels: int, num_classes: int) -> nn.Module:
-    """OpenOOD's ``ResNet18_32x32``, by its own code in ``$OPENOOD_ROOT`` or ~/OpenOOD, of which no more needs to be installed."""
+    """OpenOOD's ``ResNet18_32x32``, by its own code in ``$OPENOOD_ROOT`` or ~/OpenOOD, of which no more needs to be installed.
+
+    Raises:
+        ValueError: If the images have not three channels.
+    """
+    if in_channels != 3:
+        raise ValueError(f"Expected images of 3 channels for OpenOOD's ResNet18_32x32, but got {in_channels}")
     root = Path(os.environ.get("OPENOOD_ROOT", Path.home() / "OpenOOD"))
     sys.path.append(str(root / "openood" / "networks"))  # the file alone: its package wants all that OpenOOD does
     from resnet18_32x32 import ResNet18_32x32
@@ -57,7 +63,7 @@ def openood_resnet18(in_channels: int, num_classes: int) -> nn.Module:
 OUT = Path(__file__).parents[2] / "docs" / "results" / "attached"
 RECORDS = OUT / "networks.jsonl"
 RESNET18 = "resnet18_32x32"
-"""Trained by OpenOOD's recipe: 100 epochs, half a cosine."""
+"""Its rate falls along half a cosine, as in OpenOOD's recipe, which has 100 epochs. Unlike there images lie in [0, 1] and are not normalised."""
 BATCH = 128
 HELD = 5000
 """ID images held out of training."""
@@ -165,7 +171,7 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, pr
     done, seconds = 0, 0.0
     net.precision = precision
     if state.exists():
-        kept = torch.load(state, weights_only=True)
+        kept = torch.load(state, map_location=device, weights_only=True)
         net.load_state_dict(kept["net"])
         optimizer.load_state_dict(kept["optimizer"])
         schedule.load_state_dict(kept["schedule"])
@@ -284,6 +290,8 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--work", type=Path, default=OUT / "work", help="networks and scores, which are not committed")
     a = parser.parse_args()
+    if a.backbone == "airbench" and a.device != "cpu":
+        parser.error(f"Expected --device cpu for airbench, whose batches are made there, but got {a.device}")
     sets = image_sets(a.data, a.root, a.images, a.seed)
     sets |= processed_sets(sets["id"])
     stem = str(Trained(a.data, len(sets["train"]), a.epochs, a.backbone, a.seed))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -92,14 +92,45 @@ def front() -> str:
     )
 
 
-def level_1() -> str:
-    """A sentence on the garbage class of the networks of the table, without a threshold."""
-    rates = [record["numbers"]["garbage_rate"]["head"] for record in groups()[SHOWN]]
-    of = {name: 100 * mean(rate[name] for rate in rates) for name in ("mnist", "fashionmnist", "notmnist", "id")}
-    return (
-        f"takes {of['mnist']:.0f} % of the digits, {of['fashionmnist']:.0f} % of the clothes and {of['notmnist']:.0f} % of the letters, and\n"
-        f"  {of['id']:.1f} % of the ID images"
-    )
+def facts() -> dict[str, str]:
+    """Numbers in the text of results.md, by the names they have there."""
+    known, runs = groups(), combined_runs()
+    before = json.loads(LATER.read_text())["judged"]["combine before"]["runs"]
+    shown, stems = known[SHOWN], [record["network"] for record in known[SHOWN]]
+    rates = [record["numbers"]["garbage_rate"]["head"] for record in shown]
+    full = [percent([record["accuracy"] for record in known[key]], 1) for key in known if key[:2] == SHOWN[:2]]
+
+    def level_1(name: str) -> str:
+        return f"{100 * mean(rate[name] for rate in rates):.{1 if name == 'id' else 0}f}"
+
+    def auroc(judged: dict[str, dict], names: Sequence[str]) -> float:
+        return mean(judged[stem]["sets"][name]["auroc"] for stem in stems for name in names)
+
+    def loss(name: str, stem: str | None = None, among: Sequence[dict] = shown) -> float:
+        """How much better the best single score is, on one network or in the mean."""
+        of = [record for record in among if stem in (None, record["network"])]
+        best = max(mean(r["numbers"]["scores"][label][name]["auroc"] for r in of) for label in _others(of[0]["numbers"]["scores"]))
+        return 100 * (best - mean(runs[r["network"]]["sets"][name]["auroc"] for r in of))
+
+    far, near = FAR_AND_NEAR.values()
+    noise = ("gaussian", "uniform")
+    smaller, hundred = (known[data, 45000, epochs, "airbench"] for data, epochs in (("cifar10", 10), ("cifar100", 6)))
+    behind = [loss(name, among=hundred) for name in ("cifar10", "tinyimagenet")]
+    ahead = [-loss(name, among=hundred) for name in ("mnist", "fashionmnist", "notmnist")]
+    return {
+        **{f"level 1: {name}": level_1(name) for name in ("mnist", "fashionmnist", "notmnist", "id")},
+        "noise: mean loss": f"{max(map(loss, noise)):.1f}",
+        "noise: worst loss": f"{max(loss(name, stem) for name in noise for stem in stems):.1f}",
+        "near: least gain": f"{min(-loss(name) for name in near):.1f}",
+        "near: most gain": f"{max(-loss(name) for name in near):.1f}",
+        **{f"combine: {word}": f"{100 * auroc(runs, names):.1f}" for word, names in (("far", far), ("near", near))},
+        **{f"with ViM: {word}": f"{100 * auroc(before, names):.1f}" for word, names in (("far", far), ("near", near))},
+        "airbench: accuracy": percent([record["accuracy"] for record in smaller], 1),
+        "cifar10: accuracies": ", ".join(full),
+        "cifar100: accuracy": percent([record["accuracy"] for record in hundred], 1),
+        "cifar100: behind": f"{min(behind):.0f} to {max(behind):.0f}",
+        "cifar100: ahead": f"{min(ahead):.0f} to {max(ahead):.0f}",
+    }
 
 
 def groups() -> dict[tuple, list[dict]]:
@@ -118,6 +149,7 @@ def page() -> str:
         "# Attach: what a garbage head tells\n\n"
         "Made by `python tests/bench/tables.py` of the records in `docs/results/attached/`, which hold their commands. A plain network is\n"
         "trained, and stays as it is; a head that reads every layer is taught by procedural images. No OOD image was seen in training.\n"
+        "In commands DATA is where the images lie, and WORK where networks and scores are kept.\n"
         "Percent; mean ± standard deviation over the seeds where there are several. In garbage: rejected at level 1, without a threshold.\n"
         "Best other: the highest AUROC of the hosts' detectors on the same network, chosen by looking at this very column.\n"
     )
@@ -128,8 +160,8 @@ def page() -> str:
         accuracy = percent([record["accuracy"] for record in records])
         of_id = percent([record["numbers"]["garbage_rate"]["head"]["id"] for record in records])
         seconds = mean(record["seconds"]["head"] for record in records)
-        threads = records[0]["threads"]
-        place = f"{records[0]['processor']}, {threads} thread{'s' if threads > 1 else ''}"
+        places = {(record["processor"], record["threads"]) for record in records}
+        place = " or ".join(f"{processor}, {threads} thread{'s' if threads > 1 else ''}" for processor, threads in sorted(places))
         parts.append(f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s ({place}).\n")
         if all(record.get("precision of scores") == "bfloat16" for record in records):
             parts.append("Backbones computed in bfloat16, for all detectors alike.\n")
@@ -380,12 +412,13 @@ def _otherwise() -> list[str]:
                     named = f", {best}" if label == "best single" else ""
                     row[column] = f"{percent([mean(auroc[best])], 1)} ({percent([min(auroc[best])], 1)}{named})"
                 rows.append(row)
+        members = record.get("combinations", {"combined": ["GEN", "ViM", "head"]})["combined"]
         said = (
-            f"{BEFORE} AUROC, percent, one seed. "
+            f"{'' if 'combinations' in record else f'{BEFORE} '}AUROC, percent, one seed. "
             "*Plain* and the others are trained by OpenOOD's own trainers and settings, but on this small network, for few "
-            "epochs, on images that are not normalised; PixMix mixes with procedural images, not fractals. Combined: GEN, ViM and the head, or the "
-            "first two; on RotPred's network OpenOOD's score of it too. Best single: the score with the highest mean, chosen by looking at these "
-            "very columns.\n"
+            "epochs, on images that are not normalised; PixMix mixes with procedural images, not fractals. Combined: "
+            f"{' + '.join(members)}, or the first two; on RotPred's network OpenOOD's score of it too. Best single: the score with the "
+            "highest mean, chosen by looking at these very columns.\n"
         )
         title = f"## Networks that were trained to tell OOD images: {path.stem}\n"
         parts += [title, f"    python tests/bench/{record['command']}\n", said, table(rows), ""]

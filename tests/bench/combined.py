@@ -88,7 +88,7 @@ def chosen(tried: Mapping[tuple, tuple[float, float]], candidates: list[tuple]) 
     return max((key for key in candidates if tried[key][0] >= line), key=lambda key: tried[key][1])
 
 
-def candidates(scores: Mapping) -> list[tuple[tuple[str, ...], str]]:
+def every_combination(scores: Mapping) -> list[tuple[tuple[str, ...], str]]:
     """Every combination of up to three scores, by every rule."""
     labels = [label for label in scores if not label.startswith("head, ") and label != SAMPLED]
     members = [of for size in (1, 2, 3) for of in combinations(labels, size)]
@@ -98,7 +98,7 @@ def candidates(scores: Mapping) -> list[tuple[tuple[str, ...], str]]:
 def best_without_head(scores: Mapping) -> dict[str, dict]:
     """By OOD test set the combination without the head that ranks it best: what nobody can choose who has not seen that set."""
     best: dict[str, dict] = {}
-    for members, rule in candidates({label: of for label, of in scores.items() if label != "head"}):
+    for members, rule in every_combination({label: of for label, of in scores.items() if label != "head"}):
         of = combined(scores, members, rule)
         for name in of:
             if name in ("id", "calibration") or name.startswith(("val:", PROCESSED)):
@@ -138,7 +138,7 @@ def main() -> None:
         write_json(LATER, {**record_of(runs, best, []), "best without the head": without})
         return
     tried = {}
-    for members, rule in candidates(next(iter(runs.values()))):
+    for members, rule in every_combination(next(iter(runs.values()))):
         columns = validation(runs, members, rule)
         tried[members, rule] = (min(columns.values()), sum(columns.values()) / len(columns))
     ranked = sorted(tried, key=tried.__getitem__, reverse=True)

@@ -82,7 +82,7 @@ def _measured() -> list[str]:
             f"Attach to a torchvision ResNet-50 at 224 pixels: {r['attach']['per_second']:.0f} ID images a second, their outliers included."
         )
     else:
-        parts.append("## On an accelerator\n\nNot measured: none was at hand. `cost.py accelerator --device cuda` measures it.")
+        parts.append("## On an accelerator\n\nNot measured. `cost.py accelerator --device cuda` measures it.")
     if r := records.get("scoring"):
         parts.append(_scoring(r))
     if r := records.get("folders-speed"):

@@ -480,7 +480,7 @@ def page() -> str:
     ]
     kinds = [
         {
-            "file": PLACES[kind].replace("0002", "*"),
+            "file": PLACES[kind].replace("0002", "*").removeprefix("detector/"),
             "damaged files": str(of["files"]),
             "refused": str(of["refused"]),
             "loaded": str(of["loaded"]),

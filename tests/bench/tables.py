@@ -353,6 +353,14 @@ def readme() -> str:
     return f"{before}{start}{attached_page.front()}\n{end}{rest.split(end)[1]}"
 
 
+def results() -> str:
+    """The text of results.md with what attach measured put in."""
+    text = (BENCH / "results.md").read_text().replace("{{attached}}", attached_page.front())
+    for name, value in attached_page.facts().items():
+        text = text.replace(f"{{{{attached {name}}}}}", value)
+    return text
+
+
 def documents() -> dict[str, str]:
     """Text of every document by its place in docs/; those without any record yet are left out."""
     size = (20_000, 10)
@@ -375,9 +383,7 @@ def documents() -> dict[str, str]:
         "research/no_tie.md": no_tie.page() if no_tie.RECORD.exists() else "",
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
         "research/which_outliers.md": fill((BENCH / "advice.md").read_text()),
-        "results.md": fill(
-            (BENCH / "results.md").read_text().replace("{{attached}}", attached_page.front()).replace("{{level 1}}", attached_page.level_1())
-        ),
+        "results.md": fill(results()),
         "research/loop.md": fill((BENCH / "loop.md").read_text()),
         "research/findings.md": fill((BENCH / "findings.md").read_text()),
         "../README.md": readme(),

@@ -166,7 +166,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         networks[name] = {**measured(net, sets, a.seed), "seconds of training": seconds}
         about = {"data": DATA, "backbone": a.backbone, "epochs": a.epochs, "seed": a.seed, "images": {part: len(of) for part, of in sets.items()}}
-        write_json(path, {**about, "networks": networks, **made_by(a.root)})
+        write_json(path, {**about, "combinations": COMBINATIONS, "networks": networks, **made_by(a.root)})
         print(f"{name}: accuracy {networks[name]['accuracy']:.4f}, {seconds:.0f} s", flush=True)
 
 

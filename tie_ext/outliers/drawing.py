@@ -29,7 +29,7 @@ class Dice(NamedTuple):
     """On the same device; None for the global random state."""
 
     def split(self, rows: Tensor, size: int) -> tuple[Tensor, ...]:
-        """What is painted at once, of rows that have ``size`` values each."""
+        """Rows ``(N, ...)`` in parts that are painted at once; ``size`` values are painted for each row."""
         return rows.split(max(1, (CHUNK if torch.device(self.device).type == "cpu" else WIDE) // size))
 
     def uniform(self, *size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
