@@ -98,7 +98,7 @@ def facts() -> dict[str, str]:
     before = json.loads(LATER.read_text())["judged"]["combine before"]["runs"]
     shown, stems = known[SHOWN], [record["network"] for record in known[SHOWN]]
     rates = [record["numbers"]["garbage_rate"]["head"] for record in shown]
-    full = [percent([record["accuracy"] for record in known[key]], 1) for key in known if key[:2] == SHOWN[:2]]
+    full = [100 * mean(record["accuracy"] for record in known[key]) for key in known if key[:2] == SHOWN[:2]]
 
     def level_1(name: str) -> str:
         return f"{100 * mean(rate[name] for rate in rates):.{1 if name == 'id' else 0}f}"
@@ -126,7 +126,7 @@ def facts() -> dict[str, str]:
         **{f"combine: {word}": f"{100 * auroc(runs, names):.1f}" for word, names in (("far", far), ("near", near))},
         **{f"with ViM: {word}": f"{100 * auroc(before, names):.1f}" for word, names in (("far", far), ("near", near))},
         "airbench: accuracy": percent([record["accuracy"] for record in smaller], 1),
-        "cifar10: accuracies": ", ".join(full),
+        "cifar10: accuracies": f"{min(full):.0f} to {max(full):.0f}",
         "cifar100: accuracy": percent([record["accuracy"] for record in hundred], 1),
         "cifar100: behind": f"{min(behind):.0f} to {max(behind):.0f}",
         "cifar100: ahead": f"{min(ahead):.0f} to {max(ahead):.0f}",
