@@ -100,6 +100,8 @@ def test_new_files_are_of_the_oldest_python(tree):
 def test_its_own_formatter_has_nothing_to_say(tree):
     if find_spec("ruff") is None:
         pytest.skip("ruff is not installed")
+    if not (tree / "tests" / "helpers").exists():
+        pytest.skip("this source has no tests/helpers, whose imports are sorted as its own: take a checkout of the repository")
     ran(tree, "-m", "ruff", "check", "-q", ".")
     ran(tree, "-m", "ruff", "format", "--check", ".")
 
