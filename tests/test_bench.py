@@ -246,3 +246,12 @@ def test_the_best_combination_without_the_head_is_found_for_each_set():
     assert not any({"head", "KNN of 5000"} & set(of["members"]) for of in best.values())
     alone = combined.auroc(scores["GEN"]["id"], scores["GEN"]["digits"])
     assert alone <= best["digits"]["auroc"] < 0.95
+
+
+def test_networks_say_what_they_cannot_take(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="Expected images of 3 channels for OpenOOD's ResNet18_32x32, but got 1"):
+        attached.openood_resnet18(1, 10)
+    monkeypatch.setattr(sys, "argv", ["attached.py", "--data", "cifar10", "--backbone", "airbench", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        attached.main()
+    assert "Expected --device cpu for airbench" in capsys.readouterr().err
