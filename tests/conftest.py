@@ -4,7 +4,9 @@ import os
 import sys
 from dataclasses import replace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # images are small, and threads that wait for one another cost more than they give
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # images are small, and threads that wait for one another cost more than they give
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +35,14 @@ class Small(nn.Module):
 
     def __init__(self, classes: int = 3, channels: int = 1):
         super().__init__()
-        layers = [nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU()]
+        layers = [
+            nn.Conv2d(channels, 8, 3, 2, 1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 12, 3, 2, 1),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+        ]
         self.conv = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.fc = nn.Linear(48, classes)
 
@@ -51,7 +60,9 @@ def make_small(classes: int = 3) -> TIENet:
     return TIENet(Small(classes), classes, SHAPE)
 
 
-def domain(classes: int = 3, shape: tuple[int, ...] = SHAPE, low: float = 0.0, high: float = 1.0) -> Domain:
+def domain(
+    classes: int = 3, shape: tuple[int, ...] = SHAPE, low: float = 0.0, high: float = 1.0
+) -> Domain:
     return Domain(classes, shape, torch.tensor(low), torch.tensor(high))
 
 
@@ -84,7 +95,11 @@ def find_openood() -> Path | None:
     if find_spec("openood") is None and (root / "openood").is_dir():
         sys.path.append(str(root))
     spec = find_spec("openood")
-    return Path(spec.submodule_search_locations[0]).parent if spec and spec.submodule_search_locations else None
+    return (
+        Path(spec.submodule_search_locations[0]).parent
+        if spec and spec.submodule_search_locations
+        else None
+    )
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +147,9 @@ def workplace(tmp_path_factory) -> Path:
             Image.fromarray(image).save(place / "data" / "images_classic" / name / f"{i}.png")
             rows.append(f"{name}/{i}.png {label}\n")
         (lists / f"{name}.txt").write_text("".join(rows))
-    (place / "two.yml").write_text("ood_dataset:\n  nearood:\n    datasets: [fashionmnist]\n  farood:\n    datasets: [cifar10]\n")
+    (place / "two.yml").write_text(
+        "ood_dataset:\n  nearood:\n    datasets: [fashionmnist]\n  farood:\n    datasets: [cifar10]\n"
+    )
     (place / "many.py").write_text(
         "import json, random, runpy, sys\n"
         "import numpy, torch\n"

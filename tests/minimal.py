@@ -22,7 +22,11 @@ def core() -> list[str]:
     """Names of the rooms that need no extras."""
     house = Path(tie_ext.__file__).parent
     rooms = (path.relative_to(house).with_suffix("").parts for path in sorted(house.rglob("*.py")))
-    return [".".join(("tie_ext", *(part for part in room if part != "__init__"))) for room in rooms if room[0] not in WITH_EXTRAS]
+    return [
+        ".".join(("tie_ext", *(part for part in room if part != "__init__")))
+        for room in rooms
+        if room[0] not in WITH_EXTRAS
+    ]
 
 
 def main() -> None:
@@ -30,20 +34,32 @@ def main() -> None:
     rooms = core()
     for room in rooms:
         import_module(room)
-    if missing := {"tie_ext.support.files", "tie_ext.outliers.inversion", "tie_ext.recipe"} - set(rooms):
-        raise RuntimeError(f"Expected the rooms of the core, but got none of {', '.join(sorted(missing))}")
+    if missing := {
+        "tie_ext.utils.files",
+        "tie_ext.outliers.inversion",
+        "tie_ext.training.recipe",
+    } - set(rooms):
+        raise RuntimeError(
+            f"Expected the rooms of the core, but got none of {', '.join(sorted(missing))}"
+        )
     batches = [(torch.rand(8, 1, 28, 28), torch.arange(8) % 2)]
     net = tie_ext.TIENet(tie_ext.Conv3(1, 2), 2, (1, 28, 28))
     inversion = tie_ext.Inversion(net, tie_ext.InversionSettings(steps=2, width=4))
-    tie_ext.TIETrainer(net, tie_ext.TIEConfig(epochs=1, candidates=12, pool_size=20), [inversion]).epoch(batches)
+    tie_ext.TIETrainer(
+        net, tie_ext.TIEConfig(epochs=1, candidates=12, pool_size=20), [inversion]
+    ).epoch(batches)
     with tempfile.TemporaryDirectory() as folder:
         net.eval().save(Path(folder) / "network.safetensors")
         again = tie_ext.TIENet.load(Path(folder) / "network.safetensors")
     if not torch.equal(again.decide(batches[0][0]).level, net.decide(batches[0][0]).level):
-        raise RuntimeError("Expected the same decisions from a network that was saved and read again")
+        raise RuntimeError(
+            "Expected the same decisions from a network that was saved and read again"
+        )
     if loaded := [name for name in EXTRAS if sys.modules.get(name)]:
         raise RuntimeError(f"Expected the core to load no extras, but got {', '.join(loaded)}")
-    print(f"tie_ext {tie_ext.__version__} from {Path(tie_ext.__file__).parent}: {len(rooms)} rooms, an epoch, a file, and no extras")
+    print(
+        f"tie_ext {tie_ext.__version__} from {Path(tie_ext.__file__).parent}: {len(rooms)} rooms, an epoch, a file, and no extras"
+    )
 
 
 if __name__ == "__main__":

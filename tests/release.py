@@ -12,7 +12,12 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HELD = ("py.typed", "openood_configs/networks/tie_net.yml", "openood_configs/postprocessors/tie_combined.yml", "app/cli.py")
+HELD = (
+    "py.typed",
+    "openood_configs/networks/tie_net.yml",
+    "openood_configs/postprocessors/tie_combined.yml",
+    "app/cli.py",
+)
 """Files that are easily forgotten, by their place in the package."""
 PROBE = """
 import tie_ext.openood
@@ -25,7 +30,11 @@ print(f"{len(found)} configs in {tie_ext.openood.configs()}")
 
 def build(out: Path) -> tuple[Path, Path]:
     """The wheel and the sdist of this tree, in a folder; the wheel is made from the sdist, as ``python -m build`` does it."""
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return wheel, sdist
 
@@ -38,7 +47,11 @@ def missing(wheel: Path, sdist: Path) -> list[str]:
         source = {name.partition("/")[2] for name in packed.getnames()}
     lost = [f"{name} in {wheel.name}" for name in HELD if f"tie_ext/{name}" not in inside]
     places = [name if name.startswith("openood_configs") else f"tie_ext/{name}" for name in HELD]
-    return lost + [f"{name} in {sdist.name}" for name in (*places, "LICENSE", "README.md") if name not in source]
+    return lost + [
+        f"{name} in {sdist.name}"
+        for name in (*places, "LICENSE", "README.md")
+        if name not in source
+    ]
 
 
 def main() -> None:
@@ -46,7 +59,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wheel, sdist = build(Path(folder) / "dist")
         if lost := missing(wheel, sdist):
-            raise RuntimeError(f"Expected every file in the wheel and the sdist, but got none of {', '.join(lost)}")
+            raise RuntimeError(
+                f"Expected every file in the wheel and the sdist, but got none of {', '.join(lost)}"
+            )
         venv.create(Path(folder) / "venv", with_pip=True)
         scripts = Path(folder) / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
         for command in (

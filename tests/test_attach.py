@@ -9,18 +9,29 @@ from conftest import SHAPE, Small, make_batches
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from tie_ext import Conv3, Conv5, GarbageHead, MarginalRepresentations, MarginalSettings, Noise, ResidualCNN, ResNet20, TIENet, attach
-from tie_ext.decision import uncertainty, widened
-from tie_ext.exclusion import cutoff
-from tie_ext.head import FLAT, MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
+from tie_ext import (
+    Conv3,
+    Conv5,
+    GarbageHead,
+    MarginalRepresentations,
+    MarginalSettings,
+    Noise,
+    ResidualCNN,
+    ResNet20,
+    TIENet,
+    attach,
+)
+from tie_ext.models.head import FLAT, MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
 from tie_ext.outliers import make
-from tie_ext.support.sample import Sample
+from tie_ext.scores.decision import uncertainty, upcast
+from tie_ext.scores.threshold import exclusion_threshold
+from tie_ext.utils.reservoir import Reservoir
 
 
 @pytest.fixture(autouse=True)
 def _few_steps(request, monkeypatch):
     if "told" not in request.node.name:  # where what was learned counts
-        monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
+        monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
 
 
 def stripes(count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +55,10 @@ BACKBONES = {
     "Conv5": (lambda: Conv5(3, 4), 5),
     "ResidualCNN": (lambda: ResidualCNN(3, 4), 16),
     "ResNet20": (lambda: ResNet20(3, 4), 16),
-    "resnet18": (lambda: torchvision_model("resnet18"), 15),  # at 32 pixels its last maps are single points
+    "resnet18": (
+        lambda: torchvision_model("resnet18"),
+        15,
+    ),  # at 32 pixels its last maps are single points
     "mobilenet_v3_small": (lambda: torchvision_model("mobilenet_v3_small"), 16),
     "resnet50": (lambda: torchvision_model("resnet50"), 16),
     "convnext_tiny": (lambda: torchvision_model("convnext_tiny"), 16),
@@ -66,9 +80,14 @@ def test_any_backbone_takes_a_head_and_keeps_its_logits(name, tmp_path):
     every = net(x, garbage=True)
     assert torch.equal(every[:, :4], before)
     assert len(net.garbage.layers) == layers
-    torch.testing.assert_close(torch.cat([net(one[None], garbage=True) for one in x]), every, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        torch.cat([net(one[None], garbage=True) for one in x]), every, rtol=1e-3, atol=1e-3
+    )
     net.save(tmp_path / "net")
-    again = TIENet.load(tmp_path / "net", None if name in ("Conv3", "Conv5", "ResidualCNN", "ResNet20") else make_one())
+    again = TIENet.load(
+        tmp_path / "net",
+        None if name in ("Conv3", "Conv5", "ResidualCNN", "ResNet20") else make_one(),
+    )
     assert torch.equal(again(x, garbage=True), every)
     assert again.tau == net.tau
     exported = torch.export.export(net, (x,), kwargs={"garbage": True}).module()
@@ -86,7 +105,7 @@ def test_the_softmax_over_all_outputs_gives_the_heads_odds():
 
 
 def test_statistics_are_of_every_layer_before_its_relu_standardised_on_id_images(monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.attach"], "processed", lambda x, dice: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "processed", lambda x, rng: x)
     x, y = stripes()
     model = Small().eval()
     net = attach(model, [(x[:30], y[:30]), (x[30:], y[30:])], 3)
@@ -96,14 +115,21 @@ def test_statistics_are_of_every_layer_before_its_relu_standardised_on_id_images
     parts = [model.conv(x)]
     for maps in (first, second):
         through = maps.clamp(min=0)
-        parts += [through.mean((2, 3)), through.var((2, 3), correction=0).sqrt(), maps.amax((2, 3)), maps.amin((2, 3))]
+        parts += [
+            through.mean((2, 3)),
+            through.var((2, 3), correction=0).sqrt(),
+            maps.amax((2, 3)),
+            maps.amin((2, 3)),
+        ]
     want = torch.cat(parts, dim=1)
     _, statistics = net.statistics(x)
     torch.testing.assert_close(statistics, want, rtol=1e-4, atol=1e-5)
     standard = (statistics - net.garbage.mean) / net.garbage.deviation
     torch.testing.assert_close(standard.mean(0), torch.zeros(len(want[0])), atol=1e-3, rtol=0)
     live = statistics.std(0) > 1e-3
-    torch.testing.assert_close(standard.std(0)[live], torch.ones(int(live.sum())), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        standard.std(0)[live], torch.ones(int(live.sum())), atol=1e-2, rtol=0
+    )
 
 
 def test_a_statistic_that_never_changes_is_no_noise():
@@ -113,7 +139,11 @@ def test_a_statistic_that_never_changes_is_no_noise():
 
 
 def test_the_number_of_statistics_is_bounded():
-    wide = nn.Sequential(*[m for _ in range(20) for m in (nn.LazyConv2d(150, 3, padding=1), nn.ReLU())], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    wide = nn.Sequential(
+        *[m for _ in range(20) for m in (nn.LazyConv2d(150, 3, padding=1), nn.ReLU())],
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     layers = find_layers(wide, torch.rand(1, 3, 8, 8))
     assert len(layers) == MOST_LAYERS
     assert next(iter(layers)) == "0"
@@ -128,12 +158,23 @@ def test_the_number_of_statistics_is_bounded():
     [
         ([nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True)], {"0": 4}),  # no normalisation
         ([nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()], {"1": 4}),
-        ([nn.BatchNorm2d(1), nn.ReLU(), nn.Conv2d(1, 4, 3)], {"2": 4}),  # the normalisation is of what came before
-        ([nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)], {"0": 4}),  # of what the ReLU let through
+        (
+            [nn.BatchNorm2d(1), nn.ReLU(), nn.Conv2d(1, 4, 3)],
+            {"2": 4},
+        ),  # the normalisation is of what came before
+        (
+            [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)],
+            {"0": 4},
+        ),  # of what the ReLU let through
     ],
 )
 def test_a_layer_is_read_before_its_relu_after_its_own_normalisation(layers, found):
-    net = TIENet(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), 3, SHAPE, garbage="layers").eval()
+    net = TIENet(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+        3,
+        SHAPE,
+        garbage="layers",
+    ).eval()
     assert net.garbage.layers == found
     x = torch.rand(5, *SHAPE)
     before = nn.Sequential(*layers[: int(next(iter(found))) + 1]).eval()(x)
@@ -150,11 +191,14 @@ def test_outliers_that_were_not_taught_are_told_and_the_same_seed_gives_the_same
     white = torch.randn(100, *SHAPE).div(2).add(0.5).clamp(0, 1)
     assert (net.decide(stripes(100)[0]).level == 1).float().mean() < 0.1
     assert (net.decide(white).level == 1).float().mean() > 0.9
-    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
     net = attach(model, batches, 3)
     torch.rand(5)
     again = attach(model, batches, 3)
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     other = attach(model, batches, 3, seed=1)
     assert not torch.equal(other.garbage.network[0].weight, net.garbage.network[0].weight)
 
@@ -164,39 +208,55 @@ def test_a_caller_that_needs_no_gradients_gets_the_same_head():
     model = Small().eval()
     with torch.no_grad():
         net = attach(model, [(x, y)], 3)
-    assert torch.equal(net.garbage.network[0].weight, attach(model, [(x, y)], 3).garbage.network[0].weight)
+    assert torch.equal(
+        net.garbage.network[0].weight, attach(model, [(x, y)], 3).garbage.network[0].weight
+    )
 
 
 @pytest.mark.parametrize("channels", [16, 48, 200])
 @pytest.mark.parametrize("size", [64, 50, 37])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_statistics_of_large_maps_which_are_pooled_in_pieces_are_those_of_each_image(channels, size, layout):
+def test_statistics_of_large_maps_which_are_pooled_in_pieces_are_those_of_each_image(
+    channels, size, layout
+):
     a = torch.randn(9, channels, size, size).to(memory_format=layout)
-    read = a[:, torch.linspace(0, channels - 1, min(channels, MOST_CHANNELS)).round().long()].flatten(2)
+    read = a[
+        :, torch.linspace(0, channels - 1, min(channels, MOST_CHANNELS)).round().long()
+    ].flatten(2)
     assert a.numel() > PIECE
     through = read.relu()
-    expected = torch.cat([through.mean(2), through.std(2, correction=0), read.amax(2), read.amin(2)], dim=1)
+    expected = torch.cat(
+        [through.mean(2), through.std(2, correction=0), read.amax(2), read.amin(2)], dim=1
+    )
     torch.testing.assert_close(pooled(a), expected)
 
 
-def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_as_they_are_and_processed(monkeypatch):
-    module, taught = sys.modules["tie_ext.attach"], []
-    monkeypatch.setattr(module, "teach", lambda head, inside, outside, steps, weight, progress: taught.append((inside, outside, steps, weight)))
+def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_as_they_are_and_processed(
+    monkeypatch,
+):
+    module, taught = sys.modules["tie_ext.training.attach"], []
+    monkeypatch.setattr(
+        module,
+        "teach",
+        lambda head, inside, outside, steps, weight, progress: taught.append(
+            (inside, outside, steps, weight)
+        ),
+    )
     brought: list[torch.Tensor] = []
-    monkeypatch.setattr(module, "processed", lambda x, dice: brought.append(1 - x) or brought[-1])
+    monkeypatch.setattr(module, "processed", lambda x, rng: brought.append(1 - x) or brought[-1])
     x, y = stripes()
     net = attach(Small().eval(), [(x[:50], y[:50]), (x[50:], y[50:])], 3)
     ((inside, outside, steps, weight),) = taught
     assert (len(inside), len(outside), steps, weight) == (120, 180, 30, 3.0)
     seen = torch.cat([part for pair in zip(brought, x.split(50), strict=True) for part in pair])
     torch.testing.assert_close(inside, net.statistics(seen)[1])
-    uncertainties = uncertainty(widened(net(seen, garbage=True)).softmax(1)).detach()
-    assert float(net.tau) == pytest.approx(cutoff(uncertainties, 2.0), rel=1e-4)
+    uncertainties = uncertainty(upcast(net(seen, garbage=True)).softmax(1)).detach()
+    assert float(net.tau) == pytest.approx(exclusion_threshold(uncertainties, 2.0), rel=1e-4)
     assert len(outside.unique(dim=0)) == 180  # no outlier is there twice
 
 
 def test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow(monkeypatch):
-    module, passed, kept = sys.modules["tie_ext.attach"], [], []
+    module, passed, kept = sys.modules["tie_ext.training.attach"], [], []
     monkeypatch.setattr(module, "MEMORY", 4 * 100 * 10)
 
     class Counted(Small):
@@ -204,19 +264,25 @@ def test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow(monkey
             passed.append(len(x))
             return super().forward(x)
 
-    monkeypatch.setattr(module, "teach", lambda head, inside, outside, *_: kept.append((inside, outside)))
+    monkeypatch.setattr(
+        module, "teach", lambda head, inside, outside, *_: kept.append((inside, outside))
+    )
     x, y = stripes(90)
     for times in (1, 3):
         passed.clear()
-        attach(Counted().eval(), list(zip(x.split(10) * times, y.split(10) * times, strict=True)), 3)
+        attach(
+            Counted().eval(), list(zip(x.split(10) * times, y.split(10) * times, strict=True)), 3
+        )
         images, outliers = 2 * 90 * times, 3 * 90 * times
-        assert images + outliers <= sum(passed) <= images + outliers + 5  # a few to try the network on
+        assert (
+            images + outliers <= sum(passed) <= images + outliers + 5
+        )  # a few to try the network on
     sizes = [sum(part.numel() for part in parts) for parts in kept]
     assert sizes[0] == sizes[1] <= 3 * 1000
 
 
 def test_a_sample_leaves_the_rows_it_was_offered_as_they_were():
-    sample, rows = Sample(10), torch.zeros(10, 2)
+    sample, rows = Reservoir(10), torch.zeros(10, 2)
     sample.add(rows)
     sample.add(torch.ones(1000, 2))
     assert rows.sum() == 0
@@ -230,7 +296,9 @@ def test_images_without_labels_and_other_outliers_will_do():
     net = TIENet(model, 3, SHAPE)
     white = attach(model, [x], 3, outliers=[make("white", net), make("shuffle", net)])
     assert white.tau.isfinite()
-    assert not torch.equal(white.garbage.network[0].weight, attach(model, [x], 3).garbage.network[0].weight)
+    assert not torch.equal(
+        white.garbage.network[0].weight, attach(model, [x], 3).garbage.network[0].weight
+    )
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -251,7 +319,12 @@ def test_a_vae_can_propose_outliers():
     x, y = stripes()
     model = Small().eval()
     net = TIENet(model, 3, SHAPE)
-    with_vae = attach(model, [(x, y)], 3, outliers=[MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))])
+    with_vae = attach(
+        model,
+        [(x, y)],
+        3,
+        outliers=[MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))],
+    )
     assert with_vae.tau.isfinite()
 
 
@@ -271,18 +344,28 @@ def test_networks_of_other_types_take_a_head(dtype):
     assert {p.dtype for p in net.parameters()} == {dtype}
 
 
-def test_a_network_attached_in_bfloat16_computes_so_and_its_head_has_learned_of_that(tmp_path, monkeypatch):
+def test_a_network_attached_in_bfloat16_computes_so_and_its_head_has_learned_of_that(
+    tmp_path, monkeypatch
+):
     x, y = stripes()
     read = []
     looked = TIENet.statistics
-    monkeypatch.setattr(TIENet, "statistics", lambda net, x: (read.append(net.precision), looked(net, x))[1])
+    monkeypatch.setattr(
+        TIENet, "statistics", lambda net, x: (read.append(net.precision), looked(net, x))[1]
+    )
     model = Conv3(1, 3).eval()
     net = attach(model, [(x, y)], 3, precision="bfloat16")
     assert set(read) == {"bfloat16"}
-    assert net.precision == TIENet.load(net.save(tmp_path / "net") or tmp_path / "net").precision == "bfloat16"
+    assert (
+        net.precision
+        == TIENet.load(net.save(tmp_path / "net") or tmp_path / "net").precision
+        == "bfloat16"
+    )
     assert not torch.equal(net(x), model(x))
     torch.testing.assert_close(net(x), model(x), rtol=0, atol=1e-3)
-    with pytest.raises(ValueError, match="Expected a precision, one of float32, bfloat16, but got 'half'"):
+    with pytest.raises(
+        ValueError, match="Expected a precision, one of float32, bfloat16, but got 'half'"
+    ):
         attach(model, [(x, y)], 3, precision="half")
 
 
@@ -306,7 +389,12 @@ def test_channels_last_changes_nothing():
     model = Small().eval()
     net = attach(model, [(x, y)], 3)
     last = copy.deepcopy(net).to(memory_format=torch.channels_last)
-    torch.testing.assert_close(last(x.to(memory_format=torch.channels_last), garbage=True), net(x, garbage=True), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        last(x.to(memory_format=torch.channels_last), garbage=True),
+        net(x, garbage=True),
+        rtol=1e-3,
+        atol=1e-4,
+    )
 
 
 class Softmaxed(Small):
@@ -333,17 +421,41 @@ def test_a_stream_of_batches_is_taken():
 @pytest.mark.parametrize(
     ("model", "batches", "message"),
     [
-        (Small(), make_batches(), "Expected a trained model in evaluation mode, but got Small in training mode; call model.eval()"),
-        (TIENet(Small(), 3, SHAPE).eval(), make_batches(), "Expected a classifier without a garbage class, but got a TIENet, which has one already"),
-        (Small(5).eval(), make_batches(), "Expected a model with 3 outputs, as num_classes says, but got one with 5"),
+        (
+            Small(),
+            make_batches(),
+            "Expected a trained model in evaluation mode, but got Small in training mode; call model.eval()",
+        ),
+        (
+            TIENet(Small(), 3, SHAPE).eval(),
+            make_batches(),
+            "Expected a classifier without a garbage class, but got a TIENet, which has one already",
+        ),
+        (
+            Small(5).eval(),
+            make_batches(),
+            "Expected a model with 3 outputs, as num_classes says, but got one with 5",
+        ),
         (
             Softmaxed().eval(),
             make_batches(),
             "Expected a backbone that returns the logits that its last .*, but Softmaxed returns probabilities; leave the softmax out",
         ),
-        (Flat().eval(), make_batches(), "Expected a backbone with convolutions or transformer blocks"),
-        (nn.Conv2d(1, 3, 28).eval(), make_batches(), "Expected a backbone that ends in a linear layer"),
-        (Small(3, channels=3).eval(), make_batches(), r"Expected a backbone for images \(1, 28, 28\), but Small fails on one"),
+        (
+            Flat().eval(),
+            make_batches(),
+            "Expected a backbone with convolutions or transformer blocks",
+        ),
+        (
+            nn.Conv2d(1, 3, 28).eval(),
+            make_batches(),
+            "Expected a backbone that ends in a linear layer",
+        ),
+        (
+            Small(3, channels=3).eval(),
+            make_batches(),
+            r"Expected a backbone for images \(1, 28, 28\), but Small fails on one",
+        ),
         (Small().eval(), [], "Expected at least one batch of ID images, but got an empty loader"),
         (
             Small().eval(),
@@ -355,13 +467,29 @@ def test_a_stream_of_batches_is_taken():
             TensorDataset(torch.rand(8, *SHAPE)),
             "Expected batches, but got TensorDataset, which gives one image at a time",
         ),
-        (Small().eval(), [{"data": 1}], "Expected batches of images, or of .images, labels., but got dict"),
+        (
+            Small().eval(),
+            [{"data": 1}],
+            "Expected batches of images, or of .images, labels., but got dict",
+        ),
         (Small().eval(), [torch.rand(8, *SHAPE) * 255], "Expected images in the value range"),
-        (Small().eval(), [torch.rand(8, *SHAPE), torch.rand(8, 1, 32, 32)], "Expected images of shape"),
+        (
+            Small().eval(),
+            [torch.rand(8, *SHAPE), torch.rand(8, 1, 32, 32)],
+            "Expected images of shape",
+        ),
         (Small().eval(), [torch.full((8, *SHAPE), float("nan"))], "Expected finite images"),
         (Small().eval(), [torch.rand(1, *SHAPE)], "Expected at least two ID images, but got 1"),
-        (Small().eval(), [(torch.rand(4, *SHAPE), torch.tensor([0, 0, 1, 1]))], r"Expected samples of all 3 classes, but got none of class \[2\]"),
-        (Small().eval(), [(torch.rand(4, *SHAPE), torch.tensor([0, 1, 2, 3]))], r"Expected labels in \[0, 3\)"),
+        (
+            Small().eval(),
+            [(torch.rand(4, *SHAPE), torch.tensor([0, 0, 1, 1]))],
+            r"Expected samples of all 3 classes, but got none of class \[2\]",
+        ),
+        (
+            Small().eval(),
+            [(torch.rand(4, *SHAPE), torch.tensor([0, 1, 2, 3]))],
+            r"Expected labels in \[0, 3\)",
+        ),
         (Small().eval(), [(torch.rand(4, *SHAPE), torch.rand(4))], "Expected integer labels"),
     ],
 )
@@ -371,7 +499,10 @@ def test_what_cannot_be_attached_to_is_refused(model, batches, message):
 
 
 def test_nobody_to_propose_outliers_is_refused():
-    with pytest.raises(ValueError, match="Expected someone to propose outliers, or None for procedural images, but got an empty list"):
+    with pytest.raises(
+        ValueError,
+        match="Expected someone to propose outliers, or None for procedural images, but got an empty list",
+    ):
         attach(Small().eval(), make_batches(), 3, outliers=[])
 
 
@@ -379,7 +510,7 @@ def test_a_sample_is_a_uniform_one_of_all_rows():
     torch.manual_seed(0)
     held = torch.zeros(40)
     for _ in range(400):
-        sample = Sample(10)
+        sample = Reservoir(10)
         for part in torch.arange(40.0)[:, None].split((3, 9, 1, 20, 7)):
             sample.add(part)
         assert len(sample.rows) == 10

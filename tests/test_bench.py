@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tie_ext import Conv3, TIENet
-from tie_ext.app.cli import main
-from tie_ext.app.data import ImageSet
-from tie_ext.decision import Decision
+from tie_ext.cli.data import ImageSet
+from tie_ext.cli.main import main
+from tie_ext.scores.decision import Decision
 
 sys.path.append(str(Path(__file__).parent / "bench"))
 import agreement
@@ -28,13 +28,28 @@ import threshold
 
 
 def test_shares_of_a_decision():
-    decision = Decision(label=torch.tensor([0, 1, -1, 2]), uncertainty=torch.zeros(4), score=torch.zeros(4), level=torch.tensor([0, 0, 1, 2]))
-    assert threshold.shares(decision, torch.tensor([0, 0, 0, 2])) == {"garbage": 0.25, "rejected": 0.5, "right": 0.25}
+    decision = Decision(
+        label=torch.tensor([0, 1, -1, 2]),
+        uncertainty=torch.zeros(4),
+        score=torch.zeros(4),
+        level=torch.tensor([0, 0, 1, 2]),
+    )
+    assert threshold.shares(decision, torch.tensor([0, 0, 0, 2])) == {
+        "garbage": 0.25,
+        "rejected": 0.5,
+        "right": 0.25,
+    }
 
 
-@given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=40), st.floats(0.01, 1))
+@given(
+    st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=40),
+    st.floats(0.01, 1),
+)
 def test_a_threshold_of_an_accuracy_is_the_smallest_that_has_it(images, share):
-    scores, right = torch.tensor([s for s, _ in images], dtype=torch.float64), torch.tensor([r for _, r in images])
+    scores, right = (
+        torch.tensor([s for s, _ in images], dtype=torch.float64),
+        torch.tensor([r for _, r in images]),
+    )
 
     def accuracy(threshold):
         return (right & (scores <= threshold)).sum().item() / len(scores)
@@ -54,22 +69,56 @@ def write_images(folder: Path) -> None:
         for label in ("dark", "bright"):
             (folder / split / label).mkdir(parents=True)
             for i in range(8):
-                Image.new("L", (28, 28), 20 * i + 40 * (label == "bright")).save(folder / split / label / f"{i}.png")
+                Image.new("L", (28, 28), 20 * i + 40 * (label == "bright")).save(
+                    folder / split / label / f"{i}.png"
+                )
 
 
 def test_inversions_are_shared_out_by_how_they_were_asked_for(tmp_path):
     write_images(tmp_path / "images")
-    fast = ["--epochs", "1", "--candidates", "55", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
-    assert main(["train", "--data", f"folder:{tmp_path / 'images'}", "--size", "28", "--out", str(tmp_path / "run"), *fast]) == 0
+    fast = [
+        "--epochs",
+        "1",
+        "--candidates",
+        "55",
+        "--pool-size",
+        "40",
+        "--inversion-steps",
+        "2",
+        "--inversion-width",
+        "4",
+    ]
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                f"folder:{tmp_path / 'images'}",
+                "--size",
+                "28",
+                "--out",
+                str(tmp_path / "run"),
+                *fast,
+            ]
+        )
+        == 0
+    )
     judge = TIENet.load(tmp_path / "run" / "network.safetensors")
     found = agreement.shares_of(tmp_path / "run", [judge], per_class=50)
     assert sum(found[f"fifth {i}"]["inversions"] for i in range(1, 6)) == pytest.approx(1)
-    assert found["at most tau"]["inversions"] + found["above tau"]["inversions"] == pytest.approx(1)
-    leads = [found[name]["largest"] - found[name]["second"] for name in ("margin 0.0", "margin 0.25", "margin 0.5", "margin 1.0")]
+    assert found["at most tau"]["inversions"] + found["above tau"]["inversions"] == pytest.approx(
+        1
+    )
+    leads = [
+        found[name]["largest"] - found[name]["second"]
+        for name in ("margin 0.0", "margin 0.25", "margin 0.5", "margin 1.0")
+    ]
     assert leads == sorted(leads)
     gaps = [found[f"fifth {i}"]["largest"] - found[f"fifth {i}"]["second"] for i in range(1, 6)]
     assert gaps == sorted(gaps)
-    assert all(found[name]["judged"] >= found[name]["landed"] for name in ("margin 0.0", "margin 1.0"))  # it judges without the garbage class
+    assert all(
+        found[name]["judged"] >= found[name]["landed"] for name in ("margin 0.0", "margin 1.0")
+    )  # it judges without the garbage class
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -79,27 +128,52 @@ def test_post_hoc_detectors_are_scored_on_every_set_at_hand(tmp_path):
 
     write_images(tmp_path / "mnist")
     write_images(tmp_path / "fashionmnist")
-    found = posthoc.scores_of(TIENet(Conv3(1, 2), 2, SHAPE).eval(), str(tmp_path), "mnist", 160, seed=0)  # a tenth as many OOD images
+    found = posthoc.scores_of(
+        TIENet(Conv3(1, 2), 2, SHAPE).eval(), str(tmp_path), "mnist", 160, seed=0
+    )  # a tenth as many OOD images
     assert list(found) == ["ODIN", "i-ODIN", "B, single", "B, 5 mixed"]
     assert all({"fashionmnist", "noise"} <= set(of) for of in found.values())
     assert found["ODIN"]["fashionmnist"]["auroc"] == 0.5  # the same images
     assert all(0 <= numbers["auroc"] <= 1 for of in found.values() for numbers in of.values())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads how much memory a process has had")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="forks, and reads how much memory a process has had"
+)
 def test_a_run_survives_a_little_fire(tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(Path(__file__).parent / "bench" / "fire.py"), "--trials", "2", "--files", "8", "--every", "7"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "fire.json")], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "bench" / "fire.py"),
+        "--trials",
+        "2",
+        "--files",
+        "8",
+        "--every",
+        "7",
+    ]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "fire.json")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "fire.json").read_text())
     for of in record["kill"]["by aim"].values():
         assert of["runs"] == of["went on to the end"] == of["bit-identical"]
-        assert of["saved epochs lost"] == of["other epochs lost"] == of["half-written files left"] == 0
+        assert (
+            of["saved epochs lost"]
+            == of["other epochs lost"]
+            == of["half-written files left"]
+            == 0
+        )
     assert record["damage"]["wrong"] == []
     assert sum(of["files"] for of in record["damage"]["by file"].values()) == 8
     for of in record["full disk"].values():
-        assert of["writes"] == of["said so"] == of.get("earlier files intact", of["writes"]) == of.get("went on to the same end", of["writes"])
+        assert (
+            of["writes"]
+            == of["said so"]
+            == of.get("earlier files intact", of["writes"])
+            == of.get("went on to the same end", of["writes"])
+        )
         assert of.get("files left half-written", 0) == 0
 
 
@@ -107,7 +181,9 @@ def test_a_place_in_a_page_takes_a_measured_number():
     accuracy = page.fill("{{mnist tie | accuracy}}")
     assert re.fullmatch(r"9\d\.\d\d ± \d\.\d\d", accuracy)
     assert page.fill("as {{mnist tie | accuracy}} %, in {1}") == f"as {accuracy} %, in {{1}}"
-    assert page.fill("{{garbage-weight-10/fashionmnist@allx20 marginal | right at 0.01}}").startswith("92.")
+    assert page.fill(
+        "{{garbage-weight-10/fashionmnist@allx20 marginal | right at 0.01}}"
+    ).startswith("92.")
     assert "±" in page.fill("{{no-kl/mnist@allx20 tie | accuracy}}")
     assert "±" not in page.fill("{{no-kl/mnist@allx20 tie#0 | accuracy}}")
     assert 0 < float(page.fill("{{lambda-0.5/cifar10@20000x5 tie | tau}}")) < 1.1
@@ -150,7 +226,11 @@ def test_a_quick_training_goes_on_where_it_was_stopped_and_learns(tmp_path, monk
     monkeypatch.setattr(airbench, "BATCH", 16)
     torch.manual_seed(0)
     y = torch.arange(96) % 2
-    images = ImageSet((torch.rand(96, 3, 32, 32) * 100 + 100 * y[:, None, None, None]).to(torch.uint8), y, ("dark", "bright"))
+    images = ImageSet(
+        (torch.rand(96, 3, 32, 32) * 100 + 100 * y[:, None, None, None]).to(torch.uint8),
+        y,
+        ("dark", "bright"),
+    )
 
     def fresh():
         torch.manual_seed(0)
@@ -170,13 +250,17 @@ def test_a_quick_training_goes_on_where_it_was_stopped_and_learns(tmp_path, monk
     monkeypatch.setattr(airbench, "BATCH", 16)
     again = fresh()
     airbench.train(again, images, 4, 0, tmp_path / "stopped.training")
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()
+    )
     with torch.no_grad():
         assert (again(images.x / 255.0).argmax(1) == y).float().mean() > 0.9
 
 
 def test_the_bias_of_the_whitening_stays_after_its_epochs(tmp_path, monkeypatch):
-    images = ImageSet(torch.randint(255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
+    images = ImageSet(
+        torch.randint(255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ("a", "b")
+    )
     monkeypatch.setattr(airbench, "BATCH", 1)
     for epochs, moved in ((1, True), (0, False)):
         monkeypatch.setattr(airbench, "WHITENING_EPOCHS", epochs)
@@ -188,24 +272,47 @@ def test_the_bias_of_the_whitening_stays_after_its_epochs(tmp_path, monkeypatch)
 
 
 def test_images_are_mirrored_in_turn_and_moved_by_two_pixels_at_most():
-    images = ImageSet(torch.arange(32 * 32).reshape(1, 1, 32, 32).remainder(251).to(torch.uint8).repeat(6, 3, 1, 1), torch.arange(6), ())
+    images = ImageSet(
+        torch.arange(32 * 32)
+        .reshape(1, 1, 32, 32)
+        .remainder(251)
+        .to(torch.uint8)
+        .repeat(6, 3, 1, 1),
+        torch.arange(6),
+        (),
+    )
     first, middle, places = torch.arange(6) < 3, images.x[0, :, 2:-2, 2:-2] / 255, set()
     for epoch in (0, 1):
         (x, y), *_ = airbench.batches(images, epoch, first)
         for one, label in zip(x, y, strict=True):
             still = one.flip(2) if first[label] ^ bool(epoch) else one
-            (place,) = [(i, j) for i in range(5) for j in range(5) if torch.equal(still[:, i : i + 28, j : j + 28], middle)]
+            (place,) = [
+                (i, j)
+                for i in range(5)
+                for j in range(5)
+                if torch.equal(still[:, i : i + 28, j : j + 28], middle)
+            ]
             places.add(place)
     assert len(places) > 4
 
 
-def test_a_falling_rate_is_the_half_cosine_of_openood_and_training_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def test_a_falling_rate_is_the_half_cosine_of_openood_and_training_goes_on_where_it_was_stopped(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(attached, "BATCH", 8)
     torch.manual_seed(0)
     y = torch.arange(32) % 2
-    images = ImageSet((torch.rand(32, *SHAPE) * 100 + 100 * y[:, None, None, None]).to(torch.uint8), y, ("dark", "bright"))
+    images = ImageSet(
+        (torch.rand(32, *SHAPE) * 100 + 100 * y[:, None, None, None]).to(torch.uint8),
+        y,
+        ("dark", "bright"),
+    )
     rates, step = [], torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a))
+    monkeypatch.setattr(
+        torch.optim.SGD,
+        "step",
+        lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a),
+    )
 
     def fresh():
         torch.manual_seed(0)
@@ -219,26 +326,40 @@ def test_a_falling_rate_is_the_half_cosine_of_openood_and_training_goes_on_where
 
     whole, stopped, again = fresh(), fresh(), fresh()
     attached.train(whole, images, 3, 0, tmp_path / "whole.training", falling=True)
-    assert rates == pytest.approx([1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)])
+    assert rates == pytest.approx(
+        [1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)]
+    )
     monkeypatch.setattr(attached, "batches", until_the_third)
     with pytest.raises(KeyboardInterrupt):
         attached.train(stopped, images, 3, 0, tmp_path / "stopped.training", falling=True)
     monkeypatch.setattr(attached, "batches", until_the_third.__defaults__[0])
     attached.train(again, images, 3, 0, tmp_path / "stopped.training", falling=True)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()
+    )
 
 
 def test_the_best_combination_without_the_head_is_found_for_each_set():
     torch.manual_seed(0)
-    kinds = {"held": (200, 0.0), "id": (200, 0.0), "val:photos": (50, 9.0), "digits": (100, 1.0), "noise": (100, 1.0)}
+    kinds = {
+        "held": (200, 0.0),
+        "id": (200, 0.0),
+        "val:photos": (50, 9.0),
+        "digits": (100, 1.0),
+        "noise": (100, 1.0),
+    }
     tells = {"GEN": "digits", "KNN": "noise", "ViM": None, "head": "digits noise"}
     scores = {
         label: {
-            name: torch.randn(count) + shift * (of is not None and (name in of.split() or "val" in name)) for name, (count, shift) in kinds.items()
+            name: torch.randn(count)
+            + shift * (of is not None and (name in of.split() or "val" in name))
+            for name, (count, shift) in kinds.items()
         }
         for label, of in tells.items()
     }
-    scores["KNN of 5000"] = {name: x + 100 * (name == "noise") for name, x in scores["KNN"].items()}  # a part of combine, and no candidate
+    scores["KNN of 5000"] = {
+        name: x + 100 * (name == "noise") for name, x in scores["KNN"].items()
+    }  # a part of combine, and no candidate
     best = combined.best_without_head(scores)
     assert set(best) == {"digits", "noise"}
     assert "GEN" in best["digits"]["members"]
@@ -249,9 +370,15 @@ def test_the_best_combination_without_the_head_is_found_for_each_set():
 
 
 def test_networks_say_what_they_cannot_take(monkeypatch, capsys):
-    with pytest.raises(ValueError, match="Expected images of 3 channels for OpenOOD's ResNet18_32x32, but got 1"):
+    with pytest.raises(
+        ValueError, match="Expected images of 3 channels for OpenOOD's ResNet18_32x32, but got 1"
+    ):
         attached.openood_resnet18(1, 10)
-    monkeypatch.setattr(sys, "argv", ["attached.py", "--data", "cifar10", "--backbone", "airbench", "--device", "cuda"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["attached.py", "--data", "cifar10", "--backbone", "airbench", "--device", "cuda"],
+    )
     with pytest.raises(SystemExit):
         attached.main()
     assert "Expected --device cpu for airbench" in capsys.readouterr().err

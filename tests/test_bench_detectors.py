@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tie_ext import Conv3, TIENet
-from tie_ext.app.data import ImageSet
+from tie_ext.cli.data import ImageSet
 
 pytest.importorskip("pytorch_ood")
 sys.path.append(str(Path(__file__).parent / "bench"))
@@ -26,9 +26,14 @@ def record() -> dict:
     net = TIENet(Conv3(1, 2), 2, (1, 28, 28), garbage="layers").eval()
 
     def squares(count: int) -> torch.Tensor:
-        return (torch.rand(count, 1, 4, 4).repeat_interleave(7, 2).repeat_interleave(7, 3) * 255).to(torch.uint8)
+        return (
+            torch.rand(count, 1, 4, 4).repeat_interleave(7, 2).repeat_interleave(7, 3) * 255
+        ).to(torch.uint8)
 
-    x = {name: squares(count) for name, count in {"train": 200, "held": 200, "id": 60, "mnist": 30}.items()}
+    x = {
+        name: squares(count)
+        for name, count in {"train": 200, "held": 200, "id": 60, "mnist": 30}.items()
+    }
     x["mnist"] = x["mnist"] // 8
     with torch.no_grad():
         centre = net(x["train"].float() / 255).mean(0)
@@ -39,7 +44,15 @@ def record() -> dict:
     seen = {name: detectors.see(net, of) for name, of in sets.items()}
     made = detectors.makers(net, seen)
     found = {name: detectors.judged(name, make, sets, seen) for name, make in made.items()}
-    return {"data": "squares", "images": 200, "epochs": 0, "backbone": "conv3", "seed": 0, "command": "detectors.py", "detectors": found}
+    return {
+        "data": "squares",
+        "images": 200,
+        "epochs": 0,
+        "backbone": "conv3",
+        "seed": 0,
+        "command": "detectors.py",
+        "detectors": found,
+    }
 
 
 def test_all_but_three_fit_the_network_and_these_say_why(record):
@@ -53,14 +66,21 @@ def test_all_but_three_fit_the_network_and_these_say_why(record):
 def test_scores_of_one_pass_for_all_are_those_of_predict(record):
     torch.manual_seed(1)
     net = TIENet(Conv3(1, 2), 2, (1, 28, 28)).eval()
-    images = ImageSet(torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 2)
+    images = ImageSet(
+        torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 2
+    )
     seen = dict.fromkeys(("train", "held"), detectors.see(net, images))
     for name in ("TIEDetector", "EnergyBased", "Mahalanobis", "ReAct", "ASH", "Combined"):
         detector = detectors.makers(net, seen)[name]()
         if name in ("Mahalanobis", "ReAct"):
             detectors.fit(detector, seen["train"])
         with torch.no_grad():
-            torch.testing.assert_close(detectors.read(detector, seen["held"]), detectors.predicted(detector, images), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                detectors.read(detector, seen["held"]),
+                detectors.predicted(detector, images),
+                rtol=1e-4,
+                atol=1e-4,
+            )
 
 
 def test_the_table_has_those_that_fit_best_first(record, tmp_path, monkeypatch):
@@ -76,13 +96,22 @@ def test_the_table_has_those_that_fit_best_first(record, tmp_path, monkeypatch):
     assert "**TIEDetector**" in page
 
 
-def test_a_slow_detector_that_was_not_run_on_every_network_has_its_cost_and_one_that_was_has_a_mark(record, tmp_path, monkeypatch):
+def test_a_slow_detector_that_was_not_run_on_every_network_has_its_cost_and_one_that_was_has_a_mark(
+    record, tmp_path, monkeypatch
+):
     monkeypatch.setattr(detectors_page, "RESULTS", tmp_path)
-    other = {**record, "seed": 1, "detectors": {name: run for name, run in record["detectors"].items() if name != "ODIN"}}
+    other = {
+        **record,
+        "seed": 1,
+        "detectors": {name: run for name, run in record["detectors"].items() if name != "ODIN"},
+    }
     for of in (record, other):
         (tmp_path / f"squares-seed{of['seed']}.json").write_text(json.dumps(of))
     page = detectors_page.page()
-    assert f"- ODIN: reads the images themselves, and has been run on 1 of 2 networks ({record['detectors']['ODIN']['seconds']:.1f} s for" in page
+    assert (
+        f"- ODIN: reads the images themselves, and has been run on 1 of 2 networks ({record['detectors']['ODIN']['seconds']:.1f} s for"
+        in page
+    )
     assert "| GradNorm\\* " in page
     assert "| EnergyBased " in page
     assert "tested on 1000 images of each set" in page

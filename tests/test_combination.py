@@ -8,20 +8,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext.combination import RULES, Counting, check_rule, reference
-from tie_ext.decision import conformal_threshold
+from tie_ext.scores.combination import RULES, Counting, check_rule, reference
+from tie_ext.scores.threshold import conformal_threshold
 
 rules = pytest.mark.parametrize("rule", list(RULES))
 seeds = st.integers(0, 10**6)
 
 
-def draw(seed: int, count: int, k: int = 3, correlation: float = 0.8, step: float = 0.0) -> torch.Tensor:
+def draw(
+    seed: int, count: int, k: int = 3, correlation: float = 0.8, step: float = 0.0
+) -> torch.Tensor:
     """Correlated scores ``(count, k)`` of different scales and shapes; tied on a grid where there is a step."""
     rng = torch.Generator().manual_seed(seed)
     common, own = torch.randn(count, 1, generator=rng), torch.randn(count, k, generator=rng)
     scores = correlation * common + (1 - correlation**2) ** 0.5 * own
     scores = torch.round(scores / step) * step if step else scores
-    return torch.where(torch.arange(k) % 2 == 1, scores.exp(), scores) * 10.0 ** torch.arange(k) - 5
+    return (
+        torch.where(torch.arange(k) % 2 == 1, scores.exp(), scores) * 10.0 ** torch.arange(k) - 5
+    )
 
 
 def test_p_values_count_who_scores_as_high_ties_and_the_image_itself_included():
@@ -38,7 +42,9 @@ def test_counting_gives_the_same_p_values_as_searching(seed, step):
 
 
 def test_every_rule_is_the_formula_of_its_paper():
-    learned = reference(torch.tensor([[0.0, 10.0], [1.0, 30.0], [2.0, 20.0]]))  # deviations 1 and 10
+    learned = reference(
+        torch.tensor([[0.0, 10.0], [1.0, 30.0], [2.0, 20.0]])
+    )  # deviations 1 and 10
     score = torch.tensor([[2.0, 15.0]])  # z of 1 and -1/2, p of 2/4 and 3/4
     found = {name: rule(learned, score).item() for name, rule in RULES.items()}
     half, most = torch.tensor(0.5), torch.tensor(0.75)
@@ -69,7 +75,9 @@ def test_a_larger_score_of_a_member_never_makes_the_combination_smaller(rule, se
 @pytest.mark.parametrize("order", list(permutations(range(3)))[1:])
 def test_the_order_of_the_members_is_nothing(rule, order):
     ours, new = draw(3, 60, step=0.5), draw(4, 20)
-    torch.testing.assert_close(RULES[rule](reference(ours[:, order]), new[:, order]), RULES[rule](reference(ours), new))
+    torch.testing.assert_close(
+        RULES[rule](reference(ours[:, order]), new[:, order]), RULES[rule](reference(ours), new)
+    )
 
 
 @rules
@@ -77,13 +85,20 @@ def test_the_order_of_the_members_is_nothing(rule, order):
 def test_the_unit_of_a_member_is_nothing(rule, seed, scale, shift):
     ours, new = draw(seed, 40).double(), draw(seed + 1, 10).double()
     a, b = torch.tensor([1.0, scale, 1.0]).double(), torch.tensor([0.0, shift, 0.0]).double()
-    torch.testing.assert_close(RULES[rule](reference(ours * a + b), new * a + b), RULES[rule](reference(ours), new), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        RULES[rule](reference(ours * a + b), new * a + b),
+        RULES[rule](reference(ours), new),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("rule", ["fisher", "simes"])
 def test_rules_on_p_values_see_the_order_of_scores_alone(rule):
     ours, new = draw(5, 60), draw(6, 20)
-    assert torch.equal(RULES[rule](reference(ours.atan()), new.atan()), RULES[rule](reference(ours), new))
+    assert torch.equal(
+        RULES[rule](reference(ours.atan()), new.atan()), RULES[rule](reference(ours), new)
+    )
 
 
 @rules
@@ -110,7 +125,10 @@ def test_standardised_scores_go_on_ranking_where_p_values_have_ended():
         (torch.zeros(5, 0), "k >= 1"),
         (torch.zeros(5, 2).long(), "floating-point"),
         (torch.tensor([[0.0], [float("nan")]]), "1 NaN or infinite values, the first in row 1"),
-        (torch.tensor([[0.0, 3.0], [1.0, 3.0]]), "differ between ID images, but got 3 for all in column 1"),
+        (
+            torch.tensor([[0.0, 3.0], [1.0, 3.0]]),
+            "differ between ID images, but got 3 for all in column 1",
+        ),
         ([[1.0]], "got list"),
     ],
 )
@@ -129,7 +147,15 @@ def test_a_rule_that_is_none_is_refused():
 # The guarantee.
 
 
-def false_alarms(rule: str, alpha: float, step: float, correlation: float, draws: int = 400, half: int = 39, k: int = 3) -> torch.Tensor:
+def false_alarms(
+    rule: str,
+    alpha: float,
+    step: float,
+    correlation: float,
+    draws: int = 400,
+    half: int = 39,
+    k: int = 3,
+) -> torch.Tensor:
     """Share of new ID images that are rejected, for each of many draws of held-out images."""
     rates = []
     for seed in range(draws):
@@ -141,11 +167,18 @@ def false_alarms(rule: str, alpha: float, step: float, correlation: float, draws
 
 
 @rules
-@pytest.mark.parametrize(("step", "correlation"), [(0.0, 0.0), (0.0, 0.95), (1.5, 0.0), (1.5, 0.95)])
+@pytest.mark.parametrize(
+    ("step", "correlation"), [(0.0, 0.0), (0.0, 0.95), (1.5, 0.0), (1.5, 0.95)]
+)
 @pytest.mark.parametrize("alpha", [0.05, 0.2])
 def test_the_false_alarm_rate_holds_whatever_the_dependence(rule, step, correlation, alpha):
     rates = false_alarms(rule, alpha, step, correlation)
-    margin = 3 * rates.std() / len(rates) ** 0.5  # standard errors of the mean: it is passed by chance once in 740
+    margin = (
+        3 * rates.std() / len(rates) ** 0.5
+    )  # standard errors of the mean: it is passed by chance once in 740
     assert rates.mean() <= alpha + margin
-    if not step and rule in ("stouffer", "max"):  # without ties it is no smaller than it has to be: 39 + 1 images reject 2 or 8
+    if not step and rule in (
+        "stouffer",
+        "max",
+    ):  # without ties it is no smaller than it has to be: 39 + 1 images reject 2 or 8
         assert rates.mean() >= alpha - margin

@@ -13,14 +13,18 @@ from conftest import SHAPE, TINY, domain, make_batches, make_net
 
 from tie_ext import TIETrainer
 from tie_ext.outliers import SYNTHESIZERS, make
-from tie_ext.recipe import Recipe
-from tie_ext.synthesis import Synthesizer
+from tie_ext.outliers.base import Synthesizer
+from tie_ext.training.recipe import Recipe
 
 sys.path.append(str(Path(__file__).parent / "outliers"))
 import test_synthesis as book
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-LAWS = [law for name, law in vars(book).items() if name.startswith("test_") and "make" in inspect.signature(law).parameters]
+LAWS = [
+    law
+    for name, law in vars(book).items()
+    if name.startswith("test_") and "make" in inspect.signature(law).parameters
+]
 
 
 @pytest.fixture
@@ -52,14 +56,23 @@ def test_the_example_does_what_it_says(room):
     chimeras = make(room.__name__, domain(), cut=0.25).sample(make_net(), x, y)
     assert torch.equal(chimeras.x[:, :, :7], x[:, :, :7])
     bottoms = chimeras.x[:, :, 7:].unsqueeze(1) == x[:, :, 7:].unsqueeze(0)
-    assert torch.equal(bottoms.flatten(2).all(2).sum(0), torch.ones(6, dtype=torch.long))  # of each image once
+    assert torch.equal(
+        bottoms.flatten(2).all(2).sum(0), torch.ones(6, dtype=torch.long)
+    )  # of each image once
     assert (chimeras.y == 3).all()
     with pytest.raises(ValueError, match="cut"):
         make(room.__name__, domain(), cut=2)
 
 
 def test_the_example_trains(room):
-    (found,) = [thing for thing in vars(room).values() if inspect.isclass(thing) and issubclass(thing, Synthesizer) and thing is not Synthesizer]
+    (found,) = [
+        thing
+        for thing in vars(room).values()
+        if inspect.isclass(thing) and issubclass(thing, Synthesizer) and thing is not Synthesizer
+    ]
     net = make_net()
-    for trainer in (TIETrainer(net, TINY, synthesizers=[found(net)]), Recipe(TINY, {room.__name__: {}}).trainer(net)):
+    for trainer in (
+        TIETrainer(net, TINY, synthesizers=[found(net)]),
+        Recipe(TINY, {room.__name__: {}}).trainer(net),
+    ):
         assert sum(trainer.epoch(make_batches()).proposed) > 0

@@ -9,9 +9,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tie_ext import decide, ood_score, uncertainty
-from tie_ext.decision import conformal_threshold, decide_at, widened
+from tie_ext.scores.decision import decide_at, upcast
+from tie_ext.scores.threshold import conformal_threshold
 
-logit_rows = hnp.arrays("float32", st.tuples(st.integers(1, 5), st.integers(3, 12)), elements=st.floats(-30, 30, width=32)).map(torch.from_numpy)
+logit_rows = hnp.arrays(
+    "float32",
+    st.tuples(st.integers(1, 5), st.integers(3, 12)),
+    elements=st.floats(-30, 30, width=32),
+).map(torch.from_numpy)
 
 
 def test_uncertainty_is_the_papers_formula():
@@ -65,7 +70,9 @@ def test_label_is_always_an_id_class(logits):
 def test_score_is_the_log_odds_of_garbage(logits):
     p = logits.double().softmax(1)
     others = p[:, :-1].sum(1)  # 1 - p of garbage would lose its digits where that is near 1
-    torch.testing.assert_close(ood_score(logits.double()), (p[:, -1] / others).log(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ood_score(logits.double()), (p[:, -1] / others).log(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_score_has_no_hole_at_confident_garbage():
@@ -80,7 +87,16 @@ def test_score_still_ranks_where_probabilities_are_rounded_to_1():
     assert score[1] > score[0]
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(2, 2), torch.zeros(2, 3, dtype=torch.long), torch.full((1, 3), float("nan")), [1.0]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.zeros(3),
+        torch.zeros(2, 2),
+        torch.zeros(2, 3, dtype=torch.long),
+        torch.full((1, 3), float("nan")),
+        [1.0],
+    ],
+)
 def test_bad_logits_are_refused(bad):
     with pytest.raises(ValueError, match=r"Expected .* but got"):
         decide(bad)
@@ -89,12 +105,16 @@ def test_bad_logits_are_refused(bad):
 @given(logit_rows, st.sampled_from([0.5, 2.0]))
 def test_the_temperature_is_that_of_the_id_classes_energy(logits, t):
     energy = -t * (logits[:, :-1].double() / t).exp().sum(1).log()
-    torch.testing.assert_close(ood_score(logits.double(), t), logits[:, -1].double() + energy, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ood_score(logits.double(), t), logits[:, -1].double() + energy, rtol=1e-6, atol=1e-6
+    )
     assert torch.equal(decide(logits, t=t).score, ood_score(logits, t))
 
 
 def test_a_decision_says_what_is_likeliest_how_unsure_it_is_and_why_it_rejects():
-    decision = decide(torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.9, 0.0], [0.0, 0.0, 1.0, 1.5]]), tau=0.5)
+    decision = decide(
+        torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.9, 0.0], [0.0, 0.0, 1.0, 1.5]]), tau=0.5
+    )
     assert decision.label.tolist() == [0, 1, 2]
     assert decision.level.tolist() == [0, 2, 1]
     assert decision.uncertainty[0] < 0.01 < 0.5 < decision.uncertainty[1]
@@ -121,7 +141,7 @@ def test_half_precision_is_decided_in_float32(dtype):
     decision = decide(logits.to(dtype), 0.9)
     assert decision.score.dtype == decision.uncertainty.dtype == torch.float32
     assert torch.equal(decision.score, ood_score(logits))
-    assert widened(logits.double()).dtype == torch.float64
+    assert upcast(logits.double()).dtype == torch.float64
 
 
 @given(logit_rows, st.floats(-20, 20))
@@ -136,7 +156,10 @@ def test_a_threshold_decides_by_the_score_alone_and_the_level_says_which_it_is(l
     assert all(torch.equal(a, b) for a, b in zip(decision[:3], plain[:3], strict=True))
 
 
-@pytest.mark.parametrize(("count", "false_alarm", "place"), [(9, 0.1, 8), (19, 0.1, 17), (99, 0.29, 70), (3, 0.5, 1), (4, 0.99, 0), (1, 0.5, 0)])
+@pytest.mark.parametrize(
+    ("count", "false_alarm", "place"),
+    [(9, 0.1, 8), (19, 0.1, 17), (99, 0.29, 70), (3, 0.5, 1), (4, 0.99, 0), (1, 0.5, 0)],
+)
 def test_the_threshold_is_the_conformal_quantile(count, false_alarm, place):
     scores = torch.arange(float(count))[torch.randperm(count)]
     assert conformal_threshold(scores, false_alarm) == place
@@ -149,11 +172,23 @@ def test_a_rate_of_one_accepts_what_is_no_worse_than_the_best():
 @pytest.mark.parametrize(
     ("scores", "false_alarm", "message"),
     [
-        (torch.zeros(8), 0.1, "Expected at least 9 ID images to guarantee a false-alarm rate of 0.1, but got 8"),
-        (torch.zeros(98), 0.01, "Expected at least 99 ID images to guarantee a false-alarm rate of 0.01, but got 98"),
+        (
+            torch.zeros(8),
+            0.1,
+            "Expected at least 9 ID images to guarantee a false-alarm rate of 0.1, but got 8",
+        ),
+        (
+            torch.zeros(98),
+            0.01,
+            "Expected at least 99 ID images to guarantee a false-alarm rate of 0.01, but got 98",
+        ),
         (torch.zeros(8), 0.0, r"Expected false_alarm to be a number in \(0, 1\], but got 0.0"),
         (torch.zeros(8), 1.1, r"Expected false_alarm to be a number in \(0, 1\], but got 1.1"),
-        (torch.tensor([0.0] * 9 + [float("nan")]), 0.2, "Expected finite scores, but got 1 NaN or infinite values, the first in row 9"),
+        (
+            torch.tensor([0.0] * 9 + [float("nan")]),
+            0.2,
+            "Expected finite scores, but got 1 NaN or infinite values, the first in row 9",
+        ),
     ],
 )
 def test_scores_that_guarantee_nothing_are_refused(scores, false_alarm, message):
@@ -161,12 +196,20 @@ def test_scores_that_guarantee_nothing_are_refused(scores, false_alarm, message)
         conformal_threshold(scores, false_alarm)
 
 
-@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=60), st.sampled_from([0.01, 0.05, 0.1, 0.29, 0.5, 0.99]))
+@given(
+    st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=60),
+    st.sampled_from([0.01, 0.05, 0.1, 0.29, 0.5, 0.99]),
+)
 def test_of_exchangeable_inputs_the_threshold_accepts_the_share_it_promises(values, false_alarm):
     # Each of the N+1 is as likely as any other to be the new one. Averaging over them all is the guarantee itself, for any values and ties.
     s = torch.tensor(values)
     assume(int(Fraction(str(false_alarm)) * len(s)) >= 1)
-    accepted = sum(bool(s[i] <= conformal_threshold(torch.cat([s[:i], s[i + 1 :]]), false_alarm)) for i in range(len(s)))
+    accepted = sum(
+        bool(s[i] <= conformal_threshold(torch.cat([s[:i], s[i + 1 :]]), false_alarm))
+        for i in range(len(s))
+    )
     assert accepted >= (1 - Fraction(str(false_alarm))) * len(s)
-    if len(set(values)) == len(values):  # and, where there are no ties, no more than one input above it
+    if len(set(values)) == len(
+        values
+    ):  # and, where there are no ties, no more than one input above it
         assert accepted <= (1 - Fraction(str(false_alarm))) * len(s) + 1

@@ -8,18 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tie_ext import GarbagePool
-from tie_ext.exclusion import cutoff
+from tie_ext.scores.threshold import exclusion_threshold
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=50), st.floats(-2, 2))
 def test_cutoff_is_mean_plus_lambda_std(values, lam):
     mean = sum(values) / len(values)
     std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
-    assert cutoff(torch.tensor(values), lam) == pytest.approx(mean + lam * std, abs=1e-9)
+    assert exclusion_threshold(torch.tensor(values), lam) == pytest.approx(
+        mean + lam * std, abs=1e-9
+    )
 
 
 def test_cutoff_of_minus_infinity_excludes_everything():
-    assert cutoff(torch.zeros(5), -math.inf) == -math.inf
+    assert exclusion_threshold(torch.zeros(5), -math.inf) == -math.inf
 
 
 @given(st.integers(1, 30), st.lists(st.integers(1, 20), max_size=8))
@@ -43,7 +45,10 @@ def test_old_and_new_garbage_are_equally_likely_to_be_held():
 
 
 def test_images_come_back_to_within_half_a_step_of_uint8():
-    low, high = torch.tensor([-2.0, 0.0, 1.0]).view(3, 1, 1), torch.tensor([2.0, 1.0, 5.0]).view(3, 1, 1)
+    low, high = (
+        torch.tensor([-2.0, 0.0, 1.0]).view(3, 1, 1),
+        torch.tensor([2.0, 1.0, 5.0]).view(3, 1, 1),
+    )
     pool = GarbagePool(1, (3, 4, 4), low, high)
     x = low + (high - low) * torch.rand(1, 3, 4, 4)
     pool.add(x)
@@ -113,7 +118,9 @@ def test_drawing_is_with_replacement_from_what_is_held():
 def test_a_pool_was_offered_a_whole_number_of_images(offered):
     pool = GarbagePool(3, (1, 2, 2))
     with pytest.raises(ValueError, match=r"Expected offered "):
-        pool.load_state_dict({"images": torch.zeros(3, 1, 2, 2, dtype=torch.uint8), "offered": offered})
+        pool.load_state_dict(
+            {"images": torch.zeros(3, 1, 2, 2, dtype=torch.uint8), "offered": offered}
+        )
     pool.load_state_dict({"images": torch.zeros(0, 1, 2, 2, dtype=torch.uint8), "offered": 0})
     pool.load_state_dict({"images": torch.zeros(3, 1, 2, 2, dtype=torch.uint8), "offered": 2**53})
     assert (len(pool), pool.offered) == (3, 2**53)
@@ -125,7 +132,10 @@ def test_a_pool_goes_on_where_its_state_was_taken():
     other.load_state_dict(pool.state_dict())
     assert (len(other), other.offered) == (3, 7)
     assert torch.equal(other.state_dict()["images"], pool.state_dict()["images"])
-    with pytest.raises(ValueError, match=r"Expected 3 uint8 garbage images of shape \(1, 2, 2\), but got torch.float32"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected 3 uint8 garbage images of shape \(1, 2, 2\), but got torch.float32",
+    ):
         other.load_state_dict({"images": torch.zeros(3, 1, 2, 2), "offered": 7})
     with pytest.raises(ValueError, match="Expected 2 uint8 garbage images"):
         other.load_state_dict({"images": pool.state_dict()["images"], "offered": 2})
@@ -139,7 +149,12 @@ def test_a_pool_of_no_size_is_refused(capacity):
 
 def as_it_was(pool, x, out):
     """The pool's rule on images that were gathered and converted first, all of them."""
-    x = ((x[out].float() - pool.low) / (pool.high - pool.low) * 255).round().clamp(0, 255).to(torch.uint8)
+    x = (
+        ((x[out].float() - pool.low) / (pool.high - pool.low) * 255)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
     for i, u in enumerate(torch.rand(len(x), dtype=torch.float64)):
         count = pool.offered + i
         slot = count if count < len(pool.images) else int(u * (count + 1))
@@ -149,8 +164,10 @@ def as_it_was(pool, x, out):
 
 
 @pytest.mark.parametrize("converted", [1, 12, 2**20])
-def test_slots_are_chosen_before_images_are_converted_and_bit_for_bit_the_same(converted, monkeypatch):
-    monkeypatch.setattr("tie_ext.exclusion.CONVERTED", converted)
+def test_slots_are_chosen_before_images_are_converted_and_bit_for_bit_the_same(
+    converted, monkeypatch
+):
+    monkeypatch.setattr("tie_ext.training.pool.CONVERTED", converted)
     pools = [GarbagePool(20, (1, 2, 2), low=-1.0, high=2.0) for _ in range(2)]
     for seed in range(12):
         rng = torch.Generator().manual_seed(seed)
@@ -166,6 +183,8 @@ def test_a_full_pool_converts_few(monkeypatch):
     pool = GarbagePool(10, (1, 2, 2))
     pool.offered = 10_000
     copied = []
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: copied.append(len(self)) or self.to(torch.float32))
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda self: copied.append(len(self)) or self.to(torch.float32)
+    )
     pool.add(torch.rand(100, 1, 2, 2))
     assert sum(copied) < 10

@@ -9,7 +9,7 @@ from conftest import Small
 
 import tie_ext
 from tie_ext import TIENet
-from tie_ext.explain import MOVED, Layers, _blurred, _moved, _nearest, explain
+from tie_ext.training.explain import MOVED, Layers, _blurred, _moved, _nearest, explain
 
 N = 3
 """Classes."""
@@ -47,15 +47,26 @@ def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apa
     assert found.inversions.shape == found.nearest.shape == (N, 2, 1, 28, 28)
     assert 0 <= found.inversions.min() < found.inversions.max() <= 1
     asked = torch.arange(N).repeat_interleave(2)
-    assert found.agreement == (trained(found.inversions.flatten(0, 1)).argmax(1) == asked).double().mean()
+    assert (
+        found.agreement
+        == (trained(found.inversions.flatten(0, 1)).argmax(1) == asked).double().mean()
+    )
     assert found.agreement > 0.8
 
 
-def test_every_layer_finds_inversions_more_like_id_images_for_the_second_term(trained, found, monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.explain"], "LIKE", 0.0)
+def test_every_layer_finds_inversions_more_like_id_images_for_the_second_term(
+    trained, found, monkeypatch
+):
+    monkeypatch.setattr(sys.modules["tie_ext.training.explain"], "LIKE", 0.0)
     without = explain(trained, [bars(120, 0)], N, per_class=2, steps=100)
     means, deviations = (part.repeat_interleave(2, 0) for part in found.layers.of_class)
-    unlike = [((of.layers.read(of.inversions.flatten(0, 1)) - means) / deviations).square().log1p().mean() for of in (found, without)]
+    unlike = [
+        ((of.layers.read(of.inversions.flatten(0, 1)) - means) / deviations)
+        .square()
+        .log1p()
+        .mean()
+        for of in (found, without)
+    ]
     assert unlike[0] < unlike[1] - 0.5, unlike
 
 
@@ -66,14 +77,26 @@ def test_images_are_blurred_and_moved_before_the_network_sees_them(trained, monk
     assert blurred[0, 1, 13:16, 13:16].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
     assert torch.allclose(blurred.sum((2, 3)), x.sum((2, 3)))
     assert torch.allclose(_blurred(torch.ones(1, 1, 28, 28)), torch.ones(1, 1, 28, 28))
-    places = {tuple((_moved(x)[:, 1] == 16).nonzero()[:, 1:].flatten().tolist()) for _ in range(300)}
+    places = {
+        tuple((_moved(x)[:, 1] == 16).nonzero()[:, 1:].flatten().tolist()) for _ in range(300)
+    }
     assert all(place[:2] == place[2:] for place in places)  # all images of a batch alike
-    assert {row for row, *_ in places} == {column for _, column, *_ in places} == set(range(14 - 28 // MOVED, 15 + 28 // MOVED))
+    assert (
+        {row for row, *_ in places}
+        == {column for _, column, *_ in places}
+        == set(range(14 - 28 // MOVED, 15 + 28 // MOVED))
+    )
     seen = []
     for name, of in (("_blurred", _blurred), ("_moved", _moved)):
-        monkeypatch.setattr(sys.modules["tie_ext.explain"], name, lambda x, name=name, of=of: seen.append(name) or of(x))
+        monkeypatch.setattr(
+            sys.modules["tie_ext.training.explain"],
+            name,
+            lambda x, name=name, of=of: seen.append(name) or of(x),
+        )
     explain(trained, [bars(30, 0)], N, per_class=1, steps=2)
-    assert seen == ["_blurred", "_moved"] * 2 + ["_blurred"]  # what is given back is blurred, and stands where it stood
+    assert seen == ["_blurred", "_moved"] * 2 + [
+        "_blurred"
+    ]  # what is given back is blurred, and stands where it stood
 
 
 def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):
@@ -84,7 +107,9 @@ def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):
     for row in range(2 * N):
         own = (y == row // 2).nonzero().flatten()
         assert torch.equal(nearest[row // 2, row % 2], x[own[distance[row, own].argmin()]])
-    assert (distance.argmin(1) % N != torch.arange(2 * N) // 2).any()  # of another class some are nearer
+    assert (
+        distance.argmin(1) % N != torch.arange(2 * N) // 2
+    ).any()  # of another class some are nearer
     assert torch.equal(found.nearest, _nearest(net, found.inversions.flatten(0, 1), 2, [(x, y)]))
 
 
@@ -97,8 +122,14 @@ def test_layers_are_read_in_deviations_from_all_id_images(found):
     far = layers.far(x)
     assert far.shape == (30, len(layers.names))
     if usual:
-        assert torch.allclose(far[:, -1], z[:, : head.feature_size].square().mean(1).sqrt(), rtol=1e-3)
-        assert torch.allclose(far[:, 0], z[:, head.feature_size :][:, : layers.sizes[0]].square().mean(1).sqrt(), rtol=1e-3)
+        assert torch.allclose(
+            far[:, -1], z[:, : head.feature_size].square().mean(1).sqrt(), rtol=1e-3
+        )
+        assert torch.allclose(
+            far[:, 0],
+            z[:, head.feature_size :][:, : layers.sizes[0]].square().mean(1).sqrt(),
+            rtol=1e-3,
+        )
     assert head.feature_size + sum(layers.sizes) == every.shape[1]
 
 
@@ -107,7 +138,10 @@ def test_what_is_odd_is_outside_and_what_is_usual_is_not(found):
     with pytest.raises(ValueError, match="held-out"):
         layers.outside(torch.rand(1, 1, 28, 28))
     layers.hold([bars(100, 2)])
-    usual, odd = layers.outside(bars(60, 3)[0]), layers.outside((torch.rand(20, 1, 28, 28) > 0.5).float())
+    usual, odd = (
+        layers.outside(bars(60, 3)[0]),
+        layers.outside((torch.rand(20, 1, 28, 28) > 0.5).float()),
+    )
     assert (usual.times > 1).float().mean() < 0.15
     assert abs(float(usual.share.mean()) - 0.5) < 0.15
     assert (odd.times > 1).all()
@@ -117,12 +151,18 @@ def test_what_is_odd_is_outside_and_what_is_usual_is_not(found):
 
 def test_the_same_seed_gives_the_same_and_leaves_the_network_as_it_was(trained):
     before, random = copy.deepcopy(trained.state_dict()), torch.random.get_rng_state()
-    first, again, other = (explain(trained, [bars(30, 0)], N, per_class=1, steps=2, seed=seed).inversions for seed in (0, 0, 1))
+    first, again, other = (
+        explain(trained, [bars(30, 0)], N, per_class=1, steps=2, seed=seed).inversions
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), random)
-    assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in trained.parameters())
+    assert all(
+        parameter.grad is None or not parameter.grad.isnan().any()
+        for parameter in trained.parameters()
+    )
 
 
 @pytest.mark.parametrize("garbage", ["linear", "layers"])
@@ -147,5 +187,8 @@ def test_what_cannot_be_explained_is_refused(trained):
 
 
 def test_it_is_at_the_front_door():
-    assert tie_ext.explain is explain
-    assert Layers(TIENet(Small(N), N, (1, 28, 28), garbage="layers").eval(), [bars(6, 0)]).names[-1] == "features"
+    assert tie_ext.training.explain is explain
+    assert (
+        Layers(TIENet(Small(N), N, (1, 28, 28), garbage="layers").eval(), [bars(6, 0)]).names[-1]
+        == "features"
+    )

@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from tie_ext.gaussians import fit_gaussians, unit
+from tie_ext.scores.mahalanobis import fit_gaussians, unit
 
 
-def features(count: int = 300, size: int = 5, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def features(
+    count: int = 300, size: int = 5, classes: int = 3
+) -> tuple[torch.Tensor, torch.Tensor]:
     y = torch.arange(count) % classes
-    return torch.randn(count, size) @ torch.randn(size, size) + 3 * torch.randn(classes, size)[y], y
+    return torch.randn(count, size) @ torch.randn(size, size) + 3 * torch.randn(classes, size)[
+        y
+    ], y
 
 
 def test_it_is_the_definition():
@@ -27,14 +31,21 @@ def test_a_direction_that_never_varies_does_not_count():
     dead = torch.cat([z, torch.full((300, 1), 0.25), z[:, :1] * 2], dim=1)
     new = torch.randn(7, 5)
     want = fit_gaussians(z, y).distance(new)
-    torch.testing.assert_close(fit_gaussians(dead, y).distance(torch.cat([new, torch.ones(7, 1), new[:, :1] * 2], 1)), want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        fit_gaussians(dead, y).distance(torch.cat([new, torch.ones(7, 1), new[:, :1] * 2], 1)),
+        want,
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_the_length_of_a_feature_is_nothing_once_it_is_one():
     z, y = features()
     found = fit_gaussians(unit(z), y)
     new = torch.randn(7, 5)
-    torch.testing.assert_close(found.distance(unit(100 * new)), found.distance(unit(new)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        found.distance(unit(100 * new)), found.distance(unit(new)), rtol=1e-3, atol=1e-3
+    )
     assert unit(torch.zeros(1, 5)).tolist() == [[0.0] * 5]
 
 
@@ -45,7 +56,11 @@ def test_the_length_of_a_feature_is_nothing_once_it_is_one():
         (torch.zeros(0, 4), torch.zeros(0).long(), r"shape \(N, F\)"),
         (torch.full((2, 3), float("inf")), torch.zeros(2).long(), "finite features"),
         (torch.zeros(2, 3), torch.tensor([0, -1]), r"labels in \[0, 1\)"),
-        (torch.zeros(2, 3), torch.tensor([0, 2]), r"every class in \[0, 3\), but got none of class 1"),
+        (
+            torch.zeros(2, 3),
+            torch.tensor([0, 2]),
+            r"every class in \[0, 3\), but got none of class 1",
+        ),
         (torch.zeros(2, 3), torch.zeros(3).long(), "labels of shape"),
         (torch.zeros(2, 3), torch.zeros(2), "integer labels"),
     ],

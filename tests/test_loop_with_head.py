@@ -8,14 +8,14 @@ import torch
 from conftest import FEW, SHAPE, TINY, Small, make_batches
 
 from tie_ext import GarbageHead, Inversion, Noise, Procedural, TIEConfig, TIENet, TIETrainer
-from tie_ext.bench.comparison import train_plain
+from tie_ext.cli.reproduce.comparison import train_plain
 from tie_ext.outliers.saliency import uniform_objective
 
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 20)
-    monkeypatch.setattr("tie_ext.training.STEPS", 30)
+    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 20)
+    monkeypatch.setattr("tie_ext.training.trainer.STEPS", 30)
 
 
 def make_net() -> TIENet:
@@ -39,14 +39,18 @@ def test_the_classifier_is_the_plain_one():
     net, plain = make_net(), make_net()
     trainer = TIETrainer(net, TINY, [Inversion(net, FEW)], [Noise(net), Procedural(net)])
     before = {name: value.clone() for name, value in net.garbage.state_dict().items()}
-    batches = make_batches(sizes=(9, 9))  # as many images of each class, or the loop would weigh them
+    batches = make_batches(
+        sizes=(9, 9)
+    )  # as many images of each class, or the loop would weigh them
     for _ in range(TINY.epochs):
         trainer.epoch(batches)
     train_plain(plain, batches, TINY)
     for mine, theirs in zip(classifier(net), classifier(plain), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert isinstance(net.garbage, GarbageHead)
-    assert all(not torch.equal(value, before[name]) for name, value in net.garbage.state_dict().items())
+    assert all(
+        not torch.equal(value, before[name]) for name, value in net.garbage.state_dict().items()
+    )
 
 
 def test_a_pool_begins_with_what_suits_its_garbage_class():
@@ -56,7 +60,7 @@ def test_a_pool_begins_with_what_suits_its_garbage_class():
 
 
 def test_the_head_learns_the_pool(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 300)
+    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 300)
     net = make_net()
     trainer = TIETrainer(net, TINY, [], [Noise(net)])
     trainer.pool.images.zero_()
@@ -77,8 +81,15 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
             drawn.append(shape[0])
             return super().draw(shape)
 
-    monkeypatch.setattr("tie_ext.training.teach", lambda head, inside, outside, *how: taught.append((len(inside), len(outside), how[0])) or 0.5)
-    monkeypatch.setattr("tie_ext.training.processed", lambda x, dice: brought.append(len(x)) or x)
+    monkeypatch.setattr(
+        "tie_ext.training.trainer.teach",
+        lambda head, inside, outside, *how: (
+            taught.append((len(inside), len(outside), how[0])) or 0.5
+        ),
+    )
+    monkeypatch.setattr(
+        "tie_ext.training.trainer.processed", lambda x, rng: brought.append(len(x)) or x
+    )
     net = make_net()
     trainer = TIETrainer(net, replace(TINY, garbage_weight=2.0), [], [Counted(net)])
     drawn.clear()
@@ -87,14 +98,19 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
         trainer.epoch(batches)
     assert drawn == [30, 45]
     assert sum(brought) == 30  # each image of both epochs
-    assert taught == [(30, 45, 20), (30, 60, 30)]  # the ID images as they are and processed; the last epoch teaches in full
+    assert taught == [
+        (30, 45, 20),
+        (30, 60, 30),
+    ]  # the ID images as they are and processed; the last epoch teaches in full
 
 
 def test_more_weight_of_garbage_puts_more_in_it(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 200)
+    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 200)
     nets = [make_net() for _ in range(2)]
     for net, weight in zip(nets, (0.01, 100.0), strict=True):
-        TIETrainer(net, replace(TINY, garbage_weight=weight), [], [Noise(net)]).epoch(make_batches())
+        TIETrainer(net, replace(TINY, garbage_weight=weight), [], [Noise(net)]).epoch(
+            make_batches()
+        )
         net.eval()
     x = torch.rand(20, *SHAPE)
     light, heavy = (net.decide(x).score for net in nets)
@@ -113,7 +129,10 @@ def test_stop_and_resume_equals_uninterrupted(tmp_path):
     for _ in range(2):
         second.epoch(make_batches())
     assert same(whole.net.state_dict().values(), second.net.state_dict().values())
-    logs = [[{**asdict(entry), "seconds": None} for entry in trainer.log] for trainer in (whole, second)]
+    logs = [
+        [{**asdict(entry), "seconds": None} for entry in trainer.log]
+        for trainer in (whole, second)
+    ]
     assert logs[0] == logs[1]
 
 
@@ -132,11 +151,19 @@ def test_a_batch_of_one_is_passed_over_and_uncertain_inversions_join():
 
 
 def test_what_a_head_cannot_learn_is_refused():
-    with pytest.raises(ValueError, match="Expected a prior for the garbage head on every layer to learn in the first epoch, but got none"):
+    with pytest.raises(
+        ValueError,
+        match="Expected a prior for the garbage head on every layer to learn in the first epoch, but got none",
+    ):
         TIETrainer(make_net(), TIEConfig(), [], [])
-    with pytest.raises(ValueError, match="Expected cross-entropy beside a garbage head on every layer"):
+    with pytest.raises(
+        ValueError, match="Expected cross-entropy beside a garbage head on every layer"
+    ):
         TIETrainer(make_net(), TIEConfig(), [], objective=uniform_objective)
-    with pytest.raises(ValueError, match="Expected garbage to be one of linear, layers or a GarbageHead, but got 'all'"):
+    with pytest.raises(
+        ValueError,
+        match="Expected garbage to be one of linear, layers or a GarbageHead, but got 'all'",
+    ):
         TIENet(Small(3), 3, SHAPE, garbage="all")
     with pytest.raises(ValueError, match="Expected an image_shape to find the layers with"):
         TIENet(Small(3), 3, garbage="layers")

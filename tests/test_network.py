@@ -7,9 +7,18 @@ import torch
 from conftest import SHAPE, Small, make_net
 from torch import nn
 
-from tie_ext import Conv3, Conv5, GarbageHead, Generator, ResidualCNN, ResNet20, TIENet, uncertainty
+from tie_ext import (
+    Conv3,
+    Conv5,
+    GarbageHead,
+    Generator,
+    ResidualCNN,
+    ResNet20,
+    TIENet,
+    uncertainty,
+)
 from tie_ext.outliers.saliency import Standardized
-from tie_ext.support.files import load_state, save_state
+from tie_ext.utils.files import load_state, save_state
 
 
 def resnet18():
@@ -29,7 +38,17 @@ class WithFc(nn.Module):
         return self.fc(self.body(x.flatten(1)))
 
 
-@pytest.mark.parametrize("make", [lambda: Conv3(3, 5), lambda: Conv5(3, 5), lambda: ResidualCNN(3, 5), lambda: ResNet20(3, 5), WithFc, resnet18])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Conv3(3, 5),
+        lambda: Conv5(3, 5),
+        lambda: ResidualCNN(3, 5),
+        lambda: ResNet20(3, 5),
+        WithFc,
+        resnet18,
+    ],
+)
 @pytest.mark.parametrize("n", [5, 9])
 def test_any_backbone_gives_n_or_n_plus_1_logits_and_features(make, n):
     net = TIENet(make(), n).eval()
@@ -43,7 +62,10 @@ def test_any_backbone_gives_n_or_n_plus_1_logits_and_features(make, n):
     weight, bias = net.get_fc()
     assert weight.shape == (n, net.feature_size)
     assert bias.tolist() == net.fc.bias.tolist()
-    assert (net.get_fc_layer() is net.fc, weight.tolist() == net.fc.weight.tolist()) == (True, True)
+    assert (net.get_fc_layer() is net.fc, weight.tolist() == net.fc.weight.tolist()) == (
+        True,
+        True,
+    )
     torch.testing.assert_close(net.forward_threshold(x, float("inf")), logits)
 
 
@@ -57,7 +79,9 @@ def test_pre_trained_weights_are_kept_and_the_backbone_is_left_alone():
 
 
 def test_a_backbone_without_a_linear_layer_is_refused():
-    with pytest.raises(ValueError, match="Expected a backbone that ends in a linear layer, but got Sequential"):
+    with pytest.raises(
+        ValueError, match="Expected a backbone that ends in a linear layer, but got Sequential"
+    ):
         TIENet(nn.Sequential(nn.Conv2d(1, 2, 3)), 2)
 
 
@@ -82,24 +106,35 @@ def test_a_backbone_whose_output_is_no_tensor_is_told_so():
         def forward(self, x):
             return {"logits": super().forward(x)}
 
-    with pytest.raises(ValueError, match="but Named returns a dict and no tensor as `fc` does; return the logits"):
+    with pytest.raises(
+        ValueError, match="but Named returns a dict and no tensor as `fc` does; return the logits"
+    ):
         TIENet(Named(1, 10), 10, SHAPE)
 
 
 def test_a_range_that_differs_by_channel_is_told_by_channel():
     net = TIENet(Conv3(3, 10), 10, (3, 28, 28), [-1.0, -2.0, -1.0], [1.0, 2.0, 1.0])
-    with pytest.raises(ValueError, match=r"value range \[-1, 1\], \[-2, 2\], \[-1, 1\] \(by channel\) of the network, but got values in \[0, 3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"value range \[-1, 1\], \[-2, 2\], \[-1, 1\] \(by channel\) of the network, but got values in \[0, 3\]",
+    ):
         net.check(torch.cat([torch.zeros(1, 2, 28, 28), torch.full((1, 1, 28, 28), 3.0)], 1))
 
 
 @pytest.mark.parametrize("backbone", [Softmaxed(1, 10), Untidy()])
 def test_a_backbone_that_does_not_return_its_heads_output_is_refused(backbone):
-    with pytest.raises(ValueError, match=f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__}"):
+    with pytest.raises(
+        ValueError,
+        match=f"Expected a backbone that returns what its last linear layer gives, but {type(backbone).__name__}",
+    ):
         TIENet(backbone, 10, SHAPE)
 
 
 def test_a_backbone_for_other_images_is_refused():
-    with pytest.raises(ValueError, match=r"Expected a backbone for images \(3, 28, 28\), but Conv3 fails on one: .*channels"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected a backbone for images \(3, 28, 28\), but Conv3 fails on one: .*channels",
+    ):
         TIENet(Conv3(1, 10), 10, (3, 28, 28))
 
 
@@ -178,12 +213,16 @@ def test_a_foreign_architecture_needs_its_backbone(tmp_path):
 
 
 def test_a_file_that_asks_for_another_precision_is_refused(tmp_path, net):
-    with pytest.raises(ValueError, match="Expected a precision, one of float32, bfloat16, but got 'float8'"):
+    with pytest.raises(
+        ValueError, match="Expected a precision, one of float32, bfloat16, but got 'float8'"
+    ):
         net.precision = "float8"
     net.save(tmp_path / "net.safetensors")
     state = load_state(tmp_path / "net.safetensors", "network")
     save_state(tmp_path / "net.safetensors", "network", {**state, "precision": "float8"})
-    with pytest.raises(ValueError, match=r"Expected a precision in .*, one of float32, bfloat16, but got 'float8'"):
+    with pytest.raises(
+        ValueError, match=r"Expected a precision in .*, one of float32, bfloat16, but got 'float8'"
+    ):
         TIENet.load(tmp_path / "net.safetensors")
 
 
@@ -192,7 +231,9 @@ def test_standardized_features_have_mean_0_and_the_norm_of_proposition_2():
     logits, h = net(torch.rand(4, *SHAPE), return_feature=True, garbage=True)
     assert logits.shape == (4, 11)
     torch.testing.assert_close(h.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(h.norm(dim=1), torch.full((4,), 0.5 * (128 - 1) ** 0.5), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        h.norm(dim=1), torch.full((4,), 0.5 * (128 - 1) ** 0.5), rtol=1e-4, atol=0
+    )
 
 
 def test_standardized_features_are_openoods(openood_root):
@@ -216,7 +257,11 @@ def test_the_head_takes_type_and_place_of_the_backbones():
         assert TIENet(Small(7).to(dtype), 3).fc.weight.dtype == dtype  # a head of its own, too
         assert net(torch.rand(2, *SHAPE), garbage=True).dtype == dtype
     assert {p.device.type for p in TIENet(Small(7).to("meta"), 3).parameters()} == {"meta"}
-    assert TIENet(Small(3).to("meta"), 3).tau.device.type == TIENet(Small(3).to("meta"), 3).low.device.type == "meta"
+    assert (
+        TIENet(Small(3).to("meta"), 3).tau.device.type
+        == TIENet(Small(3).to("meta"), 3).low.device.type
+        == "meta"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -285,7 +330,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="Expected 3 class names, but got 2"):
         TIENet(Small(3), 3, classes=("a", "b"))
     for low, high in ((1.0, 1.0), ((0.0, 0.0), 1.0)):
-        with pytest.raises(ValueError, match="Expected low < high, numbers or one for each channel"):
+        with pytest.raises(
+            ValueError, match="Expected low < high, numbers or one for each channel"
+        ):
             TIENet(Small(3), 3, low=low, high=high)
 
 
@@ -312,13 +359,22 @@ def test_a_named_head_is_taken_before_the_last_linear_layer():
     net = TIENet(Named(), 3, SHAPE)
     assert net.feature_size == 48
     assert isinstance(net.backbone.fc, nn.Identity)
-    nested = TIENet(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(784, 5), nn.Linear(5, 3))), 3, SHAPE)
+    nested = TIENet(
+        nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(784, 5), nn.Linear(5, 3))), 3, SHAPE
+    )
     assert nested.feature_size == 5
     assert nested.features(torch.rand(2, *SHAPE)).shape == (2, 5)
 
 
 def test_what_is_saved_says_what_it_is(tmp_path):
-    net = TIENet(Conv5(3, 4), 4, (3, 32, 32), low=(-1.0, -2.0, -3.0), high=(1.0, 2.0, 3.0), classes=("a", "b", "c", "d"))
+    net = TIENet(
+        Conv5(3, 4),
+        4,
+        (3, 32, 32),
+        low=(-1.0, -2.0, -3.0),
+        high=(1.0, 2.0, 3.0),
+        classes=("a", "b", "c", "d"),
+    )
     net.precision = "bfloat16"
     net.save(tmp_path / "net")
     state = load_state(tmp_path / "net", "network")
@@ -331,8 +387,15 @@ def test_what_is_saved_says_what_it_is(tmp_path):
         "head": None,
     }
     again = TIENet.load(tmp_path / "net")
-    assert (again.low.flatten().tolist(), again.high.flatten().tolist()) == ([-1, -2, -3], [1, 2, 3])
-    assert (again.classes, again.image_shape, again.num_classes) == (("a", "b", "c", "d"), (3, 32, 32), 4)
+    assert (again.low.flatten().tolist(), again.high.flatten().tolist()) == (
+        [-1, -2, -3],
+        [1, 2, 3],
+    )
+    assert (again.classes, again.image_shape, again.num_classes) == (
+        ("a", "b", "c", "d"),
+        (3, 32, 32),
+        4,
+    )
     assert (again.precision, again.training, type(again.backbone)) == ("bfloat16", False, Conv5)
     del state["precision"], state["head"]  # a file of before there were any
     save_state(tmp_path / "earlier", "network", state)
@@ -357,16 +420,34 @@ def _weight(key, value):
             _changed(backbone="nowhere"),
             r"Expected a `backbone` for .*net, whose architecture is not one of conv3, conv5, residual, resnet20, but",
         ),
-        (_changed(image_shape=[3, 28, 28]), r"Expected a backbone for images \(3, 28, 28\), but Conv3 fails on one"),
-        (_weight("fc.weight", torch.zeros(4, 128, dtype=torch.int32)), r"fc of torch.int32 \(4, 128\) instead of floating-point \(4, 128\)"),
+        (
+            _changed(image_shape=[3, 28, 28]),
+            r"Expected a backbone for images \(3, 28, 28\), but Conv3 fails on one",
+        ),
+        (
+            _weight("fc.weight", torch.zeros(4, 128, dtype=torch.int32)),
+            r"fc of torch.int32 \(4, 128\) instead of floating-point \(4, 128\)",
+        ),
         (_weight("fc.weight", torch.zeros(4, 5)), r"fc.weight of \(4, 5\) instead of \(4, 128\)"),
-        (_weight("low", torch.full((1, 1, 1), -torch.inf)), "a value range that is not finite, or of 1 channels"),
-        (_weight("high", torch.full((1, 1, 1), torch.inf)), "a value range that is not finite, or of 1 channels"),
-        (_weight("high", torch.ones(1001, 1, 1)), "a value range that is not finite, or of 1001 channels"),
+        (
+            _weight("low", torch.full((1, 1, 1), -torch.inf)),
+            "a value range that is not finite, or of 1 channels",
+        ),
+        (
+            _weight("high", torch.full((1, 1, 1), torch.inf)),
+            "a value range that is not finite, or of 1 channels",
+        ),
+        (
+            _weight("high", torch.ones(1001, 1, 1)),
+            "a value range that is not finite, or of 1001 channels",
+        ),
         (_changed(head={"layers": ["conv.0"]}), r"layers \['conv.0'\] of a garbage head"),
         (_changed(head={"layers": {1: 8}}), r"layers \{1: 8\} of a garbage head"),
         (_changed(head={"layers": {"conv.0": 0}}), r"layers \{'conv.0': 0\} of a garbage head"),
-        (_changed(head={"layers": {"conv.0": "8"}}), r"layers \{'conv.0': '8'\} of a garbage head"),
+        (
+            _changed(head={"layers": {"conv.0": "8"}}),
+            r"layers \{'conv.0': '8'\} of a garbage head",
+        ),
         (_changed(head={"layers": {"conv.0": 31}}), "512 statistics instead of 252"),
     ],
 )
@@ -385,7 +466,13 @@ def test_a_file_of_a_network_that_does_not_fit_is_refused_by_its_reason(tmp_path
 def test_resnet20_is_of_the_papers_size():
     weights = sum(p.numel() for p in ResNet20().parameters())
     assert 0.27e6 < weights < 0.28e6
-    assert sum(isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3) for part in ResNet20().modules()) == 19
+    assert (
+        sum(
+            isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3)
+            for part in ResNet20().modules()
+        )
+        == 19
+    )
 
 
 def test_a_head_is_copied():

@@ -9,17 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tie_ext import Conv3, attach
-from tie_ext.outliers.drawing import CHUNK, Dice
-from tie_ext.processing import TONE, blurred, processed, warped
+from tie_ext.outliers.primitives import CHUNK, Rng
+from tie_ext.training.augmentation import TONE, blurred, corrupt, warped
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 1000), count=st.integers(0, 5), channels=st.sampled_from([1, 3]), height=st.integers(2, 40), width=st.integers(2, 40))
-def test_images_stay_images_of_their_size_and_the_callers_are_as_they_were(seed, count, channels, height, width):
-    dice = Dice("cpu", torch.Generator().manual_seed(seed))
+@given(
+    seed=st.integers(0, 1000),
+    count=st.integers(0, 5),
+    channels=st.sampled_from([1, 3]),
+    height=st.integers(2, 40),
+    width=st.integers(2, 40),
+)
+def test_images_stay_images_of_their_size_and_the_callers_are_as_they_were(
+    seed, count, channels, height, width
+):
+    rng = Rng("cpu", torch.Generator().manual_seed(seed))
     x = torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
     before = x.clone()
-    y = processed(x, dice)
+    y = corrupt(x, rng)
     assert y.shape == x.shape
     assert torch.equal(x, before)
     assert bool(((y >= 0) & (y <= 1)).all())
@@ -28,14 +36,14 @@ def test_images_stay_images_of_their_size_and_the_callers_are_as_they_were(seed,
 def test_rounding_beyond_the_range_makes_nothing_that_is_no_number():
     x = torch.full((200, 1, 8, 8), -1e-6)
     x[:, :, 4:] = 1 + 1e-6
-    y = processed(x, Dice("cpu", torch.Generator().manual_seed(0)))
+    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)))
     assert bool(((y >= 0) & (y <= 1)).all())
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_images_of_any_floating_point_type(kind):
     x = torch.rand(50, 3, 12, 12).to(kind)
-    y = processed(x, Dice())
+    y = corrupt(x, Rng())
     assert y.dtype == torch.float32
     model = Conv3(3, 2).eval()
     assert attach(model, [torch.rand(8, 3, 28, 28, dtype=torch.float64)], 2).tau.isfinite()
@@ -44,7 +52,7 @@ def test_images_of_any_floating_point_type(kind):
 def test_a_wide_image_is_turned_and_not_sheared():
     x = torch.zeros(300, 1, 32, 128)
     x[:, :, :, 64] = 1  # an upright line
-    y = warped(x, Dice("cpu", torch.Generator().manual_seed(0)))[:, 0]
+    y = warped(x, Rng("cpu", torch.Generator().manual_seed(0)))[:, 0]
     place = (y * torch.arange(128)).sum(2) / y.sum(2).clamp(min=1e-6)
     tilt = ((place[:, 28] - place[:, 3]) / 25).atan().rad2deg().abs()
     assert 4 < float(tilt.max()) < 7
@@ -52,14 +60,16 @@ def test_a_wide_image_is_turned_and_not_sheared():
 
 def test_the_same_seed_gives_the_same_images_and_another_one_others():
     x = torch.rand(20, 3, 16, 16)
-    one, again, other = (processed(x, Dice("cpu", torch.Generator().manual_seed(seed))) for seed in (0, 0, 1))
+    one, again, other = (
+        corrupt(x, Rng("cpu", torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)
+    )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
 
 def test_each_image_is_changed_in_a_way_of_its_own_and_some_not_at_all():
     x = torch.rand(1, 1, 16, 16).repeat(640, 1, 1, 1)
-    y = processed(x, Dice("cpu", torch.Generator().manual_seed(0)))
+    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)))
     same = (y == x).flatten(1).all(1)
     assert 1 <= int(same.sum()) <= 30  # each of six changes is made to half: one in 64 has none
     assert len(y[~same].unique(dim=0)) == int((~same).sum())
@@ -67,14 +77,16 @@ def test_each_image_is_changed_in_a_way_of_its_own_and_some_not_at_all():
 
 def test_large_images_are_changed_a_few_at_a_time(monkeypatch):
     seen = []
-    monkeypatch.setattr("tie_ext.processing._processed", lambda x, dice: seen.append(x) or x)
+    monkeypatch.setattr(
+        "tie_ext.training.augmentation._processed", lambda x, rng: seen.append(x) or x
+    )
     x = torch.rand(5, 3, 224, 224)
-    assert torch.equal(processed(x, Dice()), x)
+    assert torch.equal(corrupt(x, Rng()), x)
     assert all(piece.numel() <= CHUNK for piece in seen)
 
 
 def test_a_flat_image_differs_in_tone_and_noise_alone():
-    y = processed(torch.full((400, 1, 20, 20), 0.5), Dice("cpu", torch.Generator().manual_seed(0)))
+    y = corrupt(torch.full((400, 1, 20, 20), 0.5), Rng("cpu", torch.Generator().manual_seed(0)))
     mean, deviation = y.mean((1, 2, 3)), y.std((1, 2, 3))
     # Gamma first, then brightness: 0.5 ** 1.25 - 0.075 to 0.5 ** 0.8 + 0.075.
     assert 0.5**TONE - 0.08 < float(mean.min()) < 0.42
@@ -90,7 +102,9 @@ def test_blur_is_a_gaussians_of_each_images_own_width():
     torch.testing.assert_close(y[0], x[0])  # no width, no blur
     at = torch.arange(21.0) - 10
     for image, sigma in ((y[1], 1.0), (y[2], 2.0)):
-        torch.testing.assert_close((image[0].sum(0) * at**2).sum().sqrt(), torch.tensor(sigma), rtol=0.02, atol=0)
+        torch.testing.assert_close(
+            (image[0].sum(0) * at**2).sum().sqrt(), torch.tensor(sigma), rtol=0.02, atol=0
+        )
         torch.testing.assert_close(image[0], image[0].T)
 
 
@@ -98,13 +112,13 @@ def test_blur_is_a_gaussians_of_each_images_own_width():
 def test_blur_and_warp_leave_a_flat_image_flat_at_its_border_too(size):
     x = torch.full((10, 3, size, size), 0.7)
     torch.testing.assert_close(blurred(x, torch.full((10,), 1.5)), x)
-    torch.testing.assert_close(warped(x, Dice()), x)
+    torch.testing.assert_close(warped(x, Rng()), x)
 
 
 def test_a_warp_moves_a_point_by_no_more_than_a_few_pixels():
     x = torch.zeros(200, 1, 41, 41)
     x[:, :, 20, 32] = 1  # 12 to the right of the middle
-    y = warped(x, Dice("cpu", torch.Generator().manual_seed(0))).clamp(min=0)[:, 0]
+    y = warped(x, Rng("cpu", torch.Generator().manual_seed(0))).clamp(min=0)[:, 0]
     total = y.sum((1, 2))
     row, column = ((y.sum(dim) * torch.arange(41)).sum(1) / total for dim in (2, 1))
     turned = 12 * math.sin(math.radians(6))
@@ -115,11 +129,13 @@ def test_a_warp_moves_a_point_by_no_more_than_a_few_pixels():
 
 def test_a_head_told_what_processing_does_lets_softer_images_pass(monkeypatch):
     torch.manual_seed(0)
-    x = (torch.rand(600, 1, 14, 14) < 0.5).float().repeat_interleave(2, 2).repeat_interleave(2, 3)  # blocks with sharp edges
+    x = (
+        (torch.rand(600, 1, 14, 14) < 0.5).float().repeat_interleave(2, 2).repeat_interleave(2, 3)
+    )  # blocks with sharp edges
     softer = blurred(x, torch.full((len(x),), 0.5))
     rejected = []
-    for process in (processed, lambda x, dice: x):
-        monkeypatch.setattr(sys.modules["tie_ext.attach"], "processed", process)
+    for process in (corrupt, lambda x, rng: x):
+        monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "corrupt", process)
         net = attach(Conv3(1, 10).eval(), [x], 10)
         assert float((net.decide(x).level == 1).float().mean()) < 0.02
         rejected.append(float((net.decide(softer).level == 1).float().mean()))

@@ -27,7 +27,12 @@ class Small(nn.Module):
 
 def test_a_network_loads():
     net = TIENet.load(SAVED / "network.safetensors", Small())
-    assert (net.num_classes, net.image_shape, net.classes, net.precision) == (3, (1, 28, 28), ("a", "b", "c"), "bfloat16")
+    assert (net.num_classes, net.image_shape, net.classes, net.precision) == (
+        3,
+        (1, 28, 28),
+        ("a", "b", "c"),
+        "bfloat16",
+    )
     assert torch.isfinite(net.decide(torch.rand(4, 1, 28, 28)).score).all()
 
 
@@ -43,7 +48,9 @@ def test_a_detector_loads():
 def test_a_network_with_a_head_on_every_layer_scores_as_it_did():
     net = TIENet.load(ATTACHED / "network.safetensors", Small())
     assert net.classes == ("a", "b", "c")
-    assert net.decide(RAMP).score.tolist() == pytest.approx([10.01477, 5.465388, 10.37057, 14.10744], rel=1e-4)
+    assert net.decide(RAMP).score.tolist() == pytest.approx(
+        [10.01477, 5.465388, 10.37057, 14.10744], rel=1e-4
+    )
 
 
 def test_a_combination_scores_as_it_did():
@@ -52,4 +59,6 @@ def test_a_combination_scores_as_it_did():
 
     detector = Combined.load(ATTACHED, Small())
     assert detector.threshold == pytest.approx(1.748891)
-    assert detector(RAMP).tolist() == pytest.approx([32.87762, 13.96002, 13.94282, -38.60067], rel=1e-3)
+    assert detector(RAMP).tolist() == pytest.approx(
+        [32.87762, 13.96002, 13.94282, -38.60067], rel=1e-3
+    )

@@ -8,7 +8,7 @@ import torch
 from conftest import SHAPE, TINY, Small, make_batches, make_small
 
 from tie_ext import Noise, TIEConfig, TIENet, TIETrainer
-from tie_ext.searching import RADIUS, sureness, surest
+from tie_ext.training.adversarial import RADIUS, max_log_prob, pgd
 
 
 def make_net(garbage: str) -> TIENet:
@@ -19,15 +19,25 @@ def make_net(garbage: str) -> TIENet:
 def sure(net: TIENet, x: torch.Tensor) -> float:
     """Mean largest probability of an ID class, among all that the search counts."""
     with torch.no_grad():
-        return net.eval()(x, garbage=isinstance(net.garbage, torch.nn.Linear)).softmax(1)[:, :3].amax(1).mean().item()
+        return (
+            net.eval()(x, garbage=isinstance(net.garbage, torch.nn.Linear))
+            .softmax(1)[:, :3]
+            .amax(1)
+            .mean()
+            .item()
+        )
 
 
 @pytest.mark.parametrize("garbage", ["linear", "layers"])
 def test_images_move_to_where_the_network_is_surest(garbage):
     net, x = make_net(garbage).train(), torch.rand(12, *SHAPE)
-    frozen = next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)).eval().requires_grad_(False)
+    frozen = (
+        next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d))
+        .eval()
+        .requires_grad_(False)
+    )
     before, start = copy.deepcopy(net.state_dict()), x.clone()
-    moved = surest(net, x, 5)
+    moved = pgd(net, x, 5)
     assert net.training
     assert not frozen.training
     assert [p.requires_grad for p in net.parameters()].count(False) == 2
@@ -46,14 +56,14 @@ def test_a_step_goes_up_the_largest_log_probability_that_the_search_counts(garba
     net.backbone.requires_grad_(False)
     logits = net(x, garbage=True)[:, :outputs]
     (gradient,) = torch.autograd.grad(logits.log_softmax(1)[:, :3].amax(1).sum(), x)
-    torch.testing.assert_close(surest(net, x, 1), (x + RADIUS * gradient.sign()).clamp(0, 1).detach())
+    torch.testing.assert_close(pgd(net, x, 1), (x + RADIUS * gradient.sign()).clamp(0, 1).detach())
 
 
 def test_a_search_keeps_to_the_range_of_each_channel():
     torch.manual_seed(0)
     net = TIENet(Small(3, 3), 3, (3, *SHAPE[1:]), low=(-2.0, 0.0, 1.0), high=(3.0, 1.0, 5.0))
     x = net.scaled(torch.rand(12, 3, *SHAPE[1:]))
-    moved = surest(net, x, 3)
+    moved = pgd(net, x, 3)
     for channel, (low, high) in enumerate(((-2, 3), (0, 1), (1, 5))):
         far, part = (moved - x)[:, channel].abs().max(), moved[:, channel]
         assert far == pytest.approx((high - low) * RADIUS, rel=1e-4)
@@ -63,34 +73,38 @@ def test_a_search_keeps_to_the_range_of_each_channel():
 
 def test_no_step_moves_nothing():
     x = torch.rand(4, *SHAPE)
-    assert torch.equal(surest(make_net("linear"), x, 0), x)
+    assert torch.equal(pgd(make_net("linear"), x, 0), x)
 
 
 def test_what_is_learned_of_searched_images_is_acets_formula():
     logits, y = torch.randn(5, 3), torch.tensor([0, 3, 1, 3, 2])
     expected = (logits[1].log_softmax(0).max() + logits[3].log_softmax(0).max()) / 2
-    torch.testing.assert_close(sureness(logits, y), expected)
-    assert sureness(logits, y.clamp(max=2)) == 0
+    torch.testing.assert_close(max_log_prob(logits, y), expected)
+    assert max_log_prob(logits, y.clamp(max=2)) == 0
 
 
 @pytest.mark.parametrize("garbage", ["linear", "layers"])
 def test_a_loop_that_searches_is_less_sure_of_what_is_searched_for(garbage, monkeypatch):
-    monkeypatch.setattr("tie_ext.training.STEPS", 30)
-    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 20)
+    monkeypatch.setattr("tie_ext.training.trainer.STEPS", 30)
+    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 20)
     found = {}
     for search in (0, 3):
         net = make_net(garbage)
-        trainer = TIETrainer(net, replace(TINY, epochs=12, lr=0.01, search=search), [], [Noise(net)])
+        trainer = TIETrainer(
+            net, replace(TINY, epochs=12, lr=0.01, search=search), [], [Noise(net)]
+        )
         for _ in range(12):
             trainer.epoch(make_batches(sizes=(12, 12)))
         torch.manual_seed(1)
-        found[search] = sure(net, surest(net, trainer.pool.draw(40), 3))
+        found[search] = sure(net, pgd(net, trainer.pool.draw(40), 3))
     assert found[3] < found[0] - 0.1
 
 
 def test_a_loop_that_searches_learns_its_formula(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 1)
-    monkeypatch.setattr("tie_ext.training.surest", lambda net, x, steps: x / 2 if steps == 4 else x)
+    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 1)
+    monkeypatch.setattr(
+        "tie_ext.training.trainer.pgd", lambda net, x, steps: x / 2 if steps == 4 else x
+    )
     net = make_net("layers")
     trainer = TIETrainer(net, replace(TINY, search=4, garbage_weight=0.5), [], [Noise(net)])
     trainer.pool.images[:] = 200
@@ -98,29 +112,37 @@ def test_a_loop_that_searches_learns_its_formula(monkeypatch):
     with torch.no_grad():
         whole = before(torch.cat([x, torch.full((2, *SHAPE), 100 / 255)]))
     counts = torch.bincount(y, minlength=3)
-    expected = torch.nn.functional.cross_entropy(whole[:8], y, 1 / counts) + 0.5 * whole[8:].log_softmax(1).amax(1).mean()
+    expected = (
+        torch.nn.functional.cross_entropy(whole[:8], y, 1 / counts)
+        + 0.5 * whole[8:].log_softmax(1).amax(1).mean()
+    )
     assert trainer.epoch([(x, y)]).losses["classifier"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("garbage", ["linear", "layers"])
 def test_statistics_are_settled_on_images_that_were_searched_for_before(garbage, monkeypatch):
-    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 1)
+    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 1)
     net = make_net(garbage)
-    norm, settled = next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)), []
+    norm, settled = (
+        next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)),
+        [],
+    )
 
     def searched(net: TIENet, x: torch.Tensor, steps: int) -> torch.Tensor:
         settled.append(bool(norm.num_batches_tracked) and bool(norm.running_mean.any()))
         return x
 
-    monkeypatch.setattr("tie_ext.training.surest", searched)
-    TIETrainer(net, replace(TINY, epochs=2, search=1), [], [Noise(net)]).epoch(make_batches(sizes=(8, 8)))
+    monkeypatch.setattr("tie_ext.training.trainer.pgd", searched)
+    TIETrainer(net, replace(TINY, epochs=2, search=1), [], [Noise(net)]).epoch(
+        make_batches(sizes=(8, 8))
+    )
     assert settled == [False, True, True]  # two batches, and all that was kept of them
 
 
 @pytest.mark.parametrize("garbage", ["linear", "layers"])
 def test_stop_and_resume_equals_uninterrupted(tmp_path, garbage, monkeypatch):
-    monkeypatch.setattr("tie_ext.training.STEPS", 5)
-    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 5)
+    monkeypatch.setattr("tie_ext.training.trainer.STEPS", 5)
+    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 5)
 
     def trainer() -> TIETrainer:
         net = make_net(garbage)
@@ -152,7 +174,7 @@ def test_a_negative_search_is_refused():
 def test_a_step_is_taken_in_half_precision_too():
     net = make_net("linear").half().eval()
     x = torch.rand(6, *SHAPE).half()
-    assert (surest(net, x, 1) != x).flatten(1).any(1).all()
+    assert (pgd(net, x, 1) != x).flatten(1).any(1).all()
 
 
 def test_a_layer_that_was_frozen_stays_so_and_bfloat16_trains():
@@ -161,7 +183,9 @@ def test_a_layer_that_was_frozen_stays_so_and_bfloat16_trains():
     net.train()
     frozen.eval()
     before = frozen.running_mean.clone()
-    log = TIETrainer(net, replace(TINY, search=2, precision="bfloat16"), [], [Noise(net)]).epoch(make_batches(sizes=(8, 1)))
+    log = TIETrainer(net, replace(TINY, search=2, precision="bfloat16"), [], [Noise(net)]).epoch(
+        make_batches(sizes=(8, 1))
+    )
     assert log.losses["classifier"] > 0
     assert not frozen.training
     assert torch.equal(frozen.running_mean, before)

@@ -31,12 +31,12 @@ from tie_ext import (
 )
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import uniform_objective
-from tie_ext.recipe import Recipe
-from tie_ext.support.files import load_state, save_state
-from tie_ext.support.modules import settle_statistics
-from tie_ext.support.random import seeded
-from tie_ext.teaching import teach
-from tie_ext.training import GARBAGE_SHARE
+from tie_ext.training.fit_head import fit_head
+from tie_ext.training.recipe import Recipe
+from tie_ext.training.trainer import GARBAGE_SHARE
+from tie_ext.utils.files import load_state, save_state
+from tie_ext.utils.modules import settle_statistics
+from tie_ext.utils.random import seeded
 
 
 def make_trainer(**changes):
@@ -71,10 +71,15 @@ def test_class_weights_are_inverse_proportions():
     trainer.counts = torch.tensor([10, 20, 30])
     weights = trainer._class_weights()
     sizes = torch.tensor([10, 20, 30, 60 * GARBAGE_SHARE])
-    torch.testing.assert_close(weights * sizes / sizes.sum(), torch.tensor([1.0, 1.0, 1.0, 3 / 10]) / 4)
+    torch.testing.assert_close(
+        weights * sizes / sizes.sum(), torch.tensor([1.0, 1.0, 1.0, 3 / 10]) / 4
+    )
     lighter = TIETrainer(make_net(5), replace(TINY, garbage_weight=0.1), [])
     lighter.counts = torch.tensor([10, 20, 30, 40, 50])
-    torch.testing.assert_close(lighter._class_weights()[-1], torch.tensor(0.1 * 5 / 10 * (1 + GARBAGE_SHARE) / (6 * GARBAGE_SHARE)))
+    torch.testing.assert_close(
+        lighter._class_weights()[-1],
+        torch.tensor(0.1 * 5 / 10 * (1 + GARBAGE_SHARE) / (6 * GARBAGE_SHARE)),
+    )
 
 
 @pytest.mark.parametrize("n", [2, 10, 1000])
@@ -95,7 +100,7 @@ def test_the_learning_rate_falls_along_half_a_cosine():
 
 
 def test_the_plain_network_trains_at_the_same_rates(monkeypatch):
-    from tie_ext.bench.comparison import train_plain
+    from tie_ext.cli.reproduce.comparison import train_plain
 
     net, asked = make_net(), []
     before = net.fc.weight.clone()
@@ -133,7 +138,10 @@ def test_stop_and_resume_equals_uninterrupted(precision, tmp_path):
             if isinstance(x, torch.Tensor):
                 assert torch.equal(x, y), name
     assert torch.equal(whole.pool.state_dict()["images"], second.pool.state_dict()["images"])
-    logs = [[{**asdict(entry), "seconds": None} for entry in trainer.log] for trainer in (whole, second)]
+    logs = [
+        [{**asdict(entry), "seconds": None} for entry in trainer.log]
+        for trainer in (whole, second)
+    ]
     assert logs[0] == logs[1]
 
 
@@ -149,7 +157,10 @@ def test_a_last_batch_of_one_is_fine():
 
 def test_another_value_range_is_kept():
     net = TIENet(Conv3(3, 3), 3, (3, 28, 28), low=(-1.0, -2.0, 0.0), high=(1.0, 2.0, 3.0))
-    x = torch.stack([torch.rand(6, 28, 28) * 2 - 1, torch.rand(6, 28, 28) * 4 - 2, torch.rand(6, 28, 28) * 3], dim=1)
+    x = torch.stack(
+        [torch.rand(6, 28, 28) * 2 - 1, torch.rand(6, 28, 28) * 4 - 2, torch.rand(6, 28, 28) * 3],
+        dim=1,
+    )
     trainer = TIETrainer(net, TINY, [Inversion(net, FEW)])
     trainer.epoch([(x, torch.arange(6) % 3)])
     garbage = trainer.pool.draw(50)
@@ -165,21 +176,33 @@ def bad(x=None, y=None):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (bad(x=torch.rand(8, 3, 28, 28)), r"Expected images of shape \(B, 1, 28, 28\), but got a torch.float32 tensor of shape \(8, 3, 28, 28\)"),
+        (
+            bad(x=torch.rand(8, 3, 28, 28)),
+            r"Expected images of shape \(B, 1, 28, 28\), but got a torch.float32 tensor of shape \(8, 3, 28, 28\)",
+        ),
         (bad(x=torch.rand(8, 1, 32, 32)), "Expected images of shape"),
         (bad(x=torch.zeros(8, *SHAPE, dtype=torch.uint8)), "Expected floating-point images"),
         (bad(x=torch.full((8, *SHAPE), float("nan"))), "Expected finite images, but got 6272 NaN"),
         (bad(x=torch.full((8, *SHAPE), float("inf"))), "Expected finite images"),
         (bad(x=torch.rand(8, *SHAPE) * 255), "Expected images in the value range"),
-        (bad(x=torch.rand(0, *SHAPE), y=torch.zeros(0, dtype=torch.long)), "Expected at least one image"),
+        (
+            bad(x=torch.rand(0, *SHAPE), y=torch.zeros(0, dtype=torch.long)),
+            "Expected at least one image",
+        ),
         (bad(y=torch.full((8,), 3)), r"Expected labels in \[0, 3\), but got labels in \[3, 3\]"),
         (bad(y=torch.full((8,), -1)), "Expected labels in"),
         (bad(y=torch.zeros(8)), "Expected integer labels"),
         (bad(y=torch.zeros(7, dtype=torch.long)), r"Expected integer labels of shape \(8,\)"),
         ([], "Expected at least one batch of training data, but got an empty loader"),
-        ([(torch.rand(4, *SHAPE), torch.tensor([0, 0, 1, 1]))], r"Expected samples of all 3 classes, but got none of class \[2\]"),
+        (
+            [(torch.rand(4, *SHAPE), torch.tensor([0, 0, 1, 1]))],
+            r"Expected samples of all 3 classes, but got none of class \[2\]",
+        ),
         ([torch.rand(4, *SHAPE)], r"Expected batches of \(images, labels\), but got Tensor"),
-        ([(torch.rand(4, *SHAPE), torch.zeros(4), None)], r"Expected batches of \(images, labels\), but got tuple"),
+        (
+            [(torch.rand(4, *SHAPE), torch.zeros(4), None)],
+            r"Expected batches of \(images, labels\), but got tuple",
+        ),
         ([torch.rand(2, *SHAPE)], r"Expected batches of \(images, labels\), but got Tensor"),
     ],
 )
@@ -228,7 +251,9 @@ class Viewing(nn.Module):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_backbone_keeps_its_memory_layout(channels, synthesizer):
     settings = {"steps": 2, "width": 4} if synthesizer == "inversion" else {}
-    trainer = Recipe(TINY, {synthesizer: settings}).trainer(TIENet(Viewing(channels), 3, (channels, 28, 28)))
+    trainer = Recipe(TINY, {synthesizer: settings}).trainer(
+        TIENet(Viewing(channels), 3, (channels, 28, 28))
+    )
     trainer.epoch([(x.repeat(1, channels, 1, 1), y) for x, y in make_batches()])
     assert all(p.is_contiguous() for p in trainer.net.parameters())
 
@@ -242,7 +267,9 @@ def test_in_bfloat16_only_the_backbone_computes_so(tmp_path):
     assert logits.dtype == h.dtype == torch.float32
     net.save(tmp_path / "net.safetensors")
     again = TIENet.load(tmp_path / "net.safetensors", Small())
-    assert torch.equal(again(x, garbage=True), logits)  # a threshold fitted before it was saved meets the same scores
+    assert torch.equal(
+        again(x, garbage=True), logits
+    )  # a threshold fitted before it was saved meets the same scores
     again.precision = "float32"
     assert not torch.equal(again(x, garbage=True), logits)
     torch.testing.assert_close(again(x, garbage=True), logits, rtol=0.05, atol=0.05)
@@ -264,7 +291,10 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
     trainer = make_trainer()
     trainer.epoch(make_batches())
     trainer.save(tmp_path / "run.safetensors")
-    with pytest.raises(ValueError, match=r"of a run with the settings of this one in .*, but got lam 0.5 instead of 2.0, precision"):
+    with pytest.raises(
+        ValueError,
+        match=r"of a run with the settings of this one in .*, but got lam 0.5 instead of 2.0, precision",
+    ):
         make_trainer(lam=2.0, precision="bfloat16").load(tmp_path / "run.safetensors")
     with pytest.raises(ValueError, match=r"but got synthesizers \['Inversion'\] instead of \[\]"):
         TIETrainer(make_net(), TINY, synthesizers=[]).load(tmp_path / "run.safetensors")
@@ -288,7 +318,12 @@ def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
     x = torch.zeros(24, *SHAPE)
     for i in range(24):
         x[i, :, 8 * (i % 3) : 8 * (i % 3) + 8] = 1
-    trainer = TIETrainer(conftest.make_net(), replace(TINY, epochs=15, garbage_weight=3.0), [], objective=uniform_objective)
+    trainer = TIETrainer(
+        conftest.make_net(),
+        replace(TINY, epochs=15, garbage_weight=3.0),
+        [],
+        objective=uniform_objective,
+    )
     for _ in range(15):
         trainer.epoch([(x, torch.arange(24) % 3)])
     inside, outside = trainer.net.decide(x), trainer.net.decide(trainer.pool.draw(24))
@@ -301,10 +336,15 @@ def test_batches_have_the_same_share_of_garbage_while_the_pool_fills():
     trainer = make_trainer(lam=-math.inf)
     trainer.counts, seen = torch.tensor([10, 10, 10]), []
     for _ in range(3):
-        seen.append([int((y == 3).sum()) for _, y in trainer._with_garbage(make_batches(sizes=(12, 9)))])
+        seen.append(
+            [int((y == 3).sum()) for _, y in trainer._with_garbage(make_batches(sizes=(12, 9)))]
+        )
         trainer.pool.add(torch.rand(10, *SHAPE))
     assert seen == [[3, 2]] * 3
-    assert [len(y) for _, y in trainer._with_garbage(make_batches(sizes=(1, 2)))] == [2, 3]  # one at least
+    assert [len(y) for _, y in trainer._with_garbage(make_batches(sizes=(1, 2)))] == [
+        2,
+        3,
+    ]  # one at least
 
 
 # What a broken loop would not pass.
@@ -314,7 +354,9 @@ def some_images(count):
     """ID images of many contrasts, so that a network is sure of some of them and not of others."""
     rng = torch.Generator().manual_seed(4)
     x = torch.cat([x for x, _ in make_batches()])
-    return x.repeat(-(-count // len(x)), 1, 1, 1)[:count] * (0.8 + 0.2 * torch.rand(count, 1, 1, 1, generator=rng))
+    return x.repeat(-(-count // len(x)), 1, 1, 1)[:count] * (
+        0.8 + 0.2 * torch.rand(count, 1, 1, 1, generator=rng)
+    )
 
 
 class Fixed(Synthesizer):
@@ -332,13 +374,18 @@ class Fixed(Synthesizer):
 
     def sample(self, classifier, x, y):
         first, self.given = self.given, self.given + len(x)
-        return Candidates(self.images[first : first + len(x)], torch.arange(first, first + len(x)) % (self.num_classes + 1))
+        return Candidates(
+            self.images[first : first + len(x)],
+            torch.arange(first, first + len(x)) % (self.num_classes + 1),
+        )
 
 
 def seen_by(net):
     """Every batch of images that reaches the backbone, from now on."""
     seen = []
-    net.backbone.register_forward_pre_hook(lambda module, args: seen.append((module.training, args[0].clone())))
+    net.backbone.register_forward_pre_hook(
+        lambda module, args: seen.append((module.training, args[0].clone()))
+    )
     return seen
 
 
@@ -350,7 +397,11 @@ def test_garbage_images_reach_the_network_beside_every_id_batch():
     seen, batches = seen_by(net), make_batches(sizes=(12, 9))
     trainer.epoch(batches)
     training = [x for mode, x in seen if mode]
-    assert [len(x) for x in training] == [15, 11, 26]  # trained on, then BatchNorm's statistics of what was kept
+    assert [len(x) for x in training] == [
+        15,
+        11,
+        26,
+    ]  # trained on, then BatchNorm's statistics of what was kept
     kept = (torch.cat([x for x, _ in batches]), None)
     for given, (x, _) in zip(training, [*batches, kept], strict=True):
         assert torch.equal(given[: len(x)], x)
@@ -364,12 +415,17 @@ def test_garbage_images_reach_the_network_beside_every_id_batch():
 def test_what_is_expelled_is_what_is_more_uncertain_than_tau(lam):
     net = make_net()
     proposals = Fixed(net)
-    trainer = TIETrainer(net, replace(TINY, lam=lam, candidates=240, pool_size=300), [proposals], [])
+    trainer = TIETrainer(
+        net, replace(TINY, lam=lam, candidates=240, pool_size=300), [proposals], []
+    )
     batches = make_batches()
     log = trainer.epoch(batches)
     with torch.no_grad():
         net.eval()
-        u, inside = (uncertainty(net(x, garbage=True).softmax(1)) for x in (proposals.images[:240], torch.cat([x for x, _ in batches])))
+        u, inside = (
+            uncertainty(net(x, garbage=True).softmax(1))
+            for x in (proposals.images[:240], torch.cat([x for x, _ in batches]))
+        )
     tau = (inside.double().mean() + lam * inside.double().std(correction=0)).item()
     assert log.tau == pytest.approx(tau, rel=1e-5)
     out = u > log.tau
@@ -391,7 +447,9 @@ def test_how_candidates_were_answered_is_told_by_the_output_they_were_aimed_at()
     aim = torch.arange(40) % 4
     for c in range(4):
         of, top = p[aim == c], p[aim == c].topk(2, dim=1).values
-        assert log.agreement[c] == pytest.approx((of.argmax(1) == c).float().mean().item(), abs=1e-6)
+        assert log.agreement[c] == pytest.approx(
+            (of.argmax(1) == c).float().mean().item(), abs=1e-6
+        )
         assert log.entropy[c] == pytest.approx(-(of * of.log()).sum(1).mean().item(), rel=1e-4)
         assert log.confidence[c] == pytest.approx(top[:, 0].mean().item(), rel=1e-4)
         assert log.margin[c] == pytest.approx((top[:, 0] - top[:, 1]).mean().item(), rel=1e-3)
@@ -406,7 +464,9 @@ def test_accuracy_is_that_of_the_n_plus_1_outputs():
     assert log.accuracy == pytest.approx(torch.cat(right).float().mean().item())
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(1, [0.0]), (2, [0.0, 1.0]), (3, [0.0, 0.5, 1.0])])
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(1, [0.0]), (2, [0.0, 1.0]), (3, [0.0, 0.5, 1.0])]
+)
 def test_synthesizers_are_told_how_far_the_run_has_come(epochs, expected):
     net = make_net()
     proposals = Fixed(net)
@@ -430,9 +490,13 @@ def test_the_loss_weighs_classes_by_the_inverse_of_their_counts(garbage_weight):
     target = torch.cat([y, torch.full((2,), 3)])
     with torch.no_grad():
         nll = -before(whole, garbage=True).log_softmax(1)[torch.arange(11), target]
-    weight = torch.tensor([1 / 6, 1 / 2, 1 / 1, garbage_weight * 3 / 10 / (9 * GARBAGE_SHARE)])[target]
+    weight = torch.tensor([1 / 6, 1 / 2, 1 / 1, garbage_weight * 3 / 10 / (9 * GARBAGE_SHARE)])[
+        target
+    ]
     log = trainer.epoch([(x, y)])
-    assert log.losses["classifier"] == pytest.approx(((weight * nll).sum() / weight.sum()).item(), rel=1e-4)
+    assert log.losses["classifier"] == pytest.approx(
+        ((weight * nll).sum() / weight.sum()).item(), rel=1e-4
+    )
     assert abs(log.losses["classifier"] - nll.mean().item()) > 1e-3
 
 
@@ -453,7 +517,11 @@ def test_the_pool_begins_half_full():
     assert len(TIETrainer(net, replace(TINY, pool_size=100), []).pool) == 50
     assert len(TIETrainer(net, TINY, [], []).pool) == 0
     white, multi = Noise(net, NoiseSettings(kind="white")), Noise(net)
-    both = TIETrainer(net, replace(TINY, pool_size=41), [], [white, multi]).pool.state_dict()["images"].float()
+    both = (
+        TIETrainer(net, replace(TINY, pool_size=41), [], [white, multi])
+        .pool.state_dict()["images"]
+        .float()
+    )
     rough = (both[..., 1:] - both[..., :-1]).abs().mean((1, 2, 3))
     assert len(both) == 21
     assert (rough[:11] > 60).all()  # eleven of one, ten of the other
@@ -486,7 +554,7 @@ def test_the_pool_holds_the_range_of_the_network():
     assert pool.max() > 2.9
 
 
-class Dice(Synthesizer):
+class Rng(Synthesizer):
     """Keeps the random numbers that a run gives it, by the stage that gave them."""
 
     def __init__(self, net):
@@ -520,23 +588,30 @@ def weight_sum(generator):
 def rolls(seed):
     """Random numbers of the data's reads and of the inversion stage, the sum of a first generator's weights, the mean of a first pool."""
     net, batches = make_net(), Rolling(make_batches())
-    dice = Dice(net)
-    trainer = TIETrainer(net, replace(TINY, seed=seed), [dice])
+    rng = Rng(net)
+    trainer = TIETrainer(net, replace(TINY, seed=seed), [rng])
     for _ in range(2):
         trainer.epoch(batches)
     generator = TIETrainer(make_net(), replace(TINY, seed=seed)).synthesizers[0].generator
     pool = TIETrainer(make_net(), replace(TINY, seed=seed), []).pool
-    return batches.rolled, dice.rolled, weight_sum(generator), pool.state_dict()["images"].float().mean().item()
+    return (
+        batches.rolled,
+        rng.rolled,
+        weight_sum(generator),
+        pool.state_dict()["images"].float().mean().item(),
+    )
 
 
 def test_each_stream_of_randomness_is_the_seeds_the_epochs_and_the_processs_own(monkeypatch):
     runs = {}
     for seed, process in ((0, 0), (1, 0), (0, 1)):
-        monkeypatch.setattr("tie_ext.training.rank", lambda process=process: process)
+        monkeypatch.setattr("tie_ext.training.trainer.rank", lambda process=process: process)
         runs[seed, process] = rolls(seed)
-    batches, dice, weight, pool = zip(*runs.values(), strict=True)
-    assert len({value for read in batches for value in read}) == sum(map(len, batches))  # each time another order, in each run
-    assert len({value for of in dice for value in of}) == sum(map(len, dice)) == 6
+    batches, rng, weight, pool = zip(*runs.values(), strict=True)
+    assert len({value for read in batches for value in read}) == sum(
+        map(len, batches)
+    )  # each time another order, in each run
+    assert len({value for of in rng for value in of}) == sum(map(len, rng)) == 6
     assert len(set(weight)) == len(set(pool)) == 3
 
 
@@ -565,9 +640,15 @@ class Counted(TensorDataset):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("make", [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")], ids=["linear", "layers"])
-def test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop(make, tmp_path, monkeypatch):
-    monkeypatch.setattr("tie_ext.training.HEAD_STEPS", 5)
+@pytest.mark.parametrize(
+    "make",
+    [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")],
+    ids=["linear", "layers"],
+)
+def test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop(
+    make, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 5)
     images = Counted(torch.rand(50, *SHAPE), torch.arange(50) % 3)
     loader = DataLoader(images, 8, shuffle=True)
     for epochs in (2, 3):
@@ -585,7 +666,11 @@ def test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop(mak
 def test_data_is_looked_at_once_and_again_after_a_stop(tmp_path, monkeypatch):
     looked = []
     checked = TIETrainer._checked
-    monkeypatch.setattr(TIETrainer, "_checked", lambda self, *args: looked.append(len(self.log)) or checked(self, *args))
+    monkeypatch.setattr(
+        TIETrainer,
+        "_checked",
+        lambda self, *args: looked.append(len(self.log)) or checked(self, *args),
+    )
     trainer = TIETrainer(make_net(), TINY, [])
     for _ in range(2):
         trainer.epoch(make_batches())
@@ -606,20 +691,36 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         waiting = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
-        self.count += func.overloadpacket.__name__ in waiting or "bool" in {str(getattr(i, "dtype", ""))[6:] for i in _indices(func, args)}
+        self.count += func.overloadpacket.__name__ in waiting or "bool" in {
+            str(getattr(i, "dtype", ""))[6:] for i in _indices(func, args)
+        }
         return func(*args, **(kwargs or {}))
 
 
 def _indices(func, args):
-    return [i for i in args[1] if i is not None] if func.overloadpacket.__name__ in ("index", "index_put", "index_put_") else []
+    return (
+        [i for i in args[1] if i is not None]
+        if func.overloadpacket.__name__ in ("index", "index_put", "index_put_")
+        else []
+    )
 
 
 @pytest.mark.parametrize("search", [0, 2])
-@pytest.mark.parametrize("make", [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")], ids=["linear", "layers"])
+@pytest.mark.parametrize(
+    "make",
+    [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")],
+    ids=["linear", "layers"],
+)
 def test_no_step_waits_for_the_device(make, search, monkeypatch):
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # which counts its steps on the CPU
-    monkeypatch.setattr("tie_ext.training.check_images", lambda *args: None)  # which looks at images while they are on the CPU
-    monkeypatch.setattr(GarbagePool, "draw", lambda self, k: self.low + torch.zeros(k, *SHAPE))  # so is the pool
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: None
+    )  # which counts its steps on the CPU
+    monkeypatch.setattr(
+        "tie_ext.training.trainer.check_images", lambda *args: None
+    )  # which looks at images while they are on the CPU
+    monkeypatch.setattr(
+        GarbagePool, "draw", lambda self, k: self.low + torch.zeros(k, *SHAPE)
+    )  # so is the pool
     waits = {}
     for steps in (2, 7):
         net = make()
@@ -628,13 +729,25 @@ def test_no_step_waits_for_the_device(make, search, monkeypatch):
         trainer.counts, trainer._surveyed = torch.tensor([8, 8, 8]), True
         for name, work in (
             ("generator", lambda inversion=inversion, net=net: inversion.fit(net, [], 0.0)),
-            ("train", lambda trainer=trainer, steps=steps: trainer._train(make_batches(sizes=(8,) * steps))),
-            ("head", lambda steps=steps: teach(GarbageHead({}, 80), torch.rand(9, 80), torch.rand(9, 80), steps)),
+            (
+                "train",
+                lambda trainer=trainer, steps=steps: trainer._train(
+                    make_batches(sizes=(8,) * steps)
+                ),
+            ),
+            (
+                "head",
+                lambda steps=steps: fit_head(
+                    GarbageHead({}, 80), torch.rand(9, 80), torch.rand(9, 80), steps
+                ),
+            ),
         ):
             with Waits() as mode:
                 work()
             waits.setdefault(name, []).append(mode.count)
-    assert {name: few == many for name, (few, many) in waits.items()} == dict.fromkeys(waits, True), waits
+    assert {name: few == many for name, (few, many) in waits.items()} == dict.fromkeys(
+        waits, True
+    ), waits
 
 
 def test_what_was_counted_is_batches_and_those_of_one_image():
@@ -659,7 +772,7 @@ def test_a_batch_of_one_is_passed_over_and_those_behind_it_are_not():
 
 
 def test_what_follows_training_stands_on_so_many_of_its_images_and_no_more(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.KEPT", 5)
+    monkeypatch.setattr("tie_ext.training.trainer.KEPT", 5)
     net = make_net()
     seen, batches = seen_by(net), make_batches()
     trainer = TIETrainer(net, TINY, [], [])
@@ -670,7 +783,7 @@ def test_what_follows_training_stands_on_so_many_of_its_images_and_no_more(monke
     assert all(any(torch.equal(x, y) for y in given) for x in seen[3][1])
     trainer.epoch(batches)
     assert [len(x) for _, x in seen[4:]] == [8, 8, 16, 16]  # the last epoch keeps more
-    monkeypatch.setattr("tie_ext.training.KEPT_BYTES", 3 * 784 * 4)
+    monkeypatch.setattr("tie_ext.training.trainer.KEPT_BYTES", 3 * 784 * 4)
     trainer.epoch(batches)
     assert [len(x) for _, x in seen[8:]] == [8, 8, 3, 3]
 
@@ -716,7 +829,9 @@ def test_candidates_are_asked_for_with_id_batches_over_and_over():
     batches = make_batches(sizes=(8, 5))
     TIETrainer(net, replace(TINY, candidates=32), [Asking(net)], []).epoch(batches)
     assert [len(x) for x, _ in asked] == [13, 13, 6]
-    TIETrainer(net, replace(TINY, candidates=32), [Asking(net)], []).epoch(make_batches(sizes=(31,)))
+    TIETrainer(net, replace(TINY, candidates=32), [Asking(net)], []).epoch(
+        make_batches(sizes=(31,))
+    )
     assert [len(x) for x, _ in asked[3:]] == [31, 1]
     wanted, label = (torch.cat(part) for part in zip(*batches, strict=True))
     for x, y in asked[:3]:
@@ -730,18 +845,32 @@ def test_candidates_are_asked_for_with_id_batches_over_and_over():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("synthesizer", SYNTHESIZERS)
 def test_images_of_any_floating_point_type_train(dtype, synthesizer):
-    settings = {"inversion": {"steps": 1, "width": 4}, "boundary": {"vae_epochs": 1}, "marginal": {"vae_epochs": 1}}
+    settings = {
+        "inversion": {"steps": 1, "width": 4},
+        "boundary": {"vae_epochs": 1},
+        "marginal": {"vae_epochs": 1},
+    }
     recipe = Recipe(TINY, {synthesizer: settings.get(synthesizer, {})})
-    log = recipe.trainer(make_net()).epoch([(x.to(dtype), y.int()) for x, y in make_batches()])  # and int32 labels
+    log = recipe.trainer(make_net()).epoch(
+        [(x.to(dtype), y.int()) for x, y in make_batches()]
+    )  # and int32 labels
     assert math.isfinite(log.losses["classifier"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("synthesizer", SYNTHESIZERS)
 def test_networks_of_other_types_train_and_decide(dtype, synthesizer):
-    settings = {"inversion": {"steps": 1, "width": 4}, "boundary": {"vae_epochs": 1}, "marginal": {"vae_epochs": 1}}
+    settings = {
+        "inversion": {"steps": 1, "width": 4},
+        "boundary": {"vae_epochs": 1},
+        "marginal": {"vae_epochs": 1},
+    }
     net = make_net().to(dtype)
-    log = Recipe(TINY, {synthesizer: settings.get(synthesizer, {})}).trainer(net).epoch(make_batches())
+    log = (
+        Recipe(TINY, {synthesizer: settings.get(synthesizer, {})})
+        .trainer(net)
+        .epoch(make_batches())
+    )
     assert math.isfinite(log.losses["classifier"])
     assert {p.dtype for p in net.parameters()} == {dtype}
     decision = net.decide(make_batches()[0][0])
@@ -754,12 +883,16 @@ def test_a_last_batch_of_one_is_fine_without_garbage_too():
     log = trainer.epoch(make_batches(sizes=(8, 1)))
     assert log.pool == 0
     with pytest.raises(ValueError, match="Expected batches of two or more images in every epoch"):
-        TIETrainer(make_net(), TINY, [], []).epoch([(x[None], torch.tensor([i])) for i, x in enumerate(make_batches()[0][0][:3])])
+        TIETrainer(make_net(), TINY, [], []).epoch(
+            [(x[None], torch.tensor([i])) for i, x in enumerate(make_batches()[0][0][:3])]
+        )
 
 
 def test_a_batchnorm_layer_that_was_frozen_stays_as_it_was():
     net = make_net()
-    frozen_layer, other = (m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.num_features in (8, 12))
+    frozen_layer, other = (
+        m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.num_features in (8, 12)
+    )
     frozen_layer.eval()
     before = {k: v.clone() for k, v in frozen_layer.state_dict().items() if "running" in k}
     trainer = TIETrainer(net, TINY, [], None)
@@ -776,7 +909,7 @@ def test_a_batchnorm_layer_that_was_frozen_stays_as_it_was():
 
 def test_batchnorm_statistics_are_the_mean_over_the_mixture(monkeypatch):
     net = make_net()
-    monkeypatch.setattr("tie_ext.training.BATCH", 9)
+    monkeypatch.setattr("tie_ext.training.trainer.BATCH", 9)
     trainer = TIETrainer(net, TINY, [], None)
     seen = seen_by(net)
     trainer.epoch(make_batches())
@@ -784,13 +917,18 @@ def test_batchnorm_statistics_are_the_mean_over_the_mixture(monkeypatch):
     first = net.backbone.conv[0]
     with torch.no_grad():
         means = torch.stack([first(x).mean((0, 2, 3)) for x in inputs])
-    torch.testing.assert_close(net.backbone.conv[1].running_mean, means.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        net.backbone.conv[1].running_mean, means.mean(0), rtol=1e-4, atol=1e-5
+    )
     assert net.backbone.conv[1].num_batches_tracked == len(inputs) == 2
 
 
 def test_batches_that_can_be_read_once_are_refused():
     trainer = make_trainer()
-    with pytest.raises(ValueError, match="Expected batches that can be read again and again, such as a DataLoader or a list, but got list_iterator"):
+    with pytest.raises(
+        ValueError,
+        match="Expected batches that can be read again and again, such as a DataLoader or a list, but got list_iterator",
+    ):
         trainer.epoch(iter(make_batches()))
 
 
@@ -800,7 +938,10 @@ def test_a_run_that_goes_on_with_other_data_is_told(tmp_path):
     trainer.save(tmp_path / "run")
     again = make_trainer()
     again.load(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"Expected the data this run began with, \[6, 6, 4\] images of each class, but got \[3, 3, 2\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected the data this run began with, \[6, 6, 4\] images of each class, but got \[3, 3, 2\]",
+    ):
         again.epoch(make_batches(sizes=(8,)))
     again.epoch(make_batches(sizes=(8, 7)))  # as a loader that drops its last batch
 
@@ -817,7 +958,9 @@ def test_numpys_numbers_are_settings():
 def test_a_loader_that_drops_its_last_batch_goes_on_after_a_stop(tmp_path):
     x, y = torch.rand(26, *SHAPE), torch.arange(26) % 3
     rng = torch.Generator().manual_seed(0)
-    loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, drop_last=True, generator=rng)
+    loader = DataLoader(
+        TensorDataset(x, y), batch_size=8, shuffle=True, drop_last=True, generator=rng
+    )
     trainer = make_trainer()
     trainer.epoch(loader)
     trainer.save(tmp_path / "run")
@@ -832,7 +975,10 @@ def test_a_run_of_another_objective_is_refused(tmp_path):
     trainer = TIETrainer(net, TINY, [], objective=uniform_objective)
     trainer.epoch(make_batches())
     trainer.save(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"whose objective is torch.nn.functional.cross_entropy in .*, but got 'tie_ext.*uniform_objective'"):
+    with pytest.raises(
+        ValueError,
+        match=r"whose objective is torch.nn.functional.cross_entropy in .*, but got 'tie_ext.*uniform_objective'",
+    ):
         TIETrainer(make_net(), TINY, []).load(tmp_path / "run")
 
 
@@ -840,7 +986,9 @@ def test_settings_of_two_synthesizers_of_one_kind_are_told_apart(tmp_path):
     recipe = Recipe(TINY, {"gradient": {"p_inv": 0.1}, "shuffle": {}})
     recipe.trainer(make_net()).save(tmp_path / "run")
     with pytest.raises(ValueError, match=r"Saliency 1.p_inv 0.1 instead of 0.5"):
-        Recipe(TINY, {"gradient": {"p_inv": 0.5}, "shuffle": {}}).trainer(make_net()).load(tmp_path / "run")
+        Recipe(TINY, {"gradient": {"p_inv": 0.5}, "shuffle": {}}).trainer(make_net()).load(
+            tmp_path / "run"
+        )
 
 
 def test_a_state_of_0_1_0_is_told(tmp_path):
@@ -849,7 +997,10 @@ def test_a_state_of_0_1_0_is_told(tmp_path):
     state = load_state(tmp_path / "run", "training")
     del state["methods"]
     save_state(tmp_path / "run", "training", state)
-    with pytest.raises(ValueError, match=r"Expected a training state of this version of tie_ext in .*, but got one of an earlier version"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected a training state of this version of tie_ext in .*, but got one of an earlier version",
+    ):
         make_trainer().load(tmp_path / "run")
 
 

@@ -3,16 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from tie_ext.attach import attach
-from tie_ext.backbones import Conv3, Conv5, ResidualCNN, ResNet20
-from tie_ext.config import TIEConfig
-from tie_ext.decision import Decision, decide, ood_score, uncertainty
-from tie_ext.exclusion import GarbagePool
-from tie_ext.explain import explain
-from tie_ext.generator import Generator
-from tie_ext.head import GarbageHead
-from tie_ext.log import EpochLog
-from tie_ext.network import TIENet
+from tie_ext.models.backbones import Conv3, Conv5, ResidualCNN, ResNet20
+from tie_ext.models.generator import Generator
+from tie_ext.models.head import GarbageHead
+from tie_ext.models.network import TIENet
 from tie_ext.outliers import (
     BoundarySettings,
     Inversion,
@@ -27,8 +21,14 @@ from tie_ext.outliers import (
     Saliency,
     SaliencySettings,
 )
-from tie_ext.synthesis import Candidates, Domain, Prior, Synthesizer
-from tie_ext.training import TIETrainer
+from tie_ext.outliers.base import Candidates, Domain, Prior, Synthesizer
+from tie_ext.scores.decision import Decision, decide, ood_score, uncertainty
+from tie_ext.training.attach import attach
+from tie_ext.training.config import TIEConfig
+from tie_ext.training.explain import explain
+from tie_ext.training.log import EpochLog
+from tie_ext.training.pool import GarbagePool
+from tie_ext.training.trainer import TIETrainer
 
 if TYPE_CHECKING:
     from tie_ext.pytorch_ood import Combined as Combined
@@ -39,12 +39,20 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):  # so that `import tie_ext` needs torch and numpy only
-    if name not in ("Combined", "MahalanobisPlusPlus", "TIEDetector", "UncertaintyEstimate", "combine"):
+    if name not in (
+        "Combined",
+        "MahalanobisPlusPlus",
+        "TIEDetector",
+        "UncertaintyEstimate",
+        "combine",
+    ):
         raise AttributeError(f"module 'tie_ext' has no attribute {name!r}")
     try:
         return getattr(import_module("tie_ext.pytorch_ood"), name)
     except ImportError as error:
-        raise ImportError(f"Expected pytorch-ood 0.4 or newer for {name}, but got: {error}; pip install 'pytorch-ood>=0.4'") from error
+        raise ImportError(
+            f"Expected pytorch-ood 0.4 or newer for {name}, but got: {error}; pip install 'pytorch-ood>=0.4'"
+        ) from error
 
 
 __version__ = "0.2.0"

@@ -18,12 +18,12 @@ from conftest import Small, make_net
 from torch import nn
 
 from tie_ext import Combined, Conv3, TIEDetector, TIENet
-from tie_ext.app import attaching, cli, data, models
-from tie_ext.app.cli import main
-from tie_ext.app.folder import load_network, written
-from tie_ext.app.snapshots import load_snapshots
-from tie_ext.backbones import BACKBONES
-from tie_ext.support.files import load_state, locked
+from tie_ext.cli import attach_run, cli, data, registry
+from tie_ext.cli.folder import load_network, written
+from tie_ext.cli.main import main
+from tie_ext.cli.snapshots import load_snapshots
+from tie_ext.models.backbones import BACKBONES
+from tie_ext.utils.files import load_state, locked
 
 Image = pytest.importorskip("PIL.Image")
 MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
@@ -31,7 +31,7 @@ MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,16 @@ def folder(tmp_path_factory):
         for label, low in (("bright", 100), ("dark", 0)):
             (root / split / label).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(rng.integers(low, low + 156, (28, 28, 3), dtype=np.uint8)).save(root / split / label / f"{i}.png")
+                Image.fromarray(rng.integers(low, low + 156, (28, 28, 3), dtype=np.uint8)).save(
+                    root / split / label / f"{i}.png"
+                )
     return root
 
 
 def make(name: str, channels: int = 3, n: int = 2) -> nn.Module:
     """A network that somebody trained, as far as anyone here can tell."""
     torch.manual_seed(1)
-    model = models.build(name, channels, n)
+    model = registry.build(name, channels, n)
     with torch.no_grad():
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -65,7 +67,18 @@ def weights(tmp_path_factory):
 
 
 def attach(folder, file, out, *more, backbone="conv3", size=28):
-    flags = ["--backbone", backbone, "--weights", str(file), "--data", f"folder:{folder}", "--size", str(size), "--out", str(out)]
+    flags = [
+        "--backbone",
+        backbone,
+        "--weights",
+        str(file),
+        "--data",
+        f"folder:{folder}",
+        "--size",
+        str(size),
+        "--out",
+        str(out),
+    ]
     return ["attach", *flags, "--device", "cpu", *map(str, more)]
 
 
@@ -73,17 +86,22 @@ def attach(folder, file, out, *more, backbone="conv3", size=28):
 def run(folder, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
+        patched.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
         assert main(attach(folder, weights, out, "--ood", f"folder:{folder}")) == 0
     return out
 
 
 def images_of(folder):
-    return [str(folder / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(6)]
+    return [
+        str(folder / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(6)
+    ]
 
 
 def test_a_run_says_what_it_did_and_its_accuracy_is_the_networks_own(run, folder, weights):
-    record, test = json.loads((run / "run.json").read_text()), data.load(f"folder:{folder}", "test", shape=(3, 28, 28))
+    record, test = (
+        json.loads((run / "run.json").read_text()),
+        data.load(f"folder:{folder}", "test", shape=(3, 28, 28)),
+    )
     assert record["settings"]["backbone"] == "conv3"
     assert record["settings"]["weights"] == str(weights)
     assert {"weights_sha256", "command", "commit", "versions", "processor"} <= set(record)
@@ -92,43 +110,83 @@ def test_a_run_says_what_it_did_and_its_accuracy_is_the_networks_own(run, folder
     assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
     net = TIENet.load(run / "network.safetensors")
     assert torch.equal(net(test.x.float() / 255), logits)
-    assert torch.equal(TIEDetector.load(run).decide(test.x.float() / 255).score, net.decide(test.x.float() / 255).score)
+    assert torch.equal(
+        TIEDetector.load(run).decide(test.x.float() / 255).score,
+        net.decide(test.x.float() / 255).score,
+    )
     assert net.classes == ("bright", "dark")
-    assert torch.equal(load_state(run / "scores.safetensors", "scores")["attached"]["id"], net.decide(test.x.float() / 255).score)
+    assert torch.equal(
+        load_state(run / "scores.safetensors", "scores")["attached"]["id"],
+        net.decide(test.x.float() / 255).score,
+    )
 
 
 def test_validation_sets_are_scored_and_the_worst_is_named(folder, weights, tmp_path, capsys):
     for name in ("dark", "bright"):
         shutil.copytree(folder / "test" / name, tmp_path / name / "val" / "a")
-    assert main(attach(folder, weights, tmp_path / "run", "--val-ood", f"folder:{tmp_path / 'dark'}", f"folder:{tmp_path / 'bright'}")) == 0
-    label, of = next(iter(json.loads((tmp_path / "run" / "run.json").read_text())["numbers"]["scores"].items()))
-    assert list(of) == [f"val:folder:{tmp_path / 'dark'}", f"val:folder:{tmp_path / 'bright'}", "noise"]
+    assert (
+        main(
+            attach(
+                folder,
+                weights,
+                tmp_path / "run",
+                "--val-ood",
+                f"folder:{tmp_path / 'dark'}",
+                f"folder:{tmp_path / 'bright'}",
+            )
+        )
+        == 0
+    )
+    label, of = next(
+        iter(json.loads((tmp_path / "run" / "run.json").read_text())["numbers"]["scores"].items())
+    )
+    assert list(of) == [
+        f"val:folder:{tmp_path / 'dark'}",
+        f"val:folder:{tmp_path / 'bright'}",
+        "noise",
+    ]
     worst = min(list(of)[:2], key=lambda name: of[name]["auroc"])
     assert of[worst]["auroc"] < max(of[name]["auroc"] for name in list(of)[:2])
-    assert f"worst validation set: {worst[4:]}, AUROC {100 * of[worst]['auroc']:.1f} by {label}\n" in capsys.readouterr().out
+    assert (
+        f"worst validation set: {worst[4:]}, AUROC {100 * of[worst]['auroc']:.1f} by {label}\n"
+        in capsys.readouterr().out
+    )
 
 
-def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(folder, weights, tmp_path, monkeypatch, capsys):
+def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(
+    folder, weights, tmp_path, monkeypatch, capsys
+):
     def all_garbage(*args, **how):
-        net = sys.modules["tie_ext.attach"].attach(*args, **how)
+        net = sys.modules["tie_ext.training.attach"].attach(*args, **how)
         net.garbage.network[-1].bias.data.fill_(1e6)
         return net
 
-    monkeypatch.setattr(attaching, "attach", all_garbage)
+    monkeypatch.setattr(attach_run, "attach", all_garbage)
     assert main(attach(folder, weights, tmp_path / "run")) == 0
-    numbers, test = json.loads((tmp_path / "run" / "run.json").read_text())["numbers"], data.load(f"folder:{folder}", "test", shape=(3, 28, 28))
+    numbers, test = (
+        json.loads((tmp_path / "run" / "run.json").read_text())["numbers"],
+        data.load(f"folder:{folder}", "test", shape=(3, 28, 28)),
+    )
     right = (make("conv3")(test.x.float() / 255).argmax(1) == test.y).double().mean().item()
     assert right > 0
     assert (numbers["accuracy"], numbers["id_garbage_rate"]) == (right, 1.0)
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| attached"))
+    row = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| attached")
+    )
     assert row.split(" | ")[1:3] == [f"{100 * right:.2f}".ljust(11), "100.00".ljust(13)]
 
 
 def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     assert main(attach(many, weights, tmp_path / "run")) == 0
     said = capsys.readouterr().out
-    assert "ID accuracy is 50.0%, which guessing among 2 classes could give: are these its weights, --mean," in said
-    assert "tie-ext score decides by the combined score, with a threshold that rejects at most 5% of new ID images" in said
+    assert (
+        "ID accuracy is 50.0%, which guessing among 2 classes could give: are these its weights, --mean,"
+        in said
+    )
+    assert (
+        "tie-ext score decides by the combined score, with a threshold that rejects at most 5% of new ID images"
+        in said
+    )
     assert "too few" not in said
 
 
@@ -137,28 +195,43 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False), (1.0, 2, 4, False)],
 )
 def test_chance_is_what_guessing_could_reach(accuracy, classes, images, guessed):
-    assert attaching._by_chance(accuracy, classes, images) == guessed
+    assert attach_run._by_chance(accuracy, classes, images) == guessed
 
 
-def test_too_few_test_images_for_a_threshold_are_said_before_the_work(folder, weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out))
-    with pytest.raises(pytest.fail.Exception, match="12 held-out images are too few for a threshold, which takes 38: tie-ext score decides by"):
+def test_too_few_test_images_for_a_threshold_are_said_before_the_work(
+    folder, weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        attach_run, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
+    )
+    with pytest.raises(
+        pytest.fail.Exception,
+        match="12 held-out images are too few for a threshold, which takes 38: tie-ext score decides by",
+    ):
         main(attach(folder, weights, tmp_path / "run"))
 
 
-def test_how_test_images_were_come_by_is_said_before_the_work(folder, weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out))
+def test_how_test_images_were_come_by_is_said_before_the_work(
+    folder, weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        attach_run, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
+    )
     with pytest.raises(
-        pytest.fail.Exception, match=r"train has no train/ and test/: 32 images to train on, 8 held out.*\. If the network was trained"
+        pytest.fail.Exception,
+        match=r"train has no train/ and test/: 32 images to train on, 8 held out.*\. If the network was trained",
     ):
         main(attach(folder / "train", weights, tmp_path / "run"))
 
 
 def test_a_run_may_compute_in_bfloat16(folder, weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 30)
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
     assert main(attach(folder, weights, tmp_path / "run", "--precision", "bfloat16")) == 0
     assert TIENet.load(tmp_path / "run" / "network.safetensors").precision == "bfloat16"
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"] == "bfloat16"
+    assert (
+        json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"]
+        == "bfloat16"
+    )
     assert main(["score", str(tmp_path / "run"), *images_of(folder)]) == 0
 
 
@@ -167,7 +240,10 @@ def test_score_and_a_threshold_work_as_on_a_trained_run(run, folder, capsys):
         assert main(["score", str(place), "--false-alarm", "0.25", *images_of(folder)]) == 0
         rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
         assert {row["label"] for row in rows} <= {"bright", "dark", ""}
-        assert sum(row["level"] != "accepted" for row in rows) in (2, 3)  # one is the threshold, give or take its last bit
+        assert sum(row["level"] != "accepted" for row in rows) in (
+            2,
+            3,
+        )  # one is the threshold, give or take its last bit
 
 
 @pytest.fixture(scope="module")
@@ -178,40 +254,66 @@ def many(tmp_path_factory):
         for label, low in (("bright", 100), ("dark", 0)):
             (root / split / label).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(rng.integers(low, low + 156, (28, 28, 3), dtype=np.uint8)).save(root / split / label / f"{i}.png")
+                Image.fromarray(rng.integers(low, low + 156, (28, 28, 3), dtype=np.uint8)).save(
+                    root / split / label / f"{i}.png"
+                )
     return root
 
 
-def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights, tmp_path, capsys):
+def test_a_run_has_a_combined_detector_by_which_images_are_decided(
+    many, weights, tmp_path, capsys
+):
     out, test = tmp_path / "run", data.load(f"folder:{many}", "test", shape=(3, 28, 28))
     assert main(attach(many, weights, out, *MEAN, *STD)) == 0
     assert "| attached, combined | noise | " in capsys.readouterr().out
     detector = Combined.load(out / "combined")
     assert detector.false_alarm == 0.05
-    assert [type(member).__name__ for member in detector.detectors] == ["TIEDetector", "SampledKNN", "GEN"]
+    assert [type(member).__name__ for member in detector.detectors] == [
+        "TIEDetector",
+        "SampledKNN",
+        "GEN",
+    ]
     kept = load_state(out / "scores.safetensors", "scores")["combined"]
     judging = torch.randperm(40, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
     scores = detector.predict(detector.network.scaled(test.x.float() / 255))
     torch.testing.assert_close(kept["id"], scores[judging])
     line = kept["id"].sort().values
     assert float(detector.threshold) == float(line[-1])
-    torch.testing.assert_close(detector.decide(detector.network.scaled(test.x.float() / 255)).score, scores)
-    paths = [str(many / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(20)]
-    for rate, above in ((None, -1), (0.25, -5)):  # of 21 images, the new one among them, at most 1.05 and 5.25
-        assert main(["score", str(out), *(["--false-alarm", str(rate)] if rate else []), *paths]) == 0
+    torch.testing.assert_close(
+        detector.decide(detector.network.scaled(test.x.float() / 255)).score, scores
+    )
+    paths = [
+        str(many / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(20)
+    ]
+    for rate, above in (
+        (None, -1),
+        (0.25, -5),
+    ):  # of 21 images, the new one among them, at most 1.05 and 5.25
+        assert (
+            main(["score", str(out), *(["--false-alarm", str(rate)] if rate else []), *paths]) == 0
+        )
         rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
         threshold = line[above].item()
         for row in rows:
             above_it = float(row["score"]) - threshold
-            assert abs(above_it) < 1e-3 or (row["level"] != "accepted") == (above_it > 0)  # which side a rounded score is of is not to be seen
-        assert all(abs(float(row["score"]) - score) < 1e-3 * (1 + abs(score)) for row, score in zip(rows, _by_path(test, scores), strict=True))
+            assert abs(above_it) < 1e-3 or (row["level"] != "accepted") == (
+                above_it > 0
+            )  # which side a rounded score is of is not to be seen
+        assert all(
+            abs(float(row["score"]) - score) < 1e-3 * (1 + abs(score))
+            for row, score in zip(rows, _by_path(test, scores), strict=True)
+        )
     assert main(["report", str(out)]) == 0
     assert (out / "figures" / "scores_combined.png").is_file()
-    assert {path for path in out.rglob("*") if path.is_file()} - {out / ".lock"} == set(written(out))
+    assert {path for path in out.rglob("*") if path.is_file()} - {out / ".lock"} == set(
+        written(out)
+    )
     net = TIENet.load(out / "network.safetensors")
     assert load_network(out).classes == net.classes
     capsys.readouterr()
-    assert main(["score", str(out / "combined"), *paths]) == 0  # a saved detector decides as it does in Python
+    assert (
+        main(["score", str(out / "combined"), *paths]) == 0
+    )  # a saved detector decides as it does in Python
     alone = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert main(["score", str(out), *paths]) == 0
     assert alone == list(csv.DictReader(capsys.readouterr().out.splitlines()))
@@ -222,7 +324,9 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(many, weights
     single.save(tmp_path / "single")
     assert main(["score", str(tmp_path / "single"), *paths]) == 0
     rows = csv.DictReader(capsys.readouterr().out.splitlines())
-    assert [row["level"] != "accepted" for row in rows] == [level > 0 for level in _by_path(test, single.decide(x).level)]
+    assert [row["level"] != "accepted" for row in rows] == [
+        level > 0 for level in _by_path(test, single.decide(x).level)
+    ]
     for unfitted in (Combined.load(out / "combined"), TIEDetector(net)):  # one over the other
         if isinstance(unfitted, Combined):
             unfitted.threshold = None
@@ -246,17 +350,35 @@ def test_a_report_shows_what_there_is(run, capsys):
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert {p.name for p in (run / "figures").iterdir()} == {
-        f"{n}.png" for n in ("outliers_procedural", "features", "examples", "curves_attached", "scores_attached")
+        f"{n}.png"
+        for n in (
+            "outliers_procedural",
+            "features",
+            "examples",
+            "curves_attached",
+            "scores_attached",
+        )
     }
     assert page.count("<figure>") == 5
     assert "<td>attached</td>" in page
     assert "outliers that the garbage class was taught with" in page
     assert "weights_sha256" in page
-    assert {path for path in run.rglob("*") if path.is_file()} - {run / ".lock"} == set(written(run))
+    assert {path for path in run.rglob("*") if path.is_file()} - {run / ".lock"} == set(
+        written(run)
+    )
 
 
-@pytest.mark.parametrize(("name", "channels"), [("torchvision:resnet18", 3), ("torchvision:resnet18", 1), ("torchvision:mobilenet_v3_small", 3)])
-def test_other_architectures_are_made_again_from_the_record(name, channels, folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("torchvision:resnet18", 3),
+        ("torchvision:resnet18", 1),
+        ("torchvision:mobilenet_v3_small", 3),
+    ],
+)
+def test_other_architectures_are_made_again_from_the_record(
+    name, channels, folder, tmp_path, capsys
+):
     pytest.importorskip("torchvision")
     model, out = make(name, channels), tmp_path / "run"
     torch.save(model.state_dict(), tmp_path / "w.pt")
@@ -276,20 +398,32 @@ def test_other_architectures_are_made_again_from_the_record(name, channels, fold
     assert main(["report", str(out)]) == 0
     (out / "run.json").unlink()
     assert main(["score", str(out), *images_of(folder)]) == 1
-    assert "or the run.json of a run beside it, which says what its architecture is, but got neither" in capsys.readouterr().err
+    assert (
+        "or the run.json of a run beside it, which says what its architecture is, but got neither"
+        in capsys.readouterr().err
+    )
 
 
-def test_the_range_is_what_normalising_makes_of_black_and_white(folder, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.attach"], "processed", lambda x, dice: x)
+def test_the_range_is_what_normalising_makes_of_black_and_white(
+    folder, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "processed", lambda x, rng: x)
     assert main(attach(folder, weights, tmp_path / "run", *MEAN, *STD)) == 0
     net = TIENet.load(tmp_path / "run" / "network.safetensors")
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])
     assert net.high.flatten().tolist() == pytest.approx([3, 2, 4 / 3])
     train = data.load(f"folder:{folder}", "train", shape=(3, 28, 28))
     seen = net.statistics(net.scaled(train.x.float() / 255))[1]
-    assert torch.allclose(net.garbage.mean, seen.mean(0), atol=1e-4)  # what the head learned from was scaled too
-    pictures, test = load_snapshots(tmp_path / "run")[0], data.load(f"folder:{folder}", "test", shape=(3, 28, 28))
-    assert torch.allclose(pictures["features"][:12], net.features(net.scaled(test.x.float() / 255)), atol=1e-5)
+    assert torch.allclose(
+        net.garbage.mean, seen.mean(0), atol=1e-4
+    )  # what the head learned from was scaled too
+    pictures, test = (
+        load_snapshots(tmp_path / "run")[0],
+        data.load(f"folder:{folder}", "test", shape=(3, 28, 28)),
+    )
+    assert torch.allclose(
+        pictures["features"][:12], net.features(net.scaled(test.x.float() / 255)), atol=1e-5
+    )
     assert pictures["labels"].tolist() == [*test.y.tolist(), *[2] * 100]
     assert pictures["outliers_0"].shape == (12, 3, 28, 28)
 
@@ -298,33 +432,53 @@ def wrapped(state, how):
     return {
         "alone": state,
         "DataParallel": {f"module.{key}": value for key, value in state.items()},
-        "compiled and DataParallel": {f"module._orig_mod.{key}": value for key, value in state.items()},
+        "compiled and DataParallel": {
+            f"module._orig_mod.{key}": value for key, value in state.items()
+        },
         "a checkpoint": {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
         "a model": {"model": {f"module.{key}": value for key, value in state.items()}},
-        "without counts": {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
+        "without counts": {
+            key: value for key, value in state.items() if not key.endswith("num_batches_tracked")
+        },
     }[how]
 
 
-@pytest.mark.parametrize("how", ["alone", "DataParallel", "compiled and DataParallel", "a checkpoint", "a model", "without counts"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "alone",
+        "DataParallel",
+        "compiled and DataParallel",
+        "a checkpoint",
+        "a model",
+        "without counts",
+    ],
+)
 @pytest.mark.parametrize("kind", ["torch", "torch before 1.6", "safetensors"])
 def test_weights_are_read_as_people_save_them(how, kind, tmp_path):
     state = wrapped(make("conv3").state_dict(), how)
     if kind == "safetensors":
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             pytest.skip("holds tensors alone")
-        safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "w")
+        safetensors.torch.save_file(
+            {key: value.contiguous() for key, value in state.items()}, tmp_path / "w"
+        )
     else:
         torch.save(state, tmp_path / "w", _use_new_zipfile_serialization=kind == "torch")
-    weights, x = models.read_weights(tmp_path / "w"), torch.rand(2, 3, 28, 28)
-    assert models.channels_of("conv3", weights, "w") == 3
-    assert torch.equal(models.load("conv3", 3, 2, weights, "w")(x), make("conv3")(x))
+    weights, x = registry.read_weights(tmp_path / "w"), torch.rand(2, 3, 28, 28)
+    assert registry.channels_of("conv3", weights, "w") == 3
+    assert torch.equal(registry.load("conv3", 3, 2, weights, "w")(x), make("conv3")(x))
 
 
 def test_weights_of_mnasnet_are_taken_though_they_have_lost_their_version(tmp_path):
     pytest.importorskip("torchvision")
     safetensors.torch.save_file(make("torchvision:mnasnet0_5").state_dict(), tmp_path / "w")
-    model = models.load("torchvision:mnasnet0_5", 3, 2, models.read_weights(tmp_path / "w"), "w")
-    assert torch.equal(model.classifier[1].weight, make("torchvision:mnasnet0_5").classifier[1].weight)
+    model = registry.load(
+        "torchvision:mnasnet0_5", 3, 2, registry.read_weights(tmp_path / "w"), "w"
+    )
+    assert torch.equal(
+        model.classifier[1].weight, make("torchvision:mnasnet0_5").classifier[1].weight
+    )
 
 
 class Hostile:
@@ -344,21 +498,42 @@ BAD = {
     "nothing": (lambda path: None, "Expected weights as a state_dict at FILE, but got no file"),
     "a folder": (Path.mkdir, "Expected weights as a state_dict at FILE, but got no file"),
     "a pipe": (os.mkfifo, "Expected weights as a state_dict at FILE, but got no file"),
-    "empty": (Path.touch, "Expected weights as a state_dict at FILE, but got a truncated or foreign one: EOFError"),
-    "text": (lambda path: path.write_text("no weights at all"), "Expected weights as a state_dict at FILE, but got a truncated or foreign one: "),
+    "empty": (
+        Path.touch,
+        "Expected weights as a state_dict at FILE, but got a truncated or foreign one: EOFError",
+    ),
+    "text": (
+        lambda path: path.write_text("no weights at all"),
+        "Expected weights as a state_dict at FILE, but got a truncated or foreign one: ",
+    ),
     "code": (
         lambda path: torch.save(Hostile(), path),
         "but got a file that runs code when it is read (posix.system), which was not run; save model.",
     ),
-    "a whole model": (lambda path: torch.save(make("conv3"), path), "but got a file that runs code when it is read (tie_ext.backbones.Conv3)"),
-    "a network of ours": (lambda path: make_net().save(path), "but got a file of tie_ext's own; a network that it wrote has its garbage class"),
+    "a whole model": (
+        lambda path: torch.save(make("conv3"), path),
+        "but got a file that runs code when it is read (tie_ext.models.backbones.Conv3)",
+    ),
+    "a network of ours": (
+        lambda path: make_net().save(path),
+        "but got a file of tie_ext's own; a network that it wrote has its garbage class",
+    ),
     "a tensor": (
         lambda path: torch.save(torch.ones(3), path),
         "Expected weights as a state_dict at FILE, but got a torch.float32 tensor of shape (3,)",
     ),
-    "no weights": (lambda path: torch.save({}, path), "Expected weights as a state_dict at FILE, but got an empty one"),
-    "an epoch": (lambda path: torch.save({"epoch": 3}, path), "tensors by name, but got int at 'epoch'"),
-    "sparse": (changed("fc.bias", torch.Tensor.to_sparse), "tensors by name, but got a torch.float32 tensor of shape (2,) at 'fc.bias'"),
+    "no weights": (
+        lambda path: torch.save({}, path),
+        "Expected weights as a state_dict at FILE, but got an empty one",
+    ),
+    "an epoch": (
+        lambda path: torch.save({"epoch": 3}, path),
+        "tensors by name, but got int at 'epoch'",
+    ),
+    "sparse": (
+        changed("fc.bias", torch.Tensor.to_sparse),
+        "tensors by name, but got a torch.float32 tensor of shape (2,) at 'fc.bias'",
+    ),
     "of another architecture": (
         lambda path: torch.save(make("residual").state_dict(), path),
         "Expected weights of conv3 in FILE, but got those of another architecture: none at conv.0.weight",
@@ -371,20 +546,34 @@ BAD = {
         lambda path: torch.save(make("conv3", n=7).state_dict(), path),
         "for the 2 classes of the data in FILE, but got others: fc.weight of (7, 128) instead of (2, 128), fc.bias of (7,) instead of (2,)",
     ),
-    "with more": (lambda path: torch.save({**make("conv3").state_dict(), "x": torch.ones(3)}, path), "but got others: x of (3,)"),
+    "with more": (
+        lambda path: torch.save({**make("conv3").state_dict(), "x": torch.ones(3)}, path),
+        "but got others: x of (3,)",
+    ),
     "of four channels": (
         lambda path: torch.save(make("conv3", channels=4).state_dict(), path),
         "Expected weights for images of 1 or 3 channels in FILE, but got conv.0.weight of (32, 4, 3, 3)",
     ),
-    "NaN": (changed("fc.bias", lambda w: w * float("nan")), "Expected numbers in fc.bias, but got NaN"),
-    "infinite": (changed("fc.bias", lambda w: w + float("inf")), "Expected finite weights in FILE, but got infinite ones in fc.bias"),
-    "integers": (changed("fc.bias", lambda w: w.long()), "Expected fc.bias to be of type torch.float32, but got torch.int64"),
+    "NaN": (
+        changed("fc.bias", lambda w: w * float("nan")),
+        "Expected numbers in fc.bias, but got NaN",
+    ),
+    "infinite": (
+        changed("fc.bias", lambda w: w + float("inf")),
+        "Expected finite weights in FILE, but got infinite ones in fc.bias",
+    ),
+    "integers": (
+        changed("fc.bias", lambda w: w.long()),
+        "Expected fc.bias to be of type torch.float32, but got torch.int64",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_weights_that_are_none_are_refused_in_one_line_before_any_work(what, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail("the work began"))
+def test_weights_that_are_none_are_refused_in_one_line_before_any_work(
+    what, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(attach_run, "attach", lambda *_, **__: pytest.fail("the work began"))
     file, (put, message) = tmp_path / "weights", BAD[what]
     put(file)
     assert main(attach(folder, file, tmp_path / "new")) == 1
@@ -400,11 +589,16 @@ def test_weights_that_are_none_are_refused_in_one_line_before_any_work(what, fol
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_truncated_weights_are_refused(kind, share, tmp_path):
     state = make("conv3").state_dict()
-    torch.save(state, tmp_path / "w") if kind == "torch" else safetensors.torch.save_file(state, tmp_path / "w")
+    torch.save(state, tmp_path / "w") if kind == "torch" else safetensors.torch.save_file(
+        state, tmp_path / "w"
+    )
     whole = (tmp_path / "w").read_bytes()
     (tmp_path / "w").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"^Expected weights as a state_dict at .*, but got a truncated or foreign one: ") as refused:
-        models.read_weights(tmp_path / "w")
+    with pytest.raises(
+        ValueError,
+        match=r"^Expected weights as a state_dict at .*, but got a truncated or foreign one: ",
+    ) as refused:
+        registry.read_weights(tmp_path / "w")
     assert "\n" not in str(refused.value)
 
 
@@ -427,11 +621,19 @@ class Headless(nn.Sequential):
     ("model", "message"),
     [
         (lambda: Softmaxed(2, 3), "but Softmaxed returns probabilities; leave the softmax out"),
-        (Flat, "Expected a backbone with convolutions or transformer blocks, whose maps tell OOD images, but got Flat"),
-        (Headless, "Expected a backbone that ends in a linear layer, but got Headless without any"),
+        (
+            Flat,
+            "Expected a backbone with convolutions or transformer blocks, whose maps tell OOD images, but got Flat",
+        ),
+        (
+            Headless,
+            "Expected a backbone that ends in a linear layer, but got Headless without any",
+        ),
     ],
 )
-def test_networks_that_take_no_garbage_class_are_refused(model, message, folder, tmp_path, capsys, monkeypatch):
+def test_networks_that_take_no_garbage_class_are_refused(
+    model, message, folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(BACKBONES, "conv3", lambda channels, n: model())
     torch.save(model().state_dict(), tmp_path / "w")
     assert main(attach(folder, tmp_path / "w", tmp_path / "run")) == 1
@@ -455,11 +657,23 @@ def test_a_class_without_samples_is_refused(folder, weights, tmp_path, capsys):
             "one of conv3, conv5, residual, resnet20, torchvision:NAME or timm:NAME, but got 'resnet18'; did you mean torchvision:resnet18?",
         ),
         (["--backbone", "os:system"], "or timm:NAME, but got 'os:system'\n"),
-        (["--backbone", "torchvision:resnet19"], "Expected a classifier of torchvision by its name there, such as resnet1"),
-        (["--backbone", "torchvision:fcn_resnet50"], "Expected a classifier of torchvision by its name there"),
+        (
+            ["--backbone", "torchvision:resnet19"],
+            "Expected a classifier of torchvision by its name there, such as resnet1",
+        ),
+        (
+            ["--backbone", "torchvision:fcn_resnet50"],
+            "Expected a classifier of torchvision by its name there",
+        ),
         (["--mean", "0.5"], "Expected as many --mean as --std, but got 1 and 0"),
-        (["--mean", "123.7", "--std", "0.2"], "Expected --mean to be a number in [0, 1], but got 123.7"),
-        (["--mean", "0.5", "--std", "0"], "Expected --std to be a number in [0.001, 1], but got 0.0"),
+        (
+            ["--mean", "123.7", "--std", "0.2"],
+            "Expected --mean to be a number in [0, 1], but got 123.7",
+        ),
+        (
+            ["--mean", "0.5", "--std", "0"],
+            "Expected --std to be a number in [0.001, 1], but got 0.0",
+        ),
         (["--mean", "nan", "--std", "1"], "Expected --mean to be a number in [0, 1], but got nan"),
         (["--images", "0"], "Expected --images to be an integer in [1, "),
         (["--seed", "-1"], "Expected --seed to be an integer in [0, "),
@@ -475,11 +689,23 @@ def test_wrong_flags_exit_as_argparse_does(more, message, folder, weights, tmp_p
 
 
 def test_as_many_means_as_channels(folder, weights, tmp_path, capsys):
-    assert main(attach(folder, weights, tmp_path / "new", "--mean", "0.5", "0.5", "--std", "0.5", "0.5")) == 1
-    assert "Expected --mean and --std of 1 or 3 numbers, as the network takes 3 channels, but got 2" in capsys.readouterr().err
+    assert (
+        main(
+            attach(
+                folder, weights, tmp_path / "new", "--mean", "0.5", "0.5", "--std", "0.5", "0.5"
+            )
+        )
+        == 1
+    )
+    assert (
+        "Expected --mean and --std of 1 or 3 numbers, as the network takes 3 channels, but got 2"
+        in capsys.readouterr().err
+    )
 
 
-def test_timm_is_asked_for_by_name_and_need_not_be_there(folder, weights, tmp_path, capsys, monkeypatch):
+def test_timm_is_asked_for_by_name_and_need_not_be_there(
+    folder, weights, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(attach(folder, weights, tmp_path / "new", backbone="timm:resnet18")) == 1
     error = capsys.readouterr().err
@@ -491,7 +717,9 @@ def test_timm_is_asked_for_by_name_and_need_not_be_there(folder, weights, tmp_pa
 def test_timms_registry_makes_the_network(folder, tmp_path, monkeypatch):
     class Timm:
         list_models = staticmethod(lambda: ["small"])
-        create_model = staticmethod(lambda name, pretrained, num_classes, in_chans: Small(num_classes, in_chans))
+        create_model = staticmethod(
+            lambda name, pretrained, num_classes, in_chans: Small(num_classes, in_chans)
+        )
 
     monkeypatch.setitem(sys.modules, "timm", Timm)
     torch.save(Small(2, 3).state_dict(), tmp_path / "w")
@@ -500,55 +728,82 @@ def test_timms_registry_makes_the_network(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["run.json", "training.safetensors", "network.safetensors"])
-def test_a_folder_that_holds_a_run_is_refused_before_any_work(name, folder, weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models, "read_weights", lambda _: pytest.fail("the work began"))
+def test_a_folder_that_holds_a_run_is_refused_before_any_work(
+    name, folder, weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(registry, "read_weights", lambda _: pytest.fail("the work began"))
     (tmp_path / name).write_text("mine")
     assert main(attach(folder, weights, tmp_path)) == 1
-    assert f"Expected a new folder, but got {tmp_path}, which holds {name} of a run; give another --out" in capsys.readouterr().err
+    assert (
+        f"Expected a new folder, but got {tmp_path}, which holds {name} of a run; give another --out"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_run_that_came_while_images_were_read_is_refused(folder, weights, tmp_path, capsys, monkeypatch):
-    load, out = attaching.load_images, tmp_path / "run"
+def test_a_run_that_came_while_images_were_read_is_refused(
+    folder, weights, tmp_path, capsys, monkeypatch
+):
+    load, out = attach_run.load_images, tmp_path / "run"
 
     def meanwhile(*args):
         out.mkdir()
         (out / "training.safetensors").write_text("another's")
         return load(*args)
 
-    monkeypatch.setattr(attaching, "load_images", meanwhile)
-    monkeypatch.setattr(attaching, "attach", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(attach_run, "load_images", meanwhile)
+    monkeypatch.setattr(attach_run, "attach", lambda *_, **__: pytest.fail("the work began"))
     assert main(attach(folder, weights, out)) == 1
-    assert f"Expected a new folder, but got {out}, which holds training.safetensors of a run" in capsys.readouterr().err
+    assert (
+        f"Expected a new folder, but got {out}, which holds training.safetensors of a run"
+        in capsys.readouterr().err
+    )
 
 
 def test_neither_command_writes_over_a_finished_attached_run(run, folder, weights, capsys):
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     assert main(attach(folder, weights, run)) == 1
     assert main(["train", "--data", f"folder:{folder}", "--out", str(run)]) == 1
     assert "which holds a run of tie-ext attach; give another --out" in capsys.readouterr().err
     assert main(["train", "--resume", str(run)]) == 1
-    assert "but got one of tie-ext attach, which has nothing to go on with" in capsys.readouterr().err
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert (
+        "but got one of tie-ext attach, which has nothing to go on with" in capsys.readouterr().err
+    )
+    assert before == {
+        path: path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
-def test_the_folder_is_locked_while_the_work_goes_on(folder, weights, tmp_path, capsys, monkeypatch):
-    out, work, seen = tmp_path / "run", attaching.attach, []
+def test_the_folder_is_locked_while_the_work_goes_on(
+    folder, weights, tmp_path, capsys, monkeypatch
+):
+    out, work, seen = tmp_path / "run", attach_run.attach, []
 
     def busy(*args, **how):
         seen.append(main(attach(folder, weights, out)) if not seen else 0)
         return work(*args, **how)
 
-    monkeypatch.setattr(attaching, "attach", busy)
+    monkeypatch.setattr(attach_run, "attach", busy)
     assert main(attach(folder, weights, out)) == 0
     assert seen == [1]
-    assert f"Expected {out} to be free, but got a folder that another process is writing a run to" in capsys.readouterr().err
+    assert (
+        f"Expected {out} to be free, but got a folder that another process is writing a run to"
+        in capsys.readouterr().err
+    )
     with locked(out):
         pass
 
 
 @pytest.mark.parametrize("when", ["network", "pictures", "scores"])
-def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(when, run, folder, weights, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(
+    when, run, folder, weights, tmp_path, monkeypatch, capsys
+):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -556,8 +811,8 @@ def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(when, run, folder, w
     with monkeypatch.context() as patched:
         {
             "network": lambda: patched.setattr(TIENet, "save", stop),
-            "pictures": lambda: patched.setattr("tie_ext.app.attaching.save_snapshot", stop),
-            "scores": lambda: patched.setattr(attaching, "save_state", stop),
+            "pictures": lambda: patched.setattr("tie_ext.cli.attach_run.save_snapshot", stop),
+            "scores": lambda: patched.setattr(attach_run, "save_state", stop),
         }[when]()
         assert main(attach(folder, weights, out)) == 130
     assert written(out)
@@ -572,43 +827,101 @@ def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(when, run, folder, w
 def resnet(folder, tmp_path):
     pytest.importorskip("torchvision")
     torch.save(make("torchvision:resnet18").state_dict(), tmp_path / "w.pt")
-    assert main(attach(folder, tmp_path / "w.pt", tmp_path / "run", backbone="torchvision:resnet18", size=32)) == 0
+    assert (
+        main(
+            attach(
+                folder,
+                tmp_path / "w.pt",
+                tmp_path / "run",
+                backbone="torchvision:resnet18",
+                size=32,
+            )
+        )
+        == 0
+    )
     return tmp_path / "run"
 
 
-def test_a_record_that_names_another_architecture_is_refused_and_nothing_large_is_built(resnet, folder, capsys, monkeypatch):
+def test_a_record_that_names_another_architecture_is_refused_and_nothing_large_is_built(
+    resnet, folder, capsys, monkeypatch
+):
     record = json.loads((resnet / "run.json").read_text())
-    for name in ("torchvision:vit_h_14", "torchvision:resnet34", "os", "torchvision:../x", "timm:x", None, 3, ["conv3"]):
-        (resnet / "run.json").write_text(json.dumps({**record, "settings": {**record["settings"], "backbone": name}}))
+    for name in (
+        "torchvision:vit_h_14",
+        "torchvision:resnet34",
+        "os",
+        "torchvision:../x",
+        "timm:x",
+        None,
+        3,
+        ["conv3"],
+    ):
+        (resnet / "run.json").write_text(
+            json.dumps({**record, "settings": {**record["settings"], "backbone": name}})
+        )
         for command in (["score", str(resnet), images_of(folder)[0]], ["report", str(resnet)]):
             capsys.readouterr()
             assert main(command) == 1
             error = capsys.readouterr().err
             assert error.startswith("tie-ext: Expected ")
             assert error.count("\n") == 1
-    monkeypatch.setattr(models, "build_plan", lambda *_: nn.Linear(10**5, 10**4, device="meta"))
-    monkeypatch.setattr(models, "build", lambda *_: pytest.fail("it was built"))
-    with pytest.raises(ValueError, match=r"Expected a network of vit_h_14, 2000020000 bytes or more, but got a file of 50000000$"):
-        models.build_for("vit_h_14", 3, 2, 50_000_000)
+    monkeypatch.setattr(registry, "build_plan", lambda *_: nn.Linear(10**5, 10**4, device="meta"))
+    monkeypatch.setattr(registry, "build", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(
+        ValueError,
+        match=r"Expected a network of vit_h_14, 2000020000 bytes or more, but got a file of 50000000$",
+    ):
+        registry.build_for("vit_h_14", 3, 2, 50_000_000)
 
 
-def test_the_demos_images_can_be_attached_to_and_trained_on_with_every_flag(folder, tmp_path, capsys):
+def test_the_demos_images_can_be_attached_to_and_trained_on_with_every_flag(
+    folder, tmp_path, capsys
+):
     torch.save(Conv3(3, 10).state_dict(), tmp_path / "w")
     more = ["--images", "60", "--size", "20", "--ood", f"folder:{folder}"]
-    assert main(["attach", "--backbone", "conv3", "--weights", str(tmp_path / "w"), "--data", "demo", "--out", str(tmp_path / "a"), *more]) == 0
+    assert (
+        main(
+            [
+                "attach",
+                "--backbone",
+                "conv3",
+                "--weights",
+                str(tmp_path / "w"),
+                "--data",
+                "demo",
+                "--out",
+                str(tmp_path / "a"),
+                *more,
+            ]
+        )
+        == 0
+    )
     net = TIENet.load(tmp_path / "a" / "network.safetensors")
     assert net.image_shape == (3, 20, 20)
     fast = ["--epochs", "1", "--candidates", "22", "--pool-size", "20", "--synthesizer", "white"]
     assert main(["train", "--data", "demo", "--out", str(tmp_path / "t"), *fast, *more]) == 0
-    net, record = TIENet.load(tmp_path / "t" / "network.safetensors"), json.loads((tmp_path / "t" / "run.json").read_text())
+    net, record = (
+        TIENet.load(tmp_path / "t" / "network.safetensors"),
+        json.loads((tmp_path / "t" / "run.json").read_text()),
+    )
     assert net.image_shape == (1, 20, 20)
     assert type(net.backbone) is Conv3
     assert sum(load_state(tmp_path / "t" / "training.safetensors", "training")["counts"]) == 60
-    assert {f"folder:{folder}", "photographs", "letters", "noise"} == set(record["numbers"]["garbage_rate"])
+    assert {f"folder:{folder}", "photographs", "letters", "noise"} == set(
+        record["numbers"]["garbage_rate"]
+    )
 
 
 def test_every_command_has_its_work():
-    assert set(cli.COMMANDS) == {"demo", "train", "attach", "score", "report", "explain", "reproduce"}
+    assert set(cli.COMMANDS) == {
+        "demo",
+        "train",
+        "attach",
+        "score",
+        "report",
+        "explain",
+        "reproduce",
+    }
 
 
 def test_a_run_without_its_pictures_has_no_report(run, tmp_path, capsys):
@@ -619,17 +932,25 @@ def test_a_run_without_its_pictures_has_no_report(run, tmp_path, capsys):
 
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
-    (block,) = re.findall(r"```sh\n(tie-ext attach.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
+    (block,) = re.findall(
+        r"```sh\n(tie-ext attach.*?)```",
+        (Path(__file__).parents[2] / "README.md").read_text(),
+        re.S,
+    )
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("test", 20)):
         for label in ("cat", "dog"):
             Path("IMAGES", split, label).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(f"IMAGES/{split}/{label}/{i}.png")
+                Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(
+                    f"IMAGES/{split}/{label}/{i}.png"
+                )
     shutil.copytree("IMAGES/test", "NEW_IMAGES")
     torch.save(make("torchvision:resnet18").state_dict(), "weights.pt")
-    for command in block.replace("--size 224", "--size 48").replace("\\\n", "").splitlines():  # as the page has it, but quick
+    for command in (
+        block.replace("--size 224", "--size 48").replace("\\\n", "").splitlines()
+    ):  # as the page has it, but quick
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
     with open("rows.csv") as rows:
         levels = [row["level"] for row in csv.DictReader(rows)]

@@ -12,14 +12,40 @@ import torch
 import torch.distributed as dist
 
 from tie_ext import TIENet
-from tie_ext.app import processes
-from tie_ext.app.cli import main
-from tie_ext.app.folder import load_network
-from tie_ext.app.images import ImageSet
+from tie_ext.cli import processes
+from tie_ext.cli.folder import load_network
+from tie_ext.cli.images import ImageSet
+from tie_ext.cli.main import main
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
-SMALL = ["--backbone", "conv3", "--images", "400", "--shift", "0", "--batch-size", "32", "--device", "cpu"]
-METHOD = ["--garbage", "linear", "--synthesizer", "white", "--epochs", "6", "--candidates", "110", "--pool-size", "200", "--lam", "5"]
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
+)
+SMALL = [
+    "--backbone",
+    "conv3",
+    "--images",
+    "400",
+    "--shift",
+    "0",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+]
+METHOD = [
+    "--garbage",
+    "linear",
+    "--synthesizer",
+    "white",
+    "--epochs",
+    "6",
+    "--candidates",
+    "110",
+    "--pool-size",
+    "200",
+    "--lam",
+    "5",
+]
 TRAIN = ["train", "--data", "demo", *SMALL, *METHOD]
 
 
@@ -28,9 +54,22 @@ def together(*arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(port),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*torchrun, "-m", "tie_ext.app.cli", *arguments], env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*torchrun, "-m", "tie_ext.cli.main", *arguments],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finished(process):
@@ -65,11 +104,15 @@ def test_processes_leave_one_run_and_one_of_them_speaks(two):
 
 def test_figures_are_as_one_processs(two, tmp_path):
     assert main([*TRAIN, "--out", str(tmp_path / "one")]) == 0
-    one, both = (json.loads((out / "run.json").read_text())["numbers"] for out in (tmp_path / "one", two[0]))
+    one, both = (
+        json.loads((out / "run.json").read_text())["numbers"] for out in (tmp_path / "one", two[0])
+    )
     assert both["accuracy"] == pytest.approx(one["accuracy"], abs=0.05)
     assert both["accuracy"] > 0.8
     for name in one["garbage_rate"]:
-        assert both["scores"]["score"][name]["auroc"] == pytest.approx(one["scores"]["score"][name]["auroc"], abs=0.1)
+        assert both["scores"]["score"][name]["auroc"] == pytest.approx(
+            one["scores"]["score"][name]["auroc"], abs=0.1
+        )
 
 
 def test_killed_processes_go_on_and_end_bit_identical_and_as_many_have_to(two, tmp_path, capsys):
@@ -80,7 +123,10 @@ def test_killed_processes_go_on_and_end_bit_identical_and_as_many_have_to(two, t
     process.terminate()  # which torchrun hands on: its processes have sessions of their own
     process.communicate()
     assert main(["train", "--resume", str(out)]) == 1
-    assert f"go on as torchrun --nproc-per-node 2 -m tie_ext.app.cli train --resume {out}" in capsys.readouterr().err
+    assert (
+        f"go on as torchrun --nproc-per-node 2 -m tie_ext.cli.main train --resume {out}"
+        in capsys.readouterr().err
+    )
     finished(together("train", "--resume", str(out)))
     assert not list(out.glob("process-*"))
     for name in ("network.safetensors", "scores.safetensors"):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tie_ext import TIENet
-from tie_ext.app.data import ImageSet
-from tie_ext.support.random import seeded
+from tie_ext.cli.data import ImageSet
+from tie_ext.utils.random import seeded
 
 BATCH = 1024
 LR = 11.5 / 7.667
@@ -47,19 +47,29 @@ class AirBench(nn.Module):
         self.whiten.weight.requires_grad = False
         layers: list[nn.Module] = [nn.GELU()]
         for cin, cout in pairwise((8 * in_channels, 64, 256, 256)):
-            layers += [_conv(cin, cout), nn.MaxPool2d(2), _Half(cout), _conv(cout, cout), _Half(cout)]
+            layers += [
+                _conv(cin, cout),
+                nn.MaxPool2d(2),
+                _Half(cout),
+                _conv(cout, cout),
+                _Half(cout),
+            ]
         self.layers = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.fc = nn.Linear(256, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, num_classes)`` of images ``(B, C, H, W)``."""
-        return self.fc(self.layers(self.whiten(x.contiguous(memory_format=torch.channels_last))) / 9)
+        return self.fc(
+            self.layers(self.whiten(x.contiguous(memory_format=torch.channels_last))) / 9
+        )
 
     @torch.no_grad()
     def learn_patches(self, x: Tensor) -> None:
         """Sets the first layer to the principal directions of the patches of images, scaled to unit variance, each with both signs."""
         channels = x.shape[1]
-        patches = x.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 4 * channels)
+        patches = (
+            x.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 4 * channels)
+        )
         variance, directions = torch.linalg.eigh(patches.T.cov())
         filters = (directions / (variance + 3e-5).sqrt()).T.reshape(-1, channels, 2, 2)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
@@ -80,7 +90,9 @@ def batches(images: ImageSet, epoch: int, first: Tensor) -> Iterator[tuple[Tenso
         x = F.pad(images.x[rows].float() / 255, (2, 2, 2, 2), mode="reflect")
         across, down = torch.randint(5, (2, len(x), 1))
         ys, xs = down + torch.arange(size), across + torch.arange(size)
-        x = x[torch.arange(len(x))[:, None, None], :, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)
+        x = x[torch.arange(len(x))[:, None, None], :, ys[:, :, None], xs[:, None, :]].permute(
+            0, 3, 1, 2
+        )
         mirrored = first[rows] ^ bool(epoch % 2)
         yield torch.where(mirrored[:, None, None, None], x.flip(3), x), images.y[rows]
 
@@ -96,7 +108,9 @@ def _faster(net: nn.Module) -> list[dict]:
     ]
 
 
-def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, precision: str = "float32") -> float:
+def train(
+    net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, precision: str = "float32"
+) -> float:
     """SGD with a triangle of learning rates, smoothed labels and Lookahead. Seconds it took in all; goes on after the last finished epoch.
 
     The trained network computes in float32, whatever the precision of training was.
@@ -106,11 +120,18 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, pr
     total = epochs * -(-len(images) // BATCH)
     peak = 0.23 * total
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.2 + 0.8 * step / peak if step < peak else 1 - 0.93 * (step - peak) / (total - peak)
+        optimizer,
+        lambda step: (
+            0.2 + 0.8 * step / peak if step < peak else 1 - 0.93 * (step - peak) / (total - peak)
+        ),
     )
     first = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
     done, seconds, step = 0, 0.0, 0
-    slow = {name: of.clone() for name, of in net.state_dict().items() if name.startswith(LEARNED) and of.is_floating_point()}
+    slow = {
+        name: of.clone()
+        for name, of in net.state_dict().items()
+        if name.startswith(LEARNED) and of.is_floating_point()
+    }
     net.precision = precision
     if state.exists():
         kept = torch.load(state, map_location=net.low.device, weights_only=True)
@@ -136,10 +157,19 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, pr
                     _look_ahead(net, slow, 0.95**5 * (step / total) ** 3)
                 right += int((logits.argmax(1) == y).sum())
         seconds += time.perf_counter() - start
-        kept = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "slow": slow, "step": step}
+        kept = {
+            "net": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "slow": slow,
+            "step": step,
+        }
         torch.save({**kept, "epochs": epoch + 1, "seconds": seconds}, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
-        print(f"epoch {epoch + 1} of {epochs}: {right / len(images):.4f} of training images right, {seconds:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1} of {epochs}: {right / len(images):.4f} of training images right, {seconds:.0f} s",
+            flush=True,
+        )
     net.load_state_dict({**net.state_dict(), **slow})
     net.precision = "float32"
     net.eval()

@@ -28,21 +28,31 @@ import airbench
 import torch
 import torch.nn.functional as F
 from processed import PROCESSED, processed_sets
-from pytorch_ood.detector import ASH, GEN, KNN, ODIN, SHE, EnergyBased, Mahalanobis, MaxSoftmax, ViM
+from pytorch_ood.detector import (
+    ASH,
+    GEN,
+    KNN,
+    ODIN,
+    SHE,
+    EnergyBased,
+    Mahalanobis,
+    MaxSoftmax,
+    ViM,
+)
 from torch import Tensor, nn
 
 from tie_ext import TIENet, attach
-from tie_ext.app import data
-from tie_ext.app.data import ImageBatches, ImageSet, moved
-from tie_ext.app.evaluation import ood_metrics
-from tie_ext.backbones import BACKBONES
-from tie_ext.bench.comparison import classifier
-from tie_ext.network import PRECISIONS
+from tie_ext.cli import data
+from tie_ext.cli.data import ImageBatches, ImageSet, moved
+from tie_ext.cli.evaluation import ood_metrics
+from tie_ext.cli.reproduce.comparison import classifier
+from tie_ext.models.backbones import BACKBONES
+from tie_ext.models.network import PRECISIONS
 from tie_ext.outliers import make
-from tie_ext.pytorch_ood.chosen import fit_knn
-from tie_ext.support.files import add_json_line, save_state
-from tie_ext.support.provenance import provenance
-from tie_ext.support.random import seeded
+from tie_ext.pytorch_ood.combine import fit_knn
+from tie_ext.utils.files import add_json_line, save_state
+from tie_ext.utils.provenance import provenance
+from tie_ext.utils.random import seeded
 
 
 def openood_resnet18(in_channels: int, num_classes: int) -> nn.Module:
@@ -52,9 +62,13 @@ def openood_resnet18(in_channels: int, num_classes: int) -> nn.Module:
         ValueError: If the images have not three channels.
     """
     if in_channels != 3:
-        raise ValueError(f"Expected images of 3 channels for OpenOOD's ResNet18_32x32, but got {in_channels}")
+        raise ValueError(
+            f"Expected images of 3 channels for OpenOOD's ResNet18_32x32, but got {in_channels}"
+        )
     root = Path(os.environ.get("OPENOOD_ROOT", Path.home() / "OpenOOD"))
-    sys.path.append(str(root / "openood" / "networks"))  # the file alone: its package wants all that OpenOOD does
+    sys.path.append(
+        str(root / "openood" / "networks")
+    )  # the file alone: its package wants all that OpenOOD does
     from resnet18_32x32 import ResNet18_32x32
 
     return ResNet18_32x32(num_classes=num_classes)
@@ -70,7 +84,12 @@ HELD = 5000
 VALIDATION = ("tinyimagenet", "glyphs", "photos")
 OTHERS = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet", "notmnist")
 AS_THEY_ARE = "head, images as they are"
-HEADS = {"head": ("procedural",), AS_THEY_ARE: ("procedural",), "head, multi-scale noise": ("multiscale",), "head, white noise": ("white",)}
+HEADS = {
+    "head": ("procedural",),
+    AS_THEY_ARE: ("procedural",),
+    "head, multi-scale noise": ("multiscale",),
+    "head, white noise": ("white",),
+}
 """Heads by the outliers that teach them; one does not see the ID images processed another way."""
 NETWORKS = {**BACKBONES, "airbench": airbench.AirBench, RESNET18: openood_resnet18}
 SAMPLED = "KNN of 5000"
@@ -109,7 +128,9 @@ def other_seeds(network: Path) -> list[Path]:
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """Flags of scripts that go on from one of these networks: where the data are, and the network's file."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data")
     parser.add_argument("network", type=Path)
     return parser
@@ -132,7 +153,9 @@ def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, 
         whole, test = (images.classes_between(0, known - 1) for images in (whole, test))
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     rows = {"held": order[-HELD:], "train": order[:-HELD][:count]}
-    sets |= {part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()} | {"id": test}
+    sets |= {
+        part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()
+    } | {"id": test}
     sets |= {f"val:{other}": data.load(other, "val", root, test.shape) for other in VALIDATION}
     for other in OTHERS:
         if other == base:
@@ -153,7 +176,15 @@ def batches(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, images.y[rows]
 
 
-def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, precision: str = "float32", falling: bool = False) -> float:
+def train(
+    net: TIENet,
+    images: ImageSet,
+    epochs: int,
+    seed: int,
+    state: Path,
+    precision: str = "float32",
+    falling: bool = False,
+) -> float:
     """Plain cross-entropy, SGD with one cycle of learning rate, or one that falls along half a cosine, images moved (colour ones also mirrored).
     Seconds it took in all.
 
@@ -161,10 +192,14 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, pr
     """
     device = net.low.device
     images = replace(images, x=images.x.to(device), y=images.y.to(device))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     steps = epochs * -(-len(images) // BATCH)
     schedule = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-6) if falling else torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-6)
+        if falling
+        else torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
     )
     # An accelerator waits for orders where each is given by itself.
     fast = net if device.type == "cpu" else torch.compile(net, mode="reduce-overhead")
@@ -191,7 +226,11 @@ def train(net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, pr
                 right += (logits.argmax(1) == y).sum()
         said = f"epoch {epoch + 1} of {epochs}: {int(right) / len(images):.4f} of training images right"
         seconds += time.perf_counter() - start
-        kept = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        kept = {
+            "net": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+        }
         torch.save({**kept, "epochs": epoch + 1, "seconds": seconds}, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
         print(f"{said}, {seconds:.0f} s", flush=True)
@@ -215,7 +254,10 @@ def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str
     one = F.normalize  # what Mahalanobis++ changes
     fc = copy.deepcopy(net.fc).cpu()
     energy, weight, bias = EnergyBased.score, fc.weight.detach(), fc.bias.detach()
-    mahalanobis, plus = Mahalanobis(None).fit_features(h, y), Mahalanobis(None).fit_features(one(h), y)
+    mahalanobis, plus = (
+        Mahalanobis(None).fit_features(h, y),
+        Mahalanobis(None).fit_features(one(h), y),
+    )
     knn = KNN(None).fit_features(h, y)
     vim = ViM(None, d=features // 2, w=weight, b=bias).fit_features(h, y)
     kept = fit_knn(h)
@@ -234,10 +276,15 @@ def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str
         "Mahalanobis++": lambda logits, h: plus.predict_features(one(h)),
     }
     with torch.no_grad():
-        scores = {label: {name: score(*pair) for name, pair in seen.items() if name != "train"} for label, score in of.items()}
+        scores = {
+            label: {name: score(*pair) for name, pair in seen.items() if name != "train"}
+            for label, score in of.items()
+        }
     odin = ODIN(net)
     scores["ODIN"] = {
-        name: torch.cat([odin.predict(x).detach() for x, _ in ImageBatches(images, 500, scale=net)]).cpu()
+        name: torch.cat(
+            [odin.predict(x).detach() for x, _ in ImageBatches(images, 500, scale=net)]
+        ).cpu()
         for name, images in sets.items()
         if name != "train"
     }
@@ -248,60 +295,140 @@ def headed(net: TIENet, images: ImageSet, label: str, seed: int) -> TIENet:
     """The n-class network of ``net`` with one of :data:`HEADS`."""
     classes, outliers = images.classes, [make(name, net) for name in HEADS[label]]
     # There is no setting for it: nobody should want it but for this comparison.
-    unseen = patch("tie_ext.attach.processed", lambda x, dice: x) if label == AS_THEY_ARE else nullcontext()
+    unseen = (
+        patch("tie_ext.training.attach.processed", lambda x, rng: x)
+        if label == AS_THEY_ARE
+        else nullcontext()
+    )
     with unseen:
         batches = ImageBatches(images, 128 if net.low.is_cpu else 1024, scale=net)
-        return attach(classifier(net), batches, len(classes), classes=classes, outliers=outliers, seed=seed, precision=net.precision)
+        return attach(
+            classifier(net),
+            batches,
+            len(classes),
+            classes=classes,
+            outliers=outliers,
+            seed=seed,
+            precision=net.precision,
+        )
 
 
 @torch.no_grad()
-def judged(net: TIENet, sets: Mapping[str, ImageSet]) -> tuple[dict[str, Tensor], dict[str, float]]:
+def judged(
+    net: TIENet, sets: Mapping[str, ImageSet]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Scores of a garbage class, and the share that is in it, by set."""
-    decisions = {name: [net.decide(x) for x, _ in ImageBatches(of, 500, scale=net)] for name, of in sets.items() if name != "train"}
+    decisions = {
+        name: [net.decide(x) for x, _ in ImageBatches(of, 500, scale=net)]
+        for name, of in sets.items()
+        if name != "train"
+    }
     return (
         {name: torch.cat([one.score for one in of]).cpu() for name, of in decisions.items()},
-        {name: torch.cat([one.level == 1 for one in of]).double().mean().item() for name, of in decisions.items()},
+        {
+            name: torch.cat([one.level == 1 for one in of]).double().mean().item()
+            for name, of in decisions.items()
+        },
     )
 
 
-def numbers_of(scores: Mapping[str, Mapping[str, Tensor]], garbage: Mapping[str, Mapping[str, float]]) -> dict:
+def numbers_of(
+    scores: Mapping[str, Mapping[str, Tensor]], garbage: Mapping[str, Mapping[str, float]]
+) -> dict:
     """Metrics against the ID test set by score and OOD set; the share in garbage by head and set; of ID images, processed or not, the share above
     the line that 5 % of the held-out ones pass."""
-    ood = [name for name in next(iter(scores.values())) if name not in ("held", "id") and not name.startswith(PROCESSED)]
+    ood = [
+        name
+        for name in next(iter(scores.values()))
+        if name not in ("held", "id") and not name.startswith(PROCESSED)
+    ]
     metrics = {
-        label: {name: {key: ood_metrics(of["id"], of[name])[key] for key in ("auroc", "fpr95_id")} for name in ood} for label, of in scores.items()
+        label: {
+            name: {key: ood_metrics(of["id"], of[name])[key] for key in ("auroc", "fpr95_id")}
+            for name in ood
+        }
+        for label, of in scores.items()
     }
     lines = {label: of["held"].quantile(0.95) for label, of in scores.items()}
-    rejected = {label: {name: (of[name] > lines[label]).double().mean().item() for name in of if name not in ood} for label, of in scores.items()}
+    rejected = {
+        label: {
+            name: (of[name] > lines[label]).double().mean().item()
+            for name in of
+            if name not in ood
+        }
+        for label, of in scores.items()
+    }
     return {"scores": metrics, "garbage_rate": garbage, "rejected_at_5": rejected}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data")
-    parser.add_argument("--data", required=True, help=f"a set's name; with {HALF} behind it, classes 0 to 4 are ID and 5 to 9 OOD")
-    parser.add_argument("--images", type=int, help="training images; default all but the held-out ones")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help=f"a set's name; with {HALF} behind it, classes 0 to 4 are ID and 5 to 9 OOD",
+    )
+    parser.add_argument(
+        "--images", type=int, help="training images; default all but the held-out ones"
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--backbone", choices=NETWORKS, default="conv3")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of training; bfloat16 takes half the time where a CPU has it")
-    parser.add_argument("--scores-in", choices=PRECISIONS, default="float32", help="precision of all that comes after training")
-    parser.add_argument("--device", default="cpu", help="where networks compute; an accelerator trains a compiled one")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of training; bfloat16 takes half the time where a CPU has it",
+    )
+    parser.add_argument(
+        "--scores-in",
+        choices=PRECISIONS,
+        default="float32",
+        help="precision of all that comes after training",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where networks compute; an accelerator trains a compiled one",
+    )
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
-    parser.add_argument("--work", type=Path, default=OUT / "work", help="networks and scores, which are not committed")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=OUT / "work",
+        help="networks and scores, which are not committed",
+    )
     a = parser.parse_args()
     if a.backbone == "airbench" and a.device != "cpu":
-        parser.error(f"Expected --device cpu for airbench, whose batches are made there, but got {a.device}")
+        parser.error(
+            f"Expected --device cpu for airbench, whose batches are made there, but got {a.device}"
+        )
     sets = image_sets(a.data, a.root, a.images, a.seed)
     sets |= processed_sets(sets["id"])
     stem = str(Trained(a.data, len(sets["train"]), a.epochs, a.backbone, a.seed))
     a.work.mkdir(parents=True, exist_ok=True)
     images = sets["train"]
     with seeded(a.seed):
-        net = TIENet(NETWORKS[a.backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
+        net = TIENet(
+            NETWORKS[a.backbone](images.shape[0], len(images.classes)),
+            len(images.classes),
+            images.shape,
+            classes=images.classes,
+        )
     net.to(a.device)
-    trained = airbench.train if a.backbone == "airbench" else partial(train, falling=a.backbone == RESNET18)
-    seconds = {"training": trained(net, images, a.epochs, a.seed, a.work / f"{stem}.training", a.precision)}
+    trained = (
+        airbench.train
+        if a.backbone == "airbench"
+        else partial(train, falling=a.backbone == RESNET18)
+    )
+    seconds = {
+        "training": trained(
+            net, images, a.epochs, a.seed, a.work / f"{stem}.training", a.precision
+        )
+    }
     net.precision = a.scores_in
     net.save(a.work / f"{stem}.safetensors")
     start = time.perf_counter()
@@ -332,11 +459,19 @@ def main() -> None:
     }
     add_json_line(RECORDS, record, "network")
     save_state(a.work / f"{stem}.scores.safetensors", "scores", scores)
-    print(f"{stem}: accuracy {record['accuracy']:.4f}, ID in garbage {garbage['head']['id']:.4%}, seconds {seconds}")
+    print(
+        f"{stem}: accuracy {record['accuracy']:.4f}, ID in garbage {garbage['head']['id']:.4%}, seconds {seconds}"
+    )
     metrics = record["numbers"]["scores"]
     for name, of in metrics["head"].items():
-        auroc, best = max((other[name]["auroc"], label) for label, other in metrics.items() if not label.startswith("head"))
-        print(f"  {name:18} garbage {garbage['head'][name]:7.2%}  FPR@95 {of['fpr95_id']:7.2%}  AUROC {of['auroc']:.4f}; {best} {auroc:.4f}")
+        auroc, best = max(
+            (other[name]["auroc"], label)
+            for label, other in metrics.items()
+            if not label.startswith("head")
+        )
+        print(
+            f"  {name:18} garbage {garbage['head'][name]:7.2%}  FPR@95 {of['fpr95_id']:7.2%}  AUROC {of['auroc']:.4f}; {best} {auroc:.4f}"
+        )
 
 
 if __name__ == "__main__":

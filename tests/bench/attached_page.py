@@ -10,8 +10,8 @@ from statistics import mean
 from page import percent
 from processed import PROCESSED
 
-from tie_ext.app.report import table
-from tie_ext.support.files import read_json_lines
+from tie_ext.cli.report import table
+from tie_ext.utils.files import read_json_lines
 
 AS_THEY_ARE = "head, images as they are"
 SAMPLED = "KNN of 5000"
@@ -23,7 +23,12 @@ WITH_PROCESSED = (
 )
 BEFORE = "Measured before the head was taught processed images."
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "attached"
-CALLED = {"tinyimagenet": "TinyImageNet", "gaussian": "Gaussian noise", "uniform": "uniform noise", "notmnist": "letters (notMNIST)"}
+CALLED = {
+    "tinyimagenet": "TinyImageNet",
+    "gaussian": "Gaussian noise",
+    "uniform": "uniform noise",
+    "notmnist": "letters (notMNIST)",
+}
 
 
 COMBINED = RESULTS / "combined.json"
@@ -58,7 +63,9 @@ GREY = ("mnist", "fashionmnist")
 
 def combined_runs() -> dict[str, dict]:
     """What GEN, KNN and the head were judged at together, by network; empty where there is no record yet."""
-    records = [json.loads(path.read_text())["judged"] for path in (COMBINED, LATER) if path.exists()]
+    records = [
+        json.loads(path.read_text())["judged"] for path in (COMBINED, LATER) if path.exists()
+    ]
     judged = [record["combine" if "combine before" in record else "chosen"] for record in records]
     assert all({"GEN", "head"} < set(of["members"]) and of["rule"] == "stouffer" for of in judged)
     return {name: found for of in judged for name, found in of["runs"].items()}
@@ -66,7 +73,11 @@ def combined_runs() -> dict[str, dict]:
 
 def _others(labels: Iterable[str]) -> list[str]:
     """The hosts' detectors among the scores."""
-    return [label for label in labels if not label.startswith(("head", "combined")) and label != SAMPLED]
+    return [
+        label
+        for label in labels
+        if not label.startswith(("head", "combined")) and label != SAMPLED
+    ]
 
 
 def front() -> str:
@@ -76,14 +87,25 @@ def front() -> str:
     rows = []
     for label, needs in FRONT.items():
         combined = label == "attach, combined"
-        scores = [runs[stem]["sets"] for stem in stems] if combined else [record["numbers"]["scores"][label] for record in records]
-        row = {"method": "attach, head alone" if label == "head" else label, "what it needs": needs}
+        scores = (
+            [runs[stem]["sets"] for stem in stems]
+            if combined
+            else [record["numbers"]["scores"][label] for record in records]
+        )
+        row = {
+            "method": "attach, head alone" if label == "head" else label,
+            "what it needs": needs,
+        }
         row["ID accuracy"] = percent([record["accuracy"] for record in records])
         for column, names in FAR_AND_NEAR.items():
             of = [mean(score[name]["auroc"] for score in scores) for name in names]
             row[column] = f"{100 * mean(of):.1f} ({100 * min(of):.1f})"
         rows.append(row)
-    shares = [[record["numbers"]["garbage_rate"]["head"] for record in found] for (name, *_), found in groups().items() if name in GREY]
+    shares = [
+        [record["numbers"]["garbage_rate"]["head"] for record in found]
+        for (name, *_), found in groups().items()
+        if name in GREY
+    ]
     least = min(mean(rate[of] for rate in rates) for rates in shares for of in _tests(rates[0]))
     of_id = max(mean(rate["id"] for rate in rates) for rates in shares)
     return (
@@ -98,7 +120,11 @@ def facts() -> dict[str, str]:
     before = json.loads(LATER.read_text())["judged"]["combine before"]["runs"]
     shown, stems = known[SHOWN], [record["network"] for record in known[SHOWN]]
     rates = [record["numbers"]["garbage_rate"]["head"] for record in shown]
-    full = [100 * mean(record["accuracy"] for record in known[key]) for key in known if key[:2] == SHOWN[:2]]
+    full = [
+        100 * mean(record["accuracy"] for record in known[key])
+        for key in known
+        if key[:2] == SHOWN[:2]
+    ]
 
     def level_1(name: str) -> str:
         return f"{100 * mean(rate[name] for rate in rates):.{1 if name == 'id' else 0}f}"
@@ -109,22 +135,37 @@ def facts() -> dict[str, str]:
     def loss(name: str, stem: str | None = None, among: Sequence[dict] = shown) -> float:
         """How much better the best single score is, on one network or in the mean."""
         of = [record for record in among if stem in (None, record["network"])]
-        best = max(mean(r["numbers"]["scores"][label][name]["auroc"] for r in of) for label in _others(of[0]["numbers"]["scores"]))
+        best = max(
+            mean(r["numbers"]["scores"][label][name]["auroc"] for r in of)
+            for label in _others(of[0]["numbers"]["scores"])
+        )
         return 100 * (best - mean(runs[r["network"]]["sets"][name]["auroc"] for r in of))
 
     far, near = FAR_AND_NEAR.values()
     noise = ("gaussian", "uniform")
-    smaller, hundred = (known[data, 45000, epochs, "airbench"] for data, epochs in (("cifar10", 10), ("cifar100", 6)))
+    smaller, hundred = (
+        known[data, 45000, epochs, "airbench"]
+        for data, epochs in (("cifar10", 10), ("cifar100", 6))
+    )
     behind = [loss(name, among=hundred) for name in ("cifar10", "tinyimagenet")]
     ahead = [-loss(name, among=hundred) for name in ("mnist", "fashionmnist", "notmnist")]
     return {
-        **{f"level 1: {name}": level_1(name) for name in ("mnist", "fashionmnist", "notmnist", "id")},
+        **{
+            f"level 1: {name}": level_1(name)
+            for name in ("mnist", "fashionmnist", "notmnist", "id")
+        },
         "noise: mean loss": f"{max(map(loss, noise)):.1f}",
         "noise: worst loss": f"{max(loss(name, stem) for name in noise for stem in stems):.1f}",
         "near: least gain": f"{min(-loss(name) for name in near):.1f}",
         "near: most gain": f"{max(-loss(name) for name in near):.1f}",
-        **{f"combine: {word}": f"{100 * auroc(runs, names):.1f}" for word, names in (("far", far), ("near", near))},
-        **{f"with ViM: {word}": f"{100 * auroc(before, names):.1f}" for word, names in (("far", far), ("near", near))},
+        **{
+            f"combine: {word}": f"{100 * auroc(runs, names):.1f}"
+            for word, names in (("far", far), ("near", near))
+        },
+        **{
+            f"with ViM: {word}": f"{100 * auroc(before, names):.1f}"
+            for word, names in (("far", far), ("near", near))
+        },
         "airbench: accuracy": percent([record["accuracy"] for record in smaller], 1),
         "cifar10: accuracies": f"{min(full):.0f} to {max(full):.0f}",
         "cifar100: accuracy": percent([record["accuracy"] for record in hundred], 1),
@@ -137,7 +178,9 @@ def groups() -> dict[tuple, list[dict]]:
     """Records of all seeds by data, training images, epochs and backbone."""
     found: dict[tuple, list[dict]] = defaultdict(list)
     for record in read_json_lines(RESULTS / "networks.jsonl", "a network"):
-        found[record["data"], record["images"]["train"], record["epochs"], record["backbone"]].append(record)
+        found[
+            record["data"], record["images"]["train"], record["epochs"], record["backbone"]
+        ].append(record)
     return found
 
 
@@ -161,12 +204,23 @@ def page() -> str:
         of_id = percent([record["numbers"]["garbage_rate"]["head"]["id"] for record in records])
         seconds = mean(record["seconds"]["head"] for record in records)
         places = {(record["processor"], record["threads"]) for record in records}
-        place = " or ".join(f"{processor}, {threads} thread{'s' if threads > 1 else ''}" for processor, threads in sorted(places))
-        parts.append(f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s ({place}).\n")
+        place = " or ".join(
+            f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
+            for processor, threads in sorted(places)
+        )
+        parts.append(
+            f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s ({place}).\n"
+        )
         if all(record.get("precision of scores") == "bfloat16" for record in records):
             parts.append("Backbones computed in bfloat16, for all detectors alike.\n")
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
-        parts += [table(_columns(records)), "", "What teaches the head:\n", table(_teachers(records)), ""]
+        parts += [
+            table(_columns(records)),
+            "",
+            "What teaches the head:\n",
+            table(_teachers(records)),
+            "",
+        ]
         processed = all("rejected_at_5" in record["numbers"] for record in records)
         parts += [WITH_PROCESSED, table(_processed(records)), ""] if processed else [BEFORE, ""]
     return "\n".join([*parts, *_combined(), *_joint(), *_search(), *_otherwise()])
@@ -181,7 +235,9 @@ def _columns(records: list[dict], wanted: list[str] | None = None) -> list[dict]
         rows.append(
             {
                 "OOD set": _called(name),
-                "in garbage": percent([record["numbers"]["garbage_rate"]["head"][name] for record in records], 1),
+                "in garbage": percent(
+                    [record["numbers"]["garbage_rate"]["head"][name] for record in records], 1
+                ),
                 "head: FPR@95": percent([of["head"][name]["fpr95_id"] for of in scores]),
                 "head: AUROC": percent([of["head"][name]["auroc"] for of in scores]),
                 "best other: AUROC": f"{percent([of[best][name]['auroc'] for of in scores])} ({best})",
@@ -193,14 +249,20 @@ def _columns(records: list[dict], wanted: list[str] | None = None) -> list[dict]
 def _teachers(records: list[dict]) -> list[dict]:
     rows = []
     for label in records[0]["numbers"]["garbage_rate"]:
-        rates = [record["numbers"]["garbage_rate"][label] for record in records if label in record["numbers"]["garbage_rate"]]
+        rates = [
+            record["numbers"]["garbage_rate"][label]
+            for record in records
+            if label in record["numbers"]["garbage_rate"]
+        ]
         tests = _tests(rates[0])
         worst = min(tests, key=lambda name: mean(rate[name] for rate in rates))
         rows.append(
             {
                 "outliers": TEACHERS.get(label, label.removeprefix("head, ")),
                 "ID in garbage": percent([rate["id"] for rate in rates]),
-                "OOD test sets in garbage, mean": percent([mean(rate[name] for name in tests) for rate in rates], 1),
+                "OOD test sets in garbage, mean": percent(
+                    [mean(rate[name] for name in tests) for rate in rates], 1
+                ),
                 "worst": f"{percent([rate[worst] for rate in rates], 1)} ({_called(worst)})",
             }
         )
@@ -209,7 +271,11 @@ def _teachers(records: list[dict]) -> list[dict]:
 
 def _tests(rates: Iterable[str]) -> list[str]:
     """Names of the OOD test sets among those of all sets."""
-    return [name for name in rates if name not in ("held", "id") and not name.startswith(("val:", PROCESSED))]
+    return [
+        name
+        for name in rates
+        if name not in ("held", "id") and not name.startswith(("val:", PROCESSED))
+    ]
 
 
 def _processed(records: list[dict]) -> list[dict]:
@@ -217,7 +283,11 @@ def _processed(records: list[dict]) -> list[dict]:
     rates = [record["numbers"]["garbage_rate"] for record in records]
     at_line = [record["numbers"]["rejected_at_5"] for record in records]
     runs = combined_runs()
-    combined = [runs[record["network"]] for record in records if "processed" in runs.get(record["network"], {})]
+    combined = [
+        runs[record["network"]]
+        for record in records
+        if "processed" in runs.get(record["network"], {})
+    ]
     rows = []
     for name in ["id", *(name for name in rates[0]["head"] if name.startswith(PROCESSED))]:
         row = {"ID test images": "as they are" if name == "id" else name.removeprefix(PROCESSED)}
@@ -227,9 +297,18 @@ def _processed(records: list[dict]) -> list[dict]:
             row[f"{said}: in garbage"] = percent(known, 1) if known else "-"
             if label == "head":
                 row["above its line"] = percent([rate[label][name] for rate in at_line], 1)
-        judged = [one["false_alarms"] if name == "id" else one["processed"][name] for one in combined]
+        judged = [
+            one["false_alarms"] if name == "id" else one["processed"][name] for one in combined
+        ]
         rows.append({**row, "combined: above its line": percent(judged, 1) if judged else "-"})
-    return [{column: cell for column, cell in row.items() if any(other[column] != "-" for other in rows)} for row in rows]
+    return [
+        {
+            column: cell
+            for column, cell in row.items()
+            if any(other[column] != "-" for other in rows)
+        }
+        for row in rows
+    ]
 
 
 def judged_rows(path: Path = COMBINED) -> list[dict]:
@@ -245,10 +324,13 @@ def judged_rows(path: Path = COMBINED) -> list[dict]:
         rows.append(
             {
                 "what": name if name != "combine" or not tried else "combine before",
-                "members": f"{' + '.join(of['members'])}" + (f", {of['rule']}" if len(of["members"]) > 1 else ""),
+                "members": f"{' + '.join(of['members'])}"
+                + (f", {of['rule']}" if len(of["members"]) > 1 else ""),
                 **({"validation: worst AUROC": percent([tried[key]["worst"]])} if tried else {}),
                 "test: worst, mean": f"{percent([min(sets)])}, {percent([mean(sets)])}",
-                "false alarms": percent([mean(run["false_alarms"] for run in of["runs"].values())]),
+                "false alarms": percent(
+                    [mean(run["false_alarms"] for run in of["runs"].values())]
+                ),
             }
         )
     return rows
@@ -259,7 +341,7 @@ def _combined() -> list[str]:
         return []
     record = json.loads(COMBINED.read_text())
     text = (
-        f"Every combination of up to three scores, by every rule of `tie_ext.combination`, on {len(record['runs'])} networks:\n"
+        f"Every combination of up to three scores, by every rule of `tie_ext.scores.combination`, on {len(record['runs'])} networks:\n"
         f"{', '.join(record['runs'])}; {len(record['validation'])} in all. Of those whose AUROC in the worst\n"
         "validation column is within 0.2 of the best, the highest mean over the validation columns is chosen.\n"
         "*Chosen* is what `tie_ext.combine` has, but that it keeps 5000 training images for KNN, and here KNN has all. *Combine before* is what it\n"
@@ -267,9 +349,7 @@ def _combined() -> list[str]:
         "The OOD test sets were looked at for this table alone. False alarms: ID test images above the threshold that\n"
         f"{percent([record['false_alarm']], 0)} % of them may exceed.\n"
     )
-    text_by_set = (
-        "GEN, KNN and the head by OOD test set; best single: the highest AUROC of the hosts' detectors, chosen by looking at this very column.\n"
-    )
+    text_by_set = "GEN, KNN and the head by OOD test set; best single: the highest AUROC of the hosts' detectors, chosen by looking at this very column.\n"
     return [
         "## One score of several\n",
         f"    python tests/bench/{record['command']}\n",
@@ -296,7 +376,15 @@ def _later() -> list[str]:
         "Near sets, AUROC, beside the best of all combinations of up to three of the hosts' scores, chosen by looking at that very set on each\n"
         "network:\n"
     )
-    return [text, f"    python tests/bench/{record['command']}\n", table(judged_rows(LATER)), "", beside, table(_near(record)), ""]
+    return [
+        text,
+        f"    python tests/bench/{record['command']}\n",
+        table(judged_rows(LATER)),
+        "",
+        beside,
+        table(_near(record)),
+        "",
+    ]
 
 
 def _near(record: dict) -> list[dict]:
@@ -305,13 +393,21 @@ def _near(record: dict) -> list[dict]:
     rows = []
     for (data, images, _, backbone), records in groups().items():
         stems = [stem for stem in (record["network"] for record in records) if stem in mine]
-        for name in {"cifar10": ("cifar100", "tinyimagenet"), "cifar100": ("cifar10", "tinyimagenet")}.get(data, ()) if stems else ():
+        for name in (
+            {"cifar10": ("cifar100", "tinyimagenet"), "cifar100": ("cifar10", "tinyimagenet")}.get(
+                data, ()
+            )
+            if stems
+            else ()
+        ):
             rows.append(
                 {
                     "in-distribution": f"{data}, {images} images, {backbone}",
                     "OOD set": _called(name),
                     "combine": percent([mine[stem]["sets"][name]["auroc"] for stem in stems]),
-                    "best without the head": percent([without[stem][name]["auroc"] for stem in stems]),
+                    "best without the head": percent(
+                        [without[stem][name]["auroc"] for stem in stems]
+                    ),
                 }
             )
     return rows
@@ -325,7 +421,10 @@ def _by_set(runs: dict[str, dict]) -> list[dict]:
         judged = [(runs[stem]["sets"], scores) for stem, scores in stems.items() if stem in runs]
         for name in judged[0][0] if judged else ():
             singles = _others(judged[0][1])
-            best = max(singles, key=lambda label: mean(scores[label][name]["auroc"] for _, scores in judged))
+            best = max(
+                singles,
+                key=lambda label: mean(scores[label][name]["auroc"] for _, scores in judged),
+            )
             rows.append(
                 {
                     "in-distribution": f"{data}, {images} images, {backbone}",
@@ -349,13 +448,18 @@ def _joint() -> list[str]:
     for data, results in groups.items():
         for label in results[0]:
             of = [result[label] for result in results]
-            worst = min(of[0]["validation"], key=lambda name: mean(result["garbage_rate"][name] for result in of))
+            worst = min(
+                of[0]["validation"],
+                key=lambda name: mean(result["garbage_rate"][name] for result in of),
+            )
             rows.append(
                 {
                     "in-distribution": data,
                     "head": label,
                     "held-out ID: accuracy": percent([result["held accuracy"] for result in of]),
-                    "held-out ID in garbage": percent([result["garbage_rate"]["held"] for result in of]),
+                    "held-out ID in garbage": percent(
+                        [result["garbage_rate"]["held"] for result in of]
+                    ),
                     "worst validation set in garbage": f"{percent([result['garbage_rate'][worst] for result in of], 1)} ({_called(worst)})",
                 }
             )
@@ -369,7 +473,9 @@ def _joint() -> list[str]:
 
 
 def _search() -> list[str]:
-    records = [json.loads(path.read_text()) for path in sorted((RESULTS / "head_search").glob("*.json"))]
+    records = [
+        json.loads(path.read_text()) for path in sorted((RESULTS / "head_search").glob("*.json"))
+    ]
     if not records:
         return []
     rows = []
@@ -380,11 +486,24 @@ def _search() -> list[str]:
                 continue
             sets = [name for name in tried[0] if name.startswith("val:")]
             of = {name: mean(result[name]["in garbage"] for result in tried) for name in sets}
-            worst = min((name for name in sets if name not in NEAR.get(record["network"].partition("-")[0], ())), key=of.__getitem__)
+            worst = min(
+                (
+                    name
+                    for name in sets
+                    if name not in NEAR.get(record["network"].partition("-")[0], ())
+                ),
+                key=of.__getitem__,
+            )
             held = percent([mean(result["held in garbage"] for result in tried)])
-            again = [result["held, processed, in garbage"] for result in tried if "held, processed, in garbage" in result]
+            again = [
+                result["held, processed, in garbage"]
+                for result in tried
+                if "held, processed, in garbage" in result
+            ]
             garbage = f"{held}, {percent([mean(again)], 1)}" if again else held
-            row[record["network"].partition("-")[0]] = f"{percent([of[worst]], 1)} ({_called(worst).partition(',')[0]}); {garbage}"
+            row[record["network"].partition("-")[0]] = (
+                f"{percent([of[worst]], 1)} ({_called(worst).partition(',')[0]}); {garbage}"
+            )
         rows.append(row)
     text = (
         "Percent of the worst far validation set in garbage; of held-out ID images in garbage, as they are and, where it was measured, processed\n"
@@ -405,12 +524,21 @@ def _otherwise() -> list[str]:
             scores = of["scores"]
             single = _others(scores)
             for label in ("best single", "combined without the head", "head", "combined"):
-                row = {"network": network, "detector": label, "ID accuracy": percent([of["accuracy"]])}
+                row = {
+                    "network": network,
+                    "detector": label,
+                    "ID accuracy": percent([of["accuracy"]]),
+                }
                 for column, names in FAR_AND_NEAR.items():
-                    auroc = {one: [scores[one][name]["auroc"] for name in names] for one in (single if label == "best single" else [label])}
+                    auroc = {
+                        one: [scores[one][name]["auroc"] for name in names]
+                        for one in (single if label == "best single" else [label])
+                    }
                     best = max(auroc, key=lambda one: mean(auroc[one]))
                     named = f", {best}" if label == "best single" else ""
-                    row[column] = f"{percent([mean(auroc[best])], 1)} ({percent([min(auroc[best])], 1)}{named})"
+                    row[column] = (
+                        f"{percent([mean(auroc[best])], 1)} ({percent([min(auroc[best])], 1)}{named})"
+                    )
                 rows.append(row)
         members = record.get("combinations", {"combined": ["GEN", "ViM", "head"]})["combined"]
         said = (

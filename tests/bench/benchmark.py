@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from tie_ext import TIENet
-from tie_ext.app.report import table
+from tie_ext.cli.report import table
 from tie_ext.openood.lists import write_list
 from tie_ext.pytorch_ood import TIEDetector, combine
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "benchmark.json"
 SIZE = 32
@@ -38,14 +38,27 @@ class AtHand(CIFAR10_OpenOOD):
     """The benchmark with the OOD sets that are on disk, and at most so many images of each set, drawn with one seed."""
 
     def __init__(self, root: str, most: int | None):
-        lists = Path(torch.hub.get_dir(), "openood_benchmark_imglist", "benchmark_imglist", self._subdir)
-        self.missing = {name: reason for name, of in CIFAR10_OpenOOD._ood_imglists if (reason := self.lacks(Path(root), lists / of))}
-        self._ood_imglists = [pair for pair in CIFAR10_OpenOOD._ood_imglists if pair[0] not in self.missing]
-        super().__init__(root, Compose([Resize(SIZE), CenterCrop(SIZE), ToTensor()]), download=False)
+        lists = Path(
+            torch.hub.get_dir(), "openood_benchmark_imglist", "benchmark_imglist", self._subdir
+        )
+        self.missing = {
+            name: reason
+            for name, of in CIFAR10_OpenOOD._ood_imglists
+            if (reason := self.lacks(Path(root), lists / of))
+        }
+        self._ood_imglists = [
+            pair for pair in CIFAR10_OpenOOD._ood_imglists if pair[0] not in self.missing
+        ]
+        super().__init__(
+            root, Compose([Resize(SIZE), CenterCrop(SIZE), ToTensor()]), download=False
+        )
         if not self.test_oods:
-            raise ValueError(f"Expected at least one OOD set of the benchmark, but {'; '.join(f'{of}: {why}' for of, why in self.missing.items())}")
+            raise ValueError(
+                f"Expected at least one OOD set of the benchmark, but {'; '.join(f'{of}: {why}' for of, why in self.missing.items())}"
+            )
         self.train_in, self.val_in, self.test_in, *self.test_oods = (
-            few(images, most) for images in (self.train_in, self.val_in, self.test_in, *self.test_oods)
+            few(images, most)
+            for images in (self.train_in, self.val_in, self.test_in, *self.test_oods)
         )
 
     @staticmethod
@@ -86,13 +99,18 @@ def few(images: Dataset, most: int | None) -> Dataset:
     return Subset(images, order[:most].sort().values.tolist())
 
 
-def evaluated(benchmark: Benchmark, detectors: Mapping[str, Detector], loader: Mapping) -> list[dict]:
+def evaluated(
+    benchmark: Benchmark, detectors: Mapping[str, Detector], loader: Mapping
+) -> list[dict]:
     """AUROC and FPR@95 for each detector and OOD set; images are passed once for detectors that read the same of them."""
     rows = []
     for name, detector in detectors.items():
         with torch.no_grad():
             found = benchmark.evaluate(detector, loader_kwargs=dict(loader), cache=True)
-        rows += [{"detector": name, "set": of["Dataset"], "auroc": of["AUROC"], "fpr95": of["FPR95TPR"]} for of in found]
+        rows += [
+            {"detector": name, "set": of["Dataset"], "auroc": of["AUROC"], "fpr95": of["FPR95TPR"]}
+            for of in found
+        ]
     return rows
 
 
@@ -100,17 +118,28 @@ def shown(rows: Sequence[Mapping]) -> str:
     """A table in percent."""
     return table(
         [
-            {"detector": row["detector"], "OOD set": row["set"], "AUROC": f"{100 * row['auroc']:.2f}", "FPR@95": f"{100 * row['fpr95']:.2f}"}
+            {
+                "detector": row["detector"],
+                "OOD set": row["set"],
+                "AUROC": f"{100 * row['auroc']:.2f}",
+                "FPR@95": f"{100 * row['fpr95']:.2f}",
+            }
             for row in rows
         ]
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data/images_classic")
-    parser.add_argument("--images", type=int, help="at most so many of each set, training images too (all)")
-    parser.add_argument("--lists", type=Path, metavar="FOLDER", help="make the lists there, of the folders in ROOT")
+    parser.add_argument(
+        "--images", type=int, help="at most so many of each set, training images too (all)"
+    )
+    parser.add_argument(
+        "--lists", type=Path, metavar="FOLDER", help="make the lists there, of the folders in ROOT"
+    )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--keep", action="store_true", help=f"write {OUT.name}")
     parser.add_argument("network", type=Path, help="an attached network of images in [0, 1]")
@@ -122,7 +151,9 @@ def main() -> None:
     for name, reason in benchmark.missing.items():
         print(f"{name} is left out: {reason}", flush=True)
     loader = {"batch_size": a.batch_size}
-    training, held_out = (DataLoader(images, **loader) for images in (benchmark.train_set(), benchmark.val_in))
+    training, held_out = (
+        DataLoader(images, **loader) for images in (benchmark.train_set(), benchmark.val_in)
+    )
     detectors = {
         "MSP": MaxSoftmax(net),
         "energy": EnergyBased(net),
@@ -137,7 +168,16 @@ def main() -> None:
         images = {name: len(of) for name, of in zip(names, sets, strict=True)}
         lists = " --lists FOLDER" if a.lists else ""
         command = f"benchmark.py --root DATA/images_classic{lists} --images {a.images} --keep docs/results/attached/work/{a.network.name}"
-        write_json(OUT, {**provenance(), "command": command, "images": images, "missing": benchmark.missing, "rows": rows})
+        write_json(
+            OUT,
+            {
+                **provenance(),
+                "command": command,
+                "images": images,
+                "missing": benchmark.missing,
+                "rows": rows,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from attached import SAMPLED
 from processed import PROCESSED
 from torch import Tensor
 
-from tie_ext.app.evaluation import ood_metrics
-from tie_ext.combination import RULES, reference
-from tie_ext.decision import conformal_threshold
-from tie_ext.support.files import load_state, write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.cli.evaluation import ood_metrics
+from tie_ext.scores.combination import RULES, reference
+from tie_ext.scores.threshold import conformal_threshold
+from tie_ext.utils.files import load_state, write_json
+from tie_ext.utils.provenance import provenance
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "attached" / "combined.json"
 LATER = OUT.with_name("combined_later.json")
@@ -40,20 +40,32 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     return (below.double().mean() / (2 * len(ordered))).item()
 
 
-def combined(scores: Mapping[str, Mapping[str, Tensor]], members: tuple[str, ...], rule: str) -> dict[str, Tensor]:
+def combined(
+    scores: Mapping[str, Mapping[str, Tensor]], members: tuple[str, ...], rule: str
+) -> dict[str, Tensor]:
     """Combined scores by set; the scale comes from the first half of the held-out images."""
-    every = {name: torch.stack([scores[member][name].double() for member in members], dim=1) for name in scores[members[0]]}
+    every = {
+        name: torch.stack([scores[member][name].double() for member in members], dim=1)
+        for name in scores[members[0]]
+    }
     held = every.pop("held")
     learned = reference(held[: len(held) // 2])
-    return {name: RULES[rule](learned, of) for name, of in {**every, "calibration": held[len(held) // 2 :]}.items()}
+    return {
+        name: RULES[rule](learned, of)
+        for name, of in {**every, "calibration": held[len(held) // 2 :]}.items()
+    }
 
 
-def validation(runs: Mapping[str, Mapping], members: tuple[str, ...], rule: str) -> dict[str, float]:
+def validation(
+    runs: Mapping[str, Mapping], members: tuple[str, ...], rule: str
+) -> dict[str, float]:
     """AUROC of each validation column."""
     columns = {}
     for run, scores in runs.items():
         of = combined(scores, members, rule)
-        columns |= {f"{run} {name}": auroc(of["id"], of[name]) for name in of if name.startswith("val:")}
+        columns |= {
+            f"{run} {name}": auroc(of["id"], of[name]) for name in of if name.startswith("val:")
+        }
     return columns
 
 
@@ -61,8 +73,14 @@ def judged(scores: Mapping, members: tuple[str, ...], rule: str) -> dict:
     """Metrics of each OOD test set, and the false alarms at the calibrated threshold, also of ID images that were processed."""
     of = combined(scores, members, rule)
     threshold = conformal_threshold(of.pop("calibration"), FALSE_ALARM)
-    rejected = {name: (x > threshold).double().mean().item() for name, x in of.items() if name == "id" or name.startswith(PROCESSED)}
-    test = {name: x for name, x in of.items() if name not in rejected and not name.startswith("val:")}
+    rejected = {
+        name: (x > threshold).double().mean().item()
+        for name, x in of.items()
+        if name == "id" or name.startswith(PROCESSED)
+    }
+    test = {
+        name: x for name, x in of.items() if name not in rejected and not name.startswith("val:")
+    }
     return {
         "false_alarms": rejected.pop("id"),
         "processed": rejected,
@@ -98,7 +116,9 @@ def every_combination(scores: Mapping) -> list[tuple[tuple[str, ...], str]]:
 def best_without_head(scores: Mapping) -> dict[str, dict]:
     """By OOD test set the combination without the head that ranks it best: what nobody can choose who has not seen that set."""
     best: dict[str, dict] = {}
-    for members, rule in every_combination({label: of for label, of in scores.items() if label != "head"}):
+    for members, rule in every_combination(
+        {label: of for label, of in scores.items() if label != "head"}
+    ):
         of = combined(scores, members, rule)
         for name in of:
             if name in ("id", "calibration") or name.startswith(("val:", PROCESSED)):
@@ -108,14 +128,20 @@ def best_without_head(scores: Mapping) -> dict[str, dict]:
     return best
 
 
-def record_of(runs: Mapping[str, Mapping], best: Mapping[str, tuple], validated: list[dict]) -> dict:
+def record_of(
+    runs: Mapping[str, Mapping], best: Mapping[str, tuple], validated: list[dict]
+) -> dict:
     """What is written: the chosen combinations, judged on each network."""
     return {
         "runs": list(runs),
         "false_alarm": FALSE_ALARM,
         "validation": validated,
         "judged": {
-            name: {"members": members, "rule": rule, "runs": {run: judged(scores, members, rule) for run, scores in runs.items()}}
+            name: {
+                "members": members,
+                "rule": rule,
+                "runs": {run: judged(scores, members, rule) for run, scores in runs.items()},
+            }
             for name, (members, rule) in best.items()
         },
         **provenance(),
@@ -123,16 +149,31 @@ def record_of(runs: Mapping[str, Mapping], best: Mapping[str, tuple], validated:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("scores", type=Path, nargs="+")
-    parser.add_argument("--later", action="store_true", help="choose nothing: judge what was chosen before, on these networks")
+    parser.add_argument(
+        "--later",
+        action="store_true",
+        help="choose nothing: judge what was chosen before, on these networks",
+    )
     a = parser.parse_args()
-    runs = {path.name.removesuffix(".scores.safetensors"): load_state(path, "scores") for path in a.scores}
+    runs = {
+        path.name.removesuffix(".scores.safetensors"): load_state(path, "scores")
+        for path in a.scores
+    }
     if a.later:
         chosen_on = json.loads(OUT.read_text())["runs"]
         if known := sorted(set(chosen_on) & set(runs)):
-            raise ValueError(f"Expected networks that came later, but got {', '.join(known)}, on which the combinations were chosen")
-        best = {name: (tuple(of["members"]), of["rule"]) for name, of in json.loads(OUT.read_text())["judged"].items() if name != "combine"}
+            raise ValueError(
+                f"Expected networks that came later, but got {', '.join(known)}, on which the combinations were chosen"
+            )
+        best = {
+            name: (tuple(of["members"]), of["rule"])
+            for name, of in json.loads(OUT.read_text())["judged"].items()
+            if name != "combine"
+        }
         best = {"combine": COMBINE, "combine before": BEFORE, **best}
         without = {run: best_without_head(scores) for run, scores in runs.items()}
         write_json(LATER, {**record_of(runs, best, []), "best without the head": without})
@@ -147,15 +188,32 @@ def main() -> None:
         "combine before": BEFORE,
         "chosen": chosen(tried, ranked),
         "without the head": chosen(tried, [key for key in ranked if "head" not in key[0]]),
-        "single, without the head": chosen(tried, [key for key in ranked if len(key[0]) == 1 and "head" not in key[0]]),
+        "single, without the head": chosen(
+            tried, [key for key in ranked if len(key[0]) == 1 and "head" not in key[0]]
+        ),
         "head": (("head",), "stouffer"),
     }
-    best |= {f"chosen by {rule}": chosen(tried, [key for key in ranked if key[1] == rule and len(key[0]) > 1]) for rule in RULES}
-    validated = [{"members": members, "rule": rule, "worst": tried[members, rule][0], "mean": tried[members, rule][1]} for members, rule in ranked]
+    best |= {
+        f"chosen by {rule}": chosen(
+            tried, [key for key in ranked if key[1] == rule and len(key[0]) > 1]
+        )
+        for rule in RULES
+    }
+    validated = [
+        {
+            "members": members,
+            "rule": rule,
+            "worst": tried[members, rule][0],
+            "mean": tried[members, rule][1],
+        }
+        for members, rule in ranked
+    ]
     write_json(OUT, record_of(runs, best, validated))
     for name, (members, rule) in best.items():
         worst, mean = tried[members, rule]
-        print(f"{name}: {' + '.join(members)} by {rule}: validation worst {worst:.4f}, mean {mean:.4f}")
+        print(
+            f"{name}: {' + '.join(members)} by {rule}: validation worst {worst:.4f}, mean {mean:.4f}"
+        )
     for members, rule in ranked[:20]:
         print(f"  {' + '.join(members)} by {rule}: {tried[members, rule]}")
 

@@ -26,19 +26,28 @@ from statistics import median
 
 import torch
 
-from tie_ext import Inversion, InversionSettings, Noise, Procedural, TIEConfig, TIENet, TIETrainer, attach
-from tie_ext.app import data
-from tie_ext.app.data import ImageBatches, ImageSet, training_batches
-from tie_ext.app.evaluation import ood_metrics
-from tie_ext.backbones import BACKBONES
-from tie_ext.bench.comparison import classifier, train_plain
-from tie_ext.network import GARBAGE
-from tie_ext.outliers.drawing import Dice
-from tie_ext.recipe import Recipe
-from tie_ext.support.files import read_json, write_json
-from tie_ext.support.provenance import peak_memory, provenance
-from tie_ext.support.random import seeded
-from tie_ext.synthesis import Domain
+from tie_ext import (
+    Inversion,
+    InversionSettings,
+    Noise,
+    Procedural,
+    TIEConfig,
+    TIENet,
+    TIETrainer,
+    attach,
+)
+from tie_ext.cli import data
+from tie_ext.cli.data import ImageBatches, ImageSet, training_batches
+from tie_ext.cli.evaluation import ood_metrics
+from tie_ext.cli.reproduce.comparison import classifier, train_plain
+from tie_ext.models.backbones import BACKBONES
+from tie_ext.models.network import GARBAGE
+from tie_ext.outliers.base import Domain
+from tie_ext.outliers.primitives import Rng
+from tie_ext.training.recipe import Recipe
+from tie_ext.utils.files import read_json, write_json
+from tie_ext.utils.provenance import peak_memory, provenance
+from tie_ext.utils.random import seeded
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "cost"
 PRIOR = {"linear": "multiscale", "layers": "procedural"}
@@ -54,23 +63,45 @@ def seconds(work: Callable[[], object]) -> float:
 def epoch(a: argparse.Namespace) -> dict:
     """Epochs of plain training and of TIE's loop, in turn."""
     images = data.load(a.data, "train", a.root).first(a.images)
-    batches, config, shape = training_batches(images), TIEConfig(epochs=max(2, a.repeats), search=a.search), images.shape
-    record: dict = {"data": a.data, "images": len(images), "backbone": a.backbone, "repeats": a.repeats, "search": a.search, "garbage": {}}
+    batches, config, shape = (
+        training_batches(images),
+        TIEConfig(epochs=max(2, a.repeats), search=a.search),
+        images.shape,
+    )
+    record: dict = {
+        "data": a.data,
+        "images": len(images),
+        "backbone": a.backbone,
+        "repeats": a.repeats,
+        "search": a.search,
+        "garbage": {},
+    }
     for garbage in a.garbage:
-        plain, net = (TIENet(BACKBONES[a.backbone](shape[0], 10), 10, shape, garbage=kind) for kind in ("linear", garbage))
+        plain, net = (
+            TIENet(BACKBONES[a.backbone](shape[0], 10), 10, shape, garbage=kind)
+            for kind in ("linear", garbage)
+        )
         trainer = Recipe(config, prior=(PRIOR[garbage],), garbage=garbage).trainer(net)
         of: dict[str, list[float]] = {"plain": [], "tie": []}
         for _ in range(a.repeats):
-            of["plain"].append(seconds(lambda plain=plain: train_plain(plain, batches, replace(config, epochs=1))))
+            of["plain"].append(
+                seconds(lambda plain=plain: train_plain(plain, batches, replace(config, epochs=1)))
+            )
             of["tie"].append(seconds(lambda trainer=trainer: trainer.epoch(batches)))
             print(garbage, {name: round(values[-1], 1) for name, values in of.items()}, flush=True)
-        stages = {stage: median(entry.seconds[stage] for entry in trainer.log) for stage in trainer.log[0].seconds}
+        stages = {
+            stage: median(entry.seconds[stage] for entry in trainer.log)
+            for stage in trainer.log[0].seconds
+        }
         whole = sum(stages.values())
         record["garbage"][garbage] = {
             "seconds": of,
             "ratio": median(of["tie"]) / median(of["plain"]),
             "stages": {stage: value / whole for stage, value in stages.items()},
-            "agreement": [sum(x for x in entry.agreement if x is not None) / len(entry.agreement) for entry in trainer.log],
+            "agreement": [
+                sum(x for x in entry.agreement if x is not None) / len(entry.agreement)
+                for entry in trainer.log
+            ],
         }
         print(garbage, f"ratio {record['garbage'][garbage]['ratio']:.2f}", flush=True)
     return record
@@ -81,7 +112,9 @@ def memory(a: argparse.Namespace) -> dict:
     if a.epochs:
         few = InversionSettings(steps=10)
         net = TIENet(BACKBONES["conv3"](1, 10), 10, (1, 28, 28), garbage="layers")
-        trainer = TIETrainer(net, TIEConfig(epochs=a.epochs), [Inversion(net, few)], [Procedural(net)])
+        trainer = TIETrainer(
+            net, TIEConfig(epochs=a.epochs), [Inversion(net, few)], [Procedural(net)]
+        )
         images = Procedural(net).draw((1000, 1, 28, 28))
         batches = [(x, torch.arange(len(x)) % 10) for x in images.split(125)]
         for _ in range(a.epochs):
@@ -92,8 +125,18 @@ def memory(a: argparse.Namespace) -> dict:
     a.work.mkdir(parents=True, exist_ok=True)
     peaks = {}
     for epochs in (5, 20):
-        command = [sys.executable, __file__, "memory", "--epochs", str(epochs), "--file", str(a.work / "run.safetensors")]
-        peaks[epochs] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        command = [
+            sys.executable,
+            __file__,
+            "memory",
+            "--epochs",
+            str(epochs),
+            "--file",
+            str(a.work / "run.safetensors"),
+        ]
+        peaks[epochs] = float(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        )
     print(peaks, f"{peaks[20] / peaks[5] - 1:+.1%}")
     return {"peak_memory_mb": peaks, "more": peaks[20] / peaks[5] - 1}
 
@@ -103,8 +146,15 @@ def many(count: int, size: int, each: int) -> ImageSet:
     domain = Domain(count, (3, size, size), torch.tensor(0.0), torch.tensor(1.0))
     with seeded(0):
         one = (Procedural(domain).draw((count, 3, size, size)) * 255).round().to(torch.uint8)
-        x = torch.cat([data.moved(part, size // 8) for part in one.repeat_interleave(each, 0).split(1000)])
-        x = torch.cat([(part * Dice().uniform(len(part), 1, 1, 1, low=0.6)).to(torch.uint8) for part in x.split(1000)])
+        x = torch.cat(
+            [data.moved(part, size // 8) for part in one.repeat_interleave(each, 0).split(1000)]
+        )
+        x = torch.cat(
+            [
+                (part * Rng().uniform(len(part), 1, 1, 1, low=0.6)).to(torch.uint8)
+                for part in x.split(1000)
+            ]
+        )
     return ImageSet(x, torch.arange(count).repeat_interleave(each), tuple(map(str, range(count))))
 
 
@@ -117,8 +167,16 @@ def level_1(net: TIENet, x: torch.Tensor) -> float:
 def classes(a: argparse.Namespace) -> dict:
     """1000 classes at 64 pixels: level 1 on garbage that nothing was trained on, and peak memory."""
     images = many(a.count, 64, a.each)
-    net = TIENet(BACKBONES["conv3"](3, a.count), a.count, (3, 64, 64), classes=images.classes, garbage=a.kind)
-    trainer = Recipe(TIEConfig(epochs=a.epochs), prior=("multiscale",), garbage=a.kind).trainer(net)
+    net = TIENet(
+        BACKBONES["conv3"](3, a.count),
+        a.count,
+        (3, 64, 64),
+        classes=images.classes,
+        garbage=a.kind,
+    )
+    trainer = Recipe(TIEConfig(epochs=a.epochs), prior=("multiscale",), garbage=a.kind).trainer(
+        net
+    )
     batches = ImageBatches(images, 128, shuffle=True)
     for _ in range(a.epochs):
         log = trainer.epoch(batches)
@@ -146,10 +204,21 @@ def large(a: argparse.Namespace) -> dict:
     shape = (3, 224, 224)
     net = TIENet(torchvision.models.resnet18(num_classes=160), 160, shape, garbage="layers")
     config = TIEConfig(epochs=2, candidates=160, pool_size=200)
-    trainer = TIETrainer(net, config, [Inversion(net, InversionSettings(steps=10, batch_size=16))], [Procedural(net)])
+    trainer = TIETrainer(
+        net,
+        config,
+        [Inversion(net, InversionSettings(steps=10, batch_size=16))],
+        [Procedural(net)],
+    )
     batches = [(torch.rand(16, *shape), torch.arange(16 * i, 16 * i + 16)) for i in range(10)]
-    of = {name: seconds(lambda: trainer.epoch(batches)) for name in ("first epoch", "second epoch")}
-    found = {"seconds": of, "stages": [entry.seconds for entry in trainer.log], "peak_memory_mb": peak_memory()}
+    of = {
+        name: seconds(lambda: trainer.epoch(batches)) for name in ("first epoch", "second epoch")
+    }
+    found = {
+        "seconds": of,
+        "stages": [entry.seconds for entry in trainer.log],
+        "peak_memory_mb": peak_memory(),
+    }
     print(found)
     return found
 
@@ -169,13 +238,21 @@ def accelerator(a: argparse.Namespace) -> dict:
         return count / (clock() - start)
 
     images = many(10, 32, a.images // 10)
-    batches, config = training_batches(images, 512), TIEConfig(epochs=a.repeats + 1, precision="bfloat16")
-    plain, net = (TIENet(BACKBONES["residual"](3, 10), 10, images.shape, garbage=kind).to(a.device) for kind in ("linear", "layers"))
+    batches, config = (
+        training_batches(images, 512),
+        TIEConfig(epochs=a.repeats + 1, precision="bfloat16"),
+    )
+    plain, net = (
+        TIENet(BACKBONES["residual"](3, 10), 10, images.shape, garbage=kind).to(a.device)
+        for kind in ("linear", "layers")
+    )
     plain.precision = config.precision
     trainer = Recipe(config, prior=("procedural",), garbage="layers").trainer(net)
     rates: dict[str, list[float]] = {"plain": [], "TIE": []}
     for _ in range(a.repeats):
-        rates["plain"].append(per_second(len(images), lambda: train_plain(plain, batches, replace(config, epochs=1))))
+        rates["plain"].append(
+            per_second(len(images), lambda: train_plain(plain, batches, replace(config, epochs=1)))
+        )
         rates["TIE"].append(per_second(len(images), lambda: trainer.epoch(batches)))
         print({name: round(values[-1]) for name, values in rates.items()}, flush=True)
     model = torchvision.models.resnet50(num_classes=10).eval().to(a.device)
@@ -183,7 +260,12 @@ def accelerator(a: argparse.Namespace) -> dict:
     wide = [(x, torch.arange(64) % 10)] * (a.images // 64 // 10 or 1)
     attached = per_second(64 * len(wide), lambda: attach(model, wide, 10))
     ratio = median(rates["TIE"]) / median(rates["plain"])
-    return {"images": len(images), "per_second": rates, "ratio": ratio, "attach": {"images": 64 * len(wide), "per_second": attached}}
+    return {
+        "images": len(images),
+        "per_second": rates,
+        "ratio": ratio,
+        "attach": {"images": 64 * len(wide), "per_second": attached},
+    }
 
 
 def head(a: argparse.Namespace) -> dict:
@@ -193,7 +275,9 @@ def head(a: argparse.Namespace) -> dict:
     of = attached.Trained.read(a.network.stem)
     sets = attached.image_sets(of.data, a.root, of.images, of.seed)
     images = sets["train"]
-    net = TIENet(classifier(TIENet.load(a.network)), len(images.classes), images.shape, garbage="layers")
+    net = TIENet(
+        classifier(TIENet.load(a.network)), len(images.classes), images.shape, garbage="layers"
+    )
     for part in net.modules():
         part.training = not isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
     config = TIEConfig(epochs=a.epochs, lr=1e-12, seed=of.seed)
@@ -201,13 +285,35 @@ def head(a: argparse.Namespace) -> dict:
     for _ in range(a.epochs):
         log = trainer.epoch(training_batches(images))
         print(log.epoch, log.losses, log.excluded, flush=True)
-    decisions = {name: [net.decide(x) for x, _ in ImageBatches(sets[name], 500)] for name in sets if name != "train"}
-    score = {name: torch.cat([decision.score for decision in each]) for name, each in decisions.items()}
-    garbage = {name: torch.cat([decision.level == 1 for decision in each]).double().mean().item() for name, each in decisions.items()}
-    metrics = {name: ood_metrics(score["id"], score[name]) for name in score if name not in ("id", "held")}
-    found = {name: {"garbage": garbage[name], "auroc": m["auroc"], "fpr95": m["fpr95_id"]} for name, m in metrics.items()}
-    record = {"network": a.network.stem, "epochs": a.epochs, "tau": log.tau, "ID in garbage": garbage["id"], "sets": found}
-    record["ID rejected"] = torch.cat([decision.level > 0 for decision in decisions["id"]]).double().mean().item()
+    decisions = {
+        name: [net.decide(x) for x, _ in ImageBatches(sets[name], 500)]
+        for name in sets
+        if name != "train"
+    }
+    score = {
+        name: torch.cat([decision.score for decision in each]) for name, each in decisions.items()
+    }
+    garbage = {
+        name: torch.cat([decision.level == 1 for decision in each]).double().mean().item()
+        for name, each in decisions.items()
+    }
+    metrics = {
+        name: ood_metrics(score["id"], score[name]) for name in score if name not in ("id", "held")
+    }
+    found = {
+        name: {"garbage": garbage[name], "auroc": m["auroc"], "fpr95": m["fpr95_id"]}
+        for name, m in metrics.items()
+    }
+    record = {
+        "network": a.network.stem,
+        "epochs": a.epochs,
+        "tau": log.tau,
+        "ID in garbage": garbage["id"],
+        "sets": found,
+    }
+    record["ID rejected"] = (
+        torch.cat([decision.level > 0 for decision in decisions["id"]]).double().mean().item()
+    )
     print(record)
     return record
 
@@ -218,12 +324,18 @@ def detection(a: argparse.Namespace) -> dict:
     for pair in a.runs:
         name, _, folder = pair.partition("=")
         run = read_json(Path(folder) / "run.json", "a run")
-        runs[name] = {"settings": run["settings"] | {"root": "DATA"}, "numbers": run["numbers"], "commit": run["commit"]}
+        runs[name] = {
+            "settings": run["settings"] | {"root": "DATA"},
+            "numbers": run["numbers"],
+            "commit": run["commit"],
+        }
     return {"runs": runs}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, dest="what")
     one = commands.add_parser("epoch", help=epoch.__doc__)
     one.add_argument("--root", default="data")
@@ -260,14 +372,19 @@ def main() -> None:
     if found:
         stem = a.what
         if a.what == "epoch":
-            stem += f"-{a.data}-{found['images']}-{a.backbone}" + (f"-search{a.search}" if a.search else "")
+            stem += f"-{a.data}-{found['images']}-{a.backbone}" + (
+                f"-search{a.search}" if a.search else ""
+            )
         if a.what == "head":
             stem += f"-{a.network.stem}"
         places = {"DATA": getattr(a, "root", None), "WORK": getattr(a, "work", None)}
         if hasattr(a, "network"):
             places[a.network.name] = a.network
         places = {name: place for name, place in places.items() if place is not None}
-        write_json(OUT / f"{stem}.json", {**found, **provenance(getattr(a, "device", "cpu"), places=places)})
+        write_json(
+            OUT / f"{stem}.json",
+            {**found, **provenance(getattr(a, "device", "cpu"), places=places)},
+        )
 
 
 if __name__ == "__main__":

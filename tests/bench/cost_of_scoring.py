@@ -17,29 +17,36 @@ import torch
 from torch import Tensor, nn
 
 from tie_ext import Combined, ResNet20, TIENet, attach
-from tie_ext.app import models
+from tie_ext.cli import registry
 from tie_ext.pytorch_ood import combine
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
 ROUNDS = 5
 CASES = {
-    "conv5, 32 pixels": (lambda: models.build("conv5", 3, 10), 32, 128),
+    "conv5, 32 pixels": (lambda: registry.build("conv5", 3, 10), 32, 128),
     "resnet20, 32 pixels": (lambda: ResNet20(3, 10), 32, 128),
-    "torchvision resnet18, 224 pixels": (lambda: models.build("torchvision:resnet18", 3, 10), 224, 16),
+    "torchvision resnet18, 224 pixels": (
+        lambda: registry.build("torchvision:resnet18", 3, 10),
+        224,
+        16,
+    ),
 }
 """Backbone, pixels, and images a batch."""
 
 
 def made(backbone: nn.Module, size: int, device: str) -> tuple[TIENet, Combined]:
     """A network with a head, and the combination of it, fitted to noise."""
-    sys.modules["tie_ext.attach"].STEPS = 10  # type: ignore[attr-defined]  # what the head has learned costs nothing here
+    sys.modules["tie_ext.training.attach"].STEPS = 10  # type: ignore[attr-defined]  # what the head has learned costs nothing here
     x = torch.rand(40, 3, size, size)
     batches = [(part, torch.arange(len(part)) % 10) for part in x.split(20)]
     net = attach(backbone.to(device), batches, 10)
     combined = combine(net, batches, list(batches), 0.2)
     knn = combined.detectors[1]
-    knn.k, rows = 50, torch.rand(knn.most, net.feature_size, device=device)  # as many as it keeps of a real training set
+    knn.k, rows = (
+        50,
+        torch.rand(knn.most, net.feature_size, device=device),
+    )  # as many as it keeps of a real training set
     knn.fit_features(rows, torch.zeros(len(rows), dtype=torch.long))
     return net, combined
 
@@ -69,7 +76,11 @@ def measured(name: str, device: str) -> dict:
         for kind, work in kinds.items():
             times[kind].append(seconds(work, x))
     medians = {kind: median(of) for kind, of in times.items()}
-    return {"batch": batch, "seconds": times, "ratio": {kind: medians[kind] / medians["backbone"] for kind in ("head", "combination")}}
+    return {
+        "batch": batch,
+        "seconds": times,
+        "ratio": {kind: medians[kind] / medians["backbone"] for kind in ("head", "combination")},
+    }
 
 
 def main() -> None:
@@ -82,7 +93,11 @@ def main() -> None:
     found = {}
     for name in CASES:
         found[name] = measured(name, a.device)
-        print(f"{name}: " + ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in found[name]["ratio"].items()), flush=True)
+        print(
+            f"{name}: "
+            + ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in found[name]["ratio"].items()),
+            flush=True,
+        )
     if a.out:
         write_json(a.out, {"cases": found, **provenance(a.device)})
 

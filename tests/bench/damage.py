@@ -21,14 +21,64 @@ import torch
 
 HUGE = 10**12
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 1.5, "", "x", "nan", "../../x", [], {}, [1], ["x"], [[]], {"x": 1}, -(10**9), HUGE, 10**400),
-    *([3, 10**9, 10**9], [1, 30_000, 30_000], [-1, 28, 28], [1, 28], 1e308, float("nan"), float("inf")),
-    *({"$float": "nan"}, {"$float": "x"}, {"$float": 10**400}, {"$tensor": "/nowhere"}, {"$tensor": []}, {"$items": []}, {"$items": [[[], 1]]}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        1.5,
+        "",
+        "x",
+        "nan",
+        "../../x",
+        [],
+        {},
+        [1],
+        ["x"],
+        [[]],
+        {"x": 1},
+        -(10**9),
+        HUGE,
+        10**400,
+    ),
+    *(
+        [3, 10**9, 10**9],
+        [1, 30_000, 30_000],
+        [-1, 28, 28],
+        [1, 28],
+        1e308,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        {"$float": "nan"},
+        {"$float": "x"},
+        {"$float": 10**400},
+        {"$tensor": "/nowhere"},
+        {"$tensor": []},
+        {"$items": []},
+        {"$items": [[[], 1]]},
+    ),
 )
 """What is put in the place of a value, whatever that was."""
 TARGETS: dict[str, tuple[tuple[str, tuple], ...]] = {
     "network": (
-        ("image_shape", ([3, 10**9, 10**9], [1, 30_000, 30_000], [1, -28, -28], [1, 0, 0], 28, "28", [1, 28, 28.5], None, [2, 28, 28])),
+        (
+            "image_shape",
+            (
+                [3, 10**9, 10**9],
+                [1, 30_000, 30_000],
+                [1, -28, -28],
+                [1, 0, 0],
+                28,
+                "28",
+                [1, 28, 28.5],
+                None,
+                [2, 28, 28],
+            ),
+        ),
         ("num_classes", (HUGE, -1, 3, "2", None)),
         ("classes", ("ab", [1, 2], ["a"], None, [["a"], ["b"]], 2)),
         ("backbone", ("residual", "conv5", "os", None, ["conv3"], 3)),
@@ -42,19 +92,44 @@ TARGETS: dict[str, tuple[tuple[str, tuple], ...]] = {
         ("config", (None, [], {"$items": []}, {"$items": [["pool_size", 10**9]]}, 3)),
         ("pool", (None, [], {"$items": [["images", 1], ["offered", -1]]})),
         ("synthesizers", (None, [], [None], [{"$items": []}], "x")),
-        ("optimizer", (None, {"$items": []}, {"$items": [["state", {"$items": []}], ["param_groups", []]]}, 1)),
+        (
+            "optimizer",
+            (
+                None,
+                {"$items": []},
+                {"$items": [["state", {"$items": []}], ["param_groups", []]]},
+                1,
+            ),
+        ),
         ("offered", (-1, HUGE, 10**30, "x", 1.5, None, True)),
         ("betas", (None, "x", [1], [0.9, "x"], 0.9)),
         ("lr", (None, "x", -1, [1])),
         ("param_groups", (None, [], [1], "x")),
-        ("state", (None, [], {"$items": [[0, 1]]}, {"$items": [[999, {"$items": []}]]}, {"$items": [[0, {"$items": [["step", "x"]]}]]})),
+        (
+            "state",
+            (
+                None,
+                [],
+                {"$items": [[0, 1]]},
+                {"$items": [[999, {"$items": []}]]},
+                {"$items": [[0, {"$items": [["step", "x"]]}]]},
+            ),
+        ),
         ("tau", ("x", [], -1)),
         ("proposed", ("x", [], [None], [1])),
         ("uncertainty", ("x", [], ["x", "y", "z"], 3)),
         ("losses", ("x", [], None)),
     ),
-    "snapshot": (("inversions", (None, [], "x")), ("features", (None, [], 3)), ("labels", (None, [], "x"))),
-    "scores": (("TIE", (None, [], "x", {"$items": []}, {"$items": [["id", 1]]})), ("id", (None, [], 3, {"$items": []})), ("noise", (None, "x", []))),
+    "snapshot": (
+        ("inversions", (None, [], "x")),
+        ("features", (None, [], 3)),
+        ("labels", (None, [], "x")),
+    ),
+    "scores": (
+        ("TIE", (None, [], "x", {"$items": []}, {"$items": [["id", 1]]})),
+        ("id", (None, [], 3, {"$items": []})),
+        ("noise", (None, "x", [])),
+    ),
     "detector": (
         ("version", (2, "1", None, True, [])),
         ("false_alarm", (-1, 2, "x", [], 10**300, True)),
@@ -92,7 +167,9 @@ TARGETS: dict[str, tuple[tuple[str, tuple], ...]] = {
 """Fields that matter most, and what is put there."""
 
 
-def cases(kind: str, whole: bytes, others: dict[str, bytes], count: int, rng: np.random.Generator) -> Iterator[tuple[str, bytes | str]]:
+def cases(
+    kind: str, whole: bytes, others: dict[str, bytes], count: int, rng: np.random.Generator
+) -> Iterator[tuple[str, bytes | str]]:
     """``count`` damaged files of a kind.
 
     Arguments:
@@ -104,10 +181,17 @@ def cases(kind: str, whole: bytes, others: dict[str, bytes], count: int, rng: np
     """
     tensors = kind not in ("detector", "run")
     fields = _fields(kind, whole, rng, tensors)
-    streams: list[Iterator[tuple[str, bytes | str]]] = [fields, _anywhere(whole, rng, tensors), _bytes(whole, rng, tensors), _foreign(whole, others)]
+    streams: list[Iterator[tuple[str, bytes | str]]] = [
+        fields,
+        _anywhere(whole, rng, tensors),
+        _bytes(whole, rng, tensors),
+        _foreign(whole, others),
+    ]
     if tensors:
         streams += [_tensors(whole, rng), _headers(whole, rng)]
-    turns = (next(stream, None) for stream in cycle([*streams, fields]))  # fields twice, as most can go wrong there
+    turns = (
+        next(stream, None) for stream in cycle([*streams, fields])
+    )  # fields twice, as most can go wrong there
     yield from islice((case for case in turns if case is not None), count)
 
 
@@ -124,20 +208,30 @@ def put(path: Path, what: bytes | str) -> None:
         os.mkfifo(path)
 
 
-def _fields(kind: str, whole: bytes, rng: np.random.Generator, tensors: bool) -> Iterator[tuple[str, bytes]]:
+def _fields(
+    kind: str, whole: bytes, rng: np.random.Generator, tensors: bool
+) -> Iterator[tuple[str, bytes]]:
     """A wrong value in a field that matters."""
     pairs = [(field, value) for field, values in TARGETS[kind] for value in values]
     for i in rng.permutation(len(pairs)):
         field, value = pairs[i]
         value = copy.deepcopy(value)
-        yield f"field {field}: {_short(value)}", _edited(whole, tensors, lambda tree, f=field, v=value: _set_field(tree, f, v, rng))
+        yield (
+            f"field {field}: {_short(value)}",
+            _edited(whole, tensors, lambda tree, f=field, v=value: _set_field(tree, f, v, rng)),
+        )
 
 
-def _anywhere(whole: bytes, rng: np.random.Generator, tensors: bool) -> Iterator[tuple[str, bytes]]:
+def _anywhere(
+    whole: bytes, rng: np.random.Generator, tensors: bool
+) -> Iterator[tuple[str, bytes]]:
     """A wrong value anywhere in the JSON."""
     while True:
         value = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
-        yield f"anywhere: {_short(value)}", _edited(whole, tensors, lambda tree, v=value: _set_anywhere(tree, v, rng))
+        yield (
+            f"anywhere: {_short(value)}",
+            _edited(whole, tensors, lambda tree, v=value: _set_anywhere(tree, v, rng)),
+        )
 
 
 def _bytes(whole: bytes, rng: np.random.Generator, tensors: bool) -> Iterator[tuple[str, bytes]]:
@@ -148,7 +242,10 @@ def _bytes(whole: bytes, rng: np.random.Generator, tensors: bool) -> Iterator[tu
         yield "bit flipped in the header", _flipped(whole, 0, header, rng)
         if tensors:
             yield "truncated in the data", whole[: rng.integers(header, len(whole))]
-            yield "bits flipped in the data", _flipped(_flipped(whole, header, len(whole), rng), header, len(whole), rng)
+            yield (
+                "bits flipped in the data",
+                _flipped(_flipped(whole, header, len(whole), rng), header, len(whole), rng),
+            )
 
 
 def _foreign(whole: bytes, others: dict[str, bytes]) -> Iterator[tuple[str, bytes | str]]:
@@ -211,15 +308,32 @@ def _tensors(whole: bytes, rng: np.random.Generator) -> Iterator[tuple[str, byte
         fewer = dict(read)
         del fewer[names[rng.integers(len(names))]]
         yield "tensor gone", safetensors.torch.save(fewer, metadata)
-        yield "all tensors of another type", safetensors.torch.save({n: x.double() for n, x in read.items()}, metadata)
-        yield "all tensors empty", safetensors.torch.save({n: x.new_empty((0,)) for n, x in read.items()}, metadata)
+        yield (
+            "all tensors of another type",
+            safetensors.torch.save({n: x.double() for n, x in read.items()}, metadata),
+        )
+        yield (
+            "all tensors empty",
+            safetensors.torch.save({n: x.new_empty((0,)) for n, x in read.items()}, metadata),
+        )
 
 
 def _headers(whole: bytes, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     """The format's own header, wrong."""
     size, header = struct.unpack("<Q", whole[:8])[0], _header(whole)
     data = whole[8 + size :]
-    for length in (0, 1, size - 1, size + 1, len(whole), 2**31, 2**63 - 1, 2**64 - 1, 100_000_000, 100_000_001):
+    for length in (
+        0,
+        1,
+        size - 1,
+        size + 1,
+        len(whole),
+        2**31,
+        2**63 - 1,
+        2**64 - 1,
+        100_000_000,
+        100_000_001,
+    ):
         yield f"header length {length}", struct.pack("<Q", length) + whole[8:]
     names = [name for name in header if name != "__metadata__"]
     for key, values in {
@@ -231,12 +345,39 @@ def _headers(whole: bytes, rng: np.random.Generator) -> Iterator[tuple[str, byte
             broken = copy.deepcopy(header)
             broken[names[rng.integers(len(names))]][key] = value
             yield f"header {key} {_short(value)}", _joined(broken, data)
-    for value in (None, {}, {"tie_ext": 1}, {"tie_ext": "null"}, {"tie_ext": "[" * 100_000}, {"tie_ext": "{}"}, {"tie_ext": '{"kind":[]}'}, []):
+    for value in (
+        None,
+        {},
+        {"tie_ext": 1},
+        {"tie_ext": "null"},
+        {"tie_ext": "[" * 100_000},
+        {"tie_ext": "{}"},
+        {"tie_ext": '{"kind":[]}'},
+        [],
+    ):
         yield f"metadata {_short(value)}", _joined({**header, "__metadata__": value}, data)
     inner = json.loads(header["__metadata__"]["tie_ext"])
-    others = ({"version": 2}, {"version": None}, {"version": "1"}, {"kind": "other"}, {"kind": ["network"]})
-    for change in (*others, {"state": 1}, {"state": []}, {"state": {}}, {"state": {"$items": []}}, {"state": {"$tensor": names[0]}}):
-        yield f"header {_short(change)}", _joined({**header, "__metadata__": {"tie_ext": json.dumps({**inner, **change})}}, data)
+    others = (
+        {"version": 2},
+        {"version": None},
+        {"version": "1"},
+        {"kind": "other"},
+        {"kind": ["network"]},
+    )
+    for change in (
+        *others,
+        {"state": 1},
+        {"state": []},
+        {"state": {}},
+        {"state": {"$items": []}},
+        {"state": {"$tensor": names[0]}},
+    ):
+        yield (
+            f"header {_short(change)}",
+            _joined(
+                {**header, "__metadata__": {"tie_ext": json.dumps({**inner, **change})}}, data
+            ),
+        )
 
 
 class _Hostile:
@@ -272,7 +413,9 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any, Any]]:
             yield from _places(value)
     elif isinstance(tree, list):
         for i, value in enumerate(tree):
-            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int):  # a pair of $items
+            if (
+                isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int)
+            ):  # a pair of $items
                 yield value, 1, value[0]
                 yield from _places(value[1])
             else:

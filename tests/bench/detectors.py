@@ -20,24 +20,46 @@ from typing import NamedTuple
 import pytorch_ood.detector as theirs
 import torch
 from attached import image_sets
-from pytorch_ood.api import Detector, FeatureMapsDetector, FeaturesDetector, GradientDetector, LogitsDetector
+from pytorch_ood.api import (
+    Detector,
+    FeatureMapsDetector,
+    FeaturesDetector,
+    GradientDetector,
+    LogitsDetector,
+)
 from torch import Tensor, nn
 
 from tie_ext import TIENet
-from tie_ext.app import data
-from tie_ext.app.data import ImageBatches, ImageSet
-from tie_ext.app.evaluation import ood_metrics
-from tie_ext.pytorch_ood import IODIN, Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate
-from tie_ext.pytorch_ood.chosen import fit_knn
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
-from tie_ext.support.random import seeded
+from tie_ext.cli import data
+from tie_ext.cli.data import ImageBatches, ImageSet
+from tie_ext.cli.evaluation import ood_metrics
+from tie_ext.pytorch_ood import (
+    IODIN,
+    Combined,
+    MahalanobisPlusPlus,
+    TIEDetector,
+    UncertaintyEstimate,
+)
+from tie_ext.pytorch_ood.combine import fit_knn
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
+from tie_ext.utils.random import seeded
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "detectors"
 HELD = ("KLMatching", "TemperatureScaling")
 """Detectors that their papers fit on a validation set; the others are on the training images."""
 OURS = ("TIEDetector", "Combined", "UncertaintyEstimate", "MahalanobisPlusPlus", "IODIN")
-IMAGES = ("IODIN", "ODIN", "MahalanobisODIN", "GradNorm", "GradUncertainty", "MultiMahalanobis", "Gram", "NACUE", "MCD")
+IMAGES = (
+    "IODIN",
+    "ODIN",
+    "MahalanobisODIN",
+    "GradNorm",
+    "GradUncertainty",
+    "MultiMahalanobis",
+    "Gram",
+    "NACUE",
+    "MCD",
+)
 """Detectors that read the images themselves."""
 TIMED = 1000
 """ID test images by which the time is told, and images of each set by which detectors that read images are tested."""
@@ -63,7 +85,12 @@ def see(net: TIENet, images: ImageSet) -> Seen:
     hook = net.backbone.conv[11].register_forward_hook(lambda module, given, out: maps.append(out))
     pairs = [net(x, True, garbage=True) for x, _ in ImageBatches(images, 500)]
     hook.remove()
-    return Seen(torch.cat([of[0] for of in pairs]), torch.cat([of[1] for of in pairs]), torch.cat(maps).contiguous(), images.y)
+    return Seen(
+        torch.cat([of[0] for of in pairs]),
+        torch.cat([of[1] for of in pairs]),
+        torch.cat(maps).contiguous(),
+        images.y,
+    )
 
 
 def makers(net: TIENet, seen: dict[str, Seen]) -> dict[str, Callable[[], Detector]]:
@@ -72,17 +99,33 @@ def makers(net: TIENet, seen: dict[str, Seen]) -> dict[str, Callable[[], Detecto
     blocks = [conv[:4], conv[4:8], conv[8:12]]  # each ends in pooling
     maps, rest = conv[:12], nn.Sequential(conv[12:], net.backbone.hidden, fc)
     weight, bias = fc.weight.detach(), fc.bias.detach()
-    on_logits = ("EnergyBased", "Entropy", "GEN", "KLMatching", "MaxLogit", "MaxSoftmax", "MCD", "ODIN", "OpenMax", "TemperatureScaling")
+    on_logits = (
+        "EnergyBased",
+        "Entropy",
+        "GEN",
+        "KLMatching",
+        "MaxLogit",
+        "MaxSoftmax",
+        "MCD",
+        "ODIN",
+        "OpenMax",
+        "TemperatureScaling",
+    )
     on_logits += ("WeightedEBO",)
     on_features = ("GMM", "KNN", "Mahalanobis", "MahalanobisODIN", "MCM", "RMD")
     on_both = ("fDBD", "LTS", "NCI", "NNGuide", "PNML", "ReAct", "SHE", "VRA")
     on_maps = ("ASH", "RankFeat", "SCALE")
-    of: dict[str, Callable[[], Detector]] = {name: lambda name=name: getattr(theirs, name)(net) for name in on_logits}
+    of: dict[str, Callable[[], Detector]] = {
+        name: lambda name=name: getattr(theirs, name)(net) for name in on_logits
+    }
     of |= {name: lambda name=name: getattr(theirs, name)(net.features) for name in on_features}
     of |= {name: lambda name=name: getattr(theirs, name)(net.features, fc) for name in on_both}
     of |= {name: lambda name=name: getattr(theirs, name)(maps, rest) for name in on_maps}
     # The last layer's gradients, as in its examples; without a default: p as OpenOOD has it, half the features as principal ones.
-    of |= {name: lambda name=name: getattr(theirs, name)(net, lambda of: of.startswith("fc.")) for name in ("GradNorm", "GradUncertainty")}
+    of |= {
+        name: lambda name=name: getattr(theirs, name)(net, lambda of: of.startswith("fc."))
+        for name in ("GradNorm", "GradUncertainty")
+    }
     of["DICE"] = lambda: theirs.DICE(net.features, weight, bias, p=0.9)
     of["ViM"] = lambda: theirs.ViM(net.features, net.feature_size // 2, weight, bias)
     of["Gram"] = lambda: theirs.Gram(rest, blocks, net.num_classes)
@@ -115,10 +158,14 @@ def read(detector: Detector, of: Seen) -> Tensor:
     if isinstance(detector, Combined):
         return detector.predict_scores(member_scores(detector, of))
     if isinstance(detector, LogitsDetector):
-        return detector.predict_logits(of.logits if isinstance(detector, TIEDetector) else of.logits[:, :-1])
+        return detector.predict_logits(
+            of.logits if isinstance(detector, TIEDetector) else of.logits[:, :-1]
+        )
     if isinstance(detector, FeaturesDetector):
         return detector.predict_features(of.features)
-    return detector.predict_feature_maps(of.features if isinstance(detector, theirs.ReAct | theirs.VRA) else of.maps)
+    return detector.predict_feature_maps(
+        of.features if isinstance(detector, theirs.ReAct | theirs.VRA) else of.maps
+    )
 
 
 def fit(detector: Detector, of: Seen) -> None:
@@ -131,7 +178,9 @@ def fit(detector: Detector, of: Seen) -> None:
         detector.fit_feature_maps(of.features, of.y)
 
 
-def judged(name: str, make: Callable[[], Detector], sets: dict[str, ImageSet], seen: dict[str, Seen]) -> dict:
+def judged(
+    name: str, make: Callable[[], Detector], sets: dict[str, ImageSet], seen: dict[str, Seen]
+) -> dict:
     """Metrics by OOD test set, and processor seconds of 1000 images; or why there are none."""
     tested = [of for of in sets if of not in ("train", "held")]
     try:
@@ -139,7 +188,11 @@ def judged(name: str, make: Callable[[], Detector], sets: dict[str, ImageSet], s
         with torch.set_grad_enabled(isinstance(detector, GradientDetector)):
             if name in IMAGES and detector.requires_fit:
                 detector.fit(ImageBatches(sets["train"], 500))
-            elif name not in IMAGES and name != "Combined" and (detector.requires_fit or name == "ReAct"):
+            elif (
+                name not in IMAGES
+                and name != "Combined"
+                and (detector.requires_fit or name == "ReAct")
+            ):
                 fit(detector, seen["held" if name in HELD else "train"])
             start = time.process_time()
             first = predicted(detector, sets["id"].first(TIMED))
@@ -147,14 +200,22 @@ def judged(name: str, make: Callable[[], Detector], sets: dict[str, ImageSet], s
             if (first == first[0]).all():
                 return {"reason": "gives all ID images one score"}
             if name in IMAGES:
-                scores = {of: predicted(detector, sets[of].first(TIMED)) for of in tested if of != "id"} | {"id": first}
+                scores = {
+                    of: predicted(detector, sets[of].first(TIMED)) for of in tested if of != "id"
+                } | {"id": first}
             else:
                 scores = {of: read(detector, seen[of]).detach() for of in tested}
     except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
         return {"reason": f"{type(error).__name__}: {error}"}
     metrics = {of: ood_metrics(scores["id"], scores[of]) for of in tested if of != "id"}
     most = {"images": TIMED} if name in IMAGES else {}
-    return {**most, "seconds": seconds, "sets": {of: {key: found[key] for key in ("auroc", "fpr95_id")} for of, found in metrics.items()}}
+    return {
+        **most,
+        "seconds": seconds,
+        "sets": {
+            of: {key: found[key] for key in ("auroc", "fpr95_id")} for of, found in metrics.items()
+        },
+    }
 
 
 def predicted(detector: Detector, images: ImageSet) -> Tensor:
@@ -170,13 +231,22 @@ def judge(network: Path, root: str, from_images: bool) -> None:
     path = OUT / f"{stem}.json"
     done = json.loads(path.read_text())["detectors"] if path.exists() else {}
     net = TIENet.load(network)
-    left = [name for name in makers(net, {}) if (name in IMAGES) == from_images and name not in done]
+    left = [
+        name for name in makers(net, {}) if (name in IMAGES) == from_images and name not in done
+    ]
     if not left:
         return
-    sets = {name: images for name, images in image_sets(of, root, images, seed).items() if not name.startswith("val:")}
+    sets = {
+        name: images
+        for name, images in image_sets(of, root, images, seed).items()
+        if not name.startswith("val:")
+    }
     seen = {} if from_images else {name: see(net, images) for name, images in sets.items()}
     about = {"data": of, "images": images, "epochs": epochs, "backbone": backbone, "seed": seed}
-    said = {**provenance(), "command": f"detectors.py --root DATA docs/results/attached/work/{network.name}"}
+    said = {
+        **provenance(),
+        "command": f"detectors.py --root DATA docs/results/attached/work/{network.name}",
+    }
     make = makers(net, seen)
     for name in left:
         with seeded(0):
@@ -186,9 +256,13 @@ def judge(network: Path, root: str, from_images: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data")
-    parser.add_argument("networks", nargs="+", type=Path, help="STEM-head.safetensors, as attached.py names it")
+    parser.add_argument(
+        "networks", nargs="+", type=Path, help="STEM-head.safetensors, as attached.py names it"
+    )
     a = parser.parse_args()
     data.load = functools.cache(data.load)  # the same files for every seed
     for from_images in (False, True):

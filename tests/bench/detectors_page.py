@@ -8,7 +8,7 @@ from attached_page import CALLED, judged_rows
 from detectors import IMAGES, OURS, TIMED
 from page import percent
 
-from tie_ext.app.report import table
+from tie_ext.cli.report import table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "detectors"
@@ -51,10 +51,13 @@ def rows(of: list[dict]) -> list[dict]:
         auroc = [mean(run["sets"][ood]["auroc"] for ood in sets) for run in runs]
         worst = min(sets, key=lambda ood: mean(run["sets"][ood]["auroc"] for run in runs))
         row = {
-            "detector": (f"**{name}**" if name in OURS else name) + ("\\*" if "images" in runs[0] else ""),
+            "detector": (f"**{name}**" if name in OURS else name)
+            + ("\\*" if "images" in runs[0] else ""),
             "mean AUROC": percent(auroc),
             "worst AUROC": f"{percent([run['sets'][worst]['auroc'] for run in runs])} ({CALLED.get(worst, worst)})",
-            "mean FPR@95": percent([mean(run["sets"][ood]["fpr95_id"] for ood in sets) for run in runs]),
+            "mean FPR@95": percent(
+                [mean(run["sets"][ood]["fpr95_id"] for ood in sets) for run in runs]
+            ),
             "seconds": f"{mean(run['seconds'] for run in runs):.2f}",
         }
         found.append((mean(auroc), row))
@@ -64,8 +67,14 @@ def rows(of: list[dict]) -> list[dict]:
 def not_everywhere(name: str, of: list[dict]) -> str:
     """Why a detector that reads images has no row, and what it cost where it was run."""
     runs = [record["detectors"][name] for record in of if name in record["detectors"]]
-    cost = [f"{run['seconds']:.1f} s for 1000 images" if "seconds" in run else run["reason"] for run in runs]
-    return f"reads the images themselves, and has been run on {len(runs)} of {len(of)} networks" + "".join(f" ({one})" for one in cost)
+    cost = [
+        f"{run['seconds']:.1f} s for 1000 images" if "seconds" in run else run["reason"]
+        for run in runs
+    ]
+    return (
+        f"reads the images themselves, and has been run on {len(runs)} of {len(of)} networks"
+        + "".join(f" ({one})" for one in cost)
+    )
 
 
 def page() -> str:
@@ -77,9 +86,23 @@ def page() -> str:
     said = {key: of[0][key] for key in ("data", "images", "epochs", "backbone")}
     commands = "\n".join(f"    python tests/bench/{record['command']}" for record in of)
     seeds = ", ".join(str(record["seed"]) for record in of)
-    text = HEAD.format(**said, seeds=seeds, sets=", ".join(CALLED.get(name, name) for name in sets), commands=commands)
-    reasons = {name: run["reason"] for record in of for name, run in record["detectors"].items() if "reason" in run}
-    reasons |= {name: not_everywhere(name, of) for name in IMAGES if any(name not in record["detectors"] for record in of)}
+    text = HEAD.format(
+        **said,
+        seeds=seeds,
+        sets=", ".join(CALLED.get(name, name) for name in sets),
+        commands=commands,
+    )
+    reasons = {
+        name: run["reason"]
+        for record in of
+        for name, run in record["detectors"].items()
+        if "reason" in run
+    }
+    reasons |= {
+        name: not_everywhere(name, of)
+        for name in IMAGES
+        if any(name not in record["detectors"] for record in of)
+    }
     missing = "\n".join(f"- {name}: {reason.strip()}" for name, reason in reasons.items())
     shown = table(rows(of))
     parts = [text + (MARKED if "\\*" in shown else ""), shown, ""]
@@ -92,17 +115,24 @@ def pull_requests() -> dict[str, str]:
     if of := records():
         every = rows(of)
         theirs = [row for row in every if not row["detector"].startswith("**")][:BEST]
-        head = [{**row, "detector": "TIE"} for row in every if row["detector"] == "**TIEDetector**"]
+        head = [
+            {**row, "detector": "TIE"} for row in every if row["detector"] == "**TIEDetector**"
+        ]
         columns = [{key: row[key] for key in row if key != "seconds"} for row in head + theirs]
         texts["0001-TIE-detector.md"] = table(columns)
     if single := judged_rows():
         texts["0002-Combined-detector.md"] = table(single)
-    return {f"../patches/pytorch-ood/{name}": _filled(PATCHES / name, evidence) for name, evidence in texts.items()}
+    return {
+        f"../patches/pytorch-ood/{name}": _filled(PATCHES / name, evidence)
+        for name, evidence in texts.items()
+    }
 
 
 def _filled(path: Path, evidence: str) -> str:
     """The file with its evidence between its two comments."""
     lines = path.read_text().split("\n")
-    start = next(i for i, line in enumerate(lines) if line.startswith("<!-- tests/bench/tables.py"))
+    start = next(
+        i for i, line in enumerate(lines) if line.startswith("<!-- tests/bench/tables.py")
+    )
     end = lines.index("<!-- and ends here -->")
     return "\n".join([*lines[: start + 1], *evidence.rstrip("\n").split("\n"), *lines[end:]])

@@ -15,10 +15,10 @@ from attached import Trained, made_by, other_seeds, parser_of
 from fooling import FIGURES, id_sets
 
 from tie_ext import TIENet, explain
-from tie_ext.app.data import ImageBatches
-from tie_ext.app.explaining import class_grid
-from tie_ext.explain import STEPS
-from tie_ext.support.files import write_json
+from tie_ext.cli.data import ImageBatches
+from tie_ext.cli.explain_page import class_grid
+from tie_ext.training.explain import STEPS
+from tie_ext.utils.files import write_json
 
 RECORD = Path(__file__).parents[2] / "docs" / "results" / "explained.json"
 PER_CLASS = 20
@@ -32,7 +32,12 @@ def main() -> None:
     of = Trained.read(a.network.stem)
     sets = id_sets(of.data, a.root, of.images, of.seed)
     start = time.perf_counter()
-    found = explain(TIENet.load(a.network), ImageBatches(sets["train"], 500), per_class=PER_CLASS, steps=a.steps)
+    found = explain(
+        TIENet.load(a.network),
+        ImageBatches(sets["train"], 500),
+        per_class=PER_CLASS,
+        steps=a.steps,
+    )
     seconds = time.perf_counter() - start
     x = found.inversions.flatten(0, 1)
     y = torch.arange(len(found.inversions)).repeat_interleave(PER_CLASS)
@@ -50,7 +55,9 @@ def main() -> None:
         **made_by(a.root),
     }
     write_json(RECORD, record)
-    class_grid(found, sets["train"].classes, 4).savefig(FIGURES / f"explain_{a.network.stem}.png", dpi=80, bbox_inches="tight")
+    class_grid(found, sets["train"].classes, 4).savefig(
+        FIGURES / f"explain_{a.network.stem}.png", dpi=80, bbox_inches="tight"
+    )
     print(f"{a.network.stem}: as asked {found.agreement:.4f}, judged {judged}, {seconds:.0f} s")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from page import percent
 
-from tie_ext.app.report import table
+from tie_ext.cli.report import table
 
 DOCS = Path(__file__).parents[2] / "docs"
 RECORD = DOCS / "results" / "explained.json"
@@ -39,7 +39,7 @@ found.layers.outside(x).times  # for each image and layer: above 1 = farther out
   other strokes); one that is odd in late layers alone is a new thing drawn in the same way.
 
 A high probability of the class alone makes a *fooling image*, which looks like nothing ([fooling.md](fooling.md)). So each layer's statistics are
-held to those of the class's training images too, and images are moved while they are found; `tie_ext/explain.py` has the formula.
+held to those of the class's training images too, and images are moved while they are found; `tie_ext/training/explain.py` has the formula.
 
 ## Does anybody else see the class?
 

@@ -32,22 +32,33 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tie_ext.app import report  # noqa: F401
-from tie_ext.app.cli import main as cli
-from tie_ext.app.folder import read_settings
-from tie_ext.app.report import table
-from tie_ext.app.snapshots import load_snapshots
-from tie_ext.backbones import BACKBONES
-from tie_ext.network import TIENet
+from tie_ext.cli import report  # noqa: F401
+from tie_ext.cli.folder import read_settings
+from tie_ext.cli.main import main as cli
+from tie_ext.cli.report import table
+from tie_ext.cli.snapshots import load_snapshots
+from tie_ext.models.backbones import BACKBONES
+from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import TIEDetector
-from tie_ext.support import files
-from tie_ext.support.checks import MOST_VALUES
-from tie_ext.support.files import load_state, write_json
-from tie_ext.support.provenance import peak_memory, provenance
-from tie_ext.training import TIETrainer
+from tie_ext.training.trainer import TIETrainer
+from tie_ext.utils import files
+from tie_ext.utils.checks import MOST_VALUES
+from tie_ext.utils.files import load_state, write_json
+from tie_ext.utils.provenance import peak_memory, provenance
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fire.json"
-FAST = ["--epochs", "3", "--candidates", "55", "--pool-size", "40", "--inversion-steps", "2", "--inversion-width", "4"]
+FAST = [
+    "--epochs",
+    "3",
+    "--candidates",
+    "55",
+    "--pool-size",
+    "40",
+    "--inversion-steps",
+    "2",
+    "--inversion-width",
+    "4",
+]
 RESULTS = ("network.safetensors", "scores.safetensors")
 AIMS = ("any moment", "a half-written file is there", "inside a write")
 LIMIT, ALLOWANCE = 10, 64
@@ -61,7 +72,9 @@ def draw(folder: Path) -> Path:
         for label, low in (("dark", 0), ("bright", 128)):
             (folder / split / label).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(rng.integers(low, low + 128, (28, 28), dtype=np.uint8)).save(folder / split / label / f"{i}.png")
+                Image.fromarray(rng.integers(low, low + 128, (28, 28), dtype=np.uint8)).save(
+                    folder / split / label / f"{i}.png"
+                )
     return folder
 
 
@@ -69,7 +82,20 @@ def train(images: Path, out: Path) -> list[str]:
     """Start a run, or go on with it where it has begun."""
     if (out / "run.json").exists():
         return ["train", "--resume", str(out), "--device", "cpu"]
-    return ["train", "--data", f"folder:{images}", "--size", "28", "--out", str(out), "--backbone", "conv3", "--device", "cpu", *FAST]
+    return [
+        "train",
+        "--data",
+        f"folder:{images}",
+        "--size",
+        "28",
+        "--out",
+        str(out),
+        "--backbone",
+        "conv3",
+        "--device",
+        "cpu",
+        *FAST,
+    ]
 
 
 # Processes.
@@ -108,7 +134,12 @@ def ended(pid: int, limit: float = 120.0) -> int | None:
     return None
 
 
-def run(arguments: list[str], said: Path, before: Callable[[], Any] = lambda: None, limit: float = 120.0) -> int | None:
+def run(
+    arguments: list[str],
+    said: Path,
+    before: Callable[[], Any] = lambda: None,
+    limit: float = 120.0,
+) -> int | None:
     """One command to its end; its exit status."""
     return ended(start(lambda: (before(), cli(arguments))[1], said), limit)
 
@@ -119,7 +150,15 @@ def warm(place: Path, images: Path) -> None:
 
     def work() -> int:
         status = cli(train(images, out)) or cli(["report", str(out)])
-        status = status or cli(["score", str(out), str(next((images / "test" / "dark").iterdir())), "--false-alarm", "0.25"])
+        status = status or cli(
+            [
+                "score",
+                str(out),
+                str(next((images / "test" / "dark").iterdir())),
+                "--false-alarm",
+                "0.25",
+            ]
+        )
         names.write_text("\n".join(sys.modules))
         return status
 
@@ -155,7 +194,9 @@ def at_write(number: int, stage: str, act: Callable[[], Any]) -> None:
         if count == number and stage == "moved":
             act()
 
-    shim = SimpleNamespace(**{name: getattr(os, name) for name in dir(os) if not name.startswith("__")})
+    shim = SimpleNamespace(
+        **{name: getattr(os, name) for name in dir(os) if not name.startswith("__")}
+    )
     shim.fsync, shim.replace = fsync, replace
     files.os = shim  # type: ignore[attr-defined]
 
@@ -179,23 +220,38 @@ def kill(place: Path, trials: int, rng: np.random.Generator) -> dict:
             found.update(_killed(images, out, aim, duration, place / "said", rng))
         found["runs"] += 1
         found["went on to the end"] += run(train(images, out), place / "said") == 0
-        found["bit-identical"] += all((out / name).is_file() and filecmp.cmp(whole / name, out / name, shallow=False) for name in RESULTS)
+        found["bit-identical"] += all(
+            (out / name).is_file() and filecmp.cmp(whole / name, out / name, shallow=False)
+            for name in RESULTS
+        )
         found["half-written files left"] += len(parts(out))
         shutil.rmtree(out)
-    return {"seconds of a whole run": round(duration, 2), "by aim": {aim: dict(found) for aim, found in by_aim.items()}}
+    return {
+        "seconds of a whole run": round(duration, 2),
+        "by aim": {aim: dict(found) for aim, found in by_aim.items()},
+    }
 
 
-def _killed(images: Path, out: Path, aim: str, duration: float, said: Path, rng: np.random.Generator) -> dict[str, int]:
+def _killed(
+    images: Path, out: Path, aim: str, duration: float, said: Path, rng: np.random.Generator
+) -> dict[str, int]:
     """Start or go on with a run, kill it, and count what it had and what it left."""
     before, (hear, tell) = _epochs(out), os.pipe()
-    number, stage, seen = int(rng.integers(1, 14 if aim == AIMS[2] else 9)), str(rng.choice(["half", "whole", "moved"])), set()
+    number, stage, seen = (
+        int(rng.integers(1, 14 if aim == AIMS[2] else 9)),
+        str(rng.choice(["half", "whole", "moved"])),
+        set(),
+    )
     steps: tuple[Callable[[], Any], ...] = (lambda: _telling(tell),)
     if aim == AIMS[2]:
         steps += (lambda: at_write(number, stage, lambda: os.kill(os.getpid(), signal.SIGKILL)),)
     pid = start(lambda: ([step() for step in steps], cli(train(images, out)))[1], said)
     os.close(tell)
     end = time.monotonic() + (rng.uniform(0, duration) if aim == AIMS[0] else 120)
-    while time.monotonic() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while (
+        time.monotonic() < end
+        and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
         if aim == AIMS[1]:
             seen |= set(parts(out)) if out.exists() else set()
             if len(seen) >= number:
@@ -239,7 +295,14 @@ PLACES = {
     "detector": "detector/detector.json",  # beside a run it would be what the command line decides by
     "run": "run.json",
 }
-SHARES = {"network": 0.24, "training": 0.26, "snapshot": 0.12, "scores": 0.12, "detector": 0.12, "run": 0.14}
+SHARES = {
+    "network": 0.24,
+    "training": 0.26,
+    "snapshot": 0.12,
+    "scores": 0.12,
+    "detector": 0.12,
+    "run": 0.14,
+}
 """How many of the damaged files are of each kind."""
 
 
@@ -248,7 +311,11 @@ def sound(place: Path) -> Path:
     images, out, stopped = draw(place / "images"), place / "sound", place / "stopped"
     warm(place, images)
     run(train(images, out), place / "said")
-    run(train(images, stopped), place / "said", lambda: at_write(8, "half", lambda: os.kill(os.getpid(), signal.SIGKILL)))  # in its third epoch
+    run(
+        train(images, stopped),
+        place / "said",
+        lambda: at_write(8, "half", lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    )  # in its third epoch
     assert _epochs(stopped) == 2
     shutil.copy(stopped / "training.safetensors", out)
 
@@ -282,12 +349,18 @@ def loaders(kind: str, out: Path, image: Path) -> dict[str, Callable[[], Any]]:
         net = TIENet(BACKBONES["conv3"](3, 2), 2, (3, 28, 28), garbage=settings.recipe.garbage)
         trainer = settings.recipe.trainer(net)
         trainer.load(out / "training.safetensors")
-        trainer.epoch([(torch.rand(32, 3, 28, 28), torch.arange(32) % 2)])  # as many images as the run had
+        trainer.epoch(
+            [(torch.rand(32, 3, 28, 28), torch.arange(32) % 2)]
+        )  # as many images as the run had
 
     path = out / PLACES[kind]
     state = {"load_state": lambda: load_state(path, kind) and None}
     score = {"tie-ext score": lambda: cli(["score", str(out), str(image)])}
-    line = {"tie-ext score --false-alarm": lambda: cli(["score", str(out), str(image), "--false-alarm", "0.25"])}
+    line = {
+        "tie-ext score --false-alarm": lambda: cli(
+            ["score", str(out), str(image), "--false-alarm", "0.25"]
+        )
+    }
     shown = {"tie-ext report": lambda: cli(["report", str(out)])}
     going_on = {"tie-ext train --resume": lambda: cli(train(out, out))}
     return {
@@ -296,7 +369,11 @@ def loaders(kind: str, out: Path, image: Path) -> dict[str, Callable[[], Any]]:
         "snapshot": {**state, "load_snapshots": lambda: load_snapshots(out) and None, **shown},
         "scores": {**state, **line, **shown},
         "detector": {"TIEDetector.load": detect},
-        "run": {"read_settings": lambda: read_settings(out).record() and None, **shown, **going_on},
+        "run": {
+            "read_settings": lambda: read_settings(out).record() and None,
+            **shown,
+            **going_on,
+        },
     }[kind]
 
 
@@ -318,15 +395,24 @@ def damaged(place: Path, count: int, rng: np.random.Generator) -> dict:
             for name in loaders(kind, good, place):
                 of = _fed(place, good, kind, name, what)
                 size = len(what) / 2**20 if isinstance(what, bytes) else 0.0
-                if of["outcome"] in ("refused", "loaded") and of["memory"] > usual[kind, name] + 2 * size + ALLOWANCE:
+                if (
+                    of["outcome"] in ("refused", "loaded")
+                    and of["memory"] > usual[kind, name] + 2 * size + ALLOWANCE
+                ):
                     of["outcome"] = "memory"
                 found[kind][of["outcome"]] += 1
                 if of["outcome"] not in ("refused", "loaded"):
                     wrong.append({"file": PLACES[kind], "case": case, "loader": name, **of})
                 if os.environ.get("FIRE_VERBOSE"):
-                    print(f"{kind:9} {case:55.55} {name:28} {of['outcome']:8} {of['memory']:5.0f} {of['said'][:150]}", flush=True)
+                    print(
+                        f"{kind:9} {case:55.55} {name:28} {of['outcome']:8} {of['memory']:5.0f} {of['said'][:150]}",
+                        flush=True,
+                    )
     outcomes = ("refused", "loaded", "crash", "hang", "memory")
-    counts = {kind: {"files": of["files"], **{outcome: of[outcome] for outcome in outcomes}} for kind, of in found.items()}
+    counts = {
+        kind: {"files": of["files"], **{outcome: of[outcome] for outcome in outcomes}}
+        for kind, of in found.items()
+    }
     return {"seconds allowed": LIMIT, "MB allowed": ALLOWANCE, "by file": counts, "wrong": wrong}
 
 
@@ -340,11 +426,16 @@ def _fed(place: Path, good: Path, kind: str, name: str, what: bytes | str) -> di
 
     def work() -> int:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + 4 * 2**30,) * 2)  # so that the machine outlives what is looked for
+        resource.setrlimit(
+            resource.RLIMIT_AS, (held + 4 * 2**30,) * 2
+        )  # so that the machine outlives what is looked for
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
         before = peak_memory() or 0
         try:
-            return loaders(kind, out, next((place / "images" / "test" / "dark").iterdir()))[name]() or 0
+            return (
+                loaders(kind, out, next((place / "images" / "test" / "dark").iterdir()))[name]()
+                or 0
+            )
         except (ValueError, OSError, FloatingPointError) as error:
             print(f"tie-ext: {error}", file=sys.stderr)
             return 1
@@ -353,11 +444,28 @@ def _fed(place: Path, good: Path, kind: str, name: str, what: bytes | str) -> di
 
     status = ended(start(work, said), 60)  # a machine that is shared may take that long
     lines = [line for line in said.read_text(errors="replace").splitlines() if line]
-    refused = status == 1 and len(lines) >= 1 and lines[-1].startswith("tie-ext: Expected ") and "Traceback" not in lines
-    outcome = "hang" if status in (None, -signal.SIGXCPU, -signal.SIGKILL) else "loaded" if status == 0 else "refused" if refused else "crash"
+    refused = (
+        status == 1
+        and len(lines) >= 1
+        and lines[-1].startswith("tie-ext: Expected ")
+        and "Traceback" not in lines
+    )
+    outcome = (
+        "hang"
+        if status in (None, -signal.SIGXCPU, -signal.SIGKILL)
+        else "loaded"
+        if status == 0
+        else "refused"
+        if refused
+        else "crash"
+    )
     if parts(out):
         outcome = "crash"
-    return {"outcome": outcome, "memory": float(used.read_text()) if used.exists() else 0.0, "said": f"{status}: {' '.join(lines)[-300:]}"}
+    return {
+        "outcome": outcome,
+        "memory": float(used.read_text()) if used.exists() else 0.0,
+        "said": f"{status}: {' '.join(lines)[-300:]}",
+    }
 
 
 # 3. A full disk.
@@ -370,7 +478,13 @@ def full(place: Path, every: int = 1) -> dict:
     run(train(images, whole), place / "said")
     shutil.copytree(whole, place / "shown")
     image = str(next((images / "test" / "dark").iterdir()))
-    rows = {"train": Counter[str](), "report": Counter[str](), "detector": Counter[str](), "score": Counter[str](), "a small disk": Counter[str]()}
+    rows = {
+        "train": Counter[str](),
+        "report": Counter[str](),
+        "detector": Counter[str](),
+        "score": Counter[str](),
+        "a small disk": Counter[str](),
+    }
 
     def enospc(folder: Path) -> None:
         shutil.rmtree(place / "before", ignore_errors=True)
@@ -383,29 +497,53 @@ def full(place: Path, every: int = 1) -> dict:
         TIEDetector(TIENet.load(whole / "network.safetensors")).save(place / "shown")
         return 0
 
-    for name, arguments in (("train", train(images, out)), ("report", ["report", str(place / "shown")]), ("detector", None)):
+    for name, arguments in (
+        ("train", train(images, out)),
+        ("report", ["report", str(place / "shown")]),
+        ("detector", None),
+    ):
         for number in range(1, 100, every):
             shutil.rmtree(out, ignore_errors=True)
             folder = out if name == "train" else place / "shown"
             work = save if arguments is None else lambda a=arguments: cli(a)
-            failing = lambda n=number, f=folder, w=work: (at_write(n, "half", lambda: enospc(f)), _said(w))[1]  # noqa: E731
+            failing = lambda n=number, f=folder, w=work: (
+                at_write(n, "half", lambda: enospc(f)),
+                _said(w),
+            )[1]  # noqa: E731
             status = ended(start(failing, place / "said"))
             if status == 0:
                 break
-            old, new, said = dict(_contents(place / "before")), dict(_contents(folder)), (place / "said").read_text()
+            old, new, said = (
+                dict(_contents(place / "before")),
+                dict(_contents(folder)),
+                (place / "said").read_text(),
+            )
             rows[name].update(
                 {
                     "writes": 1,
-                    "said so": int(status == 1 and "tie-ext: Expected to write " in said and os.strerror(errno.ENOSPC) in said),
+                    "said so": int(
+                        status == 1
+                        and "tie-ext: Expected to write " in said
+                        and os.strerror(errno.ENOSPC) in said
+                    ),
                     "earlier files intact": int(new == old),
                     "files left half-written": len(parts(folder)),
                 }
             )
             if name == "train":
-                rows[name]["went on to the same end"] += run(train(images, out), place / "said") == 0 and _same(whole, out)
-    status = ended(start(lambda: _to(Path("/dev/full"), ["score", str(whole), image]), place / "said"))
+                rows[name]["went on to the same end"] += run(
+                    train(images, out), place / "said"
+                ) == 0 and _same(whole, out)
+    status = ended(
+        start(lambda: _to(Path("/dev/full"), ["score", str(whole), image]), place / "said")
+    )
     said = (place / "said").read_text()
-    rows["score"].update({"writes": 1, "said so": int(status == 1 and said.startswith("tie-ext: Expected to write"))})
+    rows["score"].update(
+        {
+            "writes": 1,
+            "said so": int(status == 1 and said.startswith("tie-ext: Expected to write")),
+        }
+    )
     small = _small_disk(place, images, whole)
     if small:
         rows["a small disk"].update(small)
@@ -434,7 +572,10 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    return all((other / name).is_file() and filecmp.cmp(one / name, other / name, shallow=False) for name in RESULTS)
+    return all(
+        (other / name).is_file() and filecmp.cmp(one / name, other / name, shallow=False)
+        for name in RESULTS
+    )
 
 
 def _small_disk(place: Path, images: Path, whole: Path) -> dict[str, int]:
@@ -443,7 +584,9 @@ def _small_disk(place: Path, images: Path, whole: Path) -> dict[str, int]:
     disk.mkdir()
     for size in (0.1, 0.5, 1, 1.5, 2, 3, 4, 5):
         option = f"size={int(size * 1024)}k"
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tie_ext", disk], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", option, "tie_ext", disk], capture_output=True
+        ).returncode:
             return {}
         try:
             out = disk / "run"
@@ -453,7 +596,9 @@ def _small_disk(place: Path, images: Path, whole: Path) -> dict[str, int]:
                 found["said so"] += status == 1 and "tie-ext: Expected to write " in said
                 found["files left half-written"] += len(parts(disk))
                 subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-                found["went on to the same end"] += run(train(images, out), place / "said") == 0 and _same(whole, out)
+                found["went on to the same end"] += run(
+                    train(images, out), place / "said"
+                ) == 0 and _same(whole, out)
         finally:
             subprocess.run(["umount", disk], check=True)
     return dict(found)
@@ -555,12 +700,20 @@ has confirmed, as in a power cut, was not tried. A network may claim images of u
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=50, help="runs to kill")
     parser.add_argument("--files", type=int, default=300, help="files to damage")
-    parser.add_argument("--every", type=int, default=1, help="let one write in so many find the disk full")
+    parser.add_argument(
+        "--every", type=int, default=1, help="let one write in so many find the disk full"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("kill", "damage", "full disk"), help="one part; the record keeps the others")
+    parser.add_argument(
+        "--only",
+        choices=("kill", "damage", "full disk"),
+        help="one part; the record keeps the others",
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     a = parser.parse_args()
     works: dict[str, Callable[[Path], dict]] = {
@@ -573,7 +726,15 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as place:
                 found = work(Path(place))
             record = json.loads(a.out.read_text()) if a.out.exists() else {}
-            write_json(a.out, {**record, name: found, **provenance(), "command": f"python tests/bench/fire.py --trials {a.trials} --files {a.files}"})
+            write_json(
+                a.out,
+                {
+                    **record,
+                    name: found,
+                    **provenance(),
+                    "command": f"python tests/bench/fire.py --trials {a.trials} --files {a.files}",
+                },
+            )
             print(name, json.dumps(found, indent=1))
 
 

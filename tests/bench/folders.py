@@ -22,14 +22,27 @@ import torch
 from PIL import Image
 
 from tie_ext import Conv5, TIENet
-from tie_ext.app import scoring
-from tie_ext.app.data import scaled
-from tie_ext.app.images import ImageFiles
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.cli import score
+from tie_ext.cli.data import scaled
+from tie_ext.cli.images import ImageFiles
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
-PEAK = "import sys; from tie_ext.app.cli import main; from tie_ext.support.provenance import peak_memory; main(sys.argv[1:]); print(peak_memory())"
-FAST = ["--epochs", "1", "--garbage", "linear", "--synthesizer", "white", "--candidates", "110", "--pool-size", "100", "--backbone", "conv3"]
+PEAK = "import sys; from tie_ext.cli.main import main; from tie_ext.utils.provenance import peak_memory; main(sys.argv[1:]); print(peak_memory())"
+FAST = [
+    "--epochs",
+    "1",
+    "--garbage",
+    "linear",
+    "--synthesizer",
+    "white",
+    "--candidates",
+    "110",
+    "--pool-size",
+    "100",
+    "--backbone",
+    "conv3",
+]
 
 
 def draw(folder: Path, count: int, size: int, classes: int = 2) -> Path:
@@ -39,7 +52,9 @@ def draw(folder: Path, count: int, size: int, classes: int = 2) -> Path:
         place = folder / str(i % classes) / f"{i:06d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         if i < 200:
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+                (size, size), Image.Resampling.BICUBIC
+            )
             coarse.save(place, quality=90)
             kept.append(place.read_bytes())
         else:
@@ -49,7 +64,19 @@ def draw(folder: Path, count: int, size: int, classes: int = 2) -> Path:
 
 def peak(folder: Path, out: Path) -> float:
     """MB of a process that trains on a folder as it is and scores."""
-    command = [sys.executable, "-c", PEAK, "train", "--data", f"folder:{folder}", "--size", "64", "--out", str(out), *FAST]
+    command = [
+        sys.executable,
+        "-c",
+        PEAK,
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--size",
+        "64",
+        "--out",
+        str(out),
+        *FAST,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
@@ -57,7 +84,10 @@ def peak(folder: Path, out: Path) -> float:
 def memory(few: int, many: int) -> dict:
     """Peaks by count of images, and the difference, in MB."""
     with tempfile.TemporaryDirectory() as place:
-        peaks = {count: peak(draw(Path(place) / str(count), count, 64), Path(place) / f"run{count}") for count in (few, many)}
+        peaks = {
+            count: peak(draw(Path(place) / str(count), count, 64), Path(place) / f"run{count}")
+            for count in (few, many)
+        }
     return {"pixels": 64, "peak_mb": peaks, "more_mb": peaks[many] - peaks[few]}
 
 
@@ -77,16 +107,16 @@ def speed(images: int, pixels: int, device: str) -> dict:
     @torch.no_grad()
     def work(kind: str) -> None:
         if kind == "score":
-            for _ in scoring.scored(net, net.decide, files):
+            for _ in score.scored(net, net.decide, files):
                 pass
             return
-        for x in of.parts(torch.arange(images).split(scoring.BATCH)):
+        for x in of.parts(torch.arange(images).split(score.BATCH)):
             if kind != "loader":
                 alone(scaled(x, net)).cpu()
 
     clock = spent if device == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as place:
-        files = scoring.listed([draw(Path(place), images, pixels)])
+        files = score.listed([draw(Path(place), images, pixels)])
         of = ImageFiles.of(files, 3, 32)
         for _ in range(5):
             for kind in rates:
@@ -104,7 +134,9 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=20_000)
     parser.add_argument("--many", type=int, default=200_000)
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--pixels", type=int, default=400, help="of a JPEG, as cameras and the web have them")
+    parser.add_argument(
+        "--pixels", type=int, default=400, help="of a JPEG, as cameras and the web have them"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Which images that were searched for does a detector take for a class? The searchers are those of tie_ext/bench/fooling.py.
+"""Which images that were searched for does a detector take for a class? The searchers are those of tie_ext/cli/reproduce/fooling.py.
 
     python tests/bench/fooling.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors
 
@@ -22,18 +22,29 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tie_ext import GarbageHead, Procedural, TIENet
-from tie_ext.app import data
-from tie_ext.app.data import ImageBatches, ImageSet
-from tie_ext.bench import fooling
-from tie_ext.bench.fooling import Detector, Score, outputs, verdict, with_line
-from tie_ext.combination import largest
-from tie_ext.support.files import load_state, save_state, write_json
-from tie_ext.support.random import seeded
-from tie_ext.synthesis import Candidates
+from tie_ext.cli import data
+from tie_ext.cli.data import ImageBatches, ImageSet
+from tie_ext.cli.reproduce import fooling
+from tie_ext.cli.reproduce.fooling import Detector, Score, outputs, verdict, with_line
+from tie_ext.outliers.base import Candidates
+from tie_ext.scores.combination import largest
+from tie_ext.utils.files import load_state, save_state, write_json
+from tie_ext.utils.random import seeded
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-RIVALS = ("procedural", "predecessor", "tie", "tie-search", "loop", "loop-search", "search", "acet", "acet-procedural", "hunted")
+RIVALS = (
+    "procedural",
+    "predecessor",
+    "tie",
+    "tie-search",
+    "loop",
+    "loop-search",
+    "search",
+    "acet",
+    "acet-procedural",
+    "hunted",
+)
 """Of fooling_rivals.py; those that are there are measured."""
 HOSTS = ("plain",)
 """Networks on which the hosts' detectors are measured too."""
@@ -54,7 +65,9 @@ def id_sets(name: str, root: str, count: int, seed: int) -> dict[str, ImageSet]:
     whole, test = data.load(name, "train", root), data.load(name, "test", root)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     rows = {"held": order[-HELD:], "train": order[:-HELD][:count]}
-    return {part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()} | {"id": test}
+    return {
+        part: ImageSet(whole.x[of], whole.y[of], test.classes) for part, of in rows.items()
+    } | {"id": test}
 
 
 def others_of(name: str, root: str, shape: tuple[int, int, int]) -> dict[str, ImageSet]:
@@ -72,7 +85,9 @@ def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
     return outputs(net, (x for x, _ in ImageBatches(images, 500)))
 
 
-def detectors_of(net: TIENet, sets: Mapping[str, ImageSet], with_hosts: bool) -> dict[str, Detector]:
+def detectors_of(
+    net: TIENet, sets: Mapping[str, ImageSet], with_hosts: bool
+) -> dict[str, Detector]:
     """Detectors by name: the garbage class by its score and by its own decision; beside a head on every layer what :func:`tie_ext.combine` made of
     it in version 0.2.0, by its rule and by the largest; the hosts' where asked. One half of the held-out images sets scales, the other draws lines.
     """
@@ -85,7 +100,9 @@ def detectors_of(net: TIENet, sets: Mapping[str, ImageSet], with_hosts: bool) ->
         scores["combined"] = fooling.combined(parts, logits[:half], h[:half])
         scores["combined, largest"] = fooling.combined(parts, logits[:half], h[:half], largest)
         if with_hosts:
-            scores = {name: hosts[name] for name in ("MSP", "energy", "Mahalanobis", "ViM")} | scores
+            scores = {
+                name: hosts[name] for name in ("MSP", "energy", "Mahalanobis", "ViM")
+            } | scores
     made = {name: with_line(score, logits[half:], h[half:]) for name, score in scores.items()}
     level_1 = with_line(fooling.level_1_score, logits[half:], h[half:])
     return made | {"level 1": level_1._replace(line=torch.tensor(0.0))}
@@ -123,13 +140,25 @@ def search(
     An adaptive searcher's images are shown to the network's other detectors too (*crossed*): one that gives a searcher no gradient looks hard to
     fool, until somebody searches by another.
     """
-    forms = {name: "blind" if seen is None else "adaptive" if detector is seen else "crossed" for name, detector in detectors.items()}
+    forms = {
+        name: "blind" if seen is None else "adaptive" if detector is seen else "crossed"
+        for name, detector in detectors.items()
+    }
     y = torch.arange(net.num_classes).repeat(PER_CLASS)
     if generator:
         images = Candidates(fooling.invert(net, y, GENERATOR, 0, seen), y)
         for name, detector in detectors.items():
             row, found = verdict(net, detector, images, () if forms[name] == "crossed" else judges)
-            yield {"detector": name, "form": forms[name], "searcher": f"generator, {GENERATOR} steps", **row}, images, found
+            yield (
+                {
+                    "detector": name,
+                    "form": forms[name],
+                    "searcher": f"generator, {GENERATOR} steps",
+                    **row,
+                },
+                images,
+                found,
+            )
         return
     kinds = starts(net, sets, y)
     paths: dict[tuple[str, str], dict[int, float]] = {}
@@ -137,18 +166,35 @@ def search(
         last = step == fooling.MARKS[-1]
         for kind, part in zip(kinds, x.split(len(y)), strict=True):
             for name, detector in detectors.items():
-                row, found = verdict(net, detector, Candidates(part, y), judges if last and forms[name] != "crossed" else ())
+                row, found = verdict(
+                    net,
+                    detector,
+                    Candidates(part, y),
+                    judges if last and forms[name] != "crossed" else (),
+                )
                 path = paths.setdefault((name, kind), {})
                 path[step] = row["found"]
                 if last:
-                    yield {"detector": name, "form": forms[name], "searcher": kind, **row, "path": path}, Candidates(part, y), found
+                    yield (
+                        {
+                            "detector": name,
+                            "form": forms[name],
+                            "searcher": kind,
+                            **row,
+                            "path": path,
+                        },
+                        Candidates(part, y),
+                        found,
+                    )
 
 
 def sheet(shown: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
     """A row for each detector, a group of images ``(k, C, S, S)`` for each searcher, black where nothing was found."""
     groups = next(iter(shown.values()))
     side, count = next(iter(groups.values())).shape[-1] + 2, len(SHOWN)
-    page = Image.new("RGB", (LABEL + (count * side + 12) * len(groups), 14 + side * len(shown)), "white")
+    page = Image.new(
+        "RGB", (LABEL + (count * side + 12) * len(groups), 14 + side * len(shown)), "white"
+    )
     pen = ImageDraw.Draw(page)
     for place, (label, kinds) in enumerate(shown.items()):
         pen.text((4, 14 + side * place + side // 2 - 6), label, fill="black")
@@ -156,7 +202,10 @@ def sheet(shown: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
             left = LABEL + group * (count * side + 12)
             pen.text((left, 1), kind.partition(",")[0], fill="black")
             for column, x in enumerate(images):
-                page.paste(Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).numpy()), (left + side * column, 14 + side * place))
+                page.paste(
+                    Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).numpy()),
+                    (left + side * column, 14 + side * place),
+                )
     return page
 
 
@@ -207,7 +256,10 @@ def main() -> None:
     others = others_of(of.data, a.root, sets["id"].shape)
     sets["ood"] = together(others)
     files = {name: OUT / "work" / f"{a.network.stem}-{name}.safetensors" for name in RIVALS}
-    found = {"plain": a.network.with_name(f"{a.network.stem}-head.safetensors"), **{name: file for name, file in files.items() if file.exists()}}
+    found = {
+        "plain": a.network.with_name(f"{a.network.stem}-head.safetensors"),
+        **{name: file for name, file in files.items() if file.exists()},
+    }
     nets = {name: TIENet.load(file) for name, file in found.items()}
     apart = other_seeds(a.network)
     judges = [judge(path, a.root) for path in apart]
@@ -221,10 +273,20 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(path.read_text()) if path.exists() else {}
     about["networks"] = {name: digest(file) for name, file in found.items()}
-    if record.get("networks") is not None:  # what was found against a network that has been trained anew since is found again
-        for name in [name for name, digest in record["networks"].items() if about["networks"].get(name) != digest]:
+    if (
+        record.get("networks") is not None
+    ):  # what was found against a network that has been trained anew since is found again
+        for name in [
+            name
+            for name, digest in record["networks"].items()
+            if about["networks"].get(name) != digest
+        ]:
             record["rows"] = [row for row in record["rows"] if row["network"] != name]
-            record["seconds"] = {key: value for key, value in record["seconds"].items() if not key.startswith(f"{name}, ")}
+            record["seconds"] = {
+                key: value
+                for key, value in record["seconds"].items()
+                if not key.startswith(f"{name}, ")
+            }
             for measure in ("accuracy", "garbage", "false_alarms", "rejected"):
                 record[measure].pop(name, None)
         record["networks"] = about["networks"]
@@ -234,12 +296,18 @@ def main() -> None:
     made = {name: detectors_of(net, sets, with_hosts=name in HOSTS) for name, net in nets.items()}
     for name, net in nets.items():
         logits, h = read(net, sets["id"])
-        record["accuracy"][name] = (logits[:, :-1].argmax(1) == sets["id"].y).double().mean().item()
+        record["accuracy"][name] = (
+            (logits[:, :-1].argmax(1) == sets["id"].y).double().mean().item()
+        )
         read_others = {other: read(net, images) for other, images in others.items()}
         seen = {"id": logits, **{other: rows for other, (rows, _) in read_others.items()}}
-        record.setdefault("garbage", {})[name] = {what: (rows.argmax(1) == net.num_classes).double().mean().item() for what, rows in seen.items()}
+        record.setdefault("garbage", {})[name] = {
+            what: (rows.argmax(1) == net.num_classes).double().mean().item()
+            for what, rows in seen.items()
+        }
         rejected = {
-            what: {label: _rejected(one, *rows) for label, one in made[name].items()} for what, rows in {"id": (logits, h), **read_others}.items()
+            what: {label: _rejected(one, *rows) for label, one in made[name].items()}
+            for what, rows in {"id": (logits, h), **read_others}.items()
         }
         record["false_alarms"][name] = rejected.pop("id")
         record.setdefault("rejected", {})[name] = rejected
@@ -252,14 +320,25 @@ def main() -> None:
                 start = time.perf_counter()
                 for row, searched, found in search(net, sets, made[name], judges, generator, seen):
                     record["rows"].append({"network": name, "seen": label, **row})
-                    shares = ", ".join(f"{what} {value:.3f}" for what, value in row.items() if isinstance(value, float))
-                    print(f"{name}: {row['detector']}, {label}, {row['searcher']}: {shares}; {row.get('path', '')}", flush=True)
+                    shares = ", ".join(
+                        f"{what} {value:.3f}"
+                        for what, value in row.items()
+                        if isinstance(value, float)
+                    )
+                    print(
+                        f"{name}: {row['detector']}, {label}, {row['searcher']}: {shares}; {row.get('path', '')}",
+                        flush=True,
+                    )
                     if row["form"] == "adaptive":
-                        shown.setdefault(f"{name}: {label}", {})[row["searcher"]] = some(searched, found)
+                        shown.setdefault(f"{name}: {label}", {})[row["searcher"]] = some(
+                            searched, found
+                        )
                 record["seconds"][key] = time.perf_counter() - start
                 save_state(pictures, "shown", shown)
                 write_json(path, {**record, **made_by(a.root)})
-        curves(json.loads(path.read_text())["rows"]).savefig(FIGURES / f"fooling_steps_{a.network.stem}.png", dpi=90)
+        curves(json.loads(path.read_text())["rows"]).savefig(
+            FIGURES / f"fooling_steps_{a.network.stem}.png", dpi=90
+        )
         sheet(shown).save(FIGURES / f"fooling_{a.network.stem}.png", optimize=True)
 
 

@@ -16,12 +16,12 @@ from fooling import OUT, id_sets, read
 from torch import Tensor
 
 from tie_ext import GarbageHead, Procedural, TIENet
-from tie_ext.app.data import ImageBatches
-from tie_ext.bench import fooling
-from tie_ext.bench.fooling import Detector, fooled, outputs, with_line
-from tie_ext.support.files import write_json
-from tie_ext.support.random import seeded
-from tie_ext.teaching import OUTLIERS, WEIGHT, teach
+from tie_ext.cli.data import ImageBatches
+from tie_ext.cli.reproduce import fooling
+from tie_ext.cli.reproduce.fooling import Detector, fooled, outputs, with_line
+from tie_ext.training.fit_head import OUTLIERS, WEIGHT, fit_head
+from tie_ext.utils.files import write_json
+from tie_ext.utils.random import seeded
 
 ID, HELD = 4000, 2000
 """Training and held-out images that are read."""
@@ -75,23 +75,49 @@ def main() -> None:
             again = max(1, round(SHARE / (1 - SHARE) * len(outside) / len(found)))
             net.garbage.network.load_state_dict(fresh.state_dict())
             with torch.enable_grad():
-                teach(net.garbage, inside, torch.cat([outside, found.repeat(again, 1)]), TAUGHT, WEIGHT)
+                fit_head(
+                    net.garbage,
+                    inside,
+                    torch.cat([outside, found.repeat(again, 1)]),
+                    TAUGHT,
+                    WEIGHT,
+                )
         detector = with_line(fooling.garbage_score, *read(net, held))
         logits, h = read(net, test)
         with seeded(1000):
             judged = starts(net, JUDGED)
         y = torch.arange(JUDGED) % net.num_classes
         shares = {kind: path(net, detector, x, y) for kind, x in judged.items()}
-        alarms, garbage = 1 - detector.accepts(logits, h).double().mean().item(), (logits.argmax(1) == net.num_classes).double().mean().item()
-        rows.append({"round": number_of, "kept": len(found), "false alarms": alarms, "ID in garbage": garbage, "found": shares})
+        alarms, garbage = (
+            1 - detector.accepts(logits, h).double().mean().item(),
+            (logits.argmax(1) == net.num_classes).double().mean().item(),
+        )
+        rows.append(
+            {
+                "round": number_of,
+                "kept": len(found),
+                "false alarms": alarms,
+                "ID in garbage": garbage,
+                "found": shares,
+            }
+        )
         print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
         net.save(OUT / "work" / f"{a.network.stem}-hunted.safetensors")
-        record = {"id": ID, "held": HELD, "searched": SEARCHED, "steps": STEPS, "rounds": rows, **made_by(a.root)}
+        record = {
+            "id": ID,
+            "held": HELD,
+            "searched": SEARCHED,
+            "steps": STEPS,
+            "rounds": rows,
+            **made_by(a.root),
+        }
         write_json(OUT / "hunted" / f"{a.network.stem}.json", record)
         if number_of < ROUNDS:
             x = torch.cat(list(starts(net, SEARCHED // 2).values()))
             y = torch.randint(net.num_classes, (len(x),))
-            images = [images for _, images in fooling.climb(net, x, y, detector, (STEPS // 3, STEPS))]
+            images = [
+                images for _, images in fooling.climb(net, x, y, detector, (STEPS // 3, STEPS))
+            ]
             found = torch.cat([found, statistics(net, torch.cat(images))])
 
 

@@ -12,22 +12,45 @@ from itertools import product
 
 import torch
 from attached import Trained, made_by, parser_of
-from fooling import GENERATOR, OUT, PER_CLASS, detectors_of, digest, id_sets, others_of, starts, together
+from fooling import (
+    GENERATOR,
+    OUT,
+    PER_CLASS,
+    detectors_of,
+    digest,
+    id_sets,
+    others_of,
+    starts,
+    together,
+)
 from torch import Tensor
 
 from tie_ext import TIENet
-from tie_ext.bench import fooling
-from tie_ext.bench.fooling import Detector, verdict
-from tie_ext.support.files import write_json
-from tie_ext.synthesis import Candidates
+from tie_ext.cli.reproduce import fooling
+from tie_ext.cli.reproduce.fooling import Detector, verdict
+from tie_ext.outliers.base import Candidates
+from tie_ext.utils.files import write_json
 
-SEARCHES = (("generator", GENERATOR, 1), ("generator", GENERATOR, 2), ("generator", 5 * GENERATOR, 0), ("ascent", 1000, 0))
+SEARCHES = (
+    ("generator", GENERATOR, 1),
+    ("generator", GENERATOR, 2),
+    ("generator", 5 * GENERATOR, 0),
+    ("ascent", 1000, 0),
+)
 """Searchers, their steps, and the seed of a generator."""
 SEEN = ("blind", "combined", "combined, largest")
 """What they see: the ID logits alone, or a detector too."""
 
 
-def searched(net: TIENet, y: Tensor, begun: Tensor, searcher: str, steps: int, seed: int, seen: Detector | None) -> Candidates:
+def searched(
+    net: TIENet,
+    y: Tensor,
+    begun: Tensor,
+    searcher: str,
+    steps: int,
+    seed: int,
+    seen: Detector | None,
+) -> Candidates:
     """What a searcher finds, from ``begun`` ``(k * M, C, S, S)`` where it climbs, for the classes ``y (M,)``."""
     if searcher == "generator":
         return Candidates(fooling.invert(net, y, steps, seed, seen), y)
@@ -39,7 +62,9 @@ def searched(net: TIENet, y: Tensor, begun: Tensor, searcher: str, steps: int, s
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", help="default: loop-search")
-    parser.add_argument("--most", type=int, default=SEARCHES[-1][1], help="steps; longer searches are left out")
+    parser.add_argument(
+        "--most", type=int, default=SEARCHES[-1][1], help="steps; longer searches are left out"
+    )
     a = parser.parse_args()
     of = Trained.read(a.network.stem)
     sets = id_sets(of.data, a.root, of.images, of.seed)
@@ -48,11 +73,19 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(path.read_text()) if path.exists() else {"networks": {}, "rows": []}
     for name in a.names or ["loop-search"]:
-        file = a.network.with_name(f"{a.network.stem}-head.safetensors") if name == "plain" else OUT / "work" / f"{a.network.stem}-{name}.safetensors"
+        file = (
+            a.network.with_name(f"{a.network.stem}-head.safetensors")
+            if name == "plain"
+            else OUT / "work" / f"{a.network.stem}-{name}.safetensors"
+        )
         if record["networks"].get(name) != digest(file):  # trained anew since
             record["networks"][name] = digest(file)
             record["rows"] = [row for row in record["rows"] if row["network"] != name]
-        done = [tuple(row[key] for key in ("searcher", "steps", "seed", "seen")) for row in record["rows"] if row["network"] == name]
+        done = [
+            tuple(row[key] for key in ("searcher", "steps", "seed", "seen"))
+            for row in record["rows"]
+            if row["network"] == name
+        ]
         net = TIENet.load(file)
         detectors = detectors_of(net, sets, with_hosts=False)
         y = torch.arange(net.num_classes).repeat(PER_CLASS)
@@ -62,8 +95,16 @@ def main() -> None:
                 continue
             start = time.perf_counter()
             images = searched(net, y, begun, *search, None if seen == "blind" else detectors[seen])
-            found = {label: verdict(net, detector, images)[0]["found"] for label, detector in detectors.items()}
-            row = {"network": name, "seen": seen, **dict(zip(("searcher", "steps", "seed"), search, strict=True)), "found": found}
+            found = {
+                label: verdict(net, detector, images)[0]["found"]
+                for label, detector in detectors.items()
+            }
+            row = {
+                "network": name,
+                "seen": seen,
+                **dict(zip(("searcher", "steps", "seed"), search, strict=True)),
+                "found": found,
+            }
             record["rows"].append(row | {"seconds": time.perf_counter() - start})
             print(record["rows"][-1], flush=True)
             write_json(path, {**record, **made_by(a.root)})

@@ -5,11 +5,13 @@ from statistics import mean
 
 from page import percent
 
-from tie_ext.app.report import table
+from tie_ext.cli.report import table
 
 SHOWN = ("10", "30", "100")
 """Steps of ascent in the tables; the figure has all."""
-MARKED = f"after {' / '.join(SHOWN)} steps of ascent, mean over the kinds of start, / by the generator"
+MARKED = (
+    f"after {' / '.join(SHOWN)} steps of ascent, mean over the kinds of start, / by the generator"
+)
 HARDEST = 8
 """Detectors in the first table."""
 EVERYWHERE = ("blind", "garbage class", "combined", "combined, largest", "level 1")
@@ -26,8 +28,15 @@ def stem_of(record: dict) -> str:
 def section(record: dict) -> list[str]:
     """All tables and figures of a record."""
     stem = stem_of(record)
-    rates = [rate for of in record["false_alarms"].values() for label, rate in of.items() if "level" not in label]
-    accuracy = ", ".join(f"{name} {percent([value])}" for name, value in record["accuracy"].items())
+    rates = [
+        rate
+        for of in record["false_alarms"].values()
+        for label, rate in of.items()
+        if "level" not in label
+    ]
+    accuracy = ", ".join(
+        f"{name} {percent([value])}" for name, value in record["accuracy"].items()
+    )
     steps = " / ".join(SHOWN)
     parts = [
         f"## {stem}\n",
@@ -57,11 +66,23 @@ def _not_searched(record: dict) -> list[str]:
     sets = [what for what in next(iter(record["garbage"].values())) if what != "id"]
     rows = []
     for name, of in record["garbage"].items():
-        rows.append({"network: detector": f"{name}: in garbage", "ID": percent([of["id"]]), **{what: percent([of[what]]) for what in sets}})
+        rows.append(
+            {
+                "network: detector": f"{name}: in garbage",
+                "ID": percent([of["id"]]),
+                **{what: percent([of[what]]) for what in sets},
+            }
+        )
         for label in ("combined", "combined, largest"):
             if label in record["false_alarms"][name]:
                 shares = {what: percent([record["rejected"][name][what][label]]) for what in sets}
-                rows.append({"network: detector": f"{name}: {label}", "ID": percent([record["false_alarms"][name][label]]), **shares})
+                rows.append(
+                    {
+                        "network: detector": f"{name}: {label}",
+                        "ID": percent([record["false_alarms"][name][label]]),
+                        **shares,
+                    }
+                )
     return ["Images that nobody searched for, rejected:\n", table(rows), ""]
 
 
@@ -72,8 +93,14 @@ def strongest(rows: Sequence[dict]) -> dict[Who, dict[str, dict[str, float]]]:
     for row in rows:
         if row["seen"] not in (*EVERYWHERE, row["detector"]):
             continue
-        kind = most.setdefault((row["network"], row["detector"]), {}).setdefault(row["searcher"], {})
-        for mark, share in ({mark: row["path"][mark] for mark in SHOWN} if "path" in row else {"found": row["found"]}).items():
+        kind = most.setdefault((row["network"], row["detector"]), {}).setdefault(
+            row["searcher"], {}
+        )
+        for mark, share in (
+            {mark: row["path"][mark] for mark in SHOWN}
+            if "path" in row
+            else {"found": row["found"]}
+        ).items():
             kind[mark] = max(kind.get(mark, 0.0), share)
     return most
 
@@ -93,7 +120,11 @@ def hardest(rows: Sequence[dict], accuracy: Mapping[str, float]) -> list[str]:
     found = {who: shares_found(kinds) for who, kinds in strongest(rows).items()}
     last = len(SHOWN) - 1
     shown = [
-        {"network: detector": ": ".join(who), "ID accuracy": percent([accuracy[who[0]]]), "found": joined(found[who])}
+        {
+            "network: detector": ": ".join(who),
+            "ID accuracy": percent([accuracy[who[0]]]),
+            "found": joined(found[who]),
+        }
         for who in sorted(found, key=lambda who: (found[who][last], found[who]))[:HARDEST]
     ]
     return [f"Hardest to fool by the strongest searcher, {MARKED}:\n", table(shown), ""]
@@ -103,12 +134,26 @@ def _rows(rows: list[dict], what: str) -> list[dict]:
     """A row for each network and detector, a column for each searcher."""
     searchers = dict.fromkeys(row["searcher"] for row in rows)
     if what == "strongest":
-        cells = {(*who, kind): _shares(of) for who, kinds in strongest(rows).items() for kind, of in kinds.items()}
+        cells = {
+            (*who, kind): _shares(of)
+            for who, kinds in strongest(rows).items()
+            for kind, of in kinds.items()
+        }
     else:
-        chosen = [row for row in rows if row["form"] == ("blind" if what == "blind" else "adaptive")]
-        cells = {(row["network"], row["detector"], row["searcher"]): _cell(row, what) for row in chosen}
+        chosen = [
+            row for row in rows if row["form"] == ("blind" if what == "blind" else "adaptive")
+        ]
+        cells = {
+            (row["network"], row["detector"], row["searcher"]): _cell(row, what) for row in chosen
+        }
     who = dict.fromkeys(key[:2] for key in cells)
-    return [{"network: detector": ": ".join(label), **{searcher: cells.get((*label, searcher), "-") for searcher in searchers}} for label in who]
+    return [
+        {
+            "network: detector": ": ".join(label),
+            **{searcher: cells.get((*label, searcher), "-") for searcher in searchers},
+        }
+        for label in who
+    ]
 
 
 def _cell(row: dict, what: str) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fooling_network import MARKED, SHOWN, Who, joined, section, shares_found, stem_of, strongest
 from page import percent
 
-from tie_ext.app.report import table
+from tie_ext.cli.report import table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 HUNTED = ("20", "30", "50")
@@ -45,7 +45,7 @@ finished network takes for a class. Nothing that is found need look like the cla
 once it is found. An image is *found* where the detector accepts it *and* the network calls it the class asked for. Each kind of start, and each
 generator, has 50 images, so that 2 % are one image. A detector that gives a searcher no gradient looks hard to fool, until somebody searches by
 another of the same network. So every detector sees what was found by all searchers that all networks have, and *the strongest* counts.
-`tie_ext/bench/fooling.py` has the formulas.
+`tie_ext/cli/reproduce/fooling.py` has the formulas.
 
 Detectors reject 5 % of ID images. *Level 1* is the garbage class's own decision, which rejects far fewer. *Combined* is of the
 garbage class, ViM and GEN, as `combine` was then (it has KNN now); *combined, largest* the same with `rule="max"`. Networks:
@@ -55,7 +55,7 @@ garbage class, ViM and GEN, as `combine` was then (it has KNN now); *combined, l
 - *loop*: the default of `tie-ext train`, whose head learns inversions beside procedural images. *tie*: the paper's linear garbage class, noise and
   inversions. *predecessor*: *tie* that expels every inversion, sure or not.
 - *loop-search*: *loop* with `--search 5 --lr 0.003`. Beside each batch come garbage images. They are moved, by five steps of ascent, to where the
-  network is surest of a class, and the network learns to be unsure of them. *search*: the same without inversions.
+  network is pgd of a class, and the network learns to be unsure of them. *search*: the same without inversions.
 - *acet-procedural*: the published way to do this (ACET), beside plain training, from procedural images, with the head of `attach`. The paper takes
   40 steps, here are five, as in *loop-search*.
 
@@ -80,8 +80,21 @@ def pages() -> dict[str, str]:
     by_set: dict[str, list[dict]] = {}
     for record in records:
         by_set.setdefault(record["data"], []).append(record)
-    front = [HEAD, *_decided(by_set), *_found(by_set), *_cost(by_set), *_like(by_set), *_long(), *_hunted()]
-    return {"fooling.md": "\n".join(front), "fooling_networks.md": "\n".join([DETAIL, *(part for record in records for part in section(record))])}
+    front = [
+        HEAD,
+        *_decided(by_set),
+        *_found(by_set),
+        *_cost(by_set),
+        *_like(by_set),
+        *_long(),
+        *_hunted(),
+    ]
+    return {
+        "fooling.md": "\n".join(front),
+        "fooling_networks.md": "\n".join(
+            [DETAIL, *(part for record in records for part in section(record))]
+        ),
+    }
 
 
 def found_by_all(record: dict) -> dict[Who, dict[str, dict[str, float]]]:
@@ -89,7 +102,13 @@ def found_by_all(record: dict) -> dict[Who, dict[str, dict[str, float]]]:
     path = RESULTS / "long" / f"{stem_of(record)}.json"
     long = json.loads(path.read_text())["rows"] if path.exists() else []
     more = [
-        {"network": row["network"], "seen": row["seen"], "searcher": f"generator, {row['steps']} steps", "detector": label, "found": share}
+        {
+            "network": row["network"],
+            "seen": row["seen"],
+            "searcher": f"generator, {row['steps']} steps",
+            "detector": label,
+            "found": share,
+        }
         for row in long
         for label, share in row["found"].items()
         if row["searcher"] == "generator"
@@ -139,13 +158,25 @@ def _decided(by_set: Records) -> list[str]:
         of = {name: list(comparisons(records, what)) for name, records in by_set.items()}
         if not any(of.values()):
             continue
-        rows.append({"what one network has more": what, **{name: _held(found) for name, found in of.items()}})
-        starts = dict.fromkeys(one.start for found in of.values() for one in found) if what == "both" else ()
+        rows.append(
+            {
+                "what one network has more": what,
+                **{name: _held(found) for name, found in of.items()},
+            }
+        )
+        starts = (
+            dict.fromkeys(one.start for found in of.values() for one in found)
+            if what == "both"
+            else ()
+        )
         for start in starts:
             rows.append(
                 {
                     "what one network has more": f"- both, {start}",
-                    **{name: _held([one for one in found if one.start == start]) for name, found in of.items()},
+                    **{
+                        name: _held([one for one in found if one.start == start])
+                        for name, found in of.items()
+                    },
                 }
             )
     if not rows:
@@ -159,7 +190,14 @@ def _decided(by_set: Records) -> list[str]:
         "search 0.003, chosen by looking at FashionMNIST). *loop-search* met generators of three seeds, most others of one (below), which is "
         "to its disadvantage.\n"
     )
-    return ["## Do inversions help, and does search?\n", said, table(rows), "", *_alike(by_set), *_bars(by_set)]
+    return [
+        "## Do inversions help, and does search?\n",
+        said,
+        table(rows),
+        "",
+        *_alike(by_set),
+        *_bars(by_set),
+    ]
 
 
 def _alike(by_set: Records) -> list[str]:
@@ -183,30 +221,57 @@ def _bars(by_set: Records) -> list[str]:
         having = [record for record in records if OURS in record["accuracy"]]
         if not having:
             continue
-        accuracy = {network: [record["accuracy"][network] for record in having] for network in (OURS, PLAIN)}
+        accuracy = {
+            network: [record["accuracy"][network] for record in having]
+            for network in (OURS, PLAIN)
+        }
         spread = stdev(accuracy[PLAIN]) if len(having) > 1 else None
         short = mean(accuracy[PLAIN]) - mean(accuracy[OURS])
         within = "one seed" if spread is None else "held" if short <= spread else "not held"
-        blind = {label: max(most_blind(record, OURS, label) for record in having) for label in JUDGED}
-        least = {network: mean(least_in_garbage(record, network) for record in having) for network in (OURS, PLAIN)}
+        blind = {
+            label: max(most_blind(record, OURS, label) for record in having) for label in JUDGED
+        }
+        least = {
+            network: mean(least_in_garbage(record, network) for record in having)
+            for network in (OURS, PLAIN)
+        }
         columns[name] = {
             "ID accuracy within the seeds' spread": f"{percent([mean(accuracy[OURS])])} beside {percent(accuracy[PLAIN])}: {within}",
             "OOD sets in garbage, the least, no worse": f"{percent([least[OURS]], 1)} beside {percent([least[PLAIN]], 1)}: "
             + ("held" if least[OURS] >= least[PLAIN] else "not held"),
-            f"blind searchers find at most {percent([BLIND], 0)} %": ", ".join(f"{label} {percent([share], 0)}" for label, share in blind.items())
+            f"blind searchers find at most {percent([BLIND], 0)} %": ", ".join(
+                f"{label} {percent([share], 0)}" for label, share in blind.items()
+            )
             + (": held" if max(blind.values()) <= BLIND else ": not held"),
         }
     if not columns:
         return []
     bars = next(iter(columns.values()))
     said = f"Other bars, *{OURS}* beside *{PLAIN}*. Blind: the most of any start, seed and number of steps.\n"
-    return [said, table([{"bar": bar, **{name: of[bar] for name, of in columns.items()}} for bar in bars]), ""]
+    return [
+        said,
+        table([{"bar": bar, **{name: of[bar] for name, of in columns.items()}} for bar in bars]),
+        "",
+    ]
 
 
 def most_blind(record: dict, network: str, detector: str) -> float:
     """The most that any searcher found who did not see the detector, after any of the steps."""
-    rows = [row for row in record["rows"] if (row["network"], row["detector"], row["form"]) == (network, detector, "blind")]
-    return max((share for row in rows for share in ([row["path"][mark] for mark in SHOWN] if "path" in row else [row["found"]])), default=0.0)
+    rows = [
+        row
+        for row in record["rows"]
+        if (row["network"], row["detector"], row["form"]) == (network, detector, "blind")
+    ]
+    return max(
+        (
+            share
+            for row in rows
+            for share in (
+                [row["path"][mark] for mark in SHOWN] if "path" in row else [row["found"]]
+            )
+        ),
+        default=0.0,
+    )
 
 
 def least_in_garbage(record: dict, network: str) -> float:
@@ -216,13 +281,19 @@ def least_in_garbage(record: dict, network: str) -> float:
 
 def _found(by_set: Records) -> list[str]:
     """The strongest searcher against each detector, mean over seeds."""
-    most = {name: [strongest(record["rows"]) for record in records] for name, records in by_set.items()}
+    most = {
+        name: [strongest(record["rows"]) for record in records] for name, records in by_set.items()
+    }
     rows = []
     for who in dict.fromkeys(who for found in most.values() for one in found for who in one):
         cells = {}
         for name, found in most.items():
             shares = [shares_found(one[who]) for one in found if who in one]
-            cells[name] = f"{joined([mean(column) for column in zip(*shares, strict=False)])} ({len(shares)})" if shares else "-"
+            cells[name] = (
+                f"{joined([mean(column) for column in zip(*shares, strict=False)])} ({len(shares)})"
+                if shares
+                else "-"
+            )
         rows.append({"network: detector": ": ".join(who), **cells})
     said = f"Found by the strongest searcher {MARKED}, one each. Mean over the seeds, whose number stands in brackets; -: not measured.\n"
     return ["## What is found\n", said, table(rows), ""]
@@ -232,14 +303,20 @@ def _cost(by_set: Records) -> list[str]:
     """Accuracy, and what is in garbage, by network."""
     rows = []
     for name, records in by_set.items():
-        for network in dict.fromkeys(network for record in records for network in record["accuracy"]):
+        for network in dict.fromkeys(
+            network for record in records for network in record["accuracy"]
+        ):
             having = [record for record in records if network in record["accuracy"]]
             rows.append(
                 {
                     "ID images: network": f"{name}: {network}",
                     "ID accuracy": percent([record["accuracy"][network] for record in having]),
-                    "ID in garbage": percent([record["garbage"][network]["id"] for record in having]),
-                    "OOD in garbage, the least": percent([least_in_garbage(record, network) for record in having], 1),
+                    "ID in garbage": percent(
+                        [record["garbage"][network]["id"] for record in having]
+                    ),
+                    "OOD in garbage, the least": percent(
+                        [least_in_garbage(record, network) for record in having], 1
+                    ),
                 }
             )
     said = "Images that nobody searched for. [cost.md](cost.md#an-epoch) has the time that search takes.\n"
@@ -250,19 +327,26 @@ def _like(by_set: Records) -> list[str]:
     """What is found may be an image of the class: what networks trained apart say, and how sure the network is."""
     rows = []
     for name, records in by_set.items():
-        for network in dict.fromkeys(network for record in records for network in record["accuracy"]):
+        for network in dict.fromkeys(
+            network for record in records for network in record["accuracy"]
+        ):
             row = {"ID images: network": f"{name}: {network}"}
             for kind in ("ascent", "generator"):
                 chosen = [
                     one
                     for record in records
                     for one in record["rows"]
-                    if (one["network"], one["detector"], one["form"], "path" in one) == (network, BEST, "adaptive", kind == "ascent")
+                    if (one["network"], one["detector"], one["form"], "path" in one)
+                    == (network, BEST, "adaptive", kind == "ascent")
                 ]
                 for what, label in (("judged", "by networks apart"), ("confidence", "confidence")):
                     values = [one[what] for one in chosen if one[what] is not None]
                     row[f"{kind}: {label}"] = percent([mean(values)], 0) if values else "-"
-            if any(value != "-" for key, value in row.items() if ":" in key and key != "ID images: network"):
+            if any(
+                value != "-"
+                for key, value in row.items()
+                if ":" in key and key != "ID images: network"
+            ):
                 rows.append(row)
     said = (
         f"Of what adaptive searchers found against *{BEST}*: the share that networks trained apart accept, by their own combination, and call the "
@@ -278,16 +362,34 @@ def _long() -> list[str]:
         record = json.loads(path.read_text())
         found: dict[Who, dict[str, float]] = {}
         for row in record["rows"]:
-            search = "blind, the most" if row["seen"] == "blind" else f"{row['searcher']}, {row['steps']} steps"
+            search = (
+                "blind, the most"
+                if row["seen"] == "blind"
+                else f"{row['searcher']}, {row['steps']} steps"
+            )
             for label, share in row["found"].items():
                 most = found.setdefault((row["network"], label), {})
                 most[search] = max(most.get(search, 0.0), share)
-        searches = sorted({search for of in found.values() for search in of}, key=lambda search: (search.startswith("blind"), search))
+        searches = sorted(
+            {search for of in found.values() for search in of},
+            key=lambda search: (search.startswith("blind"), search),
+        )
         rows = [
-            {"network: detector": ": ".join(who), **{search: percent([of[search]], 0) if search in of else "-" for search in searches}}
+            {
+                "network: detector": ": ".join(who),
+                **{
+                    search: percent([of[search]], 0) if search in of else "-"
+                    for search in searches
+                },
+            }
             for who, of in found.items()
         ]
-        parts += [f"### {path.stem}\n", f"    python tests/bench/{record['command']}\n", table(rows), ""]
+        parts += [
+            f"### {path.stem}\n",
+            f"    python tests/bench/{record['command']}\n",
+            table(rows),
+            "",
+        ]
     said = (
         "The most that is found by searchers who see one of the combinations, and by blind ones. Generators of 200 steps have two other seeds than "
         "above, longer ones the same; ascent is the mean over the kinds of start. Every detector of the network sees the images.\n"
@@ -305,7 +407,10 @@ def _hunted() -> list[str]:
                 "round": str(row["round"]) if row["round"] else "0: attach",
                 "images kept": row["kept"],
                 "false alarms": percent([row["false alarms"]]),
-                **{kind: " / ".join(percent([found[mark]], 0) for mark in HUNTED) for kind, found in row["found"].items()},
+                **{
+                    kind: " / ".join(percent([found[mark]], 0) for mark in HUNTED)
+                    for kind, found in row["found"].items()
+                },
             }
             for row in record["rounds"]
         ]

@@ -17,13 +17,13 @@ from attached import Trained, batches, parser_of
 from fooling import OUT, id_sets
 
 from tie_ext import TIEConfig, TIENet
-from tie_ext.app.data import ImageSet
-from tie_ext.backbones import BACKBONES
-from tie_ext.bench.comparison import attached, train_method
+from tie_ext.cli.data import ImageSet
+from tie_ext.cli.reproduce.comparison import attached, train_method
+from tie_ext.models.backbones import BACKBONES
 from tie_ext.outliers import make
-from tie_ext.recipe import Recipe
-from tie_ext.searching import surest
-from tie_ext.support.random import seeded
+from tie_ext.training.adversarial import pgd
+from tie_ext.training.recipe import Recipe
+from tie_ext.utils.random import seeded
 
 STEPS = 5
 """Steps of ascent in each batch of a training that searches (ACET's paper: 40)."""
@@ -31,32 +31,47 @@ LR = 3e-3
 """Learning rate of a loop that searches; chosen by looking at FashionMNIST's test accuracy, the loop's own being 1e-3."""
 
 
-def loop(config: TIEConfig, method: str = "tie", **parts) -> Callable[[ImageSet, str, Path], TIENet]:
-    """A method of tie_ext.bench.comparison by a recipe."""
+def loop(
+    config: TIEConfig, method: str = "tie", **parts
+) -> Callable[[ImageSet, str, Path], TIENet]:
+    """A method of tie_ext.cli.reproduce.comparison by a recipe."""
     recipe = Recipe(config, **parts)
     return lambda images, backbone, state: train_method(
-        method, lambda: BACKBONES[backbone](images.shape[0], len(images.classes)), images, recipe, state=state
+        method,
+        lambda: BACKBONES[backbone](images.shape[0], len(images.classes)),
+        images,
+        recipe,
+        state=state,
     )[0]
 
 
 def acet(epochs: int, seed: int, start: str) -> Callable[[ImageSet, str, Path], TIENet]:
-    """Adversarial confidence enhancing training: beside each batch a quarter as many images of a prior, moved to where the network is surest; their
+    """Adversarial confidence enhancing training: beside each batch a quarter as many images of a prior, moved to where the network is pgd; their
     largest log-probability is pushed down (Hein et al., 2019). Otherwise as the plain network of attached.py is trained."""
 
     def train(images: ImageSet, backbone: str, state: Path) -> TIENet:
         with seeded(seed):
             plain = BACKBONES[backbone](images.shape[0], len(images.classes))
-            net = TIENet(plain, len(images.classes), images.shape, classes=images.classes, garbage="layers")
+            net = TIENet(
+                plain, len(images.classes), images.shape, classes=images.classes, garbage="layers"
+            )
         prior = make(start, net)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * -(-len(images) // 128))
+        optimizer = torch.optim.SGD(
+            net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.1, total_steps=epochs * -(-len(images) // 128)
+        )
         for epoch in range(epochs):
             with seeded(seed, epoch):
                 for x, y in batches(images):
-                    found = surest(net, prior.draw((max(1, len(x) // 4), *x.shape[1:])), STEPS)
+                    found = pgd(net, prior.draw((max(1, len(x) // 4), *x.shape[1:])), STEPS)
                     net.train()
                     logits = net(torch.cat([x, found]))
-                    loss = F.cross_entropy(logits[: len(x)], y) + logits[len(x) :].log_softmax(1).amax(1).mean()
+                    loss = (
+                        F.cross_entropy(logits[: len(x)], y)
+                        + logits[len(x) :].log_softmax(1).amax(1).mean()
+                    )
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
@@ -99,7 +114,10 @@ def main() -> None:
         net = known[name](sets["train"], of.backbone, path.with_suffix(".training"))
         net.save(path)
         logits = torch.cat([net(x.float() / 255).detach() for x in sets["id"].x.split(500)])
-        print(f"{path.stem}: accuracy {(logits.argmax(1) == sets['id'].y).double().mean():.4f}, {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"{path.stem}: accuracy {(logits.argmax(1) == sets['id'].y).double().mean():.4f}, {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -16,15 +16,22 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tie_ext import TIEDetector, TIENet
-from tie_ext.app.data import ImageBatches, ImageSet
-from tie_ext.app.report import table
-from tie_ext.decision import Decision
-from tie_ext.support.files import write_atomically, write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.cli.data import ImageBatches, ImageSet
+from tie_ext.cli.report import table
+from tie_ext.scores.decision import Decision
+from tie_ext.utils.files import write_atomically, write_json
+from tie_ext.utils.provenance import provenance
 
 DOCS = Path(__file__).parents[2] / "docs"
-NETWORK, RECORD, CARD = (DOCS / "model" / name for name in ("mnist.safetensors", "mnist.json", "README.md"))
-SHOWN = {"id": ("digits (ID)", 6), "fashionmnist": ("clothes", 3), "notmnist": ("letters", 3), "cifar10": ("photographs", 3)}
+NETWORK, RECORD, CARD = (
+    DOCS / "model" / name for name in ("mnist.safetensors", "mnist.json", "README.md")
+)
+SHOWN = {
+    "id": ("digits (ID)", 6),
+    "fashionmnist": ("clothes", 3),
+    "notmnist": ("letters", 3),
+    "cifar10": ("photographs", 3),
+}
 """Sets of the picture: their names there, and how many images."""
 LEVELS = ("accepted", "garbage", "uncertain")
 
@@ -32,26 +39,43 @@ LEVELS = ("accepted", "garbage", "uncertain")
 @torch.no_grad()
 def decisions(net: TIENet, images: ImageSet) -> Decision:
     """Of all images."""
-    return Decision(*(torch.cat(parts) for parts in zip(*(net.decide(x) for x, _ in ImageBatches(images, 500)), strict=True)))
+    return Decision(
+        *(
+            torch.cat(parts)
+            for parts in zip(*(net.decide(x) for x, _ in ImageBatches(images, 500)), strict=True)
+        )
+    )
 
 
 def picture(sets: dict[str, ImageSet], decided: dict[str, Decision], line: float) -> Figure:
     """Images with label, level and score above the histogram of all scores, with the line that 5 % of ID images are above."""
     count = sum(many for _, many in SHOWN.values())
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    axes = figure.subplot_mosaic([[str(i) for i in range(count)], ["scores"] * count], height_ratios=[1, 2.2])
+    axes = figure.subplot_mosaic(
+        [[str(i) for i in range(count)], ["scores"] * count], height_ratios=[1, 2.2]
+    )
     place = 0
     for name, (_, many) in SHOWN.items():
         y = sets[name].y
-        rows = [int((y == label).nonzero()[0]) for label in range(many)] if name == "id" else range(many)  # one of each class
+        rows = (
+            [int((y == label).nonzero()[0]) for label in range(many)]
+            if name == "id"
+            else range(many)
+        )  # one of each class
         for row in rows:
             ax, of = axes[str(place)], decided[name]
-            ax.imshow(sets[name].x[row].permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=255)
+            ax.imshow(
+                sets[name].x[row].permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=255
+            )
             ax.set_xticks([])
             ax.set_yticks([])
             level = LEVELS[int(of.level[row])]
             said = sets["id"].classes[int(of.label[row])] if level == "accepted" else level
-            ax.set_title(f"{said}\n{float(of.score[row]):+.1f}", fontsize=9, color="tab:green" if level == "accepted" else "tab:red")
+            ax.set_title(
+                f"{said}\n{float(of.score[row]):+.1f}",
+                fontsize=9,
+                color="tab:green" if level == "accepted" else "tab:red",
+            )
             place += 1
     ax = axes["scores"]
     every = torch.cat([decided[name].score for name in SHOWN])
@@ -59,13 +83,22 @@ def picture(sets: dict[str, ImageSet], decided: dict[str, Decision], line: float
     for name, (title, _) in SHOWN.items():
         ax.hist(decided[name].score.numpy(), edges.tolist(), density=True, alpha=0.55, label=title)
     ax.axvline(line, color="k", linewidth=1)
-    ax.annotate("5 % of digits are\nright of this line", (line, ax.get_ylim()[1]), (4, -4), textcoords="offset points", va="top", fontsize=9)
+    ax.annotate(
+        "5 % of digits are\nright of this line",
+        (line, ax.get_ylim()[1]),
+        (4, -4),
+        textcoords="offset points",
+        va="top",
+        fontsize=9,
+    )
     ax.set(xlabel="score (larger = more out-of-distribution)", ylabel="density")
     ax.legend(loc="upper center", frameon=False)
     return figure
 
 
-def measured(net: TIENet, sets: dict[str, ImageSet], decided: dict[str, Decision], line: float) -> dict:
+def measured(
+    net: TIENet, sets: dict[str, ImageSet], decided: dict[str, Decision], line: float
+) -> dict:
     """Shares by set: in garbage, uncertain, above the line; ID accuracy."""
     of = {
         name: {
@@ -76,7 +109,12 @@ def measured(net: TIENet, sets: dict[str, ImageSet], decided: dict[str, Decision
         }
         for name, d in decided.items()
     }
-    return {"accuracy": share(decided["id"].label == sets["id"].y), "line": line, "tau": float(net.tau), "sets": of}
+    return {
+        "accuracy": share(decided["id"].label == sets["id"].y),
+        "line": line,
+        "tau": float(net.tau),
+        "sets": of,
+    }
 
 
 def share(which: Tensor) -> float:
@@ -109,14 +147,22 @@ def card() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data")
     parser.add_argument("--network", type=Path, required=True)
     a = parser.parse_args()
-    sets = {name: of for name, of in image_sets("mnist", a.root, 20_000, 0).items() if name != "train" and not name.startswith("val:")}
+    sets = {
+        name: of
+        for name, of in image_sets("mnist", a.root, 20_000, 0).items()
+        if name != "train" and not name.startswith("val:")
+    }
     held = ImageBatches(sets.pop("held"), 500)
     net = TIENet.load(a.network)
-    detector = TIEDetector(net, lam=2.0).fit(held)  # tau from images that the network has not learned by heart
+    detector = TIEDetector(net, lam=2.0).fit(
+        held
+    )  # tau from images that the network has not learned by heart
     assert detector.tau is not None
     net.tau.copy_(detector.tau)
     net.half().save(NETWORK)
@@ -125,7 +171,9 @@ def main() -> None:
     assert line is not None
     decided = {name: decisions(net, of) for name, of in sets.items()}
     command = f"python tests/bench/front.py --root DATA --network {a.network}"
-    write_json(RECORD, {**measured(net, sets, decided, float(line)), **provenance(), "command": command})
+    write_json(
+        RECORD, {**measured(net, sets, decided, float(line)), **provenance(), "command": command}
+    )
     write_atomically(CARD, card().encode())
     picture(sets, decided, float(line)).savefig(DOCS / "figures" / "front.png", dpi=110)
     print(card())

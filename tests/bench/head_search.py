@@ -16,16 +16,16 @@ from attached import OUT, Trained, image_sets, made_by, parser_of
 from torch import Tensor
 
 from tie_ext import GarbageHead, TIENet
-from tie_ext.app.data import ImageBatches
-from tie_ext.bench.comparison import classifier
-from tie_ext.head import STATISTICS
-from tie_ext.outliers.drawing import Dice
+from tie_ext.cli.data import ImageBatches
+from tie_ext.cli.reproduce.comparison import classifier
+from tie_ext.models.head import STATISTICS
+from tie_ext.outliers.primitives import Rng
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
-from tie_ext.processing import processed
-from tie_ext.support.files import write_json
-from tie_ext.support.modules import frozen
-from tie_ext.support.random import seeded
-from tie_ext.teaching import teach
+from tie_ext.training.augmentation import corrupt
+from tie_ext.training.fit_head import fit_head
+from tie_ext.utils.files import write_json
+from tie_ext.utils.modules import frozen
+from tie_ext.utils.random import seeded
 
 SEEDS = (0,)
 AS_IT_WAS = {"shapes": 0.4, "noise": 0.25, "masks": 0.25, "waves": 0.1}
@@ -53,8 +53,17 @@ TRIALS: dict[str, dict] = {
     "shapes, six an image, weight 3": {"times": 6, "weight": 3.0},
     "shapes, six an image, weight 10": {"times": 6, "weight": 10.0},
     "shapes, three an image, weight 3, processed": {"times": 3, "weight": 3.0, "processed": True},
-    "shapes, three an image, weight 10, processed": {"times": 3, "weight": 10.0, "processed": True},
-    "shapes, three an image, weight 3, processed, 4800 steps": {"times": 3, "weight": 3.0, "processed": True, "steps": 4800},
+    "shapes, three an image, weight 10, processed": {
+        "times": 3,
+        "weight": 10.0,
+        "processed": True,
+    },
+    "shapes, three an image, weight 3, processed, 4800 steps": {
+        "times": 3,
+        "weight": 3.0,
+        "processed": True,
+        "steps": 4800,
+    },
     "shapes, 800 steps": {"steps": 800},
     "shapes, 3200 steps": {"steps": 3200},
 }
@@ -67,7 +76,9 @@ def statistics(net: TIENet, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """``(N, S)`` of all images, and the logarithm ``(N,)`` of the largest probability of an ID class."""
     with frozen(net):
         pairs = [net.statistics(x) for x in batches]
-        return torch.cat([s for _, s in pairs]), torch.cat([net.fc(h).log_softmax(1).amax(1) for h, _ in pairs])
+        return torch.cat([s for _, s in pairs]), torch.cat(
+            [net.fc(h).log_softmax(1).amax(1) for h, _ in pairs]
+        )
 
 
 def columns(net: TIENet, kept: Iterable[int]) -> Tensor:
@@ -82,13 +93,16 @@ def columns(net: TIENet, kept: Iterable[int]) -> Tensor:
 
 def outliers(net: TIENet, images: ImageBatches, most: Mapping[str, int]) -> dict[str, Tensor]:
     """Statistics of so many outliers of each family."""
-    found, dice, shape = {}, Dice(), net.image_shape
+    found, rng, shape = {}, Rng(), net.image_shape
     for name, count in most.items():
         if name in MADE:
             make = shuffled_tiles if name == "tiles" else permuted_pixels
-            batches = (make(x, dice) for x, _ in images)
+            batches = (make(x, rng) for x, _ in images)
         else:
-            batches = (net.scaled(greyed(FAMILIES[name][1]((500, *shape), dice), dice)) for _ in range(math.ceil(count / 500)))
+            batches = (
+                net.scaled(greyed(FAMILIES[name][1]((500, *shape), rng), rng))
+                for _ in range(math.ceil(count / 500))
+            )
         found[name] = statistics(net, batches)[0][:count]
         print(f"{len(found[name])} {name}", flush=True)
     return found
@@ -100,46 +114,84 @@ def main() -> None:
     sets = image_sets(of.data, a.root, of.images, of.seed)
     plain = TIENet.load(a.network)
     net = TIENet(classifier(plain), plain.num_classes, plain.image_shape, garbage="layers").eval()
-    wanted = {name: images for name, images in sets.items() if name in ("train", "held") or name.startswith("val:")}
-    seen = {name: statistics(net, (x for x, _ in ImageBatches(of, 500))) for name, of in wanted.items()}
+    wanted = {
+        name: images
+        for name, images in sets.items()
+        if name in ("train", "held") or name.startswith("val:")
+    }
+    seen = {
+        name: statistics(net, (x for x, _ in ImageBatches(of, 500))) for name, of in wanted.items()
+    }
     n = len(sets["train"])
     plans = []
     for label, trial in TRIALS.items():
-        shares, made, total = trial.get("shares", SHAPES), trial.get("made", 0.0), trial.get("times", 2) * n
-        parts = {name: int(total * (1 - made) * share / sum(shares.values())) for name, share in shares.items()}
-        plans.append((label, trial, parts | {name: int(total * made / 2) for name in MADE if made}))
+        shares, made, total = (
+            trial.get("shares", SHAPES),
+            trial.get("made", 0.0),
+            trial.get("times", 2) * n,
+        )
+        parts = {
+            name: int(total * (1 - made) * share / sum(shares.values()))
+            for name, share in shares.items()
+        }
+        plans.append(
+            (label, trial, parts | {name: int(total * made / 2) for name in MADE if made})
+        )
     most = {name: max(parts.get(name, 0) for _, _, parts in plans) for name in (*FAMILIES, *MADE)}
     with seeded(0):
         outside = outliers(net, ImageBatches(sets["train"], 500), most)
-        again = statistics(net, (processed(x, Dice()) for x, _ in ImageBatches(sets["train"], 500)))[0]
-        way = statistics(net, (processed(x, Dice()) for x, _ in ImageBatches(sets["held"], 500)))
+        again = statistics(net, (corrupt(x, Rng()) for x, _ in ImageBatches(sets["train"], 500)))[
+            0
+        ]
+        way = statistics(net, (corrupt(x, Rng()) for x, _ in ImageBatches(sets["held"], 500)))
     seen["held, processed"] = way
     results = {}
     for label, trial, parts in plans:
         kept = columns(net, trial.get("read", range(STATISTICS)))
-        inside = torch.cat([seen["train"][0], again])[:, kept] if trial.get("processed") else seen["train"][0][:, kept]
+        inside = (
+            torch.cat([seen["train"][0], again])[:, kept]
+            if trial.get("processed")
+            else seen["train"][0][:, kept]
+        )
         rows = torch.cat([outside[name][:count, kept] for name, count in parts.items()])
         results[label] = []
         for seed in SEEDS:
             start = time.perf_counter()
             with seeded(seed):
                 head = GarbageHead({}, len(kept))
-                teach(head, inside, rows, trial.get("steps", 1600), trial.get("weight", 1.0))
+                fit_head(head, inside, rows, trial.get("steps", 1600), trial.get("weight", 1.0))
             seconds = time.perf_counter() - start
-            with torch.no_grad():  # in garbage: the head's odds are larger than any class's probability
-                scores = {name: head(s[:, kept]).squeeze(1) - largest for name, (s, largest) in seen.items()}
+            with (
+                torch.no_grad()
+            ):  # in garbage: the head's odds are larger than any class's probability
+                scores = {
+                    name: head(s[:, kept]).squeeze(1) - largest
+                    for name, (s, largest) in seen.items()
+                }
             line = scores["held"].quantile(0.999)
-            result = {"held in garbage": (scores["held"] > 0).double().mean().item(), "seconds": seconds}
-            result["held, processed, in garbage"] = (scores["held, processed"] > 0).double().mean().item()
+            result = {
+                "held in garbage": (scores["held"] > 0).double().mean().item(),
+                "seconds": seconds,
+            }
+            result["held, processed, in garbage"] = (
+                (scores["held, processed"] > 0).double().mean().item()
+            )
             result |= {name: {"in garbage": (of > 0).double().mean().item(), "above 1 in 1000 of ID": (of > line).double().mean().item()}
                        for name, of in scores.items() if name.startswith("val:")}  # fmt: skip
             results[label].append(result)
-            rates = ", ".join(f"{name} {r['in garbage']:.3f}/{r['above 1 in 1000 of ID']:.3f}" for name, r in result.items() if isinstance(r, dict))
+            rates = ", ".join(
+                f"{name} {r['in garbage']:.3f}/{r['above 1 in 1000 of ID']:.3f}"
+                for name, r in result.items()
+                if isinstance(r, dict)
+            )
             print(
                 f"{label}: held {result['held in garbage']:.3%}, processed {result['held, processed, in garbage']:.3%}; {rates}; {seconds:.0f} s",
                 flush=True,
             )
-    write_json(OUT / "head_search" / f"{a.network.stem}.json", {"network": a.network.stem, "results": results, **made_by(a.root)})
+    write_json(
+        OUT / "head_search" / f"{a.network.stem}.json",
+        {"network": a.network.stem, "results": results, **made_by(a.root)},
+    )
 
 
 if __name__ == "__main__":

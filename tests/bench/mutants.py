@@ -15,9 +15,9 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from tie_ext.app.report import table
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.cli.report import table
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
 RECORD = Path(__file__).parents[2] / "docs" / "results" / "mutants.json"
 KILLED = {1, 3, 36, -24, 24, 152, 255}
@@ -108,14 +108,22 @@ def read(folder: Path) -> dict:
 def functions(source: Path) -> dict[str, list[str]]:
     """The lines of each function of a file, and its arguments."""
     text = source.read_text()
-    lines, nodes = text.splitlines(), [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    return {node.name: [*lines[node.lineno : node.end_lineno], ast.unparse(node.args)] for node in nodes}
+    lines, nodes = (
+        text.splitlines(),
+        [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)],
+    )
+    return {
+        node.name: [*lines[node.lineno : node.end_lineno], ast.unparse(node.args)]
+        for node in nodes
+    }
 
 
 def change(source: Path, name: str) -> list[str]:
     """The lines that a mutant changes, as a diff."""
     function, _, number = name.rsplit(".", 1)[1].partition("__mutmut_")
-    before, after = (functions(source).get(f"{function}__mutmut_{which}", []) for which in ("orig", number))
+    before, after = (
+        functions(source).get(f"{function}__mutmut_{which}", []) for which in ("orig", number)
+    )
     lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
     return [line[0] + line[1:].strip() for line in lines if not line.startswith("@@")]
 
@@ -123,7 +131,9 @@ def change(source: Path, name: str) -> list[str]:
 def reason(lines: list[str]) -> str:
     """Why no test tells a mutant from the code."""
     changed = " ".join(lines)
-    return next((why for word, why in REASONS.items() if word in changed), "no test tells it apart")
+    return next(
+        (why for word, why in REASONS.items() if word in changed), "no test tells it apart"
+    )
 
 
 def page() -> str:
@@ -131,12 +141,31 @@ def page() -> str:
     record = json.loads(RECORD.read_text())
     rows = []
     for name, of in record["files"].items():
-        rows.append({"file": name, "mutants": of["mutants"], "tried": of["tried"], "killed": f"{100 * of['killed'] / max(1, of['tried']):.1f} %"})
-    tried, killed = (sum(of[key] for of in record["files"].values()) for key in ("tried", "killed"))
+        rows.append(
+            {
+                "file": name,
+                "mutants": of["mutants"],
+                "tried": of["tried"],
+                "killed": f"{100 * of['killed'] / max(1, of['tried']):.1f} %",
+            }
+        )
+    tried, killed = (
+        sum(of[key] for of in record["files"].values()) for key in ("tried", "killed")
+    )
     every = sum(of["mutants"] for of in record["files"].values())
-    rows.append({"file": "all", "mutants": every, "tried": tried, "killed": f"{100 * killed / tried:.1f} %"})
+    rows.append(
+        {
+            "file": "all",
+            "mutants": every,
+            "tried": tried,
+            "killed": f"{100 * killed / tried:.1f} %",
+        }
+    )
     lives = [reason(lines) for of in record["files"].values() for lines in of["live"].values()]
-    why = [{"mutants that live on": count, "why": name} for name, count in Counter(lives).most_common()]
+    why = [
+        {"mutants that live on": count, "why": name}
+        for name, count in Counter(lives).most_common()
+    ]
     head = "# Do the tests notice a broken line?\n\nMade by `python tests/bench/tables.py` of `docs/results/mutants.json`, the record of\n\n"
     head += "    pip install mutmut && mutmut run\n    python tests/bench/mutants.py mutants\n\n"
     head += f"at commit {record['commit']}. A mutant is a function with one thing changed. It is killed where a test fails.\n\n"
@@ -146,7 +175,9 @@ def page() -> str:
 def main() -> None:
     """Write the record of a folder of mutmut's."""
     folder = Path(sys.argv[1])
-    write_json(RECORD, {"files": read(folder), **provenance(packages=("mutmut", "pytest", "torch"))})
+    write_json(
+        RECORD, {"files": read(folder), **provenance(packages=("mutmut", "pytest", "torch"))}
+    )
 
 
 if __name__ == "__main__":

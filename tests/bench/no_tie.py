@@ -20,18 +20,21 @@ import torch
 from torch import Tensor
 
 from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer
-from tie_ext.app import data
-from tie_ext.app.data import ImageBatches, ImageSet, training_batches
-from tie_ext.app.report import table
-from tie_ext.bench.tables import PAPER_1
+from tie_ext.cli import data
+from tie_ext.cli.data import ImageBatches, ImageSet, training_batches
+from tie_ext.cli.report import table
+from tie_ext.cli.reproduce.tables import PAPER_1
 from tie_ext.outliers import make
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
-from tie_ext.support.random import seeded
-from tie_ext.synthesis import Prior
+from tie_ext.outliers.base import Prior
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
+from tie_ext.utils.random import seeded
 
 HOUSE = Path(__file__).parents[2]
-RECORD, PAGE = HOUSE / "docs" / "results" / "no_tie.json", HOUSE / "docs" / "research" / "no_tie.md"
+RECORD, PAGE = (
+    HOUSE / "docs" / "results" / "no_tie.json",
+    HOUSE / "docs" / "research" / "no_tie.md",
+)
 MEAN, DEVIATION = 0.1307, 0.3081
 """Of MNIST's pixels."""
 LOW, HIGH = -5.0, 5.0
@@ -69,12 +72,18 @@ def run(sets: dict[str, ImageSet], tie: bool, rate: str, seed: int) -> list[dict
     train = sets["train"]
     config = TIEConfig(epochs=EPOCHS, lr=RATES[rate], seed=seed)
     with seeded(seed):
-        net = TIENet(Conv3(train.shape[0], len(train.classes)), len(train.classes), train.shape, LOW, HIGH)
+        net = TIENet(
+            Conv3(train.shape[0], len(train.classes)), len(train.classes), train.shape, LOW, HIGH
+        )
     with seeded(seed, 0):
         proposers = [make("inversion", net)] if tie else []
     trainer = TIETrainer(net, config, proposers, [Normal(net)])
     found = []
-    with patch.object(TIEConfig, "lr_in", TIEConfig.lr_in if RATES[rate] == TIEConfig().lr else lambda self, epoch: self.lr):
+    with patch.object(
+        TIEConfig,
+        "lr_in",
+        TIEConfig.lr_in if RATES[rate] == TIEConfig().lr else lambda self, epoch: self.lr,
+    ):
         for _ in range(EPOCHS):
             trainer.epoch(Normalised(training_batches(train, shift=0)))
             with torch.no_grad():
@@ -82,17 +91,37 @@ def run(sets: dict[str, ImageSet], tie: bool, rate: str, seed: int) -> list[dict
                 for name, images in sets.items():
                     if name == "train":
                         continue
-                    decisions = [(net.decide(x), y) for x, y in Normalised(ImageBatches(images, 500))]
-                    shares[name] = 100 * torch.cat([decision.level == 1 for decision, _ in decisions]).double().mean().item()
+                    decisions = [
+                        (net.decide(x), y) for x, y in Normalised(ImageBatches(images, 500))
+                    ]
+                    shares[name] = (
+                        100
+                        * torch.cat([decision.level == 1 for decision, _ in decisions])
+                        .double()
+                        .mean()
+                        .item()
+                    )
                     if name == "id":
-                        right = 100 * torch.cat([decision.label == y for decision, y in decisions]).double().mean().item()
+                        right = (
+                            100
+                            * torch.cat([decision.label == y for decision, y in decisions])
+                            .double()
+                            .mean()
+                            .item()
+                        )
             found.append({"ID accuracy": right, **shares})
-            print(f"TIE {tie}, {rate}, seed {seed}: " + ", ".join(f"{name} {value:.1f}" for name, value in found[-1].items()), flush=True)
+            print(
+                f"TIE {tie}, {rate}, seed {seed}: "
+                + ", ".join(f"{name} {value:.1f}" for name, value in found[-1].items()),
+                flush=True,
+            )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data")
     parser.add_argument("--seeds", type=int, default=3)
     a = parser.parse_args()
@@ -101,12 +130,22 @@ def main() -> None:
     for seed, of in itertools.product(range(a.seeds), ("mnist", "fashionmnist")):
         whole, test = data.load(of, "train", a.root), data.load(of, "test", a.root)
         sets = {"train": whole.first(IMAGES), "id": test.first(2 * TEST)}
-        sets |= {other: data.load(other, "test", a.root, test.shape).first(TEST) for other in SETS if other != of and at_hand(other, a.root)}
+        sets |= {
+            other: data.load(other, "test", a.root, test.shape).first(TEST)
+            for other in SETS
+            if other != of and at_hand(other, a.root)
+        }
         for kind, rate in KINDS:
             key = f"{of}, {kind}, {rate}, seed {seed}"
             if key not in runs:
                 runs[key] = run(sets, kind == "TIE", rate, seed)
-                record = {"images": IMAGES, "test": TEST, "epochs": EPOCHS, "runs": runs, **provenance(places={"DATA": a.root})}
+                record = {
+                    "images": IMAGES,
+                    "test": TEST,
+                    "epochs": EPOCHS,
+                    "runs": runs,
+                    **provenance(places={"DATA": a.root}),
+                }
                 write_json(RECORD, record)
     PAGE.write_text(page())
 
@@ -145,18 +184,30 @@ def page() -> str:
             continue
         names = [name for name in record["runs"][keys[0]][0] if name != "id"]
         for name in names:
-            row = {"set": name, "the paper: TIE / no TIE": PAPER_1[of][SETS.index(name if name in SETS else of)]}
+            row = {
+                "set": name,
+                "the paper: TIE / no TIE": PAPER_1[of][SETS.index(name if name in SETS else of)],
+            }
             for kind, rate in KINDS:
-                of_kind = [record["runs"][key] for key in keys if key.startswith(f"{of}, {kind}, {rate},")]
+                of_kind = [
+                    record["runs"][key] for key in keys if key.startswith(f"{of}, {kind}, {rate},")
+                ]
                 if not of_kind:
                     row[f"{kind}, {rate}"] = "-"
                     continue
-                best = [max(epochs, key=lambda epoch: epoch["ID accuracy"])[name] for epochs in of_kind]
-                most = max(mean(epochs[t][name] for epochs in of_kind) for t in range(record["epochs"]))
+                best = [
+                    max(epochs, key=lambda epoch: epoch["ID accuracy"])[name] for epochs in of_kind
+                ]
+                most = max(
+                    mean(epochs[t][name] for epochs in of_kind) for t in range(record["epochs"])
+                )
                 spread = f" ± {stdev(best):.1f}" if len(best) > 1 else ""
                 row[f"{kind}, {rate}"] = f"{mean(best):.1f}{spread} ({most:.1f})"
             rows.append(row)
-        seeds = " / ".join(str(sum(key.startswith(f"{of}, {kind}, {rate},") for key in keys)) for kind, rate in KINDS)
+        seeds = " / ".join(
+            str(sum(key.startswith(f"{of}, {kind}, {rate},") for key in keys))
+            for kind, rate in KINDS
+        )
         text += [f"## {of}", "", f"Seeds, by column: {seeds}.", "", table(rows), ""]
     return "\n".join(text)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tie_ext.outliers.base import Domain
 from tie_ext.outliers.boundary import jacobian, normal
 from tie_ext.outliers.vae import VAE
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
-from tie_ext.synthesis import Domain
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
 BATCH, LATENT, REPEATS = 64, 8, 5
 OUT = Path(__file__).parents[2] / "docs" / "results" / "null_space.json"
@@ -32,7 +32,9 @@ def by_projection(J: Tensor) -> Tensor:
 def by_null_space(J: Tensor) -> Tensor:
     """As the paper describes it: all basis vectors of the null space of each image's Jacobian, and a random combination of them."""
     bases = [torch.linalg.qr(each, mode="complete").Q[:, LATENT:] for each in J]
-    return torch.stack([F.normalize(basis @ torch.randn(basis.shape[1]), dim=0) for basis in bases])
+    return torch.stack(
+        [F.normalize(basis @ torch.randn(basis.shape[1]), dim=0) for basis in bases]
+    )
 
 
 def seconds(function: Callable, *arguments) -> float:
@@ -56,8 +58,19 @@ def main() -> None:
     for v in (by_projection(J), by_null_space(J)):  # both are normals, of unit length
         assert (J.mT @ v[:, :, None]).abs().max() < 1e-3 * J.abs().max()
         assert (v.norm(dim=1) - 1).abs().max() < 1e-4
-    fast, slow, common = seconds(by_projection, J), seconds(by_null_space, J), seconds(jacobian, vae, z, y)
-    record = {"batch": BATCH, "latent": LATENT, "projection_s": fast, "null_space_s": slow, "ratio": slow / fast, "jacobian_of_both_s": common}
+    fast, slow, common = (
+        seconds(by_projection, J),
+        seconds(by_null_space, J),
+        seconds(jacobian, vae, z, y),
+    )
+    record = {
+        "batch": BATCH,
+        "latent": LATENT,
+        "projection_s": fast,
+        "null_space_s": slow,
+        "ratio": slow / fast,
+        "jacobian_of_both_s": common,
+    }
     print(record)
     write_json(OUT, {**record, **provenance(), "command": " ".join(["python", *sys.argv])})
 

@@ -17,8 +17,8 @@ import torch
 from cost import OUT
 from folders import spent
 
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
 TRAINED = {
     "plain": ("networks/lenet.yml", "pipelines/train/baseline.yml"),
@@ -37,7 +37,9 @@ def trainer_of(name: str, theirs: Path, repeats: int):
     from tie_ext.openood import configs
 
     files = ["datasets/mnist/mnist.yml", *TRAINED[name], "preprocessors/base_preprocessor.yml"]
-    config = read.merge_configs(*[read.Config(str(theirs / f if (theirs / f).exists() else configs() / f)) for f in files])
+    config = read.merge_configs(
+        *[read.Config(str(theirs / f if (theirs / f).exists() else configs() / f)) for f in files]
+    )
     config.num_workers, config.optimizer.num_epochs = 1, max(2, repeats)
     if name == "tie":
         config.network.backbone.name = "lenet"
@@ -61,11 +63,17 @@ def trainer_of(name: str, theirs: Path, repeats: int):
             return len(sampler)
 
     object.__setattr__(loader, "batch_sampler", Counted())
-    return get_trainer(get_network(config.network), loader, None, config), read_images, len(loader.dataset)
+    return (
+        get_trainer(get_network(config.network), loader, None, config),
+        read_images,
+        len(loader.dataset),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--openood", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
@@ -94,7 +102,10 @@ def main() -> None:
     reads = {name: count[0] / images / a.repeats for name, (_, count, _) in made.items()}
     ratio = median(times["tie"]) / median(times["plain"])
     print(f"ratio {ratio:.2f}, reads {reads}")
-    write_json(OUT / "openood-epoch.json", {"images": images, "seconds": times, "ratio": ratio, "reads": reads, **said})
+    write_json(
+        OUT / "openood-epoch.json",
+        {"images": images, "seconds": times, "ratio": ratio, "reads": reads, **said},
+    )
 
 
 if __name__ == "__main__":

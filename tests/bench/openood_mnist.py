@@ -20,16 +20,36 @@ from pathlib import Path
 
 import numpy as np
 
-from tie_ext.app.report import table
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.cli.report import table
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
 HOUSE = Path(__file__).parents[2]
 OUT = HOUSE / "docs" / "results" / "openood"
 NEAR, FAR = ("notmnist", "fashionmnist"), ("cifar10", "cifar100", "tin")
-THEIRS = ("msp", "ebo", "odin", "mls", "klm", "gen", "react", "dice", "ash", "scale", "mds", "rmds", "knn", "vim", "she", "nnguide", "fdbd")
+THEIRS = (
+    "msp",
+    "ebo",
+    "odin",
+    "mls",
+    "klm",
+    "gen",
+    "react",
+    "rng",
+    "ash",
+    "scale",
+    "mds",
+    "rmds",
+    "knn",
+    "vim",
+    "she",
+    "nnguide",
+    "fdbd",
+)
 THEIRS += ("gradnorm", "relation", "nci", "iodin", "gram", "vra")
-ARGUMENTS = {"vim": ["--postprocessor.postprocessor_args.dim", "42"]}  # half of LeNet's 84 features; the config's 256 are more than it has
+ARGUMENTS = {
+    "vim": ["--postprocessor.postprocessor_args.dim", "42"]
+}  # half of LeNet's 84 features; the config's 256 are more than it has
 TRAINED: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain": ("mnist_lenet_base_e{epochs}_lr0.1_default", THEIRS),
     "attach": ("mnist_tie_net_attach_lenet_default", ("tie", "tie_combined")),
@@ -48,7 +68,9 @@ def workplace(work: Path, data: Path, train: int, test: int) -> None:
     for path in (data / "benchmark_imglist" / "mnist").glob("*.txt"):
         rows = path.read_text().splitlines(keepends=True)
         random.Random(0).shuffle(rows)
-        (lists / path.name).write_text("".join(rows[: train if path.name.startswith("train") else test]))
+        (lists / path.name).write_text(
+            "".join(rows[: train if path.name.startswith("train") else test])
+        )
     ood = "ood_dataset:\n  val:\n    imglist_pth: ./data/benchmark_imglist/mnist/val_glyphs.txt\n"
     for split, names in (("nearood", NEAR), ("farood", FAR)):
         ood += f"  {split}:\n    datasets: [{', '.join(names)}]\n"
@@ -61,12 +83,37 @@ def run(a: argparse.Namespace, files: Sequence[str], *arguments: str) -> float:
     """One of OpenOOD's runs, as a user starts it, with configs of OpenOOD's where it has them and ours where not; seconds."""
     ours, theirs = HOUSE / "openood_configs", a.openood.resolve() / "configs"
     files = [*files, "preprocessors/base_preprocessor.yml"]
-    configs = [str(theirs / f if (theirs / f).exists() else ours / f if (ours / f).exists() else f) for f in files]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(a.openood.resolve()), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-W", "ignore", "-m", "tie_ext.openood", str(a.openood.resolve() / "main.py"), "--config", *configs, *arguments]
+    configs = [
+        str(theirs / f if (theirs / f).exists() else ours / f if (ours / f).exists() else f)
+        for f in files
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [str(a.openood.resolve()), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tie_ext.openood",
+        str(a.openood.resolve() / "main.py"),
+        "--config",
+        *configs,
+        *arguments,
+    ]
     start = time.perf_counter()
     with open(a.work / "log.txt", "a") as log:
-        subprocess.run([*command, "--num_workers", "1", "--merge_option", "merge"], cwd=a.work, env=environment, stdout=log, stderr=log, check=True)
+        subprocess.run(
+            [*command, "--num_workers", "1", "--merge_option", "merge"],
+            cwd=a.work,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            check=True,
+        )
     return time.perf_counter() - start
 
 
@@ -78,38 +125,79 @@ def trained(a: argparse.Namespace, network: str, seed: int) -> Path:
         common = ["--seed", str(seed)]
         epochs = ["--optimizer.num_epochs", str(a.epochs)]
         if network == "plain":
-            took = run(a, ["datasets/mnist/mnist.yml", "networks/lenet.yml", "pipelines/train/baseline.yml"], *epochs, *common)
+            took = run(
+                a,
+                ["datasets/mnist/mnist.yml", "networks/lenet.yml", "pipelines/train/baseline.yml"],
+                *epochs,
+                *common,
+            )
         elif network == "attach":
-            files = ["datasets/mnist/mnist.yml", "networks/tie_net.yml", "pipelines/train/attach_tie.yml"]
+            files = [
+                "datasets/mnist/mnist.yml",
+                "networks/tie_net.yml",
+                "pipelines/train/attach_tie.yml",
+            ]
             plain = str(trained(a, "plain", seed))
-            took = run(a, files, "--network.backbone.name", "lenet", "--network.backbone.checkpoint", plain, *common)
+            took = run(
+                a,
+                files,
+                "--network.backbone.name",
+                "lenet",
+                "--network.backbone.checkpoint",
+                plain,
+                *common,
+            )
         else:
-            files = ["datasets/mnist/mnist.yml", "networks/tie_net.yml", "pipelines/train/train_tie.yml"]
+            files = [
+                "datasets/mnist/mnist.yml",
+                "networks/tie_net.yml",
+                "pipelines/train/train_tie.yml",
+            ]
             took = run(a, files, "--network.backbone.name", "lenet", *epochs, *common)
         write_json(seconds, took)
     return folder / "best.ckpt"
 
 
-def scored(a: argparse.Namespace, network: str, seed: int, name: str) -> dict[str, dict[str, float]]:
+def scored(
+    a: argparse.Namespace, network: str, seed: int, name: str
+) -> dict[str, dict[str, float]]:
     """What OpenOOD's ood.csv says of a postprocessor, by set: FPR@95, AUROC, AUPR, ACC."""
     checkpoint = trained(a, network, seed)
     kept = a.work / checkpoint.with_name(f"{name}.csv")
     if not kept.exists():
         around = ["networks/lenet.yml"] if network == "plain" else ["networks/tie_net.yml"]
         backbone = [] if network == "plain" else ["--network.backbone.name", "lenet"]
-        files = ["datasets/mnist/mnist.yml", "datasets/mnist/mnist_tie_ood.yml", "sets.yml", *around, "pipelines/test/test_ood.yml"]
-        options = ["--network.checkpoint", str(checkpoint), "--postprocessor.APS_mode", "False", "--seed", str(seed), *ARGUMENTS.get(name, [])]
+        files = [
+            "datasets/mnist/mnist.yml",
+            "datasets/mnist/mnist_tie_ood.yml",
+            "sets.yml",
+            *around,
+            "pipelines/test/test_ood.yml",
+        ]
+        options = [
+            "--network.checkpoint",
+            str(checkpoint),
+            "--postprocessor.APS_mode",
+            "False",
+            "--seed",
+            str(seed),
+            *ARGUMENTS.get(name, []),
+        ]
         run(a, [*files, f"postprocessors/{name}.yml"], *backbone, *options)
         net = "lenet" if network == "plain" else "tie_net"
         found = a.work / f"results/mnist_{net}_test_ood_ood_{name}_default/s{seed}/ood/ood.csv"
         kept.with_suffix(".new").write_text(found.read_text())
         kept.with_suffix(".new").replace(kept)
     with open(kept) as f:
-        return {row.pop("dataset"): {k: float(v) for k, v in row.items()} for row in csv.DictReader(f)}
+        return {
+            row.pop("dataset"): {k: float(v) for k, v in row.items()} for row in csv.DictReader(f)
+        }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--openood", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -122,15 +210,29 @@ def main() -> None:
     numbers: dict[str, dict[str, list]] = {}
     for network, (_, names) in TRAINED.items():
         for name in names:
-            numbers.setdefault(network, {})[name] = [scored(a, network, seed, name) for seed in range(a.seeds)]
+            numbers.setdefault(network, {})[name] = [
+                scored(a, network, seed, name) for seed in range(a.seeds)
+            ]
             print(network, name, [of["nearood"] for of in numbers[network][name]], flush=True)
     seconds = {
-        network: [json.loads((a.work / trained(a, network, seed)).with_name("seconds.json").read_text()) for seed in range(a.seeds)]
+        network: [
+            json.loads((a.work / trained(a, network, seed)).with_name("seconds.json").read_text())
+            for seed in range(a.seeds)
+        ]
         for network in TRAINED
     }
     packages = ("torch", "torchvision", "numpy", "scikit-learn", "faiss-cpu")
-    said = provenance(packages=packages, places={"OPENOOD": a.openood, "DATA": a.data, "WORK": a.work})
-    record = {"openood": "3c35632", "train": a.train, "test": a.test, "epochs": a.epochs, "seconds": seconds, "numbers": numbers}
+    said = provenance(
+        packages=packages, places={"OPENOOD": a.openood, "DATA": a.data, "WORK": a.work}
+    )
+    record = {
+        "openood": "3c35632",
+        "train": a.train,
+        "test": a.test,
+        "epochs": a.epochs,
+        "seconds": seconds,
+        "numbers": numbers,
+    }
     write_json(OUT / "mnist.json", {**record, **said})
     page()
 
@@ -147,10 +249,21 @@ def page() -> None:
     for network, names in r["numbers"].items():
         for name, found in names.items():
             worst, of = min((mean(found, s, "AUROC"), s) for s in (*NEAR, *FAR))
-            pairs = {part: f"{mean(found, s, 'AUROC'):.2f} / {mean(found, s, 'FPR@95'):.2f}" for part, s in (("near", "nearood"), ("far", "farood"))}
-            rows.append({"network: postprocessor": f"{network}: {name}", "ACC": f"{mean(found, 'nearood', 'ACC'):.2f}", **pairs})
+            pairs = {
+                part: f"{mean(found, s, 'AUROC'):.2f} / {mean(found, s, 'FPR@95'):.2f}"
+                for part, s in (("near", "nearood"), ("far", "farood"))
+            }
+            rows.append(
+                {
+                    "network: postprocessor": f"{network}: {name}",
+                    "ACC": f"{mean(found, 'nearood', 'ACC'):.2f}",
+                    **pairs,
+                }
+            )
             rows[-1]["worst"] = f"{worst:.2f} ({of})"
-    kept = "".join(f" {name}: run before, at {commit}." for name, commit in r.get("kept", {}).items())
+    kept = "".join(
+        f" {name}: run before, at {commit}." for name, commit in r.get("kept", {}).items()
+    )
     seconds = {network: f"{np.mean(took):.0f}" for network, took in r["seconds"].items()}
     seeds = len(next(iter(r["seconds"].values())))
     text = (

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from tie_ext.bench.tables import CELLS, read_cells
+from tie_ext.cli.reproduce.tables import CELLS, read_cells
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NATURAL = ("cifar10", "cifar100", "tinyimagenet")
@@ -39,7 +39,9 @@ def fill(text: str) -> str:
         try:
             return _number(place[1])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Expected {place[0]} to name a number that was measured, but got: {error!r}") from error
+            raise ValueError(
+                f"Expected {place[0]} to name a number that was measured, but got: {error!r}"
+            ) from error
 
     return re.sub(r"\{\{(.+?)\}\}", put, text)
 
@@ -49,7 +51,14 @@ def _number(place: str) -> str:
     run, method = left.rsplit(" ", 1)
     of, _, which = what.rpartition(": ")
     if method == "inversions":
-        return percent([r["shares"][what.removeprefix("judged ")]["judged"] for r in _json("agreement.json").values() if r["data"] == run], 1)
+        return percent(
+            [
+                r["shares"][what.removeprefix("judged ")]["judged"]
+                for r in _json("agreement.json").values()
+                if r["data"] == run
+            ],
+            1,
+        )
     records = _records(run, method)
     if what == "seeds":
         return str(len(records))
@@ -58,7 +67,11 @@ def _number(place: str) -> str:
     if what == "tau":
         return f"{mean(record['log'][-1]['tau'] for record in records):.2f}"
     if what == "expelled":
-        shares = [sum(epoch["excluded"]) / sum(epoch["proposed"]) for record in records for epoch in record["log"][-5:]]
+        shares = [
+            sum(epoch["excluded"]) / sum(epoch["proposed"])
+            for record in records
+            for epoch in record["log"][-5:]
+        ]
         return f"{percent([min(shares)], 1)} to {percent([max(shares)], 1)}"
     if of == "natural":
         own = run.rpartition("/")[2].partition("@")[0]
@@ -76,7 +89,11 @@ def _records(run: str, method: str) -> list[dict]:
     folder = folder or "reproduce"
     method, _, seed = method.partition("#")
     pattern = f"{data.replace(':', '_')}-{size or '20000x10'}-{method}-seed{seed or '*'}"
-    found = {name: dict(record) for name, record in cells_in(folder).items() if fnmatchcase(name, pattern)}
+    found = {
+        name: dict(record)
+        for name, record in cells_in(folder).items()
+        if fnmatchcase(name, pattern)
+    }
     for key, of in _json("threshold.json")["results"].items():
         if fnmatchcase(key, f"{folder}/{pattern}"):
             found.setdefault(key.rpartition("/")[2], {})["threshold"] = of
@@ -99,7 +116,9 @@ def _value(other: str, which: str) -> Callable[[dict], float]:
     if not other and which == "least confident":
         return lambda record: record["level2"]["least_confident_id"]
     if which in ("garbage", "rejected"):
-        return lambda record: record["numbers"][{"garbage": "garbage_rate"}.get(which, which)][other]
+        return lambda record: record["numbers"][{"garbage": "garbage_rate"}.get(which, which)][
+            other
+        ]
     if which == "most confident":
         return lambda record: record["level2"][other]["most_confident_through"]
     if not other and which.startswith("right at "):
@@ -119,10 +138,19 @@ def _json(name: str) -> dict:
 
 def _digits(value: float, which: str) -> int:
     """Two where a hundredth matters: accuracies, AUROC, ID images lost, and what is below 1 %; else one."""
-    return 2 if which in ("accuracy", "id garbage") or which.startswith("right") or "auroc" in which or value < 0.01 else 1
+    return (
+        2
+        if which in ("accuracy", "id garbage")
+        or which.startswith("right")
+        or "auroc" in which
+        or value < 0.01
+        else 1
+    )
 
 
 def percent(values: list[float], digits: int = 2) -> str:
     """Mean of shares in percent, with the standard deviation where there are several."""
     scaled = [100 * v for v in values]
-    return f"{mean(scaled):.{digits}f}" + (f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else "")
+    return f"{mean(scaled):.{digits}f}" + (
+        f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
+    )

@@ -14,15 +14,15 @@ from pytorch_ood.detector import ODIN
 from torch import Tensor
 
 from tie_ext import TIENet
-from tie_ext.app.data import ImageBatches, training_batches
-from tie_ext.app.evaluation import ood_metrics
-from tie_ext.bench.reproduce import image_sets
+from tie_ext.cli.data import ImageBatches, training_batches
+from tie_ext.cli.evaluation import ood_metrics
+from tie_ext.cli.reproduce.run import image_sets
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
 from tie_ext.pytorch_ood import IODIN, RejectionNetwork
-from tie_ext.support.files import write_json
-from tie_ext.support.modules import frozen
-from tie_ext.support.provenance import provenance
-from tie_ext.support.random import seeded
+from tie_ext.utils.files import write_json
+from tie_ext.utils.modules import frozen
+from tie_ext.utils.provenance import provenance
+from tie_ext.utils.random import seeded
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "posthoc.json"
 
@@ -34,7 +34,9 @@ def scores_of(net: TIENet, root: str, name: str, count: int, seed: int) -> dict:
     with frozen(net), seeded(seed):
         for k, label in ((1, "B, single"), (5, "B, 5 mixed")):
             outliers = MarginalRepresentations(net, MarginalSettings(k=k))
-            detectors[label] = RejectionNetwork(net.features, outliers).fit(training_batches(images, 128))
+            detectors[label] = RejectionNetwork(net.features, outliers).fit(
+                training_batches(images, 128)
+            )
 
         def scores(detector, of) -> Tensor:
             return torch.cat([detector.predict(x).detach() for x, _ in ImageBatches(of, 500)])
@@ -42,23 +44,39 @@ def scores_of(net: TIENet, root: str, name: str, count: int, seed: int) -> dict:
         found = {}
         for label, detector in detectors.items():
             id_scores = scores(detector, test)
-            found[label] = {other: ood_metrics(id_scores, scores(detector, of)) for other, of in ood.items()}
+            found[label] = {
+                other: ood_metrics(id_scores, scores(detector, of)) for other, of in ood.items()
+            }
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data")
     parser.add_argument("--networks", type=Path, nargs="+", required=True)
     args = parser.parse_args()
     results = {}
     for path in args.networks:
         name, run, _, seed = path.stem.split("-")
-        results[path.stem] = scores_of(TIENet.load(path), args.root, name, int(run.partition("x")[0]), int(seed.removeprefix("seed")))
-        done = args.networks[: len(results)]  # written after each, 6 to 8 minutes of one core, so that a stop loses one at most
+        results[path.stem] = scores_of(
+            TIENet.load(path),
+            args.root,
+            name,
+            int(run.partition("x")[0]),
+            int(seed.removeprefix("seed")),
+        )
+        done = args.networks[
+            : len(results)
+        ]  # written after each, 6 to 8 minutes of one core, so that a stop loses one at most
         command = f"python tests/bench/posthoc.py --root DATA --networks {' '.join(str(path) for path in done)}"
         write_json(OUT, {"results": results, **provenance(), "command": command})
-        print(path.stem, {label: f"{of['notmnist']['auroc']:.4f}" for label, of in results[path.stem].items()}, flush=True)
+        print(
+            path.stem,
+            {label: f"{of['notmnist']['auroc']:.4f}" for label, of in results[path.stem].items()},
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

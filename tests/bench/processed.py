@@ -1,6 +1,6 @@
 """ID test images as other programs would have given them, most of them by Pillow: a rejector should let them pass.
 
-Of what the head is taught (:mod:`tie_ext.processing`) there are size, blur, contrast, brightness, gamma, rotation, moves and noise, most of them
+Of what the head is taught (:mod:`tie_ext.training.augmentation`) there are size, blur, contrast, brightness, gamma, rotation, moves and noise, most of them
 stronger here; sharpening, a median and JPEG it has never seen.
 """
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from tie_ext.app.data import ImageSet
+from tie_ext.cli.data import ImageSet
 
 MANY = 1000
 """Images of each kind; the same for all."""
@@ -24,8 +24,15 @@ def by_pillow(change: Callable[[Image.Image], Image.Image]) -> Callable[[Tensor]
     """A change of uint8 images ``(N, C, H, W)``."""
 
     def changed(x: Tensor) -> Tensor:
-        images = [Image.fromarray(one.squeeze(2) if one.shape[2] == 1 else one) for one in x.permute(0, 2, 3, 1).numpy()]
-        return torch.from_numpy(np.stack([np.asarray(change(image)) for image in images])).view(-1, *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        images = [
+            Image.fromarray(one.squeeze(2) if one.shape[2] == 1 else one)
+            for one in x.permute(0, 2, 3, 1).numpy()
+        ]
+        return (
+            torch.from_numpy(np.stack([np.asarray(change(image)) for image in images]))
+            .view(-1, *x.shape[2:], x.shape[1])
+            .permute(0, 3, 1, 2)
+        )
 
     return changed
 
@@ -38,7 +45,9 @@ def by_torch(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def resized(image: Image.Image, by: float) -> Image.Image:
     """To another size and back."""
     size = tuple(round(by * side) for side in image.size)
-    return image.resize(size, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BILINEAR)
+    return image.resize(size, Image.Resampling.BILINEAR).resize(
+        image.size, Image.Resampling.BILINEAR
+    )
 
 
 def coded(image: Image.Image) -> Image.Image:
@@ -71,4 +80,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 def processed_sets(test: ImageSet) -> dict[str, ImageSet]:
     """The same ID test images, in each way; by name."""
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:MANY]
-    return {f"{PROCESSED}{kind}": ImageSet(change(test.x[rows]), test.y[rows], test.classes) for kind, change in KINDS.items()}
+    return {
+        f"{PROCESSED}{kind}": ImageSet(change(test.x[rows]), test.y[rows], test.classes)
+        for kind, change in KINDS.items()
+    }

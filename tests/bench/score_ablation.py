@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tie_ext import Domain, Noise, TIENet, ood_score, uncertainty
-from tie_ext.app import data
-from tie_ext.app.data import ImageSet
-from tie_ext.app.evaluation import all_logits, ood_metrics
-from tie_ext.app.report import table
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.cli import data
+from tie_ext.cli.data import ImageSet
+from tie_ext.cli.evaluation import all_logits, ood_metrics
+from tie_ext.cli.report import table
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -33,7 +33,9 @@ def best_id_odds(logits: Tensor) -> Tensor:
 def folded(logits: Tensor) -> Tensor:
     """Squared distance of p to the nearest ID vertex of the simplex: UE with the hole filled."""
     p = logits.softmax(1)
-    return (p[:, :-1] - torch.eye(p.shape[1] - 1)[p[:, :-1].argmax(1)]).square().sum(1) + p[:, -1].square()
+    return (p[:, :-1] - torch.eye(p.shape[1] - 1)[p[:, :-1].argmax(1)]).square().sum(1) + p[
+        :, -1
+    ].square()
 
 
 SCORES = {
@@ -56,7 +58,14 @@ def tiles(x: Tensor) -> Tensor:
 
 def positives(test: ImageSet) -> dict[str, ImageSet]:
     count, shape = len(test), test.shape
-    multiscale = (Noise(Domain(10, shape, torch.tensor(0.0), torch.tensor(1.0))).draw((count, *shape)) * 255).round().to(torch.uint8)
+    multiscale = (
+        (
+            Noise(Domain(10, shape, torch.tensor(0.0), torch.tensor(1.0))).draw((count, *shape))
+            * 255
+        )
+        .round()
+        .to(torch.uint8)
+    )
     other = torch.randperm(count)
     mixed = ((test.x.int() + test.x[other].int()) // 2).to(torch.uint8)[test.y != test.y[other]]
     made = {"multi-scale noise": multiscale, "shuffled tiles": tiles(test.x), "mixtures": mixed}
@@ -68,7 +77,9 @@ def positives(test: ImageSet) -> dict[str, ImageSet]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--networks", type=Path, nargs="+", required=True)
     a = parser.parse_args()
@@ -90,9 +101,22 @@ def main() -> None:
     write_json(DOCS / "results" / "score_ablation.json", {"results": results, **said})
     names = [*sets, "misclassified"]
     for metric in ("auroc", "fpr95"):
-        means = {label: {name: sum(r[label][name][metric] for r in results.values()) / len(results) for name in names} for label in SCORES}
+        means = {
+            label: {
+                name: sum(r[label][name][metric] for r in results.values()) / len(results)
+                for name in names
+            }
+            for label in SCORES
+        }
         print(metric)
-        print(table([{"score": label} | {name: f"{100 * v:.2f}" for name, v in of.items()} for label, of in means.items()]))
+        print(
+            table(
+                [
+                    {"score": label} | {name: f"{100 * v:.2f}" for name, v in of.items()}
+                    for label, of in means.items()
+                ]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from tie_ext import TIENet, decide, ood_score
-from tie_ext.app.data import NAMES
-from tie_ext.app.evaluation import all_logits
-from tie_ext.bench.comparison import has_garbage
-from tie_ext.bench.reproduce import image_sets
-from tie_ext.bench.tables import PAPER_1
-from tie_ext.decision import Decision, conformal_threshold, decide_at
-from tie_ext.support.files import write_json
-from tie_ext.support.provenance import provenance
+from tie_ext.cli.data import NAMES
+from tie_ext.cli.evaluation import all_logits
+from tie_ext.cli.reproduce.comparison import has_garbage
+from tie_ext.cli.reproduce.run import image_sets
+from tie_ext.cli.reproduce.tables import PAPER_1
+from tie_ext.scores.decision import Decision, decide_at
+from tie_ext.scores.threshold import conformal_threshold
+from tie_ext.utils.files import write_json
+from tie_ext.utils.provenance import provenance
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "threshold.json"
 FALSE_ALARMS = (0.01, 0.05)
@@ -54,7 +55,10 @@ def threshold_of_accuracy(scores: Tensor, right: Tensor, share: float) -> Tensor
 def judge(net: TIENet, name: str, images: int | None, seed: int, root: str) -> dict:
     """Shares by rule (``two levels``, the false alarms allowed, or the paper's accuracy) and set."""
     _, test, ood = image_sets(name, seed, images, root)
-    logits, outside = all_logits(net, test), {other: (all_logits(net, of), of.y) for other, of in ood.items()}
+    logits, outside = (
+        all_logits(net, test),
+        {other: (all_logits(net, of), of.y) for other, of in ood.items()},
+    )
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
     halves = order.chunk(2)
 
@@ -66,21 +70,34 @@ def judge(net: TIENet, name: str, images: int | None, seed: int, root: str) -> d
             if fitted and threshold is None:
                 return None
             sets = {"id": (logits[held], test.y[held]), **outside}
-            decided = {other: (decide(x, net.tau) if threshold is None else decide_at(x, threshold), y) for other, (x, y) in sets.items()}
+            decided = {
+                other: (decide(x, net.tau) if threshold is None else decide_at(x, threshold), y)
+                for other, (x, y) in sets.items()
+            }
             turns.append({other: shares(decision, y) for other, (decision, y) in decided.items()})
-        return {other: {key: mean(turn[other][key] for turn in turns) for key in of} for other, of in turns[0].items()}
+        return {
+            other: {key: mean(turn[other][key] for turn in turns) for key in of}
+            for other, of in turns[0].items()
+        }
 
     score, right = ood_score(logits), logits[:, :-1].argmax(1) == test.y
     rules = {"two levels": every(None)}
-    rules |= {str(rate): every(lambda fit, rate=rate: conformal_threshold(score[fit], rate)) for rate in FALSE_ALARMS}
+    rules |= {
+        str(rate): every(lambda fit, rate=rate: conformal_threshold(score[fit], rate))
+        for rate in FALSE_ALARMS
+    }
     if images is None and name in PAPER_1:
         accuracy = float(PAPER_1[name][NAMES.index(name)].split(" / ")[0]) / 100
-        rules[AS_PAPER] = every(lambda fit: threshold_of_accuracy(score[fit], right[fit], accuracy))
+        rules[AS_PAPER] = every(
+            lambda fit: threshold_of_accuracy(score[fit], right[fit], accuracy)
+        )
     return {rule: found for rule, found in rules.items() if found}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data")
     parser.add_argument("--networks", type=Path, nargs="+", required=True)
     args = parser.parse_args()
@@ -91,8 +108,21 @@ def main() -> None:
         if has_garbage(method.replace("+", ",").replace("_", ":")) and key not in results:
             images = run.partition("x")[0]
             count = None if images == "all" else int(images)
-            results[key] = judge(TIENet.load(path), name.replace("_", ":"), count, int(seed.removeprefix("seed")), args.root)
-            print(key, {rule: {other: round(100 * s["rejected"], 1) for other, s in of.items()} for rule, of in results[key].items()}, flush=True)
+            results[key] = judge(
+                TIENet.load(path),
+                name.replace("_", ":"),
+                count,
+                int(seed.removeprefix("seed")),
+                args.root,
+            )
+            print(
+                key,
+                {
+                    rule: {other: round(100 * s["rejected"], 1) for other, s in of.items()}
+                    for rule, of in results[key].items()
+                },
+                flush=True,
+            )
             command = "python tests/bench/threshold.py --root DATA --networks " + " ".join(
                 f"docs/results/{k.replace('/', '/networks/')}.safetensors" for k in results
             )

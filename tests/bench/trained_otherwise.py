@@ -19,17 +19,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attached import OUT, SAMPLED, Trained, headed, host_scores, image_sets, judged, made_by, numbers_of, read
+from attached import (
+    OUT,
+    SAMPLED,
+    Trained,
+    headed,
+    host_scores,
+    image_sets,
+    judged,
+    made_by,
+    numbers_of,
+    read,
+)
 from attached import batches as moved_batches
 from combined import combined
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from tie_ext import Procedural, TIENet
-from tie_ext.app.data import ImageBatches, ImageSet
-from tie_ext.backbones import BACKBONES
-from tie_ext.support.files import write_json
-from tie_ext.support.random import seeded
+from tie_ext.cli.data import ImageBatches, ImageSet
+from tie_ext.models.backbones import BACKBONES
+from tie_ext.utils.files import write_json
+from tie_ext.utils.random import seeded
 
 sys.path.insert(0, os.environ.get("OPENOOD_ROOT", str(Path.home() / "OpenOOD")))
 
@@ -40,14 +51,22 @@ from openood.trainers.logitnorm_trainer import LogitNormTrainer
 from openood.trainers.rotpred_trainer import RotPredTrainer
 from openood.utils.config import Config
 
-from tie_ext.bench.openood_baselines import SGD, Loader
+from tie_ext.cli.reproduce.openood_baselines import SGD, Loader
 from tie_ext.openood import without_cuda
 
 DATA = "cifar10"
 MIXED = 2000
 """Procedural images in PixMix's mixing set."""
-TRAINERS = {"plain": BaseTrainer, "logitnorm": LogitNormTrainer, "rotpred": RotPredTrainer, "pixmix": BaseTrainer}
-COMBINATIONS = {"combined": ("GEN", SAMPLED, "head"), "combined without the head": ("GEN", SAMPLED)}
+TRAINERS = {
+    "plain": BaseTrainer,
+    "logitnorm": LogitNormTrainer,
+    "rotpred": RotPredTrainer,
+    "pixmix": BaseTrainer,
+}
+COMBINATIONS = {
+    "combined": ("GEN", SAMPLED, "head"),
+    "combined without the head": ("GEN", SAMPLED),
+}
 OWN = "RotPred"
 """OpenOOD's own score of RotPred's network; there it is in both combinations."""
 
@@ -59,7 +78,9 @@ class Rotating(nn.Module):
         super().__init__()
         self.net, self.turned = net, nn.Linear(net.feature_size, 4)
 
-    def forward(self, x: Tensor, return_rot_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, return_rot_logits: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits ``(B, n)``, and those of the four turns ``(B, 4)`` where asked."""
         logits, h = self.net(x, return_feature=True)
         return (logits, self.turned(h)) if return_rot_logits else logits
@@ -76,9 +97,21 @@ class Mixed:
         (folder / "list.txt").write_text("\n".join(map(str, names)))
         size = images.shape[-1]
         config = {
-            "dataset": {"name": DATA, "pre_size": size, "image_size": size, "interpolation": "bilinear", "normalization_type": DATA},
+            "dataset": {
+                "name": DATA,
+                "pre_size": size,
+                "image_size": size,
+                "interpolation": "bilinear",
+                "normalization_type": DATA,
+            },
             "preprocessor": {
-                "preprocessor_args": {"mixing_set_dir": str(folder / "list.txt"), "aug_severity": 3, "all_ops": True, "k": 4, "beta": 3}
+                "preprocessor_args": {
+                    "mixing_set_dir": str(folder / "list.txt"),
+                    "aug_severity": 3,
+                    "all_ops": True,
+                    "k": 4,
+                    "beta": 3,
+                }
             },
         }
         self.images, self.mix = images, PixMixPreprocessor(Config(config))
@@ -86,7 +119,10 @@ class Mixed:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.randperm(len(self.images)).split(128):
-            yield torch.stack([self.mix(to_pil_image(self.images.x[i])) for i in rows]).float(), self.images.y[rows]
+            yield (
+                torch.stack([self.mix(to_pil_image(self.images.x[i])) for i in rows]).float(),
+                self.images.y[rows],
+            )
 
 
 class Moved:
@@ -99,7 +135,9 @@ class Moved:
         return moved_batches(self.images)
 
 
-def train(name: str, fresh: Callable[[], TIENet], images: ImageSet, epochs: int, seed: int, folder: Path) -> TIENet | Rotating:
+def train(
+    name: str, fresh: Callable[[], TIENet], images: ImageSet, epochs: int, seed: int, folder: Path
+) -> TIENet | Rotating:
     """A network by one of :data:`TRAINERS`."""
     with seeded(seed):
         net = fresh()
@@ -112,7 +150,9 @@ def train(name: str, fresh: Callable[[], TIENet], images: ImageSet, epochs: int,
             "trainer": {"trainer_args": {"tau": 0.04}},
         }
         with without_cuda(wanted=False):
-            trainer = TRAINERS[name](trained, Loader(batches, -(-len(images) // 128)), Config(config))
+            trainer = TRAINERS[name](
+                trained, Loader(batches, -(-len(images) // 128)), Config(config)
+            )
             for epoch in range(1, epochs + 1):
                 trainer.train_epoch(epoch)
     return trained.eval()
@@ -123,7 +163,9 @@ def turned_scores(trained: Rotating, images: ImageSet) -> Tensor:
     """OpenOOD's score of a network that tells turns, larger = more OOD, ``(N,)``."""
     rejector = RotPredPostprocessor(Config({"postprocessor": {}}))
     with without_cuda(wanted=False):
-        return torch.cat([-rejector.postprocess(trained, x)[1] for x, _ in ImageBatches(images, 500)])
+        return torch.cat(
+            [-rejector.postprocess(trained, x)[1] for x, _ in ImageBatches(images, 500)]
+        )
 
 
 def measured(trained: TIENet | Rotating, sets: dict[str, ImageSet], seed: int) -> dict:
@@ -131,19 +173,32 @@ def measured(trained: TIENet | Rotating, sets: dict[str, ImageSet], seed: int) -
     net = trained.net if isinstance(trained, Rotating) else trained
     scores = host_scores(net, sets)
     if isinstance(trained, Rotating):
-        scores[OWN] = {name: turned_scores(trained, images) for name, images in sets.items() if name != "train"}
+        scores[OWN] = {
+            name: turned_scores(trained, images)
+            for name, images in sets.items()
+            if name != "train"
+        }
     scores["head"], in_garbage = judged(headed(net, sets["train"], "head", seed), sets)
     for label, members in COMBINATIONS.items():
         of = combined(scores, (*members, *{OWN}.intersection(scores)), "stouffer")
-        scores[label] = {("held" if name == "calibration" else name): x for name, x in of.items()}  # the half that gave no scale
+        scores[label] = {
+            ("held" if name == "calibration" else name): x for name, x in of.items()
+        }  # the half that gave no scale
     logits, _ = read(net, sets["id"])
-    return {"accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(), **numbers_of(scores, {"head": in_garbage})}
+    return {
+        "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),
+        **numbers_of(scores, {"head": in_garbage}),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="data")
-    parser.add_argument("--images", type=int, help="training images; default all but the held-out ones")
+    parser.add_argument(
+        "--images", type=int, help="training images; default all but the held-out ones"
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--backbone", choices=BACKBONES, default="conv3")
     parser.add_argument("--seed", type=int, default=0)
@@ -155,7 +210,12 @@ def main() -> None:
     networks = json.loads(path.read_text())["networks"] if path.exists() else {}
 
     def fresh() -> TIENet:
-        return TIENet(BACKBONES[a.backbone](images.shape[0], len(images.classes)), len(images.classes), images.shape, classes=images.classes)
+        return TIENet(
+            BACKBONES[a.backbone](images.shape[0], len(images.classes)),
+            len(images.classes),
+            images.shape,
+            classes=images.classes,
+        )
 
     for name in TRAINERS:
         if name in networks:
@@ -165,8 +225,16 @@ def main() -> None:
             net = train(name, fresh, images, a.epochs, a.seed, Path(folder))
         seconds = time.perf_counter() - start
         networks[name] = {**measured(net, sets, a.seed), "seconds of training": seconds}
-        about = {"data": DATA, "backbone": a.backbone, "epochs": a.epochs, "seed": a.seed, "images": {part: len(of) for part, of in sets.items()}}
-        write_json(path, {**about, "combinations": COMBINATIONS, "networks": networks, **made_by(a.root)})
+        about = {
+            "data": DATA,
+            "backbone": a.backbone,
+            "epochs": a.epochs,
+            "seed": a.seed,
+            "images": {part: len(of) for part, of in sets.items()},
+        }
+        write_json(
+            path, {**about, "combinations": COMBINATIONS, "networks": networks, **made_by(a.root)}
+        )
         print(f"{name}: accuracy {networks[name]['accuracy']:.4f}, {seconds:.0f} s", flush=True)
 
 

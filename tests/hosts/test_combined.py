@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tie_ext import Conv3, Conv5, TIENet, attach
-from tie_ext.combination import RULES, reference
-from tie_ext.decision import conformal_threshold, uncertainty
+from tie_ext.scores.combination import RULES, reference
+from tie_ext.scores.decision import uncertainty
+from tie_ext.scores.threshold import conformal_threshold
 
 pytest.importorskip("pytorch_ood")
 import pytorch_ood.detector as theirs
@@ -32,7 +33,12 @@ class Plain(nn.Module):
 
     def __init__(self, asks: bool = True):
         super().__init__()
-        self.body, self.fc, self.asks, self.passes = nn.Sequential(nn.Flatten(), nn.Linear(784, 6), nn.Dropout()), nn.Linear(6, N), asks, 0
+        self.body, self.fc, self.asks, self.passes = (
+            nn.Sequential(nn.Flatten(), nn.Linear(784, 6), nn.Dropout()),
+            nn.Linear(6, N),
+            asks,
+            0,
+        )
 
     def features(self, x):
         self.passes += 1
@@ -56,12 +62,21 @@ def every_member(net: TIENet) -> list:
         SampledKNN: lambda: SampledKNN(net.features, k=3, most=10),
         TIEDetector: lambda: TIEDetector(net, t=0.5),
     }
-    return [made[cls]() if cls in made else cls(net if issubclass(cls, LogitsDetector) else net.features) for cls in MEMBERS]
+    return [
+        made[cls]()
+        if cls in made
+        else cls(net if issubclass(cls, LogitsDetector) else net.features)
+        for cls in MEMBERS
+    ]
 
 
 def three(net: TIENet | None = None, **settings) -> Combined:
     net = trained().eval() if net is None else net
-    members = [TIEDetector(net), MahalanobisPlusPlus(net.features).fit(loader(60, seed=1)), theirs.EnergyBased(net)]
+    members = [
+        TIEDetector(net),
+        MahalanobisPlusPlus(net.features).fit(loader(60, seed=1)),
+        theirs.EnergyBased(net),
+    ]
     return Combined(members, **{"false_alarm": 0.1, **settings})
 
 
@@ -83,9 +98,14 @@ def test_combine_is_the_garbage_class_gen_and_knn_of_the_training_images(rule):
 def test_few_training_images_give_finite_scores_and_one_is_refused():
     net = trained().eval()
     assert combine(net, loader(4), loader(40))(images()[0]).isfinite().all()
-    with pytest.raises(ValueError, match="Expected at least two training images for KNN, but got 1"):
+    with pytest.raises(
+        ValueError, match="Expected at least two training images for KNN, but got 1"
+    ):
         combine(net, loader(1), loader(40))
-    with pytest.raises(ValueError, match="Expected held-out images that the network was not trained on, but got the training images again"):
+    with pytest.raises(
+        ValueError,
+        match="Expected held-out images that the network was not trained on, but got the training images again",
+    ):
         combine(net, both := loader(40), both)
     with pytest.raises(ValueError, match="Expected a rule"):
         combine(net, None, loader(40), rule="sum")  # type: ignore[arg-type]
@@ -110,9 +130,17 @@ def test_members_that_read_the_network_share_one_forward_pass_and_score_as_they_
 
 
 @pytest.mark.parametrize(("asks", "passes"), [(True, 1), (False, 2)])
-def test_so_do_those_of_a_network_that_is_no_tienet_where_its_logits_come_of_its_features(asks, passes):
+def test_so_do_those_of_a_network_that_is_no_tienet_where_its_logits_come_of_its_features(
+    asks, passes
+):
     net = Plain(asks).eval()
-    detector, x = Combined([theirs.Mahalanobis(net.features), theirs.EnergyBased(net), UncertaintyEstimate(net)], 0.1).fit(loader(60)), images()[0]
+    detector, x = (
+        Combined(
+            [theirs.Mahalanobis(net.features), theirs.EnergyBased(net), UncertaintyEstimate(net)],
+            0.1,
+        ).fit(loader(60)),
+        images()[0],
+    )
     net.passes = 0
     scores = detector.scores(x)
     assert net.passes == passes
@@ -126,7 +154,9 @@ def test_features_of_other_images_than_those_that_are_scored_are_not_taken_for_t
             return super().forward(2 * x - 1)
 
     net, x = Normalising().eval(), images()[0]
-    detector = Combined([theirs.Mahalanobis(net.features).fit(loader()), theirs.EnergyBased(net)], None).fit(loader())
+    detector = Combined(
+        [theirs.Mahalanobis(net.features).fit(loader()), theirs.EnergyBased(net)], None
+    ).fit(loader())
     assert torch.equal(detector.scores(x)[:, 0], detector.detectors[0](x))
 
 
@@ -143,9 +173,16 @@ def test_a_head_on_every_layer_is_read_in_the_same_pass():
 def test_members_that_read_something_else_run_by_themselves():
     net = trained().eval()
     other = make_net().eval()
-    members = [theirs.ODIN(net), theirs.EnergyBased(net), theirs.EnergyBased(other), theirs.RMD(lambda x: net.features(x))]
+    members = [
+        theirs.ODIN(net),
+        theirs.EnergyBased(net),
+        theirs.EnergyBased(other),
+        theirs.RMD(lambda x: net.features(x)),
+    ]
     detector, x = Combined(members, 0.1).fit(loader(60)), images()[0]
-    torch.testing.assert_close(detector.scores(x), torch.stack([member(x).detach().float() for member in members], 1))
+    torch.testing.assert_close(
+        detector.scores(x), torch.stack([member(x).detach().float() for member in members], 1)
+    )
     alone = Combined([theirs.ODIN(net)], 0.1).fit(loader(60))
     assert torch.equal(alone.decide(x).label, net(x).argmax(1))
 
@@ -158,7 +195,10 @@ def test_a_network_in_training_mode_is_scored_in_evaluation_mode_and_left_as_it_
     assert net.training
     net.eval()
     assert torch.equal(detector(x), scores)
-    assert torch.equal(Combined([theirs.EnergyBased(net), UncertaintyEstimate(net)], 0.1).fit(loader(60))(x), scores)
+    assert torch.equal(
+        Combined([theirs.EnergyBased(net), UncertaintyEstimate(net)], 0.1).fit(loader(60))(x),
+        scores,
+    )
 
 
 # Fit.
@@ -170,11 +210,20 @@ def test_the_halves_share_no_image_and_each_does_its_work():
     fitting, scaling, calibrating = detector._parts(61, False)
     assert (len(fitting), len(scaling), len(calibrating)) == (0, 30, 31)
     assert sorted(torch.cat([scaling, calibrating]).tolist()) == list(range(61))
-    assert scaling.tolist() != sorted(scaling.tolist())  # as a loader may have its classes in order
+    assert scaling.tolist() != sorted(
+        scaling.tolist()
+    )  # as a loader may have its classes in order
     learned = reference(scores[scaling])
-    torch.testing.assert_close(detector.reference, learned, rtol=1e-4, atol=1e-4)  # sums of batches of other sizes
-    torch.testing.assert_close(detector.threshold, conformal_threshold(RULES["stouffer"](learned, scores[calibrating]), 0.1))
-    torch.testing.assert_close(detector(images()[0]), RULES["stouffer"](learned, detector.scores(images()[0])))
+    torch.testing.assert_close(
+        detector.reference, learned, rtol=1e-4, atol=1e-4
+    )  # sums of batches of other sizes
+    torch.testing.assert_close(
+        detector.threshold,
+        conformal_threshold(RULES["stouffer"](learned, scores[calibrating]), 0.1),
+    )
+    torch.testing.assert_close(
+        detector(images()[0]), RULES["stouffer"](learned, detector.scores(images()[0]))
+    )
 
 
 def test_scores_alone_are_fitted_and_combined_as_images_are():
@@ -184,19 +233,33 @@ def test_scores_alone_are_fitted_and_combined_as_images_are():
     torch.testing.assert_close(again.predict_scores(detector.scores(x)), detector(x))
 
 
-@pytest.mark.parametrize("encoder", [lambda net: net.features, lambda net: lambda x: net.features(x)], ids=["shared", "by itself"])
-def test_what_is_not_fitted_yet_is_on_a_quarter_that_neither_sets_a_scale_nor_draws_the_line(encoder):
+@pytest.mark.parametrize(
+    "encoder",
+    [lambda net: net.features, lambda net: lambda x: net.features(x)],
+    ids=["shared", "by itself"],
+)
+def test_what_is_not_fitted_yet_is_on_a_quarter_that_neither_sets_a_scale_nor_draws_the_line(
+    encoder,
+):
     net = trained().eval()
-    before, late = MahalanobisPlusPlus(net.features).fit(loader(60, seed=1)), theirs.Mahalanobis(encoder(net))
+    before, late = (
+        MahalanobisPlusPlus(net.features).fit(loader(60, seed=1)),
+        theirs.Mahalanobis(encoder(net)),
+    )
     mu = before.mu.clone()
     detector = Combined([before, late, theirs.EnergyBased(net)], 0.1).fit(loader(80))
     fitting, scaling, calibrating = detector._parts(80, True)
     assert (len(fitting), len(scaling), len(calibrating)) == (20, 20, 40)
     assert sorted(torch.cat([fitting, scaling, calibrating]).tolist()) == list(range(80))
     x, y = images(80)
-    torch.testing.assert_close(late.mu, theirs.Mahalanobis(None).fit_features(net.features(x[fitting]).detach(), y[fitting]).mu)
+    torch.testing.assert_close(
+        late.mu,
+        theirs.Mahalanobis(None).fit_features(net.features(x[fitting]).detach(), y[fitting]).mu,
+    )
     assert torch.equal(before.mu, mu)
-    torch.testing.assert_close(detector.reference, reference(detector.scores(x)[scaling]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        detector.reference, reference(detector.scores(x)[scaling]), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_fitting_again_fits_anew_what_the_first_fit_had_fitted():
@@ -211,7 +274,7 @@ def test_without_a_rate_all_images_set_the_scale_and_there_is_no_line():
     detector = three(false_alarm=None).fit(loader(24))
     assert len(detector.reference.ordered) == 24
     assert detector(images()[0]).isfinite().all()
-    for use in (lambda: detector.decide(images()[0]), detector.deployed):
+    for use in (lambda: detector.decide(images()[0]), detector.export_module):
         with pytest.raises(RequiresFittingException, match="false_alarm"):
             use()
 
@@ -230,20 +293,34 @@ def test_another_rule_forgets_the_line_and_ranks_by_itself():
         with pytest.raises(RequiresFittingException):
             detector.decide(x)
         assert torch.equal(detector(x), RULES[rule](detector.reference, detector.scores(x)))
-    assert len({tuple(three(rule=rule).fit(loader(60)).decide(x).score.tolist()) for rule in RULES}) == len(RULES)
+    assert len(
+        {tuple(three(rule=rule).fit(loader(60)).decide(x).score.tolist()) for rule in RULES}
+    ) == len(RULES)
     with pytest.raises(ValueError, match="one of stouffer"):
         detector.set_hyperparameters(rule="mean")
 
 
 def test_their_benchmark_takes_it_beside_its_members():
     detector = three().fit(loader(60))
-    rows = TwoSets().evaluate([detector, *detector.detectors], loader_kwargs={"batch_size": 16}, cache=True)
-    assert {row["Detector"] for row in rows} == {"Combined", "TIEDetector", "MahalanobisPlusPlus", "EnergyBased"}
+    rows = TwoSets().evaluate(
+        [detector, *detector.detectors], loader_kwargs={"batch_size": 16}, cache=True
+    )
+    assert {row["Detector"] for row in rows} == {
+        "Combined",
+        "TIEDetector",
+        "MahalanobisPlusPlus",
+        "EnergyBased",
+    }
 
 
 def test_to_moves_members_and_scale():
     detector = three().fit(loader(60)).to("meta")
-    assert detector.device.type == detector.threshold.device.type == detector.reference.mean.device.type == "meta"
+    assert (
+        detector.device.type
+        == detector.threshold.device.type
+        == detector.reference.mean.device.type
+        == "meta"
+    )
     assert detector.detectors[1].mu.is_meta
     assert detector.network.fc.weight.is_meta
 
@@ -256,21 +333,53 @@ def test_to_moves_members_and_scale():
         (lambda: three(rule="mean"), "one of stouffer"),
         (lambda: three().fit([]), "none from the loader"),
         (lambda: three().fit([(images()[0], torch.full((24,), -1))]), "none from the loader"),
-        (lambda: three(false_alarm=0.05).fit(loader(36)), "at least 37 ID images for a false-alarm rate of 0.05, half of them .* got 36"),
+        (
+            lambda: three(false_alarm=0.05).fit(loader(36)),
+            "at least 37 ID images for a false-alarm rate of 0.05, half of them .* got 36",
+        ),
         (lambda: three(false_alarm=1.0).fit(loader(3)), "at least 4 ID images"),
-        (lambda: three(false_alarm=None).fit(loader(1)), "at least 2 ID images to set the scale, but got 1"),
-        (lambda: Combined([MahalanobisPlusPlus(make_net().features)], 1.0).fit(loader(7)), "at least 8 ID images"),
+        (
+            lambda: three(false_alarm=None).fit(loader(1)),
+            "at least 2 ID images to set the scale, but got 1",
+        ),
+        (
+            lambda: Combined([MahalanobisPlusPlus(make_net().features)], 1.0).fit(loader(7)),
+            "at least 8 ID images",
+        ),
         (lambda: three().fit([(images()[0], torch.full((24,), N))]), r"labels in \[0, 3\)"),
-        (lambda: Combined([theirs.EnergyBased(Plain().eval())], 0.1).fit([(images()[0], torch.full((24,), N))]), r"labels in \[0, 3\)"),
-        (lambda: three().fit([(torch.rand(4, 3, 28, 28), torch.zeros(4).long())]), r"shape \(B, 1, 28, 28\)"),
+        (
+            lambda: Combined([theirs.EnergyBased(Plain().eval())], 0.1).fit(
+                [(images()[0], torch.full((24,), N))]
+            ),
+            r"labels in \[0, 3\)",
+        ),
+        (
+            lambda: three().fit([(torch.rand(4, 3, 28, 28), torch.zeros(4).long())]),
+            r"shape \(B, 1, 28, 28\)",
+        ),
         (lambda: three().fit(loader(60)).predict(torch.full((2, *SHAPE), float("nan"))), "NaN"),
         (lambda: three().fit(loader(60)).decide(torch.rand(2, *SHAPE) * 255), "value range"),
-        (lambda: three().fit(loader(60)).predict_scores(torch.zeros(2, 4)), r"shape \(B, 3\), but got"),
-        (lambda: three().fit(loader(60)).predict_scores(torch.full((2, 3), float("nan"))), "finite scores"),
+        (
+            lambda: three().fit(loader(60)).predict_scores(torch.zeros(2, 4)),
+            r"shape \(B, 3\), but got",
+        ),
+        (
+            lambda: three().fit(loader(60)).predict_scores(torch.full((2, 3), float("nan"))),
+            "finite scores",
+        ),
         (lambda: three().fit_scores(torch.zeros(60, 2)), r"shape \(B, 3\)"),
-        (lambda: Combined([Constant(make_net())], 0.1).fit(loader(60)), "differ between ID images"),
-        (lambda: Combined([Endless(make_net())], 0.1).fit(loader(60)), "finite scores from Endless"),
-        (lambda: Combined([Pixels(make_net())], 0.1).fit(loader(60)), r"one score an image from Pixels, but got .*\(60, 3\)"),
+        (
+            lambda: Combined([Constant(make_net())], 0.1).fit(loader(60)),
+            "differ between ID images",
+        ),
+        (
+            lambda: Combined([Endless(make_net())], 0.1).fit(loader(60)),
+            "finite scores from Endless",
+        ),
+        (
+            lambda: Combined([Pixels(make_net())], 0.1).fit(loader(60)),
+            r"one score an image from Pixels, but got .*\(60, 3\)",
+        ),
     ],
 )
 def test_bad_input_is_refused(make, message):
@@ -304,7 +413,10 @@ def test_a_member_that_cannot_be_fitted_on_its_share_is_named(cls):
     x, y = images(60)
     y[y == 1] = 0
     y[0] = 1  # a class that is in one of the parts only
-    with pytest.raises(ValueError, match=f"Expected images that {cls.__name__} can be fitted on, but got 15 of .* fit it on training images before"):
+    with pytest.raises(
+        ValueError,
+        match=f"Expected images that {cls.__name__} can be fitted on, but got 15 of .* fit it on training images before",
+    ):
         Combined([cls(make_net().features)], 0.1).fit([(x, y)])
 
 
@@ -325,15 +437,23 @@ def test_without_a_network_or_before_fit_it_says_so():
 
 @rules
 @pytest.mark.parametrize(("step", "correlation"), [(0.0, 0.0), (0.5, 0.9)])
-def test_the_false_alarm_rate_holds_whatever_the_dependence_with_many_members_and_few_images(rule, step, correlation):
+def test_the_false_alarm_rate_holds_whatever_the_dependence_with_many_members_and_few_images(
+    rule, step, correlation
+):
     alpha, k, held_out = 0.05, 20, 38
     rates = []
     for seed in range(400):
         scores = draw(seed, held_out + 200, k, correlation, step)
-        detector = Combined([theirs.EnergyBased(None)] * k, alpha, rule).fit_scores(scores[:held_out])
-        rates.append((detector.predict_scores(scores[held_out:]) > detector.threshold).float().mean())
+        detector = Combined([theirs.EnergyBased(None)] * k, alpha, rule).fit_scores(
+            scores[:held_out]
+        )
+        rates.append(
+            (detector.predict_scores(scores[held_out:]) > detector.threshold).float().mean()
+        )
     rates = torch.stack(rates)
-    assert rates.mean() <= alpha + 3 * rates.std() / 20  # standard errors of the mean over 400 draws: passed by chance once in 740
+    assert (
+        rates.mean() <= alpha + 3 * rates.std() / 20
+    )  # standard errors of the mean over 400 draws: passed by chance once in 740
 
 
 def test_it_holds_where_a_member_is_fitted_on_the_way():
@@ -341,18 +461,27 @@ def test_it_holds_where_a_member_is_fitted_on_the_way():
     x, y = images(2000, seed=5)
     net = trained().eval()
     for seed in range(draws):
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: held_out + 100]
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[
+            : held_out + 100
+        ]
         old, new = rows[:held_out], rows[held_out:]
-        detector = Combined([theirs.KNN(net.features, k=1), theirs.EnergyBased(net)], alpha).fit([(x[old], y[old])])
+        detector = Combined([theirs.KNN(net.features, k=1), theirs.EnergyBased(net)], alpha).fit(
+            [(x[old], y[old])]
+        )
         alarms.append((detector.decide(x[new]).level > 0).float().mean())
     rates = torch.stack(alarms)
     assert rates.mean() <= alpha + 3 * rates.std() / draws**0.5
 
 
 def test_what_scores_above_the_threshold_is_rejected_as_garbage_or_as_uncertain():
-    detector, x = three().fit(loader(60)), torch.cat([images(200)[0], torch.zeros(2, *SHAPE), torch.ones(2, *SHAPE)])
+    detector, x = (
+        three().fit(loader(60)),
+        torch.cat([images(200)[0], torch.zeros(2, *SHAPE), torch.ones(2, *SHAPE)]),
+    )
     net = detector.network
-    net.garbage.bias.data += net(x, garbage=True)[:, :-1].amax(1).median() - net(x, garbage=True)[:, -1].median()  # half of all images
+    net.garbage.bias.data += (
+        net(x, garbage=True)[:, :-1].amax(1).median() - net(x, garbage=True)[:, -1].median()
+    )  # half of all images
     detector.fit(loader(60))
     decision, logits = detector.decide(x), net(x, garbage=True)
     rejected, garbage = detector(x) > detector.threshold, logits.argmax(1) == N
@@ -367,7 +496,9 @@ def test_what_scores_above_the_threshold_is_rejected_as_garbage_or_as_uncertain(
 
 def test_a_network_without_a_garbage_class_decides_over_its_n_classes():
     net, x = Plain().eval(), images(80)[0]
-    detector = Combined([theirs.Mahalanobis(net.features), theirs.EnergyBased(net)], 0.2).fit(loader(60))
+    detector = Combined([theirs.Mahalanobis(net.features), theirs.EnergyBased(net)], 0.2).fit(
+        loader(60)
+    )
     decision = detector.decide(x)
     assert set(decision.level.tolist()) == {0, 2}
     assert torch.equal(decision.level == 2, detector(x) > detector.threshold)
@@ -380,18 +511,33 @@ def test_a_network_without_a_garbage_class_decides_over_its_n_classes():
 
 @pytest.mark.parametrize("false_alarm", [0.1, None])
 def test_all_kinds_of_members_come_back(tmp_path, false_alarm):
-    detector, x = Combined(every_member(trained()), false_alarm, "fisher").fit(loader(80)), images()[0]
+    detector, x = (
+        Combined(every_member(trained()), false_alarm, "fisher").fit(loader(80)),
+        images()[0],
+    )
     detector.save(tmp_path)
     again = Combined.load(tmp_path)
     assert torch.equal(again.scores(x), detector.scores(x))
     assert torch.equal(again(x), detector(x))
-    assert (again.rule, again.false_alarm, again.threshold) == ("fisher", false_alarm, detector.threshold)
+    assert (again.rule, again.false_alarm, again.threshold) == (
+        "fisher",
+        false_alarm,
+        detector.threshold,
+    )
     assert again._kinds() == detector._kinds()
     if false_alarm is not None:
-        assert all(torch.equal(a, b) for a, b in zip(detector.decide(x), again.decide(x), strict=True))
-    assert {path.name for path in tmp_path.iterdir()} == {"network.safetensors", "members.safetensors", "detector.json"}
+        assert all(
+            torch.equal(a, b) for a, b in zip(detector.decide(x), again.decide(x), strict=True)
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "network.safetensors",
+        "members.safetensors",
+        "detector.json",
+    }
     assert Combined.load(tmp_path, device="meta").device.type == "meta"
-    assert torch.equal(again.fit(loader(80, seed=9))(x), detector.fit(loader(80, seed=9))(x))  # it knows whom its first fit had fitted
+    assert torch.equal(
+        again.fit(loader(80, seed=9))(x), detector.fit(loader(80, seed=9))(x)
+    )  # it knows whom its first fit had fitted
 
 
 def test_another_architecture_comes_back_when_it_is_named(tmp_path):
@@ -406,11 +552,23 @@ def test_another_architecture_comes_back_when_it_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda net: [theirs.EnergyBased(net), theirs.ODIN(net)], "members out of TIEDetector, .* but got ODIN"),
-        (lambda net: [theirs.EnergyBased(net), theirs.EnergyBased(make_net())], "but got EnergyBased on something else"),
-        (lambda net: [theirs.EnergyBased(net), theirs.KNN(net.features, metric="manhattan")], "default settings inside, but got KNN"),
+        (
+            lambda net: [theirs.EnergyBased(net), theirs.ODIN(net)],
+            "members out of TIEDetector, .* but got ODIN",
+        ),
+        (
+            lambda net: [theirs.EnergyBased(net), theirs.EnergyBased(make_net())],
+            "but got EnergyBased on something else",
+        ),
+        (
+            lambda net: [theirs.EnergyBased(net), theirs.KNN(net.features, metric="manhattan")],
+            "default settings inside, but got KNN",
+        ),
         (lambda net: [theirs.EnergyBased(net), Odd(net)], "but got Odd"),
-        (lambda net: [theirs.EnergyBased(Plain())], "detectors on a TIENet to save, but got Plain"),
+        (
+            lambda net: [theirs.EnergyBased(Plain())],
+            "detectors on a TIENet to save, but got Plain",
+        ),
     ],
 )
 def test_what_cannot_be_written_down_is_refused_before_anything_is(tmp_path, make, message):
@@ -435,7 +593,12 @@ def test_an_unfitted_one_is_not_saved(tmp_path):
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     net = trained().eval()
-    members = [TIEDetector(net), MahalanobisPlusPlus(net.features), theirs.ViM(net.features, 4, net.fc.weight, net.fc.bias), theirs.EnergyBased(net)]
+    members = [
+        TIEDetector(net),
+        MahalanobisPlusPlus(net.features),
+        theirs.ViM(net.features, 4, net.fc.weight, net.fc.bias),
+        theirs.EnergyBased(net),
+    ]
     Combined([*members, theirs.KNN(net.features, k=3)], 0.1).fit(loader(80)).save(folder)
     return folder
 
@@ -447,7 +610,7 @@ def saved(whole, tmp_path) -> Path:
 
 def rewrite(folder: Path, change) -> None:
     """Members changed by somebody who knows how to bind them to the line."""
-    from tie_ext.support.files import load_state, save_state, sha256
+    from tie_ext.utils.files import load_state, save_state, sha256
 
     state = load_state(folder / "members.safetensors", "members")
     change(state)
@@ -472,26 +635,72 @@ def rewrite(folder: Path, change) -> None:
         (lambda f: TIENet(Conv5(1, N), N, SHAPE).save(f / "network.safetensors"), "got another"),
         (lambda f: (f / "network.safetensors").write_bytes(b"truncated"), "truncated or foreign"),
         (lambda f: (f / "members.safetensors").write_bytes(b"truncated"), "truncated or foreign"),
-        (lambda f: (f / "members.safetensors").write_bytes((f / "members.safetensors").read_bytes()[:-4]), "truncated or foreign"),
-        (lambda f: shutil.copy(f / "network.safetensors", f / "members.safetensors"), "got a 'network' file"),
-        (lambda f: three().fit(loader(60)).save(f / "other") or shutil.copy(f / "other/members.safetensors", f), "got others"),
+        (
+            lambda f: (f / "members.safetensors").write_bytes(
+                (f / "members.safetensors").read_bytes()[:-4]
+            ),
+            "truncated or foreign",
+        ),
+        (
+            lambda f: shutil.copy(f / "network.safetensors", f / "members.safetensors"),
+            "got a 'network' file",
+        ),
+        (
+            lambda f: (
+                three().fit(loader(60)).save(f / "other")
+                or shutil.copy(f / "other/members.safetensors", f)
+            ),
+            "got others",
+        ),
         (lambda f: rewrite(f, lambda s: s.pop("reference")), "without 'reference'"),
         (lambda f: rewrite(f, lambda s: s["members"].pop()), "for 4 members"),
         (lambda f: rewrite(f, lambda s: s["members"][0].update(name="eval")), "'eval'"),
-        (lambda f: rewrite(f, lambda s: s["members"][0].update(name=["x"])), "truncated or foreign"),
-        (lambda f: rewrite(f, lambda s: s["members"][0].update(t="x")), "Expected t of TIEDetector to be a number"),
+        (
+            lambda f: rewrite(f, lambda s: s["members"][0].update(name=["x"])),
+            "truncated or foreign",
+        ),
+        (
+            lambda f: rewrite(f, lambda s: s["members"][0].update(t="x")),
+            "Expected t of TIEDetector to be a number",
+        ),
         (lambda f: rewrite(f, lambda s: s["members"][3].update(t=0)), "finite scores"),
-        (lambda f: rewrite(f, lambda s: s["members"][1].update(mu=torch.zeros(3, 2))), "truncated or foreign"),
+        (
+            lambda f: rewrite(f, lambda s: s["members"][1].update(mu=torch.zeros(3, 2))),
+            "truncated or foreign",
+        ),
         (lambda f: rewrite(f, lambda s: s["members"][1].update(mu=None)), "truncated or foreign"),
-        (lambda f: rewrite(f, lambda s: s["members"][1].update(mu="x")), "Expected mu of MahalanobisPlusPlus to be finite numbers"),
-        (lambda f: rewrite(f, lambda s: s["members"][1]["mu"].fill_(float("nan"))), "Expected mu of MahalanobisPlusPlus to be finite numbers"),
-        (lambda f: rewrite(f, lambda s: s["members"][2].update(w=torch.zeros(3, 2))), "truncated or foreign"),
+        (
+            lambda f: rewrite(f, lambda s: s["members"][1].update(mu="x")),
+            "Expected mu of MahalanobisPlusPlus to be finite numbers",
+        ),
+        (
+            lambda f: rewrite(f, lambda s: s["members"][1]["mu"].fill_(float("nan"))),
+            "Expected mu of MahalanobisPlusPlus to be finite numbers",
+        ),
+        (
+            lambda f: rewrite(f, lambda s: s["members"][2].update(w=torch.zeros(3, 2))),
+            "truncated or foreign",
+        ),
         (lambda f: rewrite(f, lambda s: s["members"][4].update(k=10**9)), "Expected n_neighbors"),
-        (lambda f: rewrite(f, lambda s: s["members"][4].update(images=torch.zeros(9, 2))), "truncated or foreign"),
-        (lambda f: rewrite(f, lambda s: s["reference"]["deviation"].zero_()), "deviations are not positive"),
+        (
+            lambda f: rewrite(f, lambda s: s["members"][4].update(images=torch.zeros(9, 2))),
+            "truncated or foreign",
+        ),
+        (
+            lambda f: rewrite(f, lambda s: s["reference"]["deviation"].zero_()),
+            "deviations are not positive",
+        ),
         (lambda f: rewrite(f, lambda s: s["reference"]["mean"].fill_(float("inf"))), "not finite"),
-        (lambda f: rewrite(f, lambda s: s["reference"].update(ordered=s["reference"]["ordered"].flip(0))), "not in order"),
-        (lambda f: rewrite(f, lambda s: s["reference"].update(mean=torch.zeros(2))), "for 5 members"),
+        (
+            lambda f: rewrite(
+                f, lambda s: s["reference"].update(ordered=s["reference"]["ordered"].flip(0))
+            ),
+            "not in order",
+        ),
+        (
+            lambda f: rewrite(f, lambda s: s["reference"].update(mean=torch.zeros(2))),
+            "for 5 members",
+        ),
     ],
 )
 def test_a_damaged_or_foreign_folder_is_refused(saved, change, message):
@@ -508,7 +717,9 @@ def test_a_file_that_is_missing_is_named(saved, name):
         Combined.load(saved)
 
 
-def test_a_file_of_a_later_minor_version_is_read_and_each_loader_refuses_the_others(saved, tmp_path):
+def test_a_file_of_a_later_minor_version_is_read_and_each_loader_refuses_the_others(
+    saved, tmp_path
+):
     edit(saved, something_new=[1, 2])
     assert Combined.load(saved).threshold is not None
     assert json.loads((saved / "detector.json").read_text())["members"][-1] == "KNN"
@@ -524,15 +735,24 @@ def test_a_file_of_a_later_minor_version_is_read_and_each_loader_refuses_the_oth
 
 def exportable(rule: str, *without: type) -> Combined:
     net = trained().eval()
-    return Combined([member for member in every_member(net) if type(member) not in without], 0.2, rule).fit(loader(60))
+    return Combined(
+        [member for member in every_member(net) if type(member) not in without], 0.2, rule
+    ).fit(loader(60))
 
 
 @rules
-@pytest.mark.skipif(torch.__version__.startswith("2.2."), reason="torch 2.2 exports convolutions for a fixed batch size only")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.2."),
+    reason="torch 2.2 exports convolutions for a fixed batch size only",
+)
 @pytest.mark.filterwarnings("ignore")
 def test_the_exported_program_decides_as_the_detector(rule):
     detector = exportable(rule, theirs.KNN)
-    program = torch.export.export(detector.deployed(), (images(4)[0],), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}})
+    program = torch.export.export(
+        detector.export_module(),
+        (images(4)[0],),
+        dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}},
+    )
     x = images(24, seed=8)[0]
     want, got = detector.decide(x), program.module()(x)
     assert torch.equal(want.label, got[0])
@@ -549,8 +769,16 @@ def test_onnx_decides_as_the_detector(rule, tmp_path):
     import onnxruntime
 
     detector, x = exportable(rule, theirs.KNN), images(24, seed=8)[0]
-    torch.onnx.export(detector.deployed(), (images(4)[0],), tmp_path / "d.onnx", dynamo=True, dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
-    label, _, score, level = onnxruntime.InferenceSession(tmp_path / "d.onnx").run(None, {"x": x.numpy()})
+    torch.onnx.export(
+        detector.export_module(),
+        (images(4)[0],),
+        tmp_path / "d.onnx",
+        dynamo=True,
+        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+    )
+    label, _, score, level = onnxruntime.InferenceSession(tmp_path / "d.onnx").run(
+        None, {"x": x.numpy()}
+    )
     want = detector.decide(x)
     assert (label == want.label.numpy()).all()
     assert (level == want.level.numpy()).all()
@@ -567,7 +795,7 @@ def test_onnx_decides_as_the_detector(rule, tmp_path):
 )
 def test_what_cannot_be_exported_is_refused(make, message):
     with pytest.raises(TypeError, match=message):
-        Combined(make(trained().eval()), 0.1).fit(loader(60)).deployed()
+        Combined(make(trained().eval()), 0.1).fit(loader(60)).export_module()
 
 
 # KNN on a sample.
@@ -575,19 +803,37 @@ def test_what_cannot_be_exported_is_refused(make, message):
 
 def test_sampled_knn_is_their_knn_on_the_features_it_keeps():
     torch.manual_seed(0)
-    z, y, new = torch.randn(300, 6) * torch.rand(300, 1) * 5, torch.arange(300) % N, torch.cat([torch.randn(50, 6), torch.zeros(1, 6)])
+    z, y, new = (
+        torch.randn(300, 6) * torch.rand(300, 1) * 5,
+        torch.arange(300) % N,
+        torch.cat([torch.randn(50, 6), torch.zeros(1, 6)]),
+    )
     every = SampledKNN(None, k=7, most=400).fit_features(z, y)
     torch.testing.assert_close(
-        every.predict_features(new).double(), theirs.KNN(None, k=7).fit_features(z, y).predict_features(new), rtol=1e-4, atol=1e-4
+        every.predict_features(new).double(),
+        theirs.KNN(None, k=7).fit_features(z, y).predict_features(new),
+        rtol=1e-4,
+        atol=1e-4,
     )
     some = SampledKNN(None, k=7, most=100).fit_features(z, y)
     assert some.sample.shape == (100, 6)
     again = theirs.KNN(None, k=7).fit_features(some.sample, torch.zeros(100)).predict_features(new)
     torch.testing.assert_close(some.predict_features(new).double(), again, rtol=1e-4, atol=1e-4)
-    assert len({tuple(row) for row in some.sample.tolist()} & {tuple(row) for row in every.sample.tolist()}) == 100
+    assert (
+        len(
+            {tuple(row) for row in some.sample.tolist()}
+            & {tuple(row) for row in every.sample.tolist()}
+        )
+        == 100
+    )
     assert torch.equal(SampledKNN(None, k=7, most=100).fit_features(z, y).sample, some.sample)
-    known = SampledKNN(None, k=7, most=400).fit_features(z, torch.where(torch.arange(300) < 200, 1, -1))
-    assert torch.equal(known.predict_features(new), SampledKNN(None, k=7, most=400).fit_features(z[:200], y[:200]).predict_features(new))
+    known = SampledKNN(None, k=7, most=400).fit_features(
+        z, torch.where(torch.arange(300) < 200, 1, -1)
+    )
+    assert torch.equal(
+        known.predict_features(new),
+        SampledKNN(None, k=7, most=400).fit_features(z[:200], y[:200]).predict_features(new),
+    )
 
 
 def test_sampled_knn_says_what_it_cannot_use():
@@ -598,12 +844,16 @@ def test_sampled_knn_says_what_it_cannot_use():
         SampledKNN(None).predict(images()[0])
     with pytest.raises(ValueError, match="Expected at least k = 50 ID samples, but got 20"):
         SampledKNN(None).fit_features(z, y)
-    with pytest.raises(ValueError, match=r"Expected finite floating-point features of shape \(N, F\)"):
+    with pytest.raises(
+        ValueError, match=r"Expected finite floating-point features of shape \(N, F\)"
+    ):
         SampledKNN(None, 2).fit_features(z * float("nan"), y)
     with pytest.raises(ValueError, match="Expected most"):
         SampledKNN(None, 50, 20)
     fitted = SampledKNN(None, 2, 10).fit_features(z, y)
-    with pytest.raises(ValueError, match="Expected k to be at most the 10 features kept, but got 11"):
+    with pytest.raises(
+        ValueError, match="Expected k to be at most the 10 features kept, but got 11"
+    ):
         fitted.set_hyperparameters(k=11).predict_features(z)
     assert fitted.fit_features(z, y).predict_features(z).isfinite().all()
 
@@ -612,14 +862,26 @@ def test_sampled_knn_says_what_it_cannot_use():
 
 
 def test_mahalanobis_plus_plus_is_their_mahalanobis_on_features_of_length_1():
-    z, y, new = torch.randn(600, 6) * torch.rand(600, 1) * 5, torch.arange(600) % N, torch.randn(50, 6)
+    z, y, new = (
+        torch.randn(600, 6) * torch.rand(600, 1) * 5,
+        torch.arange(600) % N,
+        torch.randn(50, 6),
+    )
     z[:, 0] += 2 * y
     ours = MahalanobisPlusPlus(None).fit_features(z, y)
     by_hand = theirs.Mahalanobis(None).fit_features(z / z.norm(dim=1, keepdim=True), y)
     want = by_hand.predict_features(new / new.norm(dim=1, keepdim=True))
-    torch.testing.assert_close(ours.predict_features(new), 600 * want, rtol=1e-3, atol=1e-3)  # whose covariance is a sum over the images
-    torch.testing.assert_close(ours.predict_features(100 * new), ours.predict_features(new), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(600 * theirs.Mahalanobis(None).fit_features(z, y).predict_features(new), 600 * want, rtol=0.1)
+    torch.testing.assert_close(
+        ours.predict_features(new), 600 * want, rtol=1e-3, atol=1e-3
+    )  # whose covariance is a sum over the images
+    torch.testing.assert_close(
+        ours.predict_features(100 * new), ours.predict_features(new), rtol=1e-3, atol=1e-3
+    )
+    assert not torch.allclose(
+        600 * theirs.Mahalanobis(None).fit_features(z, y).predict_features(new),
+        600 * want,
+        rtol=0.1,
+    )
 
 
 def test_mahalanobis_plus_plus_before_fit_and_on_labels_that_are_none():

@@ -48,8 +48,17 @@ def network_config(**changes):
     from openood.utils.config import Config
 
     inner = {"name": "lenet", "num_classes": 10, "num_gpus": 1, "pretrained": False}
-    whole = {"name": "tie_net", "num_classes": 10, "image_size": 28, "normalization_type": "mnist", "num_gpus": 1, "pretrained": False}
-    return Config({**whole, **changes, "backbone": {**inner, "name": changes.get("backbone", "lenet")}})
+    whole = {
+        "name": "tie_net",
+        "num_classes": 10,
+        "image_size": 28,
+        "normalization_type": "mnist",
+        "num_gpus": 1,
+        "pretrained": False,
+    }
+    return Config(
+        {**whole, **changes, "backbone": {**inner, "name": changes.get("backbone", "lenet")}}
+    )
 
 
 def build(**changes):
@@ -65,8 +74,14 @@ def build(**changes):
 def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
     import tie_ext.openood.requirements as requirements
 
-    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name in ("imgaug", "faiss", "libmr", "openood") else object())
-    monkeypatch.setattr(requirements, "version", lambda package: "2.1.0" if package == "numpy" else "1.0")
+    monkeypatch.setattr(
+        requirements,
+        "find_spec",
+        lambda name: None if name in ("imgaug", "faiss", "libmr", "openood") else object(),
+    )
+    monkeypatch.setattr(
+        requirements, "version", lambda package: "2.1.0" if package == "numpy" else "1.0"
+    )
     with pytest.raises(ImportError) as error:
         requirements.check_requirements()
     said = str(error.value)
@@ -81,7 +96,9 @@ def test_nothing_is_said_where_nothing_is_missing(monkeypatch):
     import tie_ext.openood.requirements as requirements
 
     monkeypatch.setattr(requirements, "find_spec", lambda name: object())
-    monkeypatch.setattr(requirements, "version", lambda package: "1.26.4" if package == "numpy" else "0.1")
+    monkeypatch.setattr(
+        requirements, "version", lambda package: "1.26.4" if package == "numpy" else "0.1"
+    )
     requirements.check_requirements()
 
 
@@ -94,7 +111,9 @@ def test_the_extra_in_pyproject_names_the_same_packages():
 
 def test_the_launcher_says_what_it_wants():
     for arguments in ([], ["no_such_script.py"]):
-        run = subprocess.run([sys.executable, "-m", "tie_ext.openood", *arguments], capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-m", "tie_ext.openood", *arguments], capture_output=True, text=True
+        )
         assert run.returncode
         assert "Expected one of OpenOOD's scripts" in run.stderr
 
@@ -103,11 +122,19 @@ def test_without_cuda_is_undone_and_leaves_a_gpu_alone(monkeypatch):
     from tie_ext.openood.cpu import without_cuda
 
     def patched():
-        return torch.Tensor.cuda, nn.Module.cuda, torch.load, torch.cuda.FloatTensor, len(torch.overrides._get_current_function_mode_stack())
+        return (
+            torch.Tensor.cuda,
+            nn.Module.cuda,
+            torch.load,
+            torch.cuda.FloatTensor,
+            len(torch.overrides._get_current_function_mode_stack()),
+        )
 
     before = patched()
     with without_cuda(wanted=False):
-        assert torch.zeros(2).cuda().device.type == nn.Linear(1, 1).cuda().weight.device.type == "cpu"
+        assert (
+            torch.zeros(2).cuda().device.type == nn.Linear(1, 1).cuda().weight.device.type == "cpu"
+        )
     assert patched() == before
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with without_cuda(wanted=True):
@@ -117,7 +144,9 @@ def test_without_cuda_is_undone_and_leaves_a_gpu_alone(monkeypatch):
     assert patched() == before
 
 
-def test_without_cuda_reads_onto_the_cpu_what_runs_no_code_unless_a_caller_says_otherwise(monkeypatch):
+def test_without_cuda_reads_onto_the_cpu_what_runs_no_code_unless_a_caller_says_otherwise(
+    monkeypatch,
+):
     from tie_ext.openood.cpu import without_cuda
 
     asked = []
@@ -140,13 +169,29 @@ def test_registering_reaches_every_place_that_holds_a_name(openood):
     import openood.postprocessors.utils
     import openood.trainers.utils
 
-    assert pipeline.get_trainer is openood.trainers.get_trainer is openood.trainers.utils.get_trainer
-    assert pipeline.get_network is openood.networks.get_network is openood.networks.utils.get_network
-    assert openood.pipelines.test_ood_pipeline.get_postprocessor is openood.postprocessors.utils.get_postprocessor
-    assert openood.evaluation_api.evaluator.get_postprocessor is openood.evaluation_api.postprocessor.get_postprocessor
-    for function in (pipeline.get_trainer, pipeline.get_network, openood.postprocessors.get_postprocessor):
+    assert (
+        pipeline.get_trainer is openood.trainers.get_trainer is openood.trainers.utils.get_trainer
+    )
+    assert (
+        pipeline.get_network is openood.networks.get_network is openood.networks.utils.get_network
+    )
+    assert (
+        openood.pipelines.test_ood_pipeline.get_postprocessor
+        is openood.postprocessors.utils.get_postprocessor
+    )
+    assert (
+        openood.evaluation_api.evaluator.get_postprocessor
+        is openood.evaluation_api.postprocessor.get_postprocessor
+    )
+    for function in (
+        pipeline.get_trainer,
+        pipeline.get_network,
+        openood.postprocessors.get_postprocessor,
+    ):
         assert function.__wrapped__.__module__ == function.__module__
-    assert {"tie", "tie_ue", "tie_combined", "dmr"} <= set(openood.evaluation_api.postprocessor.postprocessors)
+    assert {"tie", "tie_ue", "tie_combined", "dmr"} <= set(
+        openood.evaluation_api.postprocessor.postprocessors
+    )
 
 
 def test_registering_twice_is_registering_once_and_can_be_undone(openood):
@@ -183,7 +228,10 @@ def test_built_ins_stay_what_they_were(openood):
 # Network.
 
 
-@pytest.mark.parametrize(("backbone", "size"), [("lenet", 28), ("resnet18_32x32", 32), ("resnet18_64x64", 64), ("wrn", 32), ("conv3", 28)])
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("lenet", 28), ("resnet18_32x32", 32), ("resnet18_64x64", 64), ("wrn", 32), ("conv3", 28)],
+)
 def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, size):
     net, x = build(backbone=backbone, image_size=size).eval(), torch.rand(2, 3, size, size)
     logits, h = net(x, return_feature=True)
@@ -191,7 +239,9 @@ def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, 
     assert net(x, garbage=True).shape == (2, 11)
     assert h.shape == (2, net.feature_size)
     weight, bias = net.get_fc()
-    torch.testing.assert_close(h @ torch.tensor(weight).T + torch.tensor(bias), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        h @ torch.tensor(weight).T + torch.tensor(bias), logits, rtol=1e-4, atol=1e-5
+    )
     assert net.get_fc_layer() is net.fc
     torch.testing.assert_close(net.forward_threshold(x, 1e9), logits)
     if backbone not in ("conv3", "wrn"):  # whose own forward has no return_feature_list
@@ -205,7 +255,9 @@ def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, 
         net.no_such_layer  # noqa: B018
 
 
-@pytest.mark.parametrize(("backbone", "size", "layers"), [("lenet", 28, 2), ("resnet18_32x32", 32, 16)])
+@pytest.mark.parametrize(
+    ("backbone", "size", "layers"), [("lenet", 28, 2), ("resnet18_32x32", 32, 16)]
+)
 def test_a_config_asks_for_a_head_on_every_layer(openood, backbone, size, layers):
     from tie_ext import GarbageHead
 
@@ -221,8 +273,13 @@ def test_a_config_asks_for_a_head_on_every_layer(openood, backbone, size, layers
 
 def test_a_networks_value_range_is_that_of_the_normalised_images(openood):
     net = build(backbone="resnet18_32x32", image_size=32, normalization_type="cifar10")
-    torch.testing.assert_close(net.low.flatten(), torch.tensor([-0.4914 / 0.2470, -0.4822 / 0.2435, -0.4465 / 0.2616]))
-    torch.testing.assert_close(net.high.flatten(), torch.tensor([(1 - 0.4914) / 0.2470, (1 - 0.4822) / 0.2435, (1 - 0.4465) / 0.2616]))
+    torch.testing.assert_close(
+        net.low.flatten(), torch.tensor([-0.4914 / 0.2470, -0.4822 / 0.2435, -0.4465 / 0.2616])
+    )
+    torch.testing.assert_close(
+        net.high.flatten(),
+        torch.tensor([(1 - 0.4914) / 0.2470, (1 - 0.4822) / 0.2435, (1 - 0.4465) / 0.2616]),
+    )
     assert build().low.flatten().tolist() == [-1, -1, -1]
 
 
@@ -234,7 +291,10 @@ def test_a_checkpoint_is_read_without_running_code(openood, tmp_path):
     torch.save(net.state_dict(), tmp_path / "best.ckpt")
     again = build(pretrained=True, checkpoint=str(tmp_path / "best.ckpt"))
     assert again.tau == 0.25
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     (tmp_path / "hostile.ckpt").write_bytes(pickle.dumps({"x": print}))
     with pytest.raises(pickle.UnpicklingError):
         build(pretrained=True, checkpoint=str(tmp_path / "hostile.ckpt"))
@@ -250,11 +310,18 @@ def test_conf_is_the_negative_score(openood):
     net, x = build().eval(), torch.rand(5, 3, 28, 28)
     logits = net(x, garbage=True)
     for t in (0.5, 1.0):
-        settings = {"name": "tie", "APS_mode": False, "postprocessor_args": {"t": t}, "postprocessor_sweep": {"t": [1.0]}}
+        settings = {
+            "name": "tie",
+            "APS_mode": False,
+            "postprocessor_args": {"t": t},
+            "postprocessor_sweep": {"t": [1.0]},
+        }
         pred, conf = get_postprocessor(Config({"postprocessor": settings})).postprocess(net, x)
         torch.testing.assert_close(conf, -ood_score(logits, t))
         assert torch.equal(pred, net(x).argmax(1))
-    pred, conf = get_postprocessor(Config({"postprocessor": {"name": "tie_ue", "APS_mode": False}})).postprocess(net, x)
+    pred, conf = get_postprocessor(
+        Config({"postprocessor": {"name": "tie_ue", "APS_mode": False}})
+    ).postprocess(net, x)
     torch.testing.assert_close(conf, -uncertainty(net(x).softmax(1)))
 
 
@@ -280,7 +347,9 @@ def test_dmr_learns_a_rejection_network_and_leaves_the_classifier_as_it_is(openo
     post = DMRPostprocessor()
     with pytest.raises(RuntimeError, match="set up"):
         post.postprocess(net, x)
-    post.setup(net, {"train": [{"data": x[:12], "label": y[:12]}, {"data": x[12:], "label": y[12:]}]}, {})
+    post.setup(
+        net, {"train": [{"data": x[:12], "label": y[:12]}, {"data": x[12:], "label": y[12:]}]}, {}
+    )
     pred, conf = post.postprocess(net, x)
     assert torch.equal(pred, net(x).argmax(1))
     assert conf.shape == (24,)
@@ -314,7 +383,7 @@ def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, r
     from openood.postprocessors import get_postprocessor
     from openood.utils.config import Config
 
-    from tie_ext.combination import RULES, reference
+    from tie_ext.scores.combination import RULES, reference
 
     torch.manual_seed(0)
     net = build() if network == "tie_net" else LeNet(3)
@@ -326,24 +395,34 @@ def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, r
     post.setup(net, loaders, Unread())
     before = {k: v.clone() for k, v in net.state_dict().items()}
     passes = []
-    (net.backbone if network == "tie_net" else net).register_forward_hook(lambda *_: passes.append(1))
+    (net.backbone if network == "tie_net" else net).register_forward_hook(
+        lambda *_: passes.append(1)
+    )
     pred, conf = post.postprocess(net, x)
     assert len(passes) == 1
     assert torch.equal(pred, net(x).argmax(1))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
     # KNN by hand: the distance to the nearest of 150 training features, all of length 1.
-    train = torch.nn.functional.normalize(net(torch.cat([batch["data"] for batch in loaders["train"]]), return_feature=True)[1].detach())
+    train = torch.nn.functional.normalize(
+        net(torch.cat([batch["data"] for batch in loaders["train"]]), return_feature=True)[
+            1
+        ].detach()
+    )
 
     def scores(x):
         logits, h = net(x, return_feature=True)
         p = logits.softmax(1).clamp(1e-7, 1 - 1e-7)
         distances = torch.cdist(torch.nn.functional.normalize(h).double(), train.double()).float()
         found = [distances.amin(dim=1), (p * (1 - p)).pow(0.1).mean(1)]
-        return torch.stack([ood_score(net(x, garbage=True)), *found] if network == "tie_net" else found, dim=1).detach()
+        return torch.stack(
+            [ood_score(net(x, garbage=True)), *found] if network == "tie_net" else found, dim=1
+        ).detach()
 
     val = torch.cat([batch["data"] for batch in loaders["val"]])
-    torch.testing.assert_close(conf, -RULES[rule](reference(scores(val)), scores(x)), rtol=1e-2, atol=5e-2)  # small deviations are divided by
+    torch.testing.assert_close(
+        conf, -RULES[rule](reference(scores(val)), scores(x)), rtol=1e-2, atol=5e-2
+    )  # small deviations are divided by
 
 
 def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
@@ -361,8 +440,15 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
     post.setup(net, {}, {})
     assert torch.equal(post.postprocess(net, x)[1], conf)
     with pytest.raises(ValueError, match="one of stouffer"):
-        CombinedPostprocessor(Config({"postprocessor": {"name": "tie_combined", "postprocessor_args": {"rule": "mean"}}}))
-    without = {**id_loaders(), "train": [{"data": torch.rand(1, 3, 28, 28), "label": torch.tensor([0])}]}
+        CombinedPostprocessor(
+            Config(
+                {"postprocessor": {"name": "tie_combined", "postprocessor_args": {"rule": "mean"}}}
+            )
+        )
+    without = {
+        **id_loaders(),
+        "train": [{"data": torch.rand(1, 3, 28, 28), "label": torch.tensor([0])}],
+    }
     with pytest.raises(ValueError, match="at least two training images for KNN, but got 1"):
         CombinedPostprocessor().setup(net, without, Unread())
 
@@ -370,7 +456,7 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
 @pytest.mark.parametrize("name", ["logitnorm", "ascood"])
 def test_its_own_training_methods_train_the_id_logits_alone(openood, name):
     from tie_ext import Conv3, TIENet
-    from tie_ext.bench.openood_baselines import train_baseline
+    from tie_ext.cli.reproduce.openood_baselines import train_baseline
     from tie_ext.outliers.saliency import Standardized
 
     torch.manual_seed(0)
@@ -395,7 +481,9 @@ def test_both_hosts_measure_the_same_on_the_same_scores(openood):
 
     score = torch.randn(400) + torch.arange(400).ge(300) * 1.5
     label = torch.where(torch.arange(400) < 300, 1, -1)
-    fpr, auroc, aupr_in, aupr_out, _ = compute_all_metrics(-score.numpy(), label.numpy(), label.numpy())
+    fpr, auroc, aupr_in, aupr_out, _ = compute_all_metrics(
+        -score.numpy(), label.numpy(), label.numpy()
+    )
     theirs = OODMetrics()
     theirs.update(score, label)
     found = theirs.compute()
@@ -412,7 +500,13 @@ def test_the_evaluation_api_takes_the_postprocessor_by_name_and_by_instance(open
 
     def loader(offset, label):
         rng = torch.Generator().manual_seed(offset)
-        return [{"data": torch.rand(20, 3, 32, 32, generator=rng) * (1 - offset / 9), "label": torch.full((20,), label)} for _ in range(2)]
+        return [
+            {
+                "data": torch.rand(20, 3, 32, 32, generator=rng) * (1 - offset / 9),
+                "label": torch.full((20,), label),
+            }
+            for _ in range(2)
+        ]
 
     loaders = {
         "id": {split: loader(0, 3) for split in ("train", "val", "test")},
@@ -422,8 +516,12 @@ def test_the_evaluation_api_takes_the_postprocessor_by_name_and_by_instance(open
     monkeypatch.setattr(evaluator, "data_setup", lambda *_: None)
     monkeypatch.setattr(evaluator, "get_id_ood_dataloader", lambda *_, **__: loaders)
     net = build(backbone="resnet18_32x32", image_size=32, normalization_type="cifar10")
-    by_name = evaluator.Evaluator(net, "cifar10", config_root="nowhere", postprocessor_name="tie").eval_ood(progress=False)
-    by_instance = evaluator.Evaluator(net, "cifar10", postprocessor=TIEPostprocessor()).eval_ood(progress=False)
+    by_name = evaluator.Evaluator(
+        net, "cifar10", config_root="nowhere", postprocessor_name="tie"
+    ).eval_ood(progress=False)
+    by_instance = evaluator.Evaluator(net, "cifar10", postprocessor=TIEPostprocessor()).eval_ood(
+        progress=False
+    )
     assert by_name.equals(by_instance)
     assert list(by_name.index) == ["a", "nearood", "b", "farood"]
     assert by_name.AUROC.between(0, 100).all()
@@ -445,8 +543,19 @@ def test_a_networks_precision_holds_in_every_way_through_it(openood):
 def trainer_config(**changes):
     from openood.utils.config import Config
 
-    args = {"synthesizers": {"inversion": {"steps": 1}}, "candidates": 20, "pool_size": 30, **changes}
-    return Config({"trainer": {"name": "tie", "trainer_args": args}, "optimizer": {"name": "adam", "lr": 1e-3, "num_epochs": 2}, "seed": 5})
+    args = {
+        "synthesizers": {"inversion": {"steps": 1}},
+        "candidates": 20,
+        "pool_size": 30,
+        **changes,
+    }
+    return Config(
+        {
+            "trainer": {"name": "tie", "trainer_args": args},
+            "optimizer": {"name": "adam", "lr": 1e-3, "num_epochs": 2},
+            "seed": 5,
+        }
+    )
 
 
 class Images(torch.utils.data.Dataset):
@@ -454,7 +563,11 @@ class Images(torch.utils.data.Dataset):
         return 40
 
     def __getitem__(self, i):
-        return {"data": torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(i)) * 2 - 1, "label": i % 10, "index": i}
+        return {
+            "data": torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(i)) * 2 - 1,
+            "label": i % 10,
+            "index": i,
+        }
 
 
 class Pairs(list):
@@ -471,7 +584,7 @@ def test_an_epoch_is_the_cores(openood):
     from openood.trainers import get_trainer
 
     from tie_ext import TIEConfig
-    from tie_ext.recipe import Recipe
+    from tie_ext.training.recipe import Recipe
 
     loader = torch.utils.data.DataLoader(Images(), batch_size=20)
     theirs = get_trainer(build(), loader, None, trainer_config(lam="-inf"))
@@ -481,7 +594,10 @@ def test_an_epoch_is_the_cores(openood):
     log = core.epoch(Pairs(loader))
     assert metrics["loss"] == log.losses["classifier"]
     assert metrics["epoch_idx"] == 1
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), core.net.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(net.state_dict().values(), core.net.state_dict().values(), strict=True)
+    )
 
 
 def test_an_epoch_reads_each_image_once(openood):
@@ -494,7 +610,9 @@ def test_an_epoch_reads_each_image_once(openood):
             read.append(i)
             return super().__getitem__(i)
 
-    trainer = get_trainer(build(), torch.utils.data.DataLoader(Counted(), batch_size=20), None, trainer_config())
+    trainer = get_trainer(
+        build(), torch.utils.data.DataLoader(Counted(), batch_size=20), None, trainer_config()
+    )
     for epoch in (1, 2):
         read.clear()
         trainer.train_epoch(epoch)
@@ -502,22 +620,34 @@ def test_an_epoch_reads_each_image_once(openood):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"generator_step": 3}, "generator_step"), ({"lr": 1.0}, "got lr"), ({"pool_size": 0}, "pool_size")]
+    ("changes", "message"),
+    [
+        ({"generator_step": 3}, "generator_step"),
+        ({"lr": 1.0}, "got lr"),
+        ({"pool_size": 0}, "pool_size"),
+    ],
 )
 def test_wrong_settings_are_refused(openood, changes, message):
     from openood.trainers import get_trainer
 
     with pytest.raises(ValueError, match=message):
-        get_trainer(build(), torch.utils.data.DataLoader(Images()), None, trainer_config(**changes))
+        get_trainer(
+            build(), torch.utils.data.DataLoader(Images()), None, trainer_config(**changes)
+        )
 
 
 def with_sgd(**changes):
     config = trainer_config()
-    config.optimizer.update({"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, **changes})
+    config.optimizer.update(
+        {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, **changes}
+    )
     return config
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"name": "lbfgs"}, "sgd or adam .* got lbfgs"), ({"momentum": None}, "momentum")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"name": "lbfgs"}, "sgd or adam .* got lbfgs"), ({"momentum": None}, "momentum")],
+)
 def test_another_optimiser_is_refused(openood, changes, message):
     from openood.trainers import get_trainer
 
@@ -530,7 +660,9 @@ def test_sgd_is_that_of_the_baseline_trainer(openood, root):
     from openood.trainers import get_trainer
     from openood.trainers.base_trainer import BaseTrainer
 
-    theirs = yaml.safe_load((root / "configs/pipelines/train/baseline.yml").read_text())["optimizer"]
+    theirs = yaml.safe_load((root / "configs/pipelines/train/baseline.yml").read_text())[
+        "optimizer"
+    ]
     ours = yaml.safe_load((CONFIGS / "pipelines/train/train_tie.yml").read_text())["optimizer"]
     assert {**ours, "num_epochs": theirs["num_epochs"], "lr": 2 * ours["lr"]} == theirs
     loader, config = torch.utils.data.DataLoader(Images(), batch_size=20), with_sgd(momentum=0.8)
@@ -561,7 +693,10 @@ class PreparedPairs(Pairs):
 def attach_config(checkpoint) -> object:
     from openood.utils.config import Config
 
-    network = {**network_config(garbage="layers"), "backbone": {**network_config().backbone, "checkpoint": str(checkpoint)}}
+    network = {
+        **network_config(garbage="layers"),
+        "backbone": {**network_config().backbone, "checkpoint": str(checkpoint)},
+    }
     return Config({"trainer": {"name": "attach"}, "network": network, "seed": 5})
 
 
@@ -574,7 +709,9 @@ def test_trainer_attach_is_the_cores(openood, tmp_path):
     plain = LeNet(10).eval()
     torch.save(plain.state_dict(), tmp_path / "lenet.ckpt")
     loader = torch.utils.data.DataLoader(Prepared(), batch_size=20)
-    net, metrics = get_trainer(build(garbage="layers"), loader, None, attach_config(tmp_path / "lenet.ckpt")).train_epoch(1)
+    net, metrics = get_trainer(
+        build(garbage="layers"), loader, None, attach_config(tmp_path / "lenet.ckpt")
+    ).train_epoch(1)
     assert metrics["epoch_idx"] == 1
     expected = attach(plain, PreparedPairs(loader), 10, [-1.0] * 3, [1.0] * 3, seed=5).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
@@ -582,14 +719,20 @@ def test_trainer_attach_is_the_cores(openood, tmp_path):
 
 @pytest.mark.parametrize(
     ("garbage", "checkpoint", "message"),
-    [("linear", "lenet.ckpt", "network.garbage layers"), ("layers", "none", r"best\.ckpt .* got none"), ("layers", "other.ckpt", "name lenet for")],
+    [
+        ("linear", "lenet.ckpt", "network.garbage layers"),
+        ("layers", "none", r"best\.ckpt .* got none"),
+        ("layers", "other.ckpt", "name lenet for"),
+    ],
 )
 def test_trainer_attach_says_what_it_wants(openood, tmp_path, garbage, checkpoint, message):
     from openood.networks.lenet import LeNet
     from openood.trainers import get_trainer
 
     torch.save(LeNet(10).state_dict(), tmp_path / "lenet.ckpt")
-    torch.save({}, tmp_path / "other.ckpt")  # OpenOOD itself would say nothing, and go on with random weights
+    torch.save(
+        {}, tmp_path / "other.ckpt"
+    )  # OpenOOD itself would say nothing, and go on with random weights
     config = attach_config("none" if checkpoint == "none" else tmp_path / checkpoint)
     with pytest.raises(ValueError, match=message):
         get_trainer(build(garbage=garbage), torch.utils.data.DataLoader(Prepared()), None, config)
@@ -619,10 +762,13 @@ def test_the_training_file_holds_the_defaults_but_for_sgd_and_what_a_head_is_tau
 
     from tie_ext import TIEConfig
     from tie_ext.openood.trainer import recipe_of_config
-    from tie_ext.recipe import Recipe
+    from tie_ext.training.recipe import Recipe
 
     defaults = Recipe(TIEConfig(lr=0.05), prior=("procedural",))
-    assert recipe_of_config(Config(str(CONFIGS / "pipelines/train/train_tie.yml"))).record() == defaults.record()
+    assert (
+        recipe_of_config(Config(str(CONFIGS / "pipelines/train/train_tie.yml"))).record()
+        == defaults.record()
+    )
 
 
 IDS = sorted(path.name for path in (CONFIGS / "datasets").iterdir())
@@ -641,7 +787,11 @@ def test_every_config_builds(openood, root, tmp_path, monkeypatch, name):
     from openood.utils.config import Config, merge_configs
 
     def first(*relative):
-        return next(str(base / "/".join(relative)) for base in (CONFIGS, root / "configs") if (base / "/".join(relative)).exists())
+        return next(
+            str(base / "/".join(relative))
+            for base in (CONFIGS, root / "configs")
+            if (base / "/".join(relative)).exists()
+        )
 
     files = [
         first("datasets", name, f"{name}.yml"),
@@ -653,13 +803,19 @@ def test_every_config_builds(openood, root, tmp_path, monkeypatch, name):
     ]
     config = merge_configs(*map(Config, files))
     config.num_workers, config.trainer.trainer_args.pool_size = 0, 100
-    config.network.backbone.name = {28: "lenet", 32: "resnet18_32x32", 64: "resnet18_64x64"}[config.dataset.image_size]
+    config.network.backbone.name = {28: "lenet", 32: "resnet18_32x32", 64: "resnet18_64x64"}[
+        config.dataset.image_size
+    ]
     config.parse_refs()
     lists = [config.dataset[split].imglist_pth for split in config.dataset.split_names]
-    assert ("val" in config.ood_dataset.split_names) == (name != "tinyimagenet")  # whose validation images the others are chosen by
+    assert ("val" in config.ood_dataset.split_names) == (
+        name != "tinyimagenet"
+    )  # whose validation images the others are chosen by
     for split in config.ood_dataset.split_names:
         of = config.ood_dataset[split]
-        lists += [of.imglist_pth] if split == "val" else [of[ood].imglist_pth for ood in of.datasets]
+        lists += (
+            [of.imglist_pth] if split == "val" else [of[ood].imglist_pth for ood in of.datasets]
+        )
     assert len(lists) == 3 + 5 + (name != "tinyimagenet")
     monkeypatch.chdir(tmp_path)
     for path in lists:
@@ -691,7 +847,7 @@ METHODS = [  # with what ten pixels' worth of training images and the 84 feature
         "klm",
         "gen",
         "react",
-        "dice",
+        "rng",
         "ash",
         "scale",
         "mds",
@@ -701,18 +857,28 @@ METHODS = [  # with what ten pixels' worth of training images and the 84 feature
     ),
     *("she", "nnguide", "fdbd", "gradnorm", "relation", "nci", "iodin", "gram", "vra"),
 ]
-ARGUMENTS = {"vim": ["--postprocessor.postprocessor_args.dim", "20"], "knn": ["--postprocessor.postprocessor_args.K", "5"]}
+ARGUMENTS = {
+    "vim": ["--postprocessor.postprocessor_args.dim", "20"],
+    "knn": ["--postprocessor.postprocessor_args.K", "5"],
+}
 OURS = ("tie", "tie_ue", "tie_combined", "dmr")
 
 
 def training_configs(root: Path) -> list[Path]:
     theirs = root / "configs"
     ours = [CONFIGS / "networks/tie_net.yml", CONFIGS / "pipelines/train/train_tie.yml"]
-    return [theirs / "datasets/mnist/mnist.yml", *ours, theirs / "preprocessors/base_preprocessor.yml"]
+    return [
+        theirs / "datasets/mnist/mnist.yml",
+        *ours,
+        theirs / "preprocessors/base_preprocessor.yml",
+    ]
 
 
 def run_openood(root: Path, place: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, "-W", "ignore", "-m", "tie_ext.openood", *arguments]
     run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -724,9 +890,25 @@ def checkpoint(root, workplace) -> Path:
     """A tie_net around OpenOOD's LeNet, trained through its own main.py, pipeline, recorder and evaluator."""
     configs = training_configs(root)
     # Enough for every class to be right sometimes: SHE averages over the correctly predicted images of a class.
-    small = ["--optimizer.num_epochs", "25", "--optimizer.lr", "0.1", "--num_workers", "0", "--network.backbone.name", "lenet"]
-    less = ["--trainer.trainer_args.synthesizers.inversion.steps", "3", "--trainer.trainer_args.candidates", "100"]
-    said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less)
+    small = [
+        "--optimizer.num_epochs",
+        "25",
+        "--optimizer.lr",
+        "0.1",
+        "--num_workers",
+        "0",
+        "--network.backbone.name",
+        "lenet",
+    ]
+    less = [
+        "--trainer.trainer_args.synthesizers.inversion.steps",
+        "3",
+        "--trainer.trainer_args.candidates",
+        "100",
+    ]
+    said = run_openood(
+        root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less
+    )
     assert "Training Completed!" in said
     assert said.count("expelled") == 25
     return workplace / "results" / "mnist_tie_net_tie_e25_lr0.1_default" / "s0" / "best.ckpt"
@@ -752,23 +934,79 @@ def test_its_postprocessors_score_the_checkpoint(root, workplace, checkpoint):
             theirs / "preprocessors/base_preprocessor.yml",
             post,
         ]
-        options = ["--network.backbone.name", "lenet", "--network.checkpoint", str(checkpoint), "--num_workers", "0", "--merge_option", "merge"]
-        return ["--config", *map(str, configs), *options, "--postprocessor.APS_mode", "False", *ARGUMENTS.get(name, [])]
+        options = [
+            "--network.backbone.name",
+            "lenet",
+            "--network.checkpoint",
+            str(checkpoint),
+            "--num_workers",
+            "0",
+            "--merge_option",
+            "merge",
+        ]
+        return [
+            "--config",
+            *map(str, configs),
+            *options,
+            "--postprocessor.APS_mode",
+            "False",
+            *ARGUMENTS.get(name, []),
+        ]
 
-    (workplace / "many.json").write_text(json.dumps([str(root / "main.py"), *map(arguments, METHODS)]))
+    (workplace / "many.json").write_text(
+        json.dumps([str(root / "main.py"), *map(arguments, METHODS)])
+    )
     run_openood(root, workplace, "many.py")
     for name in METHODS:
-        rows = (workplace / f"results/mnist_tie_net_test_ood_ood_{name}_default/s0/ood/ood.csv").read_text().split()
-        assert [row.split(",")[0] for row in rows] == ["dataset", "fashionmnist", "nearood", "cifar10", "farood"], name
-        assert all(0 <= float(value) <= 100 for row in rows[1:] for value in row.split(",")[1:]), name
+        rows = (
+            (workplace / f"results/mnist_tie_net_test_ood_ood_{name}_default/s0/ood/ood.csv")
+            .read_text()
+            .split()
+        )
+        assert [row.split(",")[0] for row in rows] == [
+            "dataset",
+            "fashionmnist",
+            "nearood",
+            "cifar10",
+            "farood",
+        ], name
+        assert all(0 <= float(value) <= 100 for row in rows[1:] for value in row.split(",")[1:]), (
+            name
+        )
 
 
 def test_parameters_are_searched_on_the_validation_set(root, workplace, checkpoint):
-    files = [root / "configs/datasets/mnist/mnist.yml", CONFIGS / "datasets/mnist/mnist_tie_ood.yml", workplace / "two.yml"]
-    files += [CONFIGS / "networks/tie_net.yml", root / "configs/pipelines/test/test_ood.yml", root / "configs/preprocessors/base_preprocessor.yml"]
+    files = [
+        root / "configs/datasets/mnist/mnist.yml",
+        CONFIGS / "datasets/mnist/mnist_tie_ood.yml",
+        workplace / "two.yml",
+    ]
+    files += [
+        CONFIGS / "networks/tie_net.yml",
+        root / "configs/pipelines/test/test_ood.yml",
+        root / "configs/preprocessors/base_preprocessor.yml",
+    ]
     files += [root / "configs/postprocessors/ash.yml"]
-    options = ["--network.backbone.name", "lenet", "--network.checkpoint", str(checkpoint), "--num_workers", "0", "--merge_option", "merge"]
-    said = run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, files), *options, "--postprocessor.APS_mode", "True")
+    options = [
+        "--network.backbone.name",
+        "lenet",
+        "--network.checkpoint",
+        str(checkpoint),
+        "--num_workers",
+        "0",
+        "--merge_option",
+        "merge",
+    ]
+    said = run_openood(
+        root,
+        workplace,
+        str(root / "main.py"),
+        "--config",
+        *map(str, files),
+        *options,
+        "--postprocessor.APS_mode",
+        "True",
+    )
     assert "Starting automatic parameter search" in said
     assert (workplace / "results/mnist_tie_net_test_ood_ood_ash_default/s0/ood/ood.csv").exists()
 
@@ -777,15 +1015,27 @@ def test_scores_it_saved_are_the_cores(root, openood, workplace, checkpoint):
     import numpy as np
     from PIL import Image
 
-    scores = workplace / "results/mnist_tie_net_test_ood_ood_tie_default/s0/ood/scores/fashionmnist.npz"
+    scores = (
+        workplace / "results/mnist_tie_net_test_ood_ood_tie_default/s0/ood/scores/fashionmnist.npz"
+    )
     if not scores.exists():
         pytest.skip("the run before did not get so far")
     net = build(pretrained=True, checkpoint=str(checkpoint), garbage="layers").eval()
     folder = workplace / "data/images_classic/test_fashionmnist"
-    x = torch.stack([torch.tensor(np.asarray(Image.open(folder / f"{i}.png"))).float() / 255 for i in range(40)])
+    x = torch.stack(
+        [
+            torch.tensor(np.asarray(Image.open(folder / f"{i}.png"))).float() / 255
+            for i in range(40)
+        ]
+    )
     x = (x[:, None].expand(-1, 3, -1, -1) - 0.5) / 0.5
     with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(np.load(scores)["conf"]), -ood_score(net(x, garbage=True)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(np.load(scores)["conf"]),
+            -ood_score(net(x, garbage=True)),
+            rtol=1e-4,
+            atol=1e-4,
+        )
         assert F.cross_entropy(net(x), torch.zeros(40).long()).isfinite()
 
 
@@ -796,8 +1046,21 @@ def attached(root, workplace) -> Path:
 
     torch.manual_seed(0)
     torch.save(LeNet(10).state_dict(), workplace / "lenet.ckpt")
-    configs = [*training_configs(root)[:2], CONFIGS / "pipelines/train/attach_tie.yml", root / "configs/preprocessors/base_preprocessor.yml"]
-    options = ["--network.backbone.name", "lenet", "--network.backbone.checkpoint", "lenet.ckpt", "--num_workers", "0", "--seed", "1"]
+    configs = [
+        *training_configs(root)[:2],
+        CONFIGS / "pipelines/train/attach_tie.yml",
+        root / "configs/preprocessors/base_preprocessor.yml",
+    ]
+    options = [
+        "--network.backbone.name",
+        "lenet",
+        "--network.backbone.checkpoint",
+        "lenet.ckpt",
+        "--num_workers",
+        "0",
+        "--seed",
+        "1",
+    ]
     run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, configs), *options)
     return workplace / "results" / "mnist_tie_net_attach_lenet_default" / "s1" / "best.ckpt"
 
@@ -815,16 +1078,53 @@ def test_attach_leaves_the_network_as_it_was(openood, workplace, attached):
 
 def test_an_attached_network_is_scored_and_its_accuracy_taken(root, workplace, attached):
     theirs = root / "configs"
-    data, preprocessor, net = theirs / "datasets/mnist/mnist.yml", theirs / "preprocessors/base_preprocessor.yml", CONFIGS / "networks/tie_net.yml"
+    data, preprocessor, net = (
+        theirs / "datasets/mnist/mnist.yml",
+        theirs / "preprocessors/base_preprocessor.yml",
+        CONFIGS / "networks/tie_net.yml",
+    )
     ood = [CONFIGS / "datasets/mnist/mnist_tie_ood.yml", workplace / "two.yml"]
-    scored = [data, *ood, net, theirs / "pipelines/test/test_ood.yml", preprocessor, CONFIGS / "postprocessors/tie.yml"]
-    options = ["--network.backbone.name", "lenet", "--network.garbage", "layers", "--network.checkpoint", str(attached), "--num_workers", "0"]
-    run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, scored), *options, "--mark", "attached")
-    rows = (workplace / "results/mnist_tie_net_test_ood_ood_tie_attached/s0/ood/ood.csv").read_text().split()
+    scored = [
+        data,
+        *ood,
+        net,
+        theirs / "pipelines/test/test_ood.yml",
+        preprocessor,
+        CONFIGS / "postprocessors/tie.yml",
+    ]
+    options = [
+        "--network.backbone.name",
+        "lenet",
+        "--network.garbage",
+        "layers",
+        "--network.checkpoint",
+        str(attached),
+        "--num_workers",
+        "0",
+    ]
+    run_openood(
+        root,
+        workplace,
+        str(root / "main.py"),
+        "--config",
+        *map(str, scored),
+        *options,
+        "--mark",
+        "attached",
+    )
+    rows = (
+        (workplace / "results/mnist_tie_net_test_ood_ood_tie_attached/s0/ood/ood.csv")
+        .read_text()
+        .split()
+    )
     assert rows[1].startswith("fashionmnist")
-    assert float(rows[1].split(",")[2]) > 90  # noise, told by a head on a network that has learned nothing
+    assert (
+        float(rows[1].split(",")[2]) > 90
+    )  # noise, told by a head on a network that has learned nothing
     counted = [data, net, theirs / "pipelines/test/test_acc.yml", preprocessor]
-    assert "Complete Evaluation, accuracy" in run_openood(root, workplace, str(root / "main.py"), "--config", *map(str, counted), *options)
+    assert "Complete Evaluation, accuracy" in run_openood(
+        root, workplace, str(root / "main.py"), "--config", *map(str, counted), *options
+    )
 
 
 MANY = """
@@ -853,10 +1153,38 @@ if __name__ == "__main__":
 def test_its_train_pipeline_runs_in_two_processes(root, workplace):
     (workplace / "two_processes.py").write_text(MANY)
     configs = training_configs(root)
-    options = ["--optimizer.num_epochs", "1", "--num_workers", "0", "--num_gpus", "2", "--mark", "two", "--network.backbone.name", "lenet"]
-    less = ["--trainer.trainer_args.synthesizers.inversion.steps", "2", "--trainer.trainer_args.candidates", "100"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-W", "ignore", "two_processes.py", "--config", *map(str, configs), *options, *less]
+    options = [
+        "--optimizer.num_epochs",
+        "1",
+        "--num_workers",
+        "0",
+        "--num_gpus",
+        "2",
+        "--mark",
+        "two",
+        "--network.backbone.name",
+        "lenet",
+    ]
+    less = [
+        "--trainer.trainer_args.synthesizers.inversion.steps",
+        "2",
+        "--trainer.trainer_args.candidates",
+        "100",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "two_processes.py",
+        "--config",
+        *map(str, configs),
+        *options,
+        *less,
+    ]
     run = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Training Completed!") == 1  # the first process speaks for both

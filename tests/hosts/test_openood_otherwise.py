@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from tie_ext import TIENet
-from tie_ext.app.data import ImageSet
-from tie_ext.backbones import Conv3
-from tie_ext.support.random import seeded
+from tie_ext.cli.data import ImageSet
+from tie_ext.models.backbones import Conv3
+from tie_ext.utils.random import seeded
 
 
 def fresh() -> TIENet:
@@ -31,7 +31,11 @@ def otherwise(openood_root, monkeypatch):
 @pytest.fixture
 def images() -> ImageSet:
     generator = torch.Generator().manual_seed(0)
-    return ImageSet(torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(40) % 10, tuple("0123456789"))
+    return ImageSet(
+        torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        torch.arange(40) % 10,
+        tuple("0123456789"),
+    )
 
 
 def logits_of(trained, images: ImageSet) -> torch.Tensor:
@@ -40,15 +44,22 @@ def logits_of(trained, images: ImageSet) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["plain", "logitnorm", "rotpred", "pixmix"])
-def test_each_trainer_of_openood_teaches_alike_with_the_same_seed(otherwise, name, images, tmp_path):
-    first, again, other = (otherwise.train(name, fresh, images, 1, seed, tmp_path) for seed in (0, 0, 1))
+def test_each_trainer_of_openood_teaches_alike_with_the_same_seed(
+    otherwise, name, images, tmp_path
+):
+    first, again, other = (
+        otherwise.train(name, fresh, images, 1, seed, tmp_path) for seed in (0, 0, 1)
+    )
     assert not first.training
     assert torch.equal(logits_of(first, images), logits_of(again, images))
     assert not torch.allclose(logits_of(first, images), logits_of(other, images))
 
 
 def test_each_trainer_of_openood_teaches_something_else(otherwise, images, tmp_path):
-    logits = [logits_of(otherwise.train(name, fresh, images, 1, 0, tmp_path), images) for name in otherwise.TRAINERS]
+    logits = [
+        logits_of(otherwise.train(name, fresh, images, 1, 0, tmp_path), images)
+        for name in otherwise.TRAINERS
+    ]
     assert not any(torch.allclose(a, b) for a, b in combinations(logits, 2))
 
 
@@ -58,7 +69,9 @@ def test_rotpred_learns_to_tell_turns_and_is_scored_by_them(otherwise, images, t
     trained = otherwise.train("rotpred", fresh, images, 1, 0, tmp_path)
     assert not torch.equal(begun, trained.turned.weight)
     trained.turned.weight.data.zero_()
-    trained.turned.bias.data = torch.tensor([5.0, 0, 0, 0])  # takes every image for one that stands upright, of whose four turns one is
+    trained.turned.bias.data = torch.tensor(
+        [5.0, 0, 0, 0]
+    )  # takes every image for one that stands upright, of whose four turns one is
     log_odds = 5 - torch.tensor(5.0).exp().add(3).log()
     loss = -(log_odds + 3 * (log_odds - 5)) / 4 / math.log(2)
     logits = trained.net(images.x.float() / 255)
@@ -83,7 +96,9 @@ def test_pixmix_mixes_with_its_own_set_in_range(otherwise, images, tmp_path):
     assert min(black.min(), white.min()) >= 0
     assert max(black.max(), white.max()) <= 1
     changed = (black != white).flatten(1).any(1)
-    assert 0 < changed.sum() < len(changed)  # the others were mixed with what was made of themselves alone
+    assert (
+        0 < changed.sum() < len(changed)
+    )  # the others were mixed with what was made of themselves alone
 
 
 def test_a_network_that_tells_turns_gives_the_same_id_logits(otherwise):

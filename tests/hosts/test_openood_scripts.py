@@ -32,7 +32,11 @@ def openood(openood_root, monkeypatch):
     import tie_ext.openood as ours
 
     # Eight workers a loader take longer to start than a handful of images to read.
-    monkeypatch.setattr(datasets, "DataLoader", lambda *args, **kwargs: torch.utils.data.DataLoader(*args, **{**kwargs, "num_workers": 0}))
+    monkeypatch.setattr(
+        datasets,
+        "DataLoader",
+        lambda *args, **kwargs: torch.utils.data.DataLoader(*args, **{**kwargs, "num_workers": 0}),
+    )
     with ours.without_cuda(wanted=False):
         ours.register()
         yield ours
@@ -46,17 +50,28 @@ def place(openood_root, tmp_path_factory) -> Path:
 
     place = tmp_path_factory.mktemp("checkout")
     (place / "configs").symlink_to(openood_root / "configs")
-    (place / "scripts").mkdir()  # a link to the whole folder would lead its scripts back to the data of the checkout
+    (
+        place / "scripts"
+    ).mkdir()  # a link to the whole folder would lead its scripts back to the data of the checkout
     for script in (openood_root / "scripts").glob("*.py"):
         (place / "scripts" / script.name).symlink_to(script)
     for kind in ("images_classic", "images_largescale"):
-        for name in {name for names in LISTED.values() for name in names}:  # a folder that is not empty is not downloaded
+        for name in {
+            name for names in LISTED.values() for name in names
+        }:  # a folder that is not empty is not downloaded
             (place / "data" / kind / name).mkdir(parents=True)
             (place / "data" / kind / name / "images").touch()
     for name, many in (("cifar10", 4), ("imagenet", 1)):
         info = DATA_INFO[name]
-        groups = [info["id"], {key: info["csid"][key] for key in info["csid"]["datasets"]}, {"val": info["ood"]["val"]}]
-        groups += [{key: info["ood"][split][key] for key in info["ood"][split]["datasets"]} for split in ("near", "far")]
+        groups = [
+            info["id"],
+            {key: info["csid"][key] for key in info["csid"]["datasets"]},
+            {"val": info["ood"]["val"]},
+        ]
+        groups += [
+            {key: info["ood"][split][key] for key in info["ood"][split]["datasets"]}
+            for split in ("near", "far")
+        ]
         for kind, group in zip(("id", "csid", "val", "near", "far"), groups, strict=True):
             for of, where in group.items():
                 count = 10 * many if (kind, name) == ("id", "cifar10") else 2 * many
@@ -89,7 +104,9 @@ def around(backbone, garbage: str = "linear", size: int = 32, seed: int = 0):
     from tie_ext.openood import OpenOODTIENet
 
     torch.manual_seed(seed)
-    net = OpenOODTIENet(backbone, 1000 if size == 224 else 10, (3, size, size), *RANGE, garbage=garbage).eval()
+    net = OpenOODTIENet(
+        backbone, 1000 if size == 224 else 10, (3, size, size), *RANGE, garbage=garbage
+    ).eval()
     net.tau.fill_(0.25)
     return net
 
@@ -101,7 +118,12 @@ def seeds(openood, place, tmp_path) -> Path:
     from PIL import Image
 
     prepare = get_default_preprocessor("cifar10")
-    x = torch.stack([prepare(Image.open(place / f"data/images_classic/cifar10_id_train_{i}.png")) for i in range(40)])
+    x = torch.stack(
+        [
+            prepare(Image.open(place / f"data/images_classic/cifar10_id_train_{i}.png"))
+            for i in range(40)
+        ]
+    )
     for seed in range(3):
         torch.manual_seed(seed)
         net = around(Conv3(3, 10), "layers" if seed == 2 else "linear", seed=seed)
@@ -131,25 +153,61 @@ def run(script: Path, *arguments: str) -> None:
         sys.argv, sys.path[:] = before
 
 
-@pytest.mark.parametrize("name", ["tie", "tie_combined", "dmr", "msp", "react", "mds", "she", "openmax", "temp_scaling"])
+@pytest.mark.parametrize(
+    "name", ["tie", "tie_combined", "dmr", "msp", "react", "mds", "she", "openmax", "temp_scaling"]
+)
 def test_eval_ood_scores_every_seed(openood, place, seeds, name):
     import pandas as pd
     from openood.evaluation_api import Evaluator
     from openood.networks import ResNet18_32x32
 
-    run(place / "scripts" / "eval_ood.py", "--id-data", "cifar10", "--root", str(seeds), "--postprocessor", name, "--save-csv")
+    run(
+        place / "scripts" / "eval_ood.py",
+        "--id-data",
+        "cifar10",
+        "--root",
+        str(seeds),
+        "--postprocessor",
+        name,
+        "--save-csv",
+    )
     table = pd.read_csv(seeds / "ood" / f"{name}.csv", index_col=0)
-    assert list(table.index) == ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "farood"]
+    assert list(table.index) == [
+        "cifar100",
+        "tin",
+        "nearood",
+        "mnist",
+        "svhn",
+        "texture",
+        "places365",
+        "farood",
+    ]
     assert table.map(lambda cell: 0 <= float(cell.split()[0]) <= 100).all(axis=None)
     if name != "tie":
         return
     found = []
-    for folder in sorted(seeds.glob("s*")):  # what the table says is what the networks say, one by one, through the evaluation API
-        net = openood.tie_net_of(torch.load(folder / "best.ckpt", weights_only=True), ResNet18_32x32(num_classes=10), 32)
-        evaluator = Evaluator(net, id_name="cifar10", data_root=str(place / "data"), postprocessor=openood.TIEPostprocessor(), num_workers=0)
+    for folder in sorted(
+        seeds.glob("s*")
+    ):  # what the table says is what the networks say, one by one, through the evaluation API
+        net = openood.tie_net_of(
+            torch.load(folder / "best.ckpt", weights_only=True), ResNet18_32x32(num_classes=10), 32
+        )
+        evaluator = Evaluator(
+            net,
+            id_name="cifar10",
+            data_root=str(place / "data"),
+            postprocessor=openood.TIEPostprocessor(),
+            num_workers=0,
+        )
         found.append(evaluator.eval_ood(progress=False).to_numpy())
-    mean, std = (getattr(torch.tensor(found), part)(**how) for part, how in (("mean", {"dim": 0}), ("std", {"dim": 0, "correction": 0})))
-    assert table.to_numpy().tolist() == [[f"{m:.2f} ± {s:.2f}" for m, s in zip(*rows, strict=True)] for rows in zip(mean, std, strict=True)]
+    mean, std = (
+        getattr(torch.tensor(found), part)(**how)
+        for part, how in (("mean", {"dim": 0}), ("std", {"dim": 0, "correction": 0}))
+    )
+    assert table.to_numpy().tolist() == [
+        [f"{m:.2f} ± {s:.2f}" for m, s in zip(*rows, strict=True)]
+        for rows in zip(mean, std, strict=True)
+    ]
     assert std[:, 1].max() > 0  # three networks, not one
 
 
@@ -158,15 +216,36 @@ def test_eval_ood_imagenet_scores_an_attached_network(openood, place, tmp_path):
     from openood.networks import ResNet50
 
     torch.save(around(ResNet50(), "layers", 224).state_dict(), tmp_path / "best.ckpt")
-    run(place / "scripts" / "eval_ood_imagenet.py", "--ckpt-path", str(tmp_path / "best.ckpt"), "--postprocessor", "tie", "--save-csv")
+    run(
+        place / "scripts" / "eval_ood_imagenet.py",
+        "--ckpt-path",
+        str(tmp_path / "best.ckpt"),
+        "--postprocessor",
+        "tie",
+        "--save-csv",
+    )
     table = pd.read_csv(tmp_path / "ood" / "tie.csv", index_col=0)
-    assert list(table.index) == ["ssb_hard", "ninco", "nearood", "inaturalist", "textures", "openimage_o", "farood"]
+    assert list(table.index) == [
+        "ssb_hard",
+        "ninco",
+        "nearood",
+        "inaturalist",
+        "textures",
+        "openimage_o",
+        "farood",
+    ]
     assert table.AUROC.between(0, 100).all()
 
 
 @pytest.mark.parametrize(
     ("backbone", "garbage"),
-    [("resnet18_32x32", "linear"), ("resnet18_32x32", "layers"), ("conv3", "linear"), ("resnet20", "layers"), ("wrn", "linear")],
+    [
+        ("resnet18_32x32", "linear"),
+        ("resnet18_32x32", "layers"),
+        ("conv3", "linear"),
+        ("resnet20", "layers"),
+        ("wrn", "linear"),
+    ],
 )
 def test_a_network_of_its_scripts_becomes_the_tie_net_of_a_checkpoint(openood, backbone, garbage):
     from openood.networks import ResNet18_32x32
@@ -221,7 +300,9 @@ def test_the_evaluation_api_reads_the_users_own_file(openood, tmp_path):
     assert get_postprocessor(str(tmp_path), "tie", "cifar10").t == 1.0
     assert not list(tmp_path.iterdir())  # nothing was downloaded
     (tmp_path / "postprocessors").mkdir()
-    (tmp_path / "postprocessors" / "tie.yml").write_text("postprocessor:\n  name: tie\n  APS_mode: False\n  postprocessor_args:\n    t: 0.5\n")
+    (tmp_path / "postprocessors" / "tie.yml").write_text(
+        "postprocessor:\n  name: tie\n  APS_mode: False\n  postprocessor_args:\n    t: 0.5\n"
+    )
     post = get_postprocessor(str(tmp_path), "tie", "cifar10")
     assert (post.t, post.config.dataset.name) == (0.5, "cifar10")
 
@@ -239,7 +320,11 @@ class Loader(list):
 
 @pytest.mark.parametrize(
     ("name", "config", "low"),
-    [("cifar10", None, -0.4914 / 0.2470), (None, {"name": "cifar100"}, -0.5071 / 0.2675), (None, {"name": "a", "normalization_type": "b"}, -1.0)],
+    [
+        ("cifar10", None, -0.4914 / 0.2470),
+        (None, {"name": "cifar100"}, -0.5071 / 0.2675),
+        (None, {"name": "a", "normalization_type": "b"}, -1.0),
+    ],
 )
 def test_dmr_knows_the_value_range_without_a_config(openood, monkeypatch, name, config, low):
     from openood.utils.config import Config
@@ -247,10 +332,14 @@ def test_dmr_knows_the_value_range_without_a_config(openood, monkeypatch, name, 
     import tie_ext.openood.rejection as rejection
 
     seen = []
-    monkeypatch.setattr(rejection, "MarginalRepresentations", lambda domain, settings: seen.append(domain))
+    monkeypatch.setattr(
+        rejection, "MarginalRepresentations", lambda domain, settings: seen.append(domain)
+    )
     monkeypatch.setattr(rejection, "marginal_features", lambda *_: (None, None))
     monkeypatch.setattr(rejection, "fit_rejection", lambda *_, **__: None)
-    post = rejection.DMRPostprocessor(config and Config({"postprocessor": {"name": "dmr"}, "dataset": config}))
+    post = rejection.DMRPostprocessor(
+        config and Config({"postprocessor": {"name": "dmr"}, "dataset": config})
+    )
     post.setup(Conv3(3, 2), {"train": Loader(name)}, {})
     assert seen[0].low.shape == seen[0].high.shape == (3, 1, 1)
     assert seen[0].low[0].item() == pytest.approx(low)
@@ -263,7 +352,9 @@ def test_tie_ue_ranks_as_gen_with_gamma_1_over_all_classes(openood):
     settings = {"postprocessor_args": {"gamma": 1, "M": 10}, "postprocessor_sweep": {}}
     logits = 5 * torch.randn(50, 10)
     ue = openood.TIEUEPostprocessor().postprocess(torch.nn.Identity(), logits)[1]
-    gen = GENPostprocessor(Config({"postprocessor": settings})).postprocess(torch.nn.Identity(), logits)[1]
+    gen = GENPostprocessor(Config({"postprocessor": settings})).postprocess(
+        torch.nn.Identity(), logits
+    )[1]
     torch.testing.assert_close(ue, gen * 10 / 9)
 
 
@@ -304,5 +395,9 @@ def test_best_is_the_last_epoch(openood, tmp_path):
         net.weight.data.fill_(epoch)
         recorder.save_model(net, {"acc": accuracy, "epoch_idx": epoch})
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["weight"].item() == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "best_epoch3_acc0.7000.ckpt", "last_epoch3_acc0.7000.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.ckpt",
+        "best_epoch3_acc0.7000.ckpt",
+        "last_epoch3_acc0.7000.ckpt",
+    ]
     assert (recorder.best_epoch_idx, recorder.best_acc) == (3, 0.7)

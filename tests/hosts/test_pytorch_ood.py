@@ -15,11 +15,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tie_ext import Conv5, TIENet
-from tie_ext.decision import ood_score, uncertainty
+from tie_ext.scores.decision import ood_score, uncertainty
 
 pytest.importorskip("pytorch_ood")
 import pytorch_ood.detector as theirs
-from pytorch_ood.api import Detector, DetectorInfo, LogitsDetector, ModelNotSetException, RequiresFittingException, Task
+from pytorch_ood.api import (
+    Detector,
+    DetectorInfo,
+    LogitsDetector,
+    ModelNotSetException,
+    RequiresFittingException,
+    Task,
+)
 from pytorch_ood.benchmark import Benchmark
 from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.utils import GridSearch
@@ -87,7 +94,9 @@ def test_scoring_leaves_the_network_as_it_was(detector):
     before = copy.deepcopy(detector.model.state_dict())
     modes = [m.training for m in detector.model.modules()]
     detector(images()[0])
-    assert all(torch.equal(value, before[name]) for name, value in detector.model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in detector.model.state_dict().items()
+    )
     assert [m.training for m in detector.model.modules()] == modes
 
 
@@ -102,7 +111,9 @@ def test_hyperparameters_can_be_read_and_set_by_name(detector):
     assert set(detector.get_hyperparameters()) == set(type(detector).hyperparameter_space)
     for name, values in type(detector).hyperparameter_space.items():
         for value in values:
-            assert detector.set_hyperparameters(**{name: value}).get_hyperparameters()[name] == value
+            assert (
+                detector.set_hyperparameters(**{name: value}).get_hyperparameters()[name] == value
+            )
     with pytest.raises(ValueError, match="nonsense"):
         detector.set_hyperparameters(nonsense=1)
 
@@ -118,7 +129,9 @@ def test_it_says_what_it_is(detector):
     assert isinstance(detector, LogitsDetector)
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, 3, 3), torch.zeros(2, 4).long(), torch.zeros(2, 1), None])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(2, 3, 3), torch.zeros(2, 4).long(), torch.zeros(2, 1), None]
+)
 def test_logits_of_the_wrong_kind_are_refused(detector, bad):
     with pytest.raises(ValueError, match="Expected floating-point logits"):
         type(detector)(None).predict_logits(bad)
@@ -138,7 +151,10 @@ def test_ue_ranks_two_classes_as_their_msp_does_and_is_0_and_1_at_the_ends():
     logits = torch.randn(200, 2)
     ours, msp = UncertaintyEstimate(None).predict_logits(logits), theirs.MaxSoftmax.score(logits)
     assert torch.equal(ours.argsort(stable=True), msp.argsort(stable=True))
-    torch.testing.assert_close(UncertaintyEstimate(None).predict_logits(torch.tensor([[100.0, 0, 0], [1, 1, 1]])), torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(
+        UncertaintyEstimate(None).predict_logits(torch.tensor([[100.0, 0, 0], [1, 1, 1]])),
+        torch.tensor([0.0, 1.0]),
+    )
 
 
 def test_a_network_in_training_mode_is_scored_in_evaluation_mode():
@@ -151,7 +167,9 @@ def test_a_network_in_training_mode_is_scored_in_evaluation_mode():
 
 def test_decide_without_fit_is_the_networks_own_decision():
     net, x = trained(), images()[0]
-    assert all(torch.equal(a, b) for a, b in zip(TIEDetector(net).decide(x), net.decide(x), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(TIEDetector(net).decide(x), net.decide(x), strict=True)
+    )
 
 
 def test_fit_by_the_papers_rule():
@@ -176,7 +194,10 @@ def test_images_without_id_labels_are_left_out_of_the_fit():
     x, y = images(40)
     y[20:] = -1
     mixed = DataLoader(TensorDataset(x, y), batch_size=6)
-    assert TIEDetector(trained()).fit(mixed).tau == TIEDetector(trained()).fit(DataLoader(TensorDataset(x[:20], y[:20]), batch_size=6)).tau
+    assert (
+        TIEDetector(trained()).fit(mixed).tau
+        == TIEDetector(trained()).fit(DataLoader(TensorDataset(x[:20], y[:20]), batch_size=6)).tau
+    )
 
 
 @pytest.mark.parametrize("false_alarm", [0.05, 0.2])
@@ -187,8 +208,12 @@ def test_the_detector_keeps_the_promise_over_many_draws(false_alarm):
     logits = TIEDetector(net).model(x)
     accepted = 0
     for draw in range(draws):
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(draw))[: held_out + 1]
-        detector = TIEDetector(net, false_alarm).fit_logits(logits[rows[:-1]], torch.zeros(held_out, dtype=torch.long))
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(draw))[
+            : held_out + 1
+        ]
+        detector = TIEDetector(net, false_alarm).fit_logits(
+            logits[rows[:-1]], torch.zeros(held_out, dtype=torch.long)
+        )
         accepted += int(detector.decide(x[rows[-1:]]).level == 0)
     deviation = (draws * false_alarm * (1 - false_alarm)) ** 0.5
     assert abs(accepted - draws * (1 - false_alarm)) < 4 * deviation
@@ -203,14 +228,31 @@ def test_the_detector_keeps_the_promise_over_many_draws(false_alarm):
         (lambda: TIEDetector(trained(), t=0), "Expected t "),
         (lambda: TIEDetector(trained()).set_hyperparameters(t=-1.0), "Expected t "),
         (lambda: TIEDetector(trained()).fit([]), "none from the loader"),
-        (lambda: TIEDetector(trained()).fit([(images()[0], torch.full((24,), -1))]), "none from the loader"),
+        (
+            lambda: TIEDetector(trained()).fit([(images()[0], torch.full((24,), -1))]),
+            "none from the loader",
+        ),
         (lambda: TIEDetector(None).fit_logits(torch.zeros(2, 4), torch.tensor([-1, -1])), "none"),
-        (lambda: TIEDetector(trained()).fit([(images()[0], torch.full((24,), N))]), r"labels in \[0, 3\)"),
-        (lambda: TIEDetector(trained()).fit([(torch.rand(4, 3, 28, 28), torch.zeros(4).long())]), r"shape \(B, 1, 28, 28\)"),
+        (
+            lambda: TIEDetector(trained()).fit([(images()[0], torch.full((24,), N))]),
+            r"labels in \[0, 3\)",
+        ),
+        (
+            lambda: TIEDetector(trained()).fit(
+                [(torch.rand(4, 3, 28, 28), torch.zeros(4).long())]
+            ),
+            r"shape \(B, 1, 28, 28\)",
+        ),
         (lambda: TIEDetector(trained()).predict(torch.full((2, *SHAPE), float("nan"))), "NaN"),
         (lambda: TIEDetector(trained()).predict(torch.rand(2, *SHAPE) * 255), "value range"),
-        (lambda: TIEDetector(trained()).decide(torch.rand(2, 3, 28, 28)), r"shape \(B, 1, 28, 28\)"),
-        (lambda: TIEDetector(trained()).predict_logits(torch.zeros(2, N)), "n\\+1 = 4 logits.*got 3"),
+        (
+            lambda: TIEDetector(trained()).decide(torch.rand(2, 3, 28, 28)),
+            r"shape \(B, 1, 28, 28\)",
+        ),
+        (
+            lambda: TIEDetector(trained()).predict_logits(torch.zeros(2, N)),
+            "n\\+1 = 4 logits.*got 3",
+        ),
         (lambda: TIEDetector(None).predict_logits(torch.full((2, 4), float("inf"))), "infinite"),
     ],
 )
@@ -241,7 +283,9 @@ class Marked(Dataset):
 
     def __init__(self, noise: float):
         rng = torch.Generator().manual_seed(9)
-        self.x = torch.cat([images()[0], (0.5 + noise * torch.randn(24, *SHAPE, generator=rng)).clamp(0, 1)])
+        self.x = torch.cat(
+            [images()[0], (0.5 + noise * torch.randn(24, *SHAPE, generator=rng)).clamp(0, 1)]
+        )
         self.y = torch.cat([images()[1], torch.full((24,), -1)])
 
     def __len__(self):
@@ -265,11 +309,18 @@ def test_their_benchmark_scores_it_beside_other_detectors_of_the_same_network():
     net = trained().eval()
     calls = []
     net.register_forward_hook(lambda *_: calls.append(1))
-    detectors = [TIEDetector(net), theirs.EnergyBased(net), theirs.MaxSoftmax(net), UncertaintyEstimate(net)]
+    detectors = [
+        TIEDetector(net),
+        theirs.EnergyBased(net),
+        theirs.MaxSoftmax(net),
+        UncertaintyEstimate(net),
+    ]
     benchmark = TwoSets()
     cached = benchmark.evaluate(detectors, loader_kwargs={"batch_size": 16}, cache=True)
     once = len(calls)
-    assert once == 2 * 2 * 3  # two sets, n+1 and n logits, three batches: shared by the three n-class detectors
+    assert (
+        once == 2 * 2 * 3
+    )  # two sets, n+1 and n logits, three batches: shared by the three n-class detectors
     again = benchmark.evaluate(detectors, loader_kwargs={"batch_size": 16}, cache=True)
     assert (len(calls), again) == (once, cached)
     for i, name in enumerate(benchmark.ood_names):
@@ -277,9 +328,15 @@ def test_their_benchmark_scores_it_beside_other_detectors_of_the_same_network():
         for detector in detectors:
             metrics = OODMetrics()
             metrics.update(detector(data.x), data.y)
-            [found] = [r for r in cached if r["Dataset"] == name and r["Detector"] == type(detector).__name__]
+            [found] = [
+                r
+                for r in cached
+                if r["Dataset"] == name and r["Detector"] == type(detector).__name__
+            ]
             want = metrics.compute()
-            assert {k: found[k] for k in want if k != "ACC"} == pytest.approx({k: v for k, v in want.items() if k != "ACC"})
+            assert {k: found[k] for k in want if k != "ACC"} == pytest.approx(
+                {k: v for k, v in want.items() if k != "ACC"}
+            )
 
 
 def test_their_metrics_agree_with_scikit_learns_on_its_scores():
@@ -315,7 +372,10 @@ def test_their_tuner_finds_the_best_temperature():
 
 def theirs_on(net: TIENet) -> dict[str, Callable[[], Detector]]:
     """Their detectors, built as their documentation says, from the parts of a TIENet."""
-    maps, rest = net.backbone.conv[:-2], nn.Sequential(net.backbone.conv[-2:], net.backbone.hidden, net.fc)
+    maps, rest = (
+        net.backbone.conv[:-2],
+        nn.Sequential(net.backbone.conv[-2:], net.backbone.hidden, net.fc),
+    )
     w, b = net.fc.weight.detach(), net.fc.bias.detach()
     return {
         "ASH": lambda: theirs.ASH(maps, rest),
@@ -371,14 +431,20 @@ def upstream_info(monkeypatch):
     """Upstream's tests/test_info.py, with our detectors among the classes it walks over."""
     root = Path(os.environ.get("PYTORCH_OOD_ROOT", Path.home() / "pytorch-ood"))
     if not (root / "tests" / "test_info.py").exists():
-        pytest.skip(f"no checkout of pytorch-ood with tests/test_info.py at {root}; set PYTORCH_OOD_ROOT")
+        pytest.skip(
+            f"no checkout of pytorch-ood with tests/test_info.py at {root}; set PYTORCH_OOD_ROOT"
+        )
     for name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:
         monkeypatch.delitem(sys.modules, name)
-    package = types.ModuleType("tests")  # by hand, because OpenOOD's checkout has a package of this name too
+    package = types.ModuleType(
+        "tests"
+    )  # by hand, because OpenOOD's checkout has a package of this name too
     package.__path__ = [str(root / "tests")]
     monkeypatch.syspath_prepend(root)  # its tests import the package as src.pytorch_ood
     monkeypatch.setitem(sys.modules, "tests", package)
-    if not (root / "tests" / "detectors").exists():  # the source distribution carries the top-level tests only
+    if not (
+        root / "tests" / "detectors"
+    ).exists():  # the source distribution carries the top-level tests only
 
         class Smoke:
             def __init__(self, name): ...
@@ -407,7 +473,9 @@ def upstream_info(monkeypatch):
     makers[Combined] = lambda: Combined([TIEDetector(trained().eval())], false_alarm=0.5)
     built = [(cls.__name__, make) for cls, make in makers.items()]
     before = smoke._classification_detector_registry
-    monkeypatch.setattr(smoke, "_classification_detector_registry", lambda self: before(self) + built)
+    monkeypatch.setattr(
+        smoke, "_classification_detector_registry", lambda self: before(self) + built
+    )
     monkeypatch.setattr(module, "DETECTORS", list(makers))
     return module
 
@@ -417,7 +485,11 @@ def test_upstreams_tests_of_what_detectors_claim_hold_for_ours(upstream_info):
     import unittest
 
     loads = unittest.defaultTestLoader.loadTestsFromName
-    names = ["TestInfoRecords.test_detectors", "TestDetectorTasks", "TestSegmentationSemantics.test_logits_detectors_score_each_pixel_independently"]
+    names = [
+        "TestInfoRecords.test_detectors",
+        "TestDetectorTasks",
+        "TestSegmentationSemantics.test_logits_detectors_score_each_pixel_independently",
+    ]
     suite = unittest.TestSuite(loads(name, upstream_info) for name in names)
     result = unittest.TestResult()
     suite.run(result)
@@ -447,11 +519,15 @@ def test_a_saved_detector_comes_back(tmp_path, false_alarm):
 
 
 def test_another_architecture_comes_back_when_it_is_named(tmp_path):
-    net = TIENet(nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, N)), N, SHAPE)
+    net = TIENet(
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, N)), N, SHAPE
+    )
     TIEDetector(net).save(tmp_path)
     with pytest.raises(ValueError, match="backbone"):
         TIEDetector.load(tmp_path)
-    again = TIEDetector.load(tmp_path, nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, N)))
+    again = TIEDetector.load(
+        tmp_path, nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, N))
+    )
     assert torch.equal(again(images()[0]), TIEDetector(net)(images()[0]))
 
 
@@ -471,7 +547,10 @@ def test_the_folder_of_a_run_is_a_detector(tmp_path):
     [
         (lambda f: (f / "detector.json").write_text("{"), "truncated or foreign"),
         (lambda f: (f / "detector.json").write_text("[1]"), "truncated or foreign"),
-        (lambda f: (f / "detector.json").write_text('{"format": "something else"}'), "truncated or foreign"),
+        (
+            lambda f: (f / "detector.json").write_text('{"format": "something else"}'),
+            "truncated or foreign",
+        ),
         (lambda f: (f / "detector.json").write_text("[" * 100_000), "truncated or foreign"),
         (lambda f: edit(f, version=2), "newer tie_ext"),
         (lambda f: edit(f, t=-1), "Expected t "),
@@ -489,12 +568,16 @@ def test_a_damaged_or_foreign_folder_is_refused(saved, change, message):
 
 
 def edit(folder: Path, **changes) -> None:
-    (folder / "detector.json").write_text(json.dumps({**json.loads((folder / "detector.json").read_text()), **changes}))
+    (folder / "detector.json").write_text(
+        json.dumps({**json.loads((folder / "detector.json").read_text()), **changes})
+    )
 
 
 def drop(folder: Path, key: str) -> None:
     content = json.loads((folder / "detector.json").read_text())
-    (folder / "detector.json").write_text(json.dumps({k: v for k, v in content.items() if k != key}))
+    (folder / "detector.json").write_text(
+        json.dumps({k: v for k, v in content.items() if k != key})
+    )
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -507,12 +590,17 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("garbage", ["linear", "layers"])
 @pytest.mark.parametrize("false_alarm", [None, 0.1])
-@pytest.mark.skipif(torch.__version__.startswith("2.2."), reason="torch 2.2 exports convolutions for a fixed batch size only")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.2."),
+    reason="torch 2.2 exports convolutions for a fixed batch size only",
+)
 @pytest.mark.filterwarnings("ignore")
 def test_the_exported_program_decides_as_the_detector(false_alarm, garbage):
     detector = TIEDetector(deployable(garbage), false_alarm, t=0.5).fit(loader())
     batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(detector.deployed(), (images(4)[0],), dynamic_shapes={"x": {0: batch}})
+    program = torch.export.export(
+        detector.export_module(), (images(4)[0],), dynamic_shapes={"x": {0: batch}}
+    )
     x = images(24, seed=8)[0]
     want, got = detector.decide(x), program.module()(x)
     assert torch.equal(want.label, got[0])
@@ -528,9 +616,17 @@ def test_onnx_decides_as_the_detector(garbage, tmp_path):
     import onnxruntime
 
     detector = TIEDetector(deployable(garbage), 0.1).fit(loader())
-    torch.onnx.export(detector.deployed(), (images(4)[0],), tmp_path / "d.onnx", dynamo=True, dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    torch.onnx.export(
+        detector.export_module(),
+        (images(4)[0],),
+        tmp_path / "d.onnx",
+        dynamo=True,
+        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+    )
     x = images(24, seed=8)[0]
-    label, _, score, level = onnxruntime.InferenceSession(tmp_path / "d.onnx").run(None, {"x": x.numpy()})
+    label, _, score, level = onnxruntime.InferenceSession(tmp_path / "d.onnx").run(
+        None, {"x": x.numpy()}
+    )
     want = detector.decide(x)
     assert (label == want.label.numpy()).all()
     assert (level == want.level.numpy()).all()

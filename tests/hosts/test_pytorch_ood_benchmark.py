@@ -28,7 +28,7 @@ LOW, HIGH = (-MEAN / STD).tolist(), ((1 - MEAN) / STD).tolist()
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """A head that learns for a moment only."""
-    monkeypatch.setattr(sys.modules["tie_ext.attach"], "STEPS", 100)
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 100)
 
 
 def images(count: int, classes: int, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,11 @@ class Inside(nn.Module):
 
 def theirs(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return (WideResNet(4, depth=10, widen_factor=1) if name == "WideResNet" else resnet18(num_classes=4)).eval()
+    return (
+        WideResNet(4, depth=10, widen_factor=1)
+        if name == "WideResNet"
+        else resnet18(num_classes=4)
+    ).eval()
 
 
 @pytest.mark.parametrize("name", ["WideResNet", "resnet18"])
@@ -81,7 +85,9 @@ def test_bounds_of_one_channel_do_not_do_for_another():
 
 
 def test_the_page_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "hosts.md").read_text(), re.S)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "docs" / "hosts.md").read_text(), re.S
+    )
     found: dict = {}
     exec(code, found)
     assert found["scores"].shape == (8,)
@@ -95,15 +101,23 @@ def stand_ins(tmp_path) -> tuple[Path, Path]:
     lists = hub / "openood_benchmark_imglist" / "benchmark_imglist" / "cifar10"
     lists.mkdir(parents=True)
     of = CIFAR10_OpenOOD
-    ood = [(name, file, -1) for name, file in of._ood_imglists] + [("val", of._val_ood_imglist, -1)]
+    ood = [(name, file, -1) for name, file in of._ood_imglists] + [
+        ("val", of._val_ood_imglist, -1)
+    ]
     del ood[2]  # no list of MNIST
-    known = [("train", of._train_imglist, 0), ("held", of._val_id_imglist, 0), ("test", of._test_id_imglist, 0)]
+    known = [
+        ("train", of._train_imglist, 0),
+        ("held", of._val_id_imglist, 0),
+        ("test", of._test_id_imglist, 0),
+    ]
     for name, file, label in known + ood:
         x, y = images(60, 10) if label == 0 else (torch.rand(20, 3, 48, 40), torch.full((20,), -1))
         (root / name).mkdir(parents=True)
         rows = []
         for i, (one, of_one) in enumerate(zip(x, y.tolist(), strict=True)):
-            Image.fromarray((one * 255).byte().permute(1, 2, 0).numpy()).save(root / name / f"{i}.png")
+            Image.fromarray((one * 255).byte().permute(1, 2, 0).numpy()).save(
+                root / name / f"{i}.png"
+            )
             rows.append(f"{name}/{i}.png {of_one}\n")
         (lists / file).write_text("".join(rows))
     return root, hub
@@ -123,19 +137,37 @@ def test_its_openood_benchmark_evaluates_ours(stand_ins, tmp_path):
         f"sys.argv = ['benchmark.py', '--root', {str(root)!r}, '--images', '40', '--batch-size', '30', {str(tmp_path / 'net.safetensors')!r}]\n"
         "benchmark.main()"
     )
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines()[3:]]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in run.stdout.splitlines()[3:]
+    ]
     assert {(row[0], row[1]) for row in rows} == {
-        (detector, name) for detector in ("MSP", "energy", "TIEDetector", "Combined") for name, _ in CIFAR10_OpenOOD._ood_imglists if name != "MNIST"
+        (detector, name)
+        for detector in ("MSP", "energy", "TIEDetector", "Combined")
+        for name, _ in CIFAR10_OpenOOD._ood_imglists
+        if name != "MNIST"
     }
     assert "MNIST is left out: no list test_mnist.txt" in run.stdout
-    assert all(float(row[2]) > 99 for row in rows if row[0] == "TIEDetector")  # noise beside squares of colour
+    assert all(
+        float(row[2]) > 99 for row in rows if row[0] == "TIEDetector"
+    )  # noise beside squares of colour
 
 
 def test_lists_of_our_own_are_those_that_it_reads(tmp_path):
     root, hub = tmp_path / "images_classic", tmp_path / "hub"
-    for place in ("cifar10/train/0", "cifar10/train/1", "cifar10/test/0", "cifar10/test/1", "cifar100/test/7", "tin/val", "tin/test"):
+    for place in (
+        "cifar10/train/0",
+        "cifar10/train/1",
+        "cifar10/test/0",
+        "cifar10/test/1",
+        "cifar100/test/7",
+        "tin/val",
+        "tin/test",
+    ):
         (root / place).mkdir(parents=True)
         for i in range(8):
             Image.new("RGB", (32, 32)).save(root / place / f"{i}.png")
@@ -145,7 +177,14 @@ def test_lists_of_our_own_are_those_that_it_reads(tmp_path):
         f"benchmark.write_lists(root, Path({str(hub)!r})); read = benchmark.AtHand(str(root), None)\n"
         "print(len(read.train_in), len(read.val_in), len(read.test_in), *map(len, read.test_oods), read.ood_names, {y for _, y in read.test_oods[0]})"
     )
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     assert run.stdout == "16 5 11 8 8 ['CIFAR100', 'TinyImageNet'] {-1}\n", run.stderr[-3000:]
-    val, test = ((hub / "openood_benchmark_imglist/benchmark_imglist/cifar10" / f"{of}_cifar10.txt").read_text() for of in ("val", "test"))
+    val, test = (
+        (
+            hub / "openood_benchmark_imglist/benchmark_imglist/cifar10" / f"{of}_cifar10.txt"
+        ).read_text()
+        for of in ("val", "test")
+    )
     assert not set(val.splitlines()) & set(test.splitlines())

@@ -18,7 +18,7 @@ from tie_ext.outliers.boundary import BoundarySettings, ManifoldBoundary, normal
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
 from tie_ext.outliers.saliency import SaliencySettings, push, saliency, shuffle
 from tie_ext.outliers.vae import VAE, fit_vae
-from tie_ext.recipe import Recipe, names
+from tie_ext.training.recipe import Recipe, names
 
 
 def batch(count: int = 9):
@@ -30,7 +30,13 @@ def batch(count: int = 9):
 
 @pytest.mark.parametrize("name", [*SYNTHESIZERS, "inversion,boundary,shuffle"])
 def test_every_synthesizer_trains_in_the_same_loop_and_resumes(name, tmp_path):
-    recipe = Recipe(TINY, {each: {"steps": 2, "width": 4} if each == "inversion" else {} for each in name.split(",")})
+    recipe = Recipe(
+        TINY,
+        {
+            each: {"steps": 2, "width": 4} if each == "inversion" else {}
+            for each in name.split(",")
+        },
+    )
     trainer = recipe.trainer(make_net())
     trainer.epoch(make_batches())
     trainer.save(tmp_path / "t")
@@ -39,7 +45,12 @@ def test_every_synthesizer_trains_in_the_same_loop_and_resumes(name, tmp_path):
     for each in (trainer, again):
         log = each.epoch(make_batches())
         assert sum(log.proposed) == 4 * 4 * len(name.split(","))
-    assert all(torch.equal(a, b) for a, b in zip(trainer.net.state_dict().values(), again.net.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            trainer.net.state_dict().values(), again.net.state_dict().values(), strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize("word", ["", "inversions", "inversion,", "boundary, shuffle"])
@@ -51,7 +62,12 @@ def test_an_unknown_name_is_refused(word):
 
 
 def test_a_recipe_comes_back_from_its_record():
-    recipe = Recipe(replace(TINY, lam=-math.inf), {"boundary": {"beta": (0.2, 0.5)}, "white": {}}, ("white", "multiscale"), "uniform")
+    recipe = Recipe(
+        replace(TINY, lam=-math.inf),
+        {"boundary": {"beta": (0.2, 0.5)}, "white": {}},
+        ("white", "multiscale"),
+        "uniform",
+    )
     again = Recipe.of_record(json.loads(json.dumps(recipe.record())))
     assert again.record() == recipe.record()
     assert again.config == recipe.config
@@ -81,16 +97,22 @@ def test_the_tangent_space_is_spanned_by_the_decoders_jacobian():
     torch.testing.assert_close(basis.mT @ basis, torch.eye(4).expand(2, 4, 4), atol=1e-4, rtol=0)
     z = vae.encode(x, y)
     for i in range(2):
-        jacobian = torch.autograd.functional.jacobian(lambda code, i=i: vae.decode(code[None], y[i : i + 1]).flatten(), z[i])
+        jacobian = torch.autograd.functional.jacobian(
+            lambda code, i=i: vae.decode(code[None], y[i : i + 1]).flatten(), z[i]
+        )
         inside = basis[i] @ (basis[i].T @ jacobian)
-        torch.testing.assert_close(inside, jacobian, atol=1e-4 * jacobian.abs().max().item(), rtol=1e-3)
+        torch.testing.assert_close(
+            inside, jacobian, atol=1e-4 * jacobian.abs().max().item(), rtol=1e-3
+        )
 
 
 def test_normals_are_unit_vectors_off_the_tangent_space():
     basis = torch.linalg.qr(torch.randn(5, 50, 6)).Q
     v = normal(basis, torch.randn(5, 50))
     torch.testing.assert_close(v.norm(dim=1), torch.ones(5))
-    torch.testing.assert_close((basis.mT @ v[:, :, None]).squeeze(2), torch.zeros(5, 6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        (basis.mT @ v[:, :, None]).squeeze(2), torch.zeros(5, 6), atol=1e-5, rtol=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +129,11 @@ def test_type_two_lies_on_the_ellipsoid_of_its_class(boundary, monkeypatch):
     y = torch.arange(30) % 3
     boundary.at_the_edge(y)
     offset = (seen["z"] - boundary.mean[y])[:, :, None]
-    distance = torch.linalg.solve_triangular(boundary.factor[y], offset, upper=False).squeeze(2).norm(dim=1)
+    distance = (
+        torch.linalg.solve_triangular(boundary.factor[y], offset, upper=False)
+        .squeeze(2)
+        .norm(dim=1)
+    )
     torch.testing.assert_close(distance, boundary.radius[y], rtol=1e-4, atol=1e-5)
 
 
@@ -116,7 +142,11 @@ def test_the_ellipsoid_holds_the_share_of_the_codes_it_is_told_to(boundary):
     with torch.no_grad():
         z = boundary.vae.eval().encode(x, y)
     offset = (z - boundary.mean[y])[:, :, None]
-    distance = torch.linalg.solve_triangular(boundary.factor[y], offset, upper=False).squeeze(2).norm(dim=1)
+    distance = (
+        torch.linalg.solve_triangular(boundary.factor[y], offset, upper=False)
+        .squeeze(2)
+        .norm(dim=1)
+    )
     assert (distance <= boundary.radius[y]).float().mean().item() == pytest.approx(0.95, abs=0.05)
 
 
@@ -141,7 +171,9 @@ def test_a_vae_lowers_its_loss():
     assert fit_vae(vae, batches, 5) < before
 
 
-@pytest.mark.parametrize("make_one", [lambda: ManifoldBoundary(domain()), lambda: MarginalRepresentations(domain())])
+@pytest.mark.parametrize(
+    "make_one", [lambda: ManifoldBoundary(domain()), lambda: MarginalRepresentations(domain())]
+)
 def test_sampling_before_fit_is_refused(make_one, net):
     with pytest.raises(RuntimeError, match="call fit first"):
         make_one().sample(net, *batch())
@@ -164,7 +196,9 @@ class Identity(torch.nn.Module):
 
 def test_the_marginal_representation_is_the_code_less_its_classs_mean(net):
     x, y = batch(30)
-    synthesizer = MarginalRepresentations(domain(low=-10.0, high=10.0), MarginalSettings(k=1, scale=(2.0, 2.0)), Identity())
+    synthesizer = MarginalRepresentations(
+        domain(low=-10.0, high=10.0), MarginalSettings(k=1, scale=(2.0, 2.0)), Identity()
+    )
     synthesizer.fit(net, [(x[:10], y[:10]), (x[10:], y[10:])], 0.0)
     mean = torch.stack([x[y == c].mean(0) for c in range(3)])
     torch.testing.assert_close(synthesizer.mean, mean.flatten(1))
@@ -183,7 +217,9 @@ def test_mixed_images_are_of_different_classes():
     assert synthesizer.partners(torch.tensor([1, 1])).shape == (2, 1)
     drawn = torch.cat([synthesizer.partners(y) for _ in range(300)])
     assert drawn.flatten().bincount(minlength=6).min() > 100
-    of_two = MarginalRepresentations(domain(), MarginalSettings(k=2), Identity()).partners(torch.arange(4).repeat(500))
+    of_two = MarginalRepresentations(domain(), MarginalSettings(k=2), Identity()).partners(
+        torch.arange(4).repeat(500)
+    )
     assert (of_two[:, 0] % 4 != of_two[:, 1] % 4).all()
     assert (of_two % 4).flatten().bincount(minlength=4).min() > 800
 
@@ -193,7 +229,7 @@ import torch
 from tie_ext import Domain
 from tie_ext.outliers.marginal import MarginalRepresentations
 from tie_ext.outliers.vae import VAE
-from tie_ext.support.provenance import peak_memory
+from tie_ext.utils.provenance import peak_memory
 domain = Domain(1000, (3, 224, 224), torch.tensor(0.0), torch.tensor(1.0))
 y = torch.arange(1000)
 vae, before = VAE(domain, width=4), peak_memory()
@@ -205,8 +241,12 @@ print(peak_memory() - before)
 
 
 def test_a_thousand_classes_take_no_plane_each_and_mixing_them_no_cube():
-    done = subprocess.run([sys.executable, "-c", THOUSAND], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 300  # MB; as planes the classes of eight images took 1600, and to choose partners among 2000 16 000
+    done = subprocess.run(
+        [sys.executable, "-c", THOUSAND], capture_output=True, text=True, check=True
+    )
+    assert (
+        float(done.stdout) < 300
+    )  # MB; as planes the classes of eight images took 1600, and to choose partners among 2000 16 000
 
 
 def test_the_vaes_encoder_is_told_the_class():
@@ -238,7 +278,9 @@ def test_only_the_largest_gradients_move_and_only_the_most_significant_pixels_ar
     out = shuffle(x, G, 0.25)
     changed = (out != x).any(1).flatten(1)
     assert (changed.sum(1) <= 16).all()
-    assert torch.equal(out.flatten(2).sort(2).values, x.flatten(2).sort(2).values)  # the same pixels, elsewhere
+    assert torch.equal(
+        out.flatten(2).sort(2).values, x.flatten(2).sort(2).values
+    )  # the same pixels, elsewhere
 
 
 def test_outliers_are_ascoods_own(openood_root):
@@ -265,7 +307,10 @@ def test_outliers_are_ascoods_own(openood_root):
 @pytest.mark.parametrize(
     ("make_one", "message"),
     [
-        (lambda: SaliencySettings(kind="blur"), "Expected kind to be one of 'gradient', 'shuffle', but got 'blur'"),
+        (
+            lambda: SaliencySettings(kind="blur"),
+            "Expected kind to be one of 'gradient', 'shuffle', but got 'blur'",
+        ),
         (lambda: SaliencySettings(p_inv=0), "p_inv"),
         (lambda: SaliencySettings(alpha=-1), "alpha"),
         (lambda: BoundarySettings(latent_size=0), "latent_size"),
@@ -282,8 +327,8 @@ def test_wrong_settings_are_refused(make_one, message):
 
 def test_the_candidates_of_a_real_set_can_be_drawn(data_root: Path):
     assert os.environ["TIE_DATA"]
-    from tie_ext.app import data
-    from tie_ext.app.data import ImageBatches
+    from tie_ext.cli import data
+    from tie_ext.cli.data import ImageBatches
 
     images = data.load("mnist", "train", data_root).first(2000)
     synthesizer = ManifoldBoundary(domain(10, images.shape), BoundarySettings(vae_epochs=1))

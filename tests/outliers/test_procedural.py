@@ -13,17 +13,36 @@ from torch.nn import functional as F
 
 from tie_ext import Procedural, ProceduralSettings
 from tie_ext.outliers import drawing
-from tie_ext.outliers.drawing import CHUNK, Dice, clouds, fills, multiscale, tones
-from tie_ext.outliers.procedural import FAMILIES, chaos_game, fractals, greyed, leaves, masks, permuted_pixels, shapes, shuffled_tiles, waves
+from tie_ext.outliers.primitives import CHUNK, Rng, clouds, fills, multiscale, tones
+from tie_ext.outliers.procedural import (
+    FAMILIES,
+    chaos_game,
+    fractals,
+    greyed,
+    leaves,
+    masks,
+    permuted_pixels,
+    shapes,
+    shuffled_tiles,
+    waves,
+)
 
-DICE = Dice()
-SIZES = [(4, 1, 28, 28), (4, 3, 32, 32), (3, 3, 40, 29), (2, 1, 30, 64), (2, 3, 224, 224), (1, 2, 28, 31), (3, 1, 2, 3)]
+DICE = Rng()
+SIZES = [
+    (4, 1, 28, 28),
+    (4, 3, 32, 32),
+    (3, 3, 40, 29),
+    (2, 1, 30, 64),
+    (2, 3, 224, 224),
+    (1, 2, 28, 31),
+    (3, 1, 2, 3),
+]
 BY_NAME = {name: draw for name, (_, draw) in FAMILIES.items()}
 OF_IMAGES = {"tiles": shuffled_tiles, "pixels": permuted_pixels}
 
 
-def dice(seed: int) -> Dice:
-    return Dice("cpu", torch.Generator().manual_seed(seed))
+def rng(seed: int) -> Rng:
+    return Rng("cpu", torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -38,7 +57,7 @@ def one_core():
 def plain(monkeypatch):
     """Fills are flat tones, of which no two are near: what is left of an image is its outline."""
 
-    def flat(shape, dice):
+    def flat(shape, rng):
         flat.calls += 1
         return torch.full(tuple(shape), 0.9 if flat.calls % 2 else 0.1)
 
@@ -59,13 +78,17 @@ def test_any_family_gives_finite_images_of_any_size(name, shape):
 @pytest.mark.parametrize("name", [*BY_NAME, *OF_IMAGES])
 def test_a_family_depends_on_its_generator_alone(name):
     images = torch.rand(5, 3, 32, 32)
-    draw = (lambda d: BY_NAME[name](images.shape, d)) if name in BY_NAME else (lambda d: OF_IMAGES[name](images, d))
-    first, state = draw(dice(1)), torch.get_rng_state()
+    draw = (
+        (lambda d: BY_NAME[name](images.shape, d))
+        if name in BY_NAME
+        else (lambda d: OF_IMAGES[name](images, d))
+    )
+    first, state = draw(rng(1)), torch.get_rng_state()
     torch.rand(7)
-    again = draw(dice(1))
+    again = draw(rng(1))
     torch.set_rng_state(state)
     assert torch.equal(first, again)
-    assert not torch.equal(first, draw(dice(2)))
+    assert not torch.equal(first, draw(rng(2)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -98,13 +121,20 @@ def test_same_seed_same_mixture():
 
 @pytest.mark.parametrize("count", [1, 7, 400])
 def test_families_have_their_shares_in_random_order(count, monkeypatch):
-    marked = {name: (share, lambda shape, dice, mark=i: torch.full(tuple(shape), mark / 20)) for i, (name, (share, _)) in enumerate(FAMILIES.items())}
+    marked = {
+        name: (share, lambda shape, rng, mark=i: torch.full(tuple(shape), mark / 20))
+        for i, (name, (share, _)) in enumerate(FAMILIES.items())
+    }
     monkeypatch.setattr("tie_ext.outliers.procedural.FAMILIES", marked)
     marks = (20 * Procedural(domain()).draw((count, 1, 32, 32))[:, 0, 0, 0]).round().long()
     drawn, negatives = marks.split([count - count // 2, count // 2])
     assert torch.equal(negatives, 20 - drawn[: count // 2])
     for i, share in enumerate((0.1, 0.7, 0.05, 0.15, 0, 0)):  # as validation chose
-        assert abs(int((drawn == i).sum()) - share * len(drawn)) < 1.01 if share else not (drawn == i).any()
+        assert (
+            abs(int((drawn == i).sum()) - share * len(drawn)) < 1.01
+            if share
+            else not (drawn == i).any()
+        )
     assert count < 400 or (drawn.diff() != 0).double().mean() > 0.3
 
 
@@ -117,7 +147,11 @@ def test_half_of_the_images_are_mirrored_negatives_of_the_others():
 def test_silhouettes_are_mirrored_once_along_each_axis_and_belong_to_any_image():
     x = drawing.silhouettes((400, 16, 16), DICE)
     of = {tuple(one.flatten().tolist()) for one in x[:, 0]}
-    mirrored = [axes for axes in ((1,), (2,), (1, 2)) if all(tuple(one.flip([a - 1 for a in axes]).flatten().tolist()) in of for one in x[:, 0])]
+    mirrored = [
+        axes
+        for axes in ((1,), (2,), (1, 2))
+        if all(tuple(one.flip([a - 1 for a in axes]).flatten().tolist()) in of for one in x[:, 0])
+    ]
     assert len(mirrored) == 3
     assert len(of) > 300
     assert drawing.silhouettes((1, 16, 16), DICE).shape == (1, 1, 16, 16)
@@ -125,18 +159,23 @@ def test_silhouettes_are_mirrored_once_along_each_axis_and_belong_to_any_image()
 
 
 def test_dealt_shares_are_met_on_average_even_one_at_a_time():
-    drawn = torch.cat([DICE.deal(1, (0.4, 1.0, 0.6)) for _ in range(3000)]).bincount(minlength=3) / 3000
+    drawn = (
+        torch.cat([DICE.deal(1, (0.4, 1.0, 0.6)) for _ in range(3000)]).bincount(minlength=3)
+        / 3000
+    )
     torch.testing.assert_close(drawn, torch.tensor([0.2, 0.5, 0.3]), atol=0.04, rtol=0)
 
 
 def test_half_of_colour_images_are_nearly_grey():
     x = Procedural(domain()).draw((600, 3, 32, 32))
     colour = (x.amax(1) - x.amin(1)).amax((1, 2))
-    assert 0.45 < (colour <= 0.1).double().mean() < 0.75  # and those that have no colour to begin with
+    assert (
+        0.45 < (colour <= 0.1).double().mean() < 0.75
+    )  # and those that have no colour to begin with
     vivid = torch.rand(2000, 3, 8, 8)
     kept = (greyed(vivid, DICE) == vivid).flatten(1).all(1)
     assert abs(kept.double().mean() - 0.5) < 0.05
-    x = greyed(vivid, dice(0))
+    x = greyed(vivid, rng(0))
     muted = ~(x == vivid).flatten(1).all(1)
     assert (x[muted].amax(1) - x[muted].amin(1)).max() <= 0.1
     assert x[muted].std() > 0.9 * vivid.std()
@@ -155,8 +194,14 @@ def test_a_third_of_tones_are_black_or_white():
 
 
 def test_fills_are_half_flat_a_quarter_linear_a_quarter_clouds(monkeypatch):
-    monkeypatch.setattr(drawing, "tones", lambda count, channels, dice: torch.linspace(0.2, 0.8, count).view(-1, 1, 1, 1).repeat(1, channels, 1, 1))
-    monkeypatch.setattr(drawing, "clouds", lambda shape, dice: torch.rand(*shape))
+    monkeypatch.setattr(
+        drawing,
+        "tones",
+        lambda count, channels, rng: (
+            torch.linspace(0.2, 0.8, count).view(-1, 1, 1, 1).repeat(1, channels, 1, 1)
+        ),
+    )
+    monkeypatch.setattr(drawing, "clouds", lambda shape, rng: torch.rand(*shape))
     x = fills((2000, 2, 16, 16), DICE).double()
     flat = (x.amax((2, 3)) - x.amin((2, 3)) < 1e-6).all(1)
     across, down = x.diff(dim=3), x.diff(dim=2)
@@ -182,23 +227,42 @@ def inside(silhouette, count=64, size=64):
 def test_silhouettes_are_signed_distances():
     for silhouette in drawing.SILHOUETTES:
         d = silhouette((64, 96, 96), DICE) * 48  # in pixels
-        gradient = torch.hypot(d.diff(dim=2)[:, :-1], d.diff(dim=1)[:, :, :-1])[d[:, :-1, :-1].abs() < 1]
+        gradient = torch.hypot(d.diff(dim=2)[:, :-1], d.diff(dim=1)[:, :, :-1])[
+            d[:, :-1, :-1].abs() < 1
+        ]
         assert 0.5 < gradient.median() < 1.5, silhouette.__name__
         assert (gradient < 3).double().mean() > 0.98, silhouette.__name__
 
 
 def test_ellipses_boxes_and_polygons_are_convex_and_rings_are_hollow():
-    for silhouette, convex in ((drawing.ellipses, True), (drawing.boxes, True), (drawing.polygons, True), (drawing.rings, False)):
+    for silhouette, convex in (
+        (drawing.ellipses, True),
+        (drawing.boxes, True),
+        (drawing.polygons, True),
+        (drawing.rings, False),
+    ):
         filled = inside(silhouette, 200)
-        runs = (filled.diff(dim=2) & filled[:, :, 1:]).sum(2) + filled[:, :, 0]  # how many separate pieces a row has
-        assert (runs <= 1).all() if convex else (runs > 1).any(1).double().mean() > 0.3, silhouette.__name__
+        runs = (filled.diff(dim=2) & filled[:, :, 1:]).sum(2) + filled[
+            :, :, 0
+        ]  # how many separate pieces a row has
+        assert (runs <= 1).all() if convex else (runs > 1).any(1).double().mean() > 0.3, (
+            silhouette.__name__
+        )
         share = filled.double().mean((1, 2))
         assert 0.005 < share.median() < 0.4
 
 
 @pytest.mark.parametrize("silhouette", [drawing.ellipses, drawing.boxes])
 def test_half_axes_are_the_same_both_ways_in_an_image_that_is_not_square(silhouette, monkeypatch):
-    monkeypatch.setattr(drawing, "posed", lambda shape, dice: (*drawing.grid(shape, dice), torch.tensor([[[0.5]]]), torch.tensor([[[0.5]]])))
+    monkeypatch.setattr(
+        drawing,
+        "posed",
+        lambda shape, rng: (
+            *drawing.grid(shape, rng),
+            torch.tensor([[[0.5]]]),
+            torch.tensor([[[0.5]]]),
+        ),
+    )
     filled = silhouette((1, 40, 120), DICE)[0] < 0
     assert filled.any(0).sum() == filled.any(1).sum() == 20
 
@@ -225,16 +289,29 @@ def test_polygons_have_three_to_six_straight_sides(monkeypatch):
 
 def test_strokes_have_the_width_asked_for_and_one_or_two_curves(monkeypatch):
     widths = torch.tensor([0.03, 0.24])[:, None, None]
-    real = Dice.log_uniform
-    monkeypatch.setattr(Dice, "log_uniform", lambda self, low, high, *size: widths if (low, high) == (0.03, 0.24) else real(self, low, high, *size))
+    real = Rng.log_uniform
+    monkeypatch.setattr(
+        Rng,
+        "log_uniform",
+        lambda self, low, high, *size: (
+            widths if (low, high) == (0.03, 0.24) else real(self, low, high, *size)
+        ),
+    )
     depth = -torch.stack([drawing.strokes((2, 128, 128), DICE).amin((1, 2)) for _ in range(30)])
     assert (depth <= widths.flatten() + 1e-5).all()
-    torch.testing.assert_close(depth.median(0).values, widths.flatten(), atol=0.012, rtol=0)  # a pixel's width; a few lie off the image
+    torch.testing.assert_close(
+        depth.median(0).values, widths.flatten(), atol=0.012, rtol=0
+    )  # a pixel's width; a few lie off the image
     lines = drawing.polyline(1000, DICE)
-    single = (lines[:, drawing.CURVE :] - lines[:, drawing.CURVE, None]).abs().flatten(1).amax(1) < 1e-5
+    single = (lines[:, drawing.CURVE :] - lines[:, drawing.CURVE, None]).abs().flatten(1).amax(
+        1
+    ) < 1e-5
     assert abs(single.double().mean() - 0.5) < 0.06
     # Smooth: the pieces before and after the meeting point go the same way.
-    before, after = lines[~single, drawing.CURVE - 2 : drawing.CURVE + 1].diff(dim=1), lines[~single, drawing.CURVE : drawing.CURVE + 3].diff(dim=1)
+    before, after = (
+        lines[~single, drawing.CURVE - 2 : drawing.CURVE + 1].diff(dim=1),
+        lines[~single, drawing.CURVE : drawing.CURVE + 3].diff(dim=1),
+    )
     tangents = [1.5 * before[:, 1] - 0.5 * before[:, 0], 1.5 * after[:, 0] - 0.5 * after[:, 1]]
     assert torch.cosine_similarity(*tangents, dim=1).min() > 0.99
     curved = lines[:, 0] + lines[:, drawing.CURVE] - 2 * lines[:, drawing.CURVE // 2]
@@ -243,19 +320,26 @@ def test_strokes_have_the_width_asked_for_and_one_or_two_curves(monkeypatch):
 
 def test_strokes_are_distances_to_their_curves(monkeypatch):
     lines, real = drawing.polyline(6, DICE), drawing.grid
-    monkeypatch.setattr(drawing, "polyline", lambda count, dice: lines)
-    monkeypatch.setattr(drawing, "grid", lambda shape, dice, spread: real(shape, dice))
-    monkeypatch.setattr(Dice, "log_uniform", lambda self, low, high, *size: torch.full(size, 0.1))
-    dense = F.interpolate(lines.transpose(1, 2), 20 * 100 + 1, mode="linear", align_corners=True).transpose(1, 2)
+    monkeypatch.setattr(drawing, "polyline", lambda count, rng: lines)
+    monkeypatch.setattr(drawing, "grid", lambda shape, rng, spread: real(shape, rng))
+    monkeypatch.setattr(Rng, "log_uniform", lambda self, low, high, *size: torch.full(size, 0.1))
+    dense = F.interpolate(
+        lines.transpose(1, 2), 20 * 100 + 1, mode="linear", align_corners=True
+    ).transpose(1, 2)
     x, y = real((1, 24, 32), DICE)
     pixels = torch.stack(torch.broadcast_tensors(x, y), dim=-1).reshape(1, -1, 2).expand(6, -1, -1)
     nearest = torch.cdist(pixels, dense).amin(2).view(6, 24, 32)
-    torch.testing.assert_close(drawing.strokes((6, 24, 32), DICE), nearest - 0.1, atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        drawing.strokes((6, 24, 32), DICE), nearest - 0.1, atol=2e-3, rtol=0
+    )
 
 
 def test_all_kinds_of_silhouettes_are_used_and_edges_are_a_pixel_wide(monkeypatch):
     kinds = []
-    spies = [lambda shape, dice, i=i, real=real: kinds.extend([i] * shape[0]) or real(shape, dice) for i, real in enumerate(drawing.SILHOUETTES)]
+    spies = [
+        lambda shape, rng, i=i, real=real: kinds.extend([i] * shape[0]) or real(shape, rng)
+        for i, real in enumerate(drawing.SILHOUETTES)
+    ]
     monkeypatch.setattr(drawing, "SILHOUETTES", spies)
     x = drawing.silhouettes((500, 64, 64), DICE)
     assert x.shape == (500, 1, 64, 64)
@@ -267,24 +351,33 @@ def test_all_kinds_of_silhouettes_are_used_and_edges_are_a_pixel_wide(monkeypatc
 def test_shapes_paint_one_to_24_log_uniformly(monkeypatch):
     drawn = []
 
-    def one_more(shape, dice):
+    def one_more(shape, rng):
         drawn.append(shape[0])
         return torch.ones(shape[0], 1, *shape[1:])
 
     monkeypatch.setattr("tie_ext.outliers.procedural.silhouettes", one_more)
-    monkeypatch.setattr("tie_ext.outliers.procedural.fills", lambda shape, dice: torch.full(tuple(shape), len(drawn) / 100))
+    monkeypatch.setattr(
+        "tie_ext.outliers.procedural.fills",
+        lambda shape, rng: torch.full(tuple(shape), len(drawn) / 100),
+    )
     x = shapes((2000, 1, 4, 4), DICE)
-    count = (100 * x[:, 0, 0, 0]).round().long() + 1  # the last fill of an image says how many it has
+    count = (
+        100 * x[:, 0, 0, 0]
+    ).round().long() + 1  # the last fill of an image says how many it has
     share = count.bincount(minlength=26) / 2000
     assert share[0] == share[25] == 0
     assert share[24] > 0
     for n in (1, 2, 5):
         assert abs(share[n] - math.log((n + 1) / n) / math.log(25)) < 0.04
-    assert count[:1000].double().mean() / count[1000:].double().mean() < 1.2  # the order does not tell
+    assert (
+        count[:1000].double().mean() / count[1000:].double().mean() < 1.2
+    )  # the order does not tell
 
 
 def test_shapes_are_flat_areas_with_edges():
-    def flat_and_edged(x):  # share of images of which a fifth of the 5 x 5 windows are flat, and another has a clear step
+    def flat_and_edged(
+        x,
+    ):  # share of images of which a fifth of the 5 x 5 windows are flat, and another has a clear step
         spread = F.max_pool2d(x, 5, 1) + F.max_pool2d(-x, 5, 1)
         flat, step = spread < 0.004, spread > 0.15
         return (flat.flatten(1).double().mean(1).gt(0.2) & step.flatten(1).any(1)).double().mean()
@@ -296,8 +389,14 @@ def test_shapes_are_flat_areas_with_edges():
 def test_waves_have_few_frequencies(plain):
     x = waves((400, 1, 32, 32), DICE) - 0.5
     window = torch.hann_window(32, periodic=False)
-    power = torch.fft.rfft2((x - x.mean((2, 3), keepdim=True)) * window * window[:, None]).abs().square()[:, 0]
-    peak = power.flatten(1).topk(4).values.sum(1) / power.flatten(1).sum(1)  # one frequency and what the window spreads of it
+    power = (
+        torch.fft.rfft2((x - x.mean((2, 3), keepdim=True)) * window * window[:, None])
+        .abs()
+        .square()[:, 0]
+    )
+    peak = power.flatten(1).topk(4).values.sum(1) / power.flatten(1).sum(
+        1
+    )  # one frequency and what the window spreads of it
     noise = multiscale((400, 1, 32, 32), DICE) * window * window[:, None]
     noise = torch.fft.rfft2(noise).abs().square()[:, 0].flatten(1)
     assert (peak > 0.6).double().mean() > 0.3
@@ -306,7 +405,9 @@ def test_waves_have_few_frequencies(plain):
     assert (strength > 0.3).double().mean() > 0.05
     assert (strength < 0.1).double().mean() > 0.1
     loudest = power.flatten(1).argmax(1)
-    radius = torch.hypot(torch.fft.fftfreq(32)[loudest // 17], (loudest % 17) / 32)  # periods a pixel
+    radius = torch.hypot(
+        torch.fft.fftfreq(32)[loudest // 17], (loudest % 17) / 32
+    )  # periods a pixel
     assert radius.min() < 0.06
     assert 0.3 < radius.max() < 0.5
 
@@ -328,10 +429,15 @@ def test_leaves_cover_the_image_and_most_are_small(plain, monkeypatch):
     real = torch.hypot
     monkeypatch.setattr(torch, "hypot", lambda x, y: sizes.append(real(x, y)) or sizes[-1])
     covers = []
-    monkeypatch.setattr("tie_ext.outliers.procedural.covered", lambda distance: covers.append((0.5 - distance).clamp(0, 1)) or covers[-1])
+    monkeypatch.setattr(
+        "tie_ext.outliers.procedural.covered",
+        lambda distance: covers.append((0.5 - distance).clamp(0, 1)) or covers[-1],
+    )
     leaves((200, 1, 32, 32), DICE)
     assert len(covers) == 48
-    radius = torch.stack([torch.where(c > 0.5, s, 0).amax((1, 2)) for c, s in zip(covers, sizes, strict=True)])
+    radius = torch.stack(
+        [torch.where(c > 0.5, s, 0).amax((1, 2)) for c, s in zip(covers, sizes, strict=True)]
+    )
     bare = torch.stack([c < 0.5 for c in covers]).all(0).double().mean()
     assert bare < 0.5
     # Of density r^-3 from 0.08, the share above r is (0.08 / r)^2.
@@ -347,7 +453,9 @@ def test_fractals_repeat_themselves_and_are_thin(plain):
     assert coarse.mean() > 1.15 * visited.mean()  # of an area with a plain edge the two are alike
     points = chaos_game(50, 64, DICE)
     assert torch.isfinite(points).all()
-    assert points.abs().max() < 20  # maps that shrink by 0.85 or more, and shift by less than 1.5, stay within 10 each way
+    assert (
+        points.abs().max() < 20
+    )  # maps that shrink by 0.85 or more, and shift by less than 1.5, stay within 10 each way
 
 
 def tiles_of(x, n=4):
@@ -376,7 +484,11 @@ def blobs(count=40, channels=3):
     """Images with a structure to lose: a bright disc of a colour on a dark ground."""
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     disc = (torch.hypot(x - 16, y - 16) < 9).float()
-    return 0.1 + 0.1 * torch.rand(count, channels, 32, 32) + 0.7 * disc * torch.rand(count, channels, 1, 1)
+    return (
+        0.1
+        + 0.1 * torch.rand(count, channels, 32, 32)
+        + 0.7 * disc * torch.rand(count, channels, 1, 1)
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -392,7 +504,12 @@ def test_permuted_pixels_keep_colours_and_lose_places(channels):
     assert ratio.min() > 0.3
     assert ratio.median() > 0.65
     quantiles = torch.linspace(0, 1, 11)
-    near = (made.flatten(2).quantile(quantiles, 2) - x.flatten(2).quantile(quantiles, 2)).abs().amax(0).mean(1)
+    near = (
+        (made.flatten(2).quantile(quantiles, 2) - x.flatten(2).quantile(quantiles, 2))
+        .abs()
+        .amax(0)
+        .mean(1)
+    )
     assert near.median() < 0.15
     means = [made.mean((0, 1)) - made.mean(), x.mean((0, 1)) - x.mean()]
     assert abs(torch.corrcoef(torch.stack([m.flatten() for m in means]))[0, 1]) < 0.4
@@ -417,12 +534,17 @@ def test_unblurred_they_are_the_very_pixels_of_the_image(monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 1 / 3, 1.0])
 def test_a_share_of_candidates_is_made_of_the_batch(share, net, monkeypatch):
-    monkeypatch.setattr("tie_ext.outliers.procedural.shuffled_tiles", lambda x, dice: x + 10)
-    monkeypatch.setattr("tie_ext.outliers.procedural.permuted_pixels", lambda x, dice: x + 20)
+    monkeypatch.setattr("tie_ext.outliers.procedural.shuffled_tiles", lambda x, rng: x + 10)
+    monkeypatch.setattr("tie_ext.outliers.procedural.permuted_pixels", lambda x, rng: x + 20)
     x = torch.rand(60, 1, 28, 28)
-    candidates = Procedural(domain(), ProceduralSettings(from_images=share)).sample(net, x, torch.zeros(60).long())
+    candidates = Procedural(domain(), ProceduralSettings(from_images=share)).sample(
+        net, x, torch.zeros(60).long()
+    )
     assert torch.equal(candidates.y, torch.full((60,), 3))
-    tiled, permuted = (((candidates.x - x - shift).abs() < 1e-5).flatten(1).all(1).sum().item() for shift in (10, 20))
+    tiled, permuted = (
+        ((candidates.x - x - shift).abs() < 1e-5).flatten(1).all(1).sum().item()
+        for shift in (10, 20)
+    )
     assert abs(tiled - 30 * share) <= 1
     assert abs(permuted - 30 * share) <= 1
     assert (candidates.x <= 1).flatten(1).all(1).sum() == 60 - tiled - permuted
@@ -486,7 +608,7 @@ def test_the_mixture_takes_any_size(M, C, H, W):
 
 def test_what_an_accelerator_paints_at_once_is_larger():
     rows = torch.empty(1000, dtype=torch.long)
-    on_cpu, elsewhere = (Dice(device).split(rows, 3 * 32 * 32) for device in ("cpu", "meta"))
+    on_cpu, elsewhere = (Rng(device).split(rows, 3 * 32 * 32) for device in ("cpu", "meta"))
     assert len(on_cpu) > len(elsewhere) == 1
     assert max(map(len, on_cpu)) * 3 * 32 * 32 <= CHUNK
-    assert len(Dice().split(rows, 10 * CHUNK)) == 1000
+    assert len(Rng().split(rows, 10 * CHUNK)) == 1000

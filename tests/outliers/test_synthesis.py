@@ -15,14 +15,16 @@ from tie_ext import Inversion, InversionSettings, Noise, NoiseSettings, TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers import make as make_by_name
 from tie_ext.outliers.inversion import loss_terms, soft_code
-from tie_ext.support.modules import frozen
+from tie_ext.utils.modules import frozen
 
 QUICK = {
     "inversion": {"steps": 2, "batch_size": 4, "width": 4},
     "boundary": {"latent_size": 3, "vae_epochs": 1},
     "marginal": {"k": 2, "vae_epochs": 1},
 }
-MAKERS = {name: partial(make_by_name, name, domain(), **QUICK.get(name, {})) for name in SYNTHESIZERS}
+MAKERS = {
+    name: partial(make_by_name, name, domain(), **QUICK.get(name, {})) for name in SYNTHESIZERS
+}
 
 
 def fitted(make, net):
@@ -156,14 +158,18 @@ def test_codes_name_their_class_as_clearly_among_a_thousand_as_among_ten(K):
     torch.testing.assert_close(code.topk(2, dim=1).values.mean(0), of_ten, rtol=0, atol=0.02)
     assert ((code > 0).sum(1) == 11).all()
     rivals = (code > 0).sum(0)
-    assert rivals.min() > 0.3 * rivals.float().mean()  # each class stands beside others as often as any
+    assert (
+        rivals.min() > 0.3 * rivals.float().mean()
+    )  # each class stands beside others as often as any
 
 
 def test_a_code_of_many_classes_weighs_as_much_in_a_generator_as_one_of_ten():
     seeds = []
     for K in (11, 1001):
         generator = Inversion(domain(K - 1), InversionSettings(width=4)).generator
-        generator.layers[0].register_forward_pre_hook(lambda module, args: seeds.append(args[0][:, 64:, 0, 0]))
+        generator.layers[0].register_forward_pre_hook(
+            lambda module, args: seeds.append(args[0][:, 64:, 0, 0])
+        )
         generator.eval()(torch.randn(200, 64), soft_code(torch.randint(K, (200,)), K))
     few, many = (seed.square().sum(1).sqrt().mean() for seed in seeds)
     assert 0.5 < many / few < 2
@@ -207,7 +213,9 @@ def test_loss_terms_are_the_papers():
     terms = loss_terms(logits, h, code)
     kl = (code * (code / p).log()).sum(1).mean()
     ce = -p[range(6), code.argmax(1)].log().mean()
-    pairs = [torch.cosine_similarity(h[i], h[j], dim=0) for i in range(6) for j in range(6) if i != j]
+    pairs = [
+        torch.cosine_similarity(h[i], h[j], dim=0) for i in range(6) for j in range(6) if i != j
+    ]
     torch.testing.assert_close(terms["kl"], kl)
     torch.testing.assert_close(terms["ce"], ce)
     torch.testing.assert_close(terms["cosine"], torch.stack(pairs).mean())
@@ -235,7 +243,10 @@ def test_inversion_learns_to_land_where_it_is_asked():
 
     def agreement():
         with torch.no_grad(), frozen(net):
-            return [(net(inversion.invert(y, clearly).x, garbage=True).argmax(1) == y).float().mean() for clearly in (False, True)]
+            return [
+                (net(inversion.invert(y, clearly).x, garbage=True).argmax(1) == y).float().mean()
+                for clearly in (False, True)
+            ]
 
     before = agreement()
     inversion.fit(net, [], 0.0)
@@ -245,14 +256,21 @@ def test_inversion_learns_to_land_where_it_is_asked():
 
 def spread(h):
     """Mean cosine similarity of different rows, pair by pair."""
-    pairs = [torch.cosine_similarity(h[i], h[j], dim=0) for i in range(len(h)) for j in range(len(h)) if i != j]
+    pairs = [
+        torch.cosine_similarity(h[i], h[j], dim=0)
+        for i in range(len(h))
+        for j in range(len(h))
+        if i != j
+    ]
     return torch.stack(pairs).mean()
 
 
 @pytest.mark.parametrize(("progress", "gamma"), [(0.0, 1.0), (0.25, 3.0), (1.0, 9.0)])
 def test_the_generators_gradient_is_that_of_the_weighted_terms(progress, gamma):
     net = make_small()
-    settings = InversionSettings(steps=1, batch_size=6, width=4, alpha=0.3, beta=2.0, gamma_start=1.0, gamma_end=9.0)
+    settings = InversionSettings(
+        steps=1, batch_size=6, width=4, alpha=0.3, beta=2.0, gamma_start=1.0, gamma_end=9.0
+    )
     inversion = Inversion(net, settings)
     by_hand = copy.deepcopy(inversion.generator)
     torch.manual_seed(7)
@@ -278,7 +296,18 @@ def test_the_generators_gradient_is_that_of_the_weighted_terms(progress, gamma):
 def test_the_cosine_term_spreads_the_features():
     def spread_after(gamma):
         net = make_small()
-        inversion = Inversion(net, InversionSettings(steps=60, batch_size=16, width=4, alpha=0.0, beta=0.0, gamma_start=gamma, gamma_end=gamma))
+        inversion = Inversion(
+            net,
+            InversionSettings(
+                steps=60,
+                batch_size=16,
+                width=4,
+                alpha=0.0,
+                beta=0.0,
+                gamma_start=gamma,
+                gamma_end=gamma,
+            ),
+        )
         inversion.fit(net, [], 0.0)
         with torch.no_grad(), frozen(net):
             return spread(net.features(inversion.invert(torch.arange(16) % 4).x))
@@ -288,7 +317,9 @@ def test_the_cosine_term_spreads_the_features():
 
 def test_losses_are_means_over_the_steps():
     net = make_small()
-    settings = InversionSettings(steps=3, batch_size=5, width=4, lr=1e-9)  # so that nothing changes but the draws
+    settings = InversionSettings(
+        steps=3, batch_size=5, width=4, lr=1e-9
+    )  # so that nothing changes but the draws
     inversion = Inversion(net, settings)
     terms = []
 
@@ -301,12 +332,16 @@ def test_losses_are_means_over_the_steps():
         losses = inversion.fit(net, [], 0.0)
     assert len(terms) == 3
     for name in ("kl", "ce", "cosine"):
-        assert losses[name] == pytest.approx(sum(each[name].item() for each in terms) / 3, rel=1e-5)
+        assert losses[name] == pytest.approx(
+            sum(each[name].item() for each in terms) / 3, rel=1e-5
+        )
 
 
 def test_sampling_asks_for_every_output_equally_often_and_short_batches_for_none_first():
     inversion = Inversion(make_small(), InversionSettings(steps=1, width=4))
-    assert inversion.sample(None, torch.zeros(8, *SHAPE), None).y.bincount(minlength=4).tolist() == [2, 2, 2, 2]
+    assert inversion.sample(None, torch.zeros(8, *SHAPE), None).y.bincount(
+        minlength=4
+    ).tolist() == [2, 2, 2, 2]
     firsts = torch.cat([inversion.sample(None, torch.zeros(1, *SHAPE), None).y for _ in range(60)])
     assert (firsts.bincount(minlength=4) > 4).all()
 
@@ -324,7 +359,9 @@ def test_inverting_leaves_the_generator_as_it_was():
 
 def test_the_optimiser_goes_with_the_state_and_shares_nothing_with_it():
     net = make_small()
-    first, second = (Inversion(net, InversionSettings(steps=2, batch_size=4, width=4, lr=0.1)) for _ in range(2))
+    first, second = (
+        Inversion(net, InversionSettings(steps=2, batch_size=4, width=4, lr=0.1)) for _ in range(2)
+    )
     first.fit(net, [], 0.0)
     state = first.state_dict()
     second.load_state_dict(state)
@@ -341,7 +378,17 @@ def test_the_gamma_of_a_run_goes_from_its_start_to_its_end():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"batch_size": 1}, {"lr": 0.0}, {"lr": 1.5}, {"alpha": -1}, {"beta": -1}, {"gamma_end": -1}, {"width": 0}]
+    "settings",
+    [
+        {"steps": 0},
+        {"batch_size": 1},
+        {"lr": 0.0},
+        {"lr": 1.5},
+        {"alpha": -1},
+        {"beta": -1},
+        {"gamma_end": -1},
+        {"width": 0},
+    ],
 )
 def test_inversions_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=f"Expected {next(iter(settings))} to be"):
@@ -349,14 +396,18 @@ def test_inversions_settings_out_of_range_are_refused(settings):
 
 
 def test_another_methods_settings_are_refused():
-    with pytest.raises(TypeError, match="Expected InversionSettings for Inversion, but got NoiseSettings"):
+    with pytest.raises(
+        TypeError, match="Expected InversionSettings for Inversion, but got NoiseSettings"
+    ):
         Inversion(make_small(), NoiseSettings())
 
 
 def test_noise_of_any_shape_has_no_doubled_lines():
     for H, W in ((28, 56), (56, 28), (30, 47)):
         x = Noise(domain()).draw((60, 1, H, W))
-        inside = ((x > 0.02) & (x < 0.98)).double().mean((1, 2, 3)) > 0.9  # those that are not clipped to shapes
+        inside = ((x > 0.02) & (x < 0.98)).double().mean(
+            (1, 2, 3)
+        ) > 0.9  # those that are not clipped to shapes
         columns, rows = x[inside].diff(dim=3).abs(), x[inside].diff(dim=2).abs()
         assert columns.mean((0, 1, 2)).min() > 0.2 * columns.mean()
         assert rows.mean((0, 1, 3)).min() > 0.2 * rows.mean()
@@ -373,7 +424,13 @@ def test_images_and_labels_of_any_type_will_do(make, net):
 
 
 def test_the_generator_has_the_width_it_is_told():
-    wide, narrow = (sum(p.numel() for p in Inversion(domain(), InversionSettings(width=w)).generator.parameters()) for w in (16, 4))
+    wide, narrow = (
+        sum(
+            p.numel()
+            for p in Inversion(domain(), InversionSettings(width=w)).generator.parameters()
+        )
+        for w in (16, 4)
+    )
     assert wide == sum(p.numel() for p in Inversion(domain()).generator.parameters()) > 4 * narrow
 
 
@@ -381,10 +438,14 @@ def test_agreement_is_the_mean_over_all_steps(monkeypatch):
     net = make_net()
     with torch.no_grad():
         net.fc.weight.zero_()
-        net.fc.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))  # which class 0 is the answer to, whatever comes
+        net.fc.bias.copy_(
+            torch.tensor([9.0, 0.0, 0.0])
+        )  # which class 0 is the answer to, whatever comes
         net.garbage.weight.zero_()
         net.garbage.bias.zero_()
     asked = iter([torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)])
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: next(asked))
-    losses = Inversion(domain(), InversionSettings(steps=2, batch_size=4, width=4)).fit(net, [], 0.0)
+    losses = Inversion(domain(), InversionSettings(steps=2, batch_size=4, width=4)).fit(
+        net, [], 0.0
+    )
     assert losses["agreement"] == 0.5

@@ -23,18 +23,18 @@ from openood.trainers import tie_trainer
 from openood.utils.config import Config
 from torch import nn
 
-import tie_ext.training
+import tie_ext.training.trainer
 from tie_ext import Inversion, InversionSettings, TIEConfig, TIENet, TIETrainer, ood_score
-from tie_ext.generator import Generator
+from tie_ext.models.generator import Generator
 from tie_ext.openood.cpu import without_cuda
 from tie_ext.outliers.inversion import soft_code
-from tie_ext.support.sample import Sample
+from tie_ext.utils.reservoir import Reservoir
 
-tie_ext.training.seeded = lambda *key: nullcontext()
-tie_ext.training.Sample = lambda most, numbers: Sample(most)
+tie_ext.training.trainer.seeded = lambda *key: nullcontext()
+tie_ext.training.trainer.Reservoir = lambda most, numbers: Reservoir(most)
 for name, few in {"KEPT": 16, "FINAL": 24, "BATCH": 8}.items():
-    assert getattr(tie_ext.training, name) == getattr(tie_trainer, name), name
-    setattr(tie_ext.training, name, few), setattr(tie_trainer, name, few)
+    assert getattr(tie_ext.training.trainer, name) == getattr(tie_trainer, name), name
+    setattr(tie_ext.training.trainer, name, few), setattr(tie_trainer, name, few)
 EPOCHS = 2
 
 
@@ -63,29 +63,57 @@ class Loader(list):
 
     def __init__(self, batches):
         super().__init__({"data": x, "label": y} for x, y in batches)
-        self.dataset = SimpleNamespace(imglist=[f"a.png {label}\n" for _, y in batches for label in y.tolist()])
+        self.dataset = SimpleNamespace(
+            imglist=[f"a.png {label}\n" for _, y in batches for label in y.tolist()]
+        )
 
 
 def patched(net: nn.Module, batches: list, run: Run) -> tie_trainer.TIETrainer:
     """OpenOOD's trainer, by its config."""
-    arguments = {**LOOP, "generator_steps": run.steps, "gamma_start": run.gamma[0], "gamma_end": run.gamma[1]}
-    arguments |= {f"generator_{name}" if name in ("batch_size", "lr") else name: value for name, value in INVERSION.items()}
+    arguments = {
+        **LOOP,
+        "generator_steps": run.steps,
+        "gamma_start": run.gamma[0],
+        "gamma_end": run.gamma[1],
+    }
+    arguments |= {
+        f"generator_{name}" if name in ("batch_size", "lr") else name: value
+        for name, value in INVERSION.items()
+    }
     dataset = {"num_classes": 10, "image_size": run.size, "normalization_type": run.name}
     optimizer = {"num_epochs": EPOCHS, "lr": run.lr}
-    return tie_trainer.TIETrainer(net, Loader(batches), Config({"dataset": dataset, "optimizer": optimizer, "trainer": {"trainer_args": arguments}}))
+    return tie_trainer.TIETrainer(
+        net,
+        Loader(batches),
+        Config(
+            {"dataset": dataset, "optimizer": optimizer, "trainer": {"trainer_args": arguments}}
+        ),
+    )
 
 
 def original(net: TIENet, run: Run) -> TIETrainer:
     """The same of tie_ext."""
-    inversion = Inversion(net, InversionSettings(**INVERSION, steps=run.steps, gamma_start=run.gamma[0], gamma_end=run.gamma[1]))
+    inversion = Inversion(
+        net,
+        InversionSettings(
+            **INVERSION, steps=run.steps, gamma_start=run.gamma[0], gamma_end=run.gamma[1]
+        ),
+    )
     inversion.generator.to(memory_format=torch.contiguous_format)
     return TIETrainer(net, TIEConfig(epochs=EPOCHS, lr=run.lr, **LOOP), [inversion])
 
 
 def named_as_patched(net: TIENet) -> dict:
     """The weights of tie_ext's network by the names of the patched one."""
-    state = {name: value for name, value in net.state_dict().items() if name not in ("low", "high", "_extra_state")}
-    return {f"backbone.{name}" if name.startswith("fc.") else name: value for name, value in state.items()}
+    state = {
+        name: value
+        for name, value in net.state_dict().items()
+        if name not in ("low", "high", "_extra_state")
+    }
+    return {
+        f"backbone.{name}" if name.startswith("fc.") else name: value
+        for name, value in state.items()
+    }
 
 
 def main(run: Run) -> None:
@@ -95,7 +123,9 @@ def main(run: Run) -> None:
     ours = TIENet(theirs.backbone, 10, (3, run.size, run.size), *value_range(run.name))
     ours.garbage.load_state_dict(theirs.garbage.state_dict())
     images = ours.scaled(torch.rand(run.images, 3, run.size, run.size))
-    labels = torch.cat([torch.arange(20) % 10, torch.arange(run.images - 20) % 3])  # unequal, so that the class weights matter
+    labels = torch.cat(
+        [torch.arange(20) % 10, torch.arange(run.images - 20) % 3]
+    )  # unequal, so that the class weights matter
     batches = list(zip(images.split(8), labels.split(8), strict=True))
 
     torch.manual_seed(2)
@@ -112,41 +142,68 @@ def main(run: Run) -> None:
     ours.eval(), theirs.eval()
     with torch.no_grad():
         logits = ours(images, garbage=True)
-    pred, conf = TIEPostprocessor(Config({"postprocessor": {"postprocessor_args": {"temperature": 1.0}}})).postprocess(theirs, images)
+    pred, conf = TIEPostprocessor(
+        Config({"postprocessor": {"postprocessor_args": {"temperature": 1.0}}})
+    ).postprocess(theirs, images)
     held = len(trainer.pool)
     equal = {
         "loss": [log.losses["classifier"] for log in logs] == losses,
         "tau": torch.tensor([log.tau for log in logs]).tolist() == taus,
-        "pool": trainer.pool.offered == again.pool.offered and torch.equal(trainer.pool.images[:held], again.pool.images[:held]),
-        "generator": same(trainer.synthesizers[0].generator.state_dict(), again.generator.state_dict()),
+        "pool": trainer.pool.offered == again.pool.offered
+        and torch.equal(trainer.pool.images[:held], again.pool.images[:held]),
+        "generator": same(
+            trainer.synthesizers[0].generator.state_dict(), again.generator.state_dict()
+        ),
         "weights": same(named_as_patched(ours), theirs.state_dict()),
         "of 100 classes": of_many_classes(),
-        "scores": torch.equal(conf, -ood_score(logits)) and torch.equal(pred, logits[:, :10].argmax(1)),
+        "scores": torch.equal(conf, -ood_score(logits))
+        and torch.equal(pred, logits[:, :10].argmax(1)),
     }
-    print(json.dumps({"equal": equal, "excluded": [sum(log.excluded) for log in logs], "loss": losses, "tau": taus}))
+    print(
+        json.dumps(
+            {
+                "equal": equal,
+                "excluded": [sum(log.excluded) for log in logs],
+                "loss": losses,
+                "tau": taus,
+            }
+        )
+    )
 
 
 def of_many_classes() -> bool:
     """Whether codes of 100 classes and garbage, and what a generator makes of them, are the same; the networks here have but ten."""
     target, bounds = torch.arange(8) * 14, ([0.0] * 3, [1.0] * 3)
-    ours = Generator((3, 28, 28), 101, width=16, low=bounds[0], high=bounds[1]).to(memory_format=torch.contiguous_format).eval()
+    ours = (
+        Generator((3, 28, 28), 101, width=16, low=bounds[0], high=bounds[1])
+        .to(memory_format=torch.contiguous_format)
+        .eval()
+    )
     theirs = TIEGenerator(28, 101, *bounds).eval()
-    theirs.load_state_dict({name: value for name, value in ours.state_dict().items() if name in theirs.state_dict()})
+    theirs.load_state_dict(
+        {name: value for name, value in ours.state_dict().items() if name in theirs.state_dict()}
+    )
     torch.manual_seed(3)
     code = soft_code(target, 101)
     images = ours(torch.randn(8, ours.latent_size), code)
     torch.manual_seed(3)
-    return torch.equal(code, tie_trainer.soft_code(target, 101)) and torch.equal(images, theirs(code))
+    return torch.equal(code, tie_trainer.soft_code(target, 101)) and torch.equal(
+        images, theirs(code)
+    )
 
 
 def same(first: dict, second: dict) -> bool:
-    return set(second) <= set(first) and all(torch.equal(value, first[name]) for name, value in second.items())
+    return set(second) <= set(first) and all(
+        torch.equal(value, first[name]) for name, value in second.items()
+    )
 
 
 def value_range(name: str):
     """What black and white are after OpenOOD's normalisation."""
     mean, std = normalization_dict.get(name, ([0.5] * 3, [0.5] * 3))
-    return [-m / s for m, s in zip(mean, std, strict=True)], [(1 - m) / s for m, s in zip(mean, std, strict=True)]
+    return [-m / s for m, s in zip(mean, std, strict=True)], [
+        (1 - m) / s for m, s in zip(mean, std, strict=True)
+    ]
 
 
 if __name__ == "__main__":

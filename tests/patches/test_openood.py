@@ -14,7 +14,12 @@ from patches.upstream import PATCHES, added, apply, cloned, git, other_than_pinn
 
 PLUG_INS, TIE = OURS = sorted(PATCHES.glob("openood/*.patch"))
 CPU = Path(__file__).parents[2] / "tie_ext" / "openood" / "cpu.py"
-NEW = ["openood/networks/tie_net.py", "openood/postprocessors/tie_postprocessor.py", "openood/trainers/tie_trainer.py", "openood/utils/plugins.py"]
+NEW = [
+    "openood/networks/tie_net.py",
+    "openood/postprocessors/tie_postprocessor.py",
+    "openood/trainers/tie_trainer.py",
+    "openood/utils/plugins.py",
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +30,18 @@ def patched(openood_root, tmp_path_factory) -> Path:
 
 def run(tree: Path, *command: str, path: str = "") -> str:
     """What a Python command says in a tree, whose ``openood`` is the one imported."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), path, os.environ.get("PYTHONPATH", "")]), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=tree, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tree), path, os.environ.get("PYTHONPATH", "")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -34,7 +49,11 @@ def run(tree: Path, *command: str, path: str = "") -> str:
 # What a reviewer sees first.
 
 
-@pytest.mark.parametrize(("patch", "lines", "files"), [(PLUG_INS, 45, 5), (TIE, 550, 18)], ids=lambda value: getattr(value, "stem", None))
+@pytest.mark.parametrize(
+    ("patch", "lines", "files"),
+    [(PLUG_INS, 45, 5), (TIE, 550, 18)],
+    ids=lambda value: getattr(value, "stem", None),
+)
 def test_a_patch_is_short_and_needs_nothing_of_ours(patch, lines, files):
     found = added(patch)
     assert sum(map(len, found.values())) <= lines
@@ -43,14 +62,18 @@ def test_a_patch_is_short_and_needs_nothing_of_ours(patch, lines, files):
 
 
 def test_what_is_added_is_counted(tmp_path):
-    (tmp_path / "a.patch").write_text("From\n---\ndiff --git a/b b/b\n--- a/b\n+++ b/b\n@@ -1 +1,2 @@\n-x\n+y\n++z\n")
+    (tmp_path / "a.patch").write_text(
+        "From\n---\ndiff --git a/b b/b\n--- a/b\n+++ b/b\n@@ -1 +1,2 @@\n-x\n+y\n++z\n"
+    )
     assert added(tmp_path / "a.patch") == {"b": ["y", "+z"]}
 
 
 def test_each_applies_to_the_commit_it_names(openood_root, tmp_path):
     tree = cloned(openood_root, tmp_path / "OpenOOD")
     for patch in OURS:  # on its own, and one after the other
-        assert not other_than_pinned(tree, PLUG_INS), "this is not OpenOOD at the commit that patches/README.md names"
+        assert not other_than_pinned(tree, PLUG_INS), (
+            "this is not OpenOOD at the commit that patches/README.md names"
+        )
         apply(tree, patch)
         git(tree, "reset", "-q", "--hard", "HEAD~1")
     apply(tree, *OURS)
@@ -80,12 +103,25 @@ def revision(tree: Path, hook: str) -> str:
 )
 def test_its_formatters_have_nothing_to_say(patched, tool, arguments):
     if not shutil.which(tool):
-        pytest.skip(f"no {tool} on the path: pip install flake8==3.8.3 yapf==0.30.0 docformatter==1.3.1 codespell==2.1.0 isort")
+        pytest.skip(
+            f"no {tool} on the path: pip install flake8==3.8.3 yapf==0.30.0 docformatter==1.3.1 codespell==2.1.0 isort"
+        )
     if tool in ("flake8", "yapf", "docformatter", "codespell"):
         said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
         if revision(patched, tool) not in said:
-            pytest.skip(f"OpenOOD asks for {tool} {revision(patched, tool)}, but this is {said.strip()}")
-    files = [*NEW, "openood/networks/utils.py", "openood/postprocessors/utils.py", "openood/trainers/utils.py"] if tool == "yapf" else NEW
+            pytest.skip(
+                f"OpenOOD asks for {tool} {revision(patched, tool)}, but this is {said.strip()}"
+            )
+    files = (
+        [
+            *NEW,
+            "openood/networks/utils.py",
+            "openood/postprocessors/utils.py",
+            "openood/trainers/utils.py",
+        ]
+        if tool == "yapf"
+        else NEW
+    )
     done = subprocess.run([tool, *arguments, *files], cwd=patched, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -97,8 +133,15 @@ def test_the_training_config_holds_the_defaults_of_tie_ext(patched):
 
     config = yaml.safe_load((patched / "configs/pipelines/train/train_tie.yml").read_text())
     given, loop, inversion = config["trainer"]["trainer_args"], TIEConfig(), InversionSettings()
-    named = {"generator_steps": "steps", "generator_batch_size": "batch_size", "generator_lr": "lr"}
-    assert given == {name: getattr(loop, name, None) or getattr(inversion, named.get(name, name)) for name in given}
+    named = {
+        "generator_steps": "steps",
+        "generator_batch_size": "batch_size",
+        "generator_lr": "lr",
+    }
+    assert given == {
+        name: getattr(loop, name, None) or getattr(inversion, named.get(name, name))
+        for name in given
+    }
     assert config["optimizer"] == {"name": "adam", "num_epochs": loop.epochs, "lr": loop.lr}
 
 
@@ -108,9 +151,17 @@ def test_the_training_config_holds_the_defaults_of_tie_ext(patched):
 @pytest.mark.parametrize("backbone", ["lenet", "resnet18_32x32"])
 def test_two_epochs_are_those_of_tie_ext_to_the_last_bit(patched, backbone):
     here = Path(__file__).parent
-    found = json.loads(run(patched, str(here / "beside_tie_ext.py"), backbone, path=str(here.parents[1])).splitlines()[-1])
-    assert found["equal"] == dict.fromkeys(["loss", "tau", "pool", "generator", "weights", "of 100 classes", "scores"], True)
-    assert backbone != "lenet" or any(0 < count < 52 for count in found["excluded"])  # a threshold that divides nothing would prove little
+    found = json.loads(
+        run(
+            patched, str(here / "beside_tie_ext.py"), backbone, path=str(here.parents[1])
+        ).splitlines()[-1]
+    )
+    assert found["equal"] == dict.fromkeys(
+        ["loss", "tau", "pool", "generator", "weights", "of 100 classes", "scores"], True
+    )
+    assert backbone != "lenet" or any(
+        0 < count < 52 for count in found["excluded"]
+    )  # a threshold that divides nothing would prove little
 
 
 # Trained by its main.py, scored by its scripts.
@@ -151,15 +202,31 @@ def trained(patched) -> Path:
     """Results of two seeds of one epoch on a few drawn images, all scored; as its scripts for CIFAR-10 do it, but smaller."""
     for name in ("train_cifar10", "val_cifar10", "test_cifar10", "test_cifar10c"):
         draw(patched / "data", name, 20 if name == "train_cifar10" else 10, True)
-    for name in ("val_tin", *(f"test_{ood}" for ood in ("cifar100", "tin", "mnist", "svhn", "texture", "places365"))):
+    for name in (
+        "val_tin",
+        *(f"test_{ood}" for ood in ("cifar100", "tin", "mnist", "svhn", "texture", "places365")),
+    ):
         draw(patched / "data", name, 4, False)
-    for folder in ("cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365"):  # what is there is not downloaded
+    for folder in (
+        "cifar10",
+        "cifar100",
+        "tin",
+        "mnist",
+        "svhn",
+        "texture",
+        "places365",
+    ):  # what is there is not downloaded
         (patched / "data" / "images_classic" / folder / "images").mkdir(parents=True)
     (command,) = re.findall(r"^python (main\.py.*?)\n\n?$", script(patched, "train"), re.M | re.S)
     small = "--dataset.train.batch_size 10 --optimizer.num_epochs 1 --num_workers 0 --trainer.trainer_args.generator_steps 2 --merge_option merge"
     small += " --trainer.trainer_args.generator_batch_size 4 --trainer.trainer_args.candidates 11"
-    runs = [[*command.replace("\\\n", "").replace("${SEED}", str(seed)).split(), *small.split()] for seed in range(2)]
-    (command,) = re.findall(r"^python (scripts/eval_ood\.py.*?)\n\n?$", script(patched, "test"), re.M | re.S)
+    runs = [
+        [*command.replace("\\\n", "").replace("${SEED}", str(seed)).split(), *small.split()]
+        for seed in range(2)
+    ]
+    (command,) = re.findall(
+        r"^python (scripts/eval_ood\.py.*?)\n\n?$", script(patched, "test"), re.M | re.S
+    )
     command = command.replace("\\\n", "").replace("_e20_", "_e1_").split()
     assert command[-4:] == ["--postprocessor", "tie", "--save-score", "--save-csv"]
     runs += [[*command[:-3], name, "--save-csv"] for name in SCORED]
@@ -181,7 +248,16 @@ def test_its_eval_ood_scores_every_seed(trained):
     assert sorted(path.name for path in trained.iterdir()) == ["ood", "s0", "s1"]
     for name in SCORED:
         table = pd.read_csv(trained / "ood" / f"{name}.csv", index_col=0)
-        assert list(table.index) == ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "farood"]
+        assert list(table.index) == [
+            "cifar100",
+            "tin",
+            "nearood",
+            "mnist",
+            "svhn",
+            "texture",
+            "places365",
+            "farood",
+        ]
         assert table.map(lambda cell: 0 <= float(cell.split()[0]) <= 100).all(axis=None)
     assert (trained / "ood" / "tie.csv").read_text() != (trained / "ood" / "msp.csv").read_text()
 
@@ -193,7 +269,9 @@ def test_the_last_epoch_is_what_is_scored_and_it_has_tau(trained):
         state = torch.load(folder / "best.ckpt", weights_only=True)
         assert state["tau"].isfinite()
         assert state["garbage.weight"].shape == (1, 512)
-    first, second = (torch.load(trained / seed / "best.ckpt", weights_only=True) for seed in ("s0", "s1"))
+    first, second = (
+        torch.load(trained / seed / "best.ckpt", weights_only=True) for seed in ("s0", "s1")
+    )
     assert not torch.equal(first["garbage.weight"], second["garbage.weight"])
 
 
@@ -263,7 +341,9 @@ print('called')
 def installed(folder: Path, name: str, entry_points: str) -> Path:
     """A folder that has a package's entry points as if it were installed there."""
     (folder / f"{name}-1.0.dist-info").mkdir(parents=True)
-    (folder / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (folder / f"{name}-1.0.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+    )
     (folder / f"{name}-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
     return folder
 
@@ -278,11 +358,16 @@ def test_plug_ins_are_called_as_built_ins_are(plugged, tmp_path):
     import torch
 
     kinds = {"trainers": "Trainer", "networks": "network", "postprocessors": "Post"}
-    points = "".join(f"[openood.{kind}]\nplugged = plug:{name}\n" for kind, name in kinds.items()) + "msp = plug:Post\n"
+    points = (
+        "".join(f"[openood.{kind}]\nplugged = plug:{name}\n" for kind, name in kinds.items())
+        + "msp = plug:Post\n"
+    )
     (installed(tmp_path, "plug", points) / "plug.py").write_text(PLUG)
     torch.save({"weight": torch.ones(1, 3), "bias": torch.zeros(1)}, plugged / "net.ckpt")
     (plugged / "postprocessors").mkdir()
-    (plugged / "postprocessors" / "plugged.yml").write_text("postprocessor:\n  APS_mode: True\n  postprocessor_args:\n    t: 0.5\n")
+    (plugged / "postprocessors" / "plugged.yml").write_text(
+        "postprocessor:\n  APS_mode: True\n  postprocessor_args:\n    t: 0.5\n"
+    )
     assert run(plugged, "-c", CALLS, path=str(tmp_path)).endswith("called\n")
 
 
@@ -305,8 +390,16 @@ print(*[type(thing).__name__ for thing in (net, trainer, get_postprocessor(confi
 
 
 def test_tie_ext_is_found_without_a_launcher(plugged, tmp_path):
-    table = re.findall(r'^\[project\.entry-points\."(openood\.\w+)"\]\n((?:\w+ = .*\n)+)', (CPU.parents[2] / "pyproject.toml").read_text(), re.M)
+    table = re.findall(
+        r'^\[project\.entry-points\."(openood\.\w+)"\]\n((?:\w+ = .*\n)+)',
+        (CPU.parents[2] / "pyproject.toml").read_text(),
+        re.M,
+    )
     assert len(table) == 3
     points = "".join(f"[{group}]\n{lines}" for group, lines in table).replace('"', "")
     path = os.pathsep.join([str(installed(tmp_path, "tie_ext", points)), str(CPU.parents[2])])
-    assert run(plugged, "-c", OF_TIE_EXT, path=path).split()[-3:] == ["OpenOODTIENet", "OpenOODTIETrainer", "TIEPostprocessor"]
+    assert run(plugged, "-c", OF_TIE_EXT, path=path).split()[-3:] == [
+        "OpenOODTIENet",
+        "OpenOODTIETrainer",
+        "TIEPostprocessor",
+    ]

@@ -19,7 +19,16 @@ BUDGET = {TIE: (400, 9), COMBINED: (300, 9)}
 ORDERS = {"both": [TIE, COMBINED], "0001 alone": [TIE], "0002 alone": [COMBINED]}
 EXTRAS = ("sklearn", "gdown", "pandas", "optuna", "matplotlib")
 """What pytorch-ood does not need."""
-PACKAGES = ("detector", "loss", "model", "utils", "dataset.img", "dataset.txt", "dataset.audio", "benchmark")
+PACKAGES = (
+    "detector",
+    "loss",
+    "model",
+    "utils",
+    "dataset.img",
+    "dataset.txt",
+    "dataset.audio",
+    "benchmark",
+)
 
 
 def files(patch: Path) -> dict[str, bool]:
@@ -32,10 +41,16 @@ def files(patch: Path) -> dict[str, bool]:
 def source() -> Path:
     found = Path(os.environ.get("PYTORCH_OOD_ROOT", Path.home() / "pytorch-ood"))
     if not (found / "src" / "pytorch_ood").is_dir():
-        pytest.skip(f"no source tree of pytorch-ood {RELEASE} at {found}: unpack its source distribution there, or set PYTORCH_OOD_ROOT")
-    (version,) = re.findall(r'^__version__ = "(.+)"', (found / "src" / "pytorch_ood" / "__init__.py").read_text(), re.M)
+        pytest.skip(
+            f"no source tree of pytorch-ood {RELEASE} at {found}: unpack its source distribution there, or set PYTORCH_OOD_ROOT"
+        )
+    (version,) = re.findall(
+        r'^__version__ = "(.+)"', (found / "src" / "pytorch_ood" / "__init__.py").read_text(), re.M
+    )
     if version != RELEASE:
-        pytest.fail(f"Expected pytorch-ood {RELEASE}, which the patches are made against, at {found}, but got {version}")
+        pytest.fail(
+            f"Expected pytorch-ood {RELEASE}, which the patches are made against, at {found}, but got {version}"
+        )
     return found
 
 
@@ -55,7 +70,9 @@ def tree(request, source, tmp_path_factory) -> Path:
     for arguments in (["init", "-q"], ["add", "-A", "-f"], ["commit", "-qm", RELEASE]):
         assert git(place, *arguments).returncode == 0
     for patch in ORDERS[request.param]:
-        missing = [name for name, new in files(patch).items() if not new and not (place / name).exists()]
+        missing = [
+            name for name, new in files(patch).items() if not new and not (place / name).exists()
+        ]
         run = git(place, "am", *(f"--exclude={name}" for name in missing), str(patch))
         assert run.returncode == 0, run.stdout + run.stderr
     return place
@@ -65,7 +82,13 @@ def ran(tree: Path, *arguments: str, **more: str) -> str:
     """What a Python that knows the patched tree before the installed package prints."""
     path = os.pathsep.join([str(tree / "src"), str(tree), str(SERIES.parents[1])])
     environment = {**os.environ, "PYTHONPATH": path, **more}
-    run = subprocess.run([sys.executable, "-W", "ignore", *arguments], cwd=tree, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     return run.stdout
 
@@ -82,7 +105,12 @@ def test_a_patch_keeps_its_budget(patch):
 @pytest.mark.parametrize("patch", BUDGET, ids=lambda patch: patch.stem)
 def test_a_patch_has_the_text_of_its_pull_request(patch):
     text = patch.with_suffix(".md").read_text()
-    assert re.findall(r"^## (.+)$", text, re.M) == ["What", "Why", "Evidence", "What reviewers will ask"]
+    assert re.findall(r"^## (.+)$", text, re.M) == [
+        "What",
+        "Why",
+        "Evidence",
+        "What reviewers will ask",
+    ]
 
 
 def test_nothing_of_ours_is_needed(tree):
@@ -91,7 +119,12 @@ def test_nothing_of_ours_is_needed(tree):
 
 
 def test_new_files_are_of_the_oldest_python(tree):
-    added = [tree / name for patch in BUDGET for name, new in files(patch).items() if new and name.endswith(".py") and (tree / name).exists()]
+    added = [
+        tree / name
+        for patch in BUDGET
+        for name, new in files(patch).items()
+        if new and name.endswith(".py") and (tree / name).exists()
+    ]
     assert added
     for path in added:
         ast.parse(path.read_text(), feature_version=(3, 8))
@@ -101,14 +134,20 @@ def test_its_own_formatter_has_nothing_to_say(tree):
     if find_spec("ruff") is None:
         pytest.skip("ruff is not installed")
     if not (tree / "tests" / "helpers").exists():
-        pytest.skip("this source has no tests/helpers, whose imports are sorted as its own: take a checkout of the repository")
+        pytest.skip(
+            "this source has no tests/helpers, whose imports are sorted as its own: take a checkout of the repository"
+        )
     ran(tree, "-m", "ruff", "check", "-q", ".")
     ran(tree, "-m", "ruff", "format", "--check", ".")
 
 
 def test_it_imports_without_extras(tree):
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in EXTRAS)
-    ran(tree, "-c", f"import sys, importlib\n{blocked}[importlib.import_module('pytorch_ood.' + name) for name in {PACKAGES}]")
+    ran(
+        tree,
+        "-c",
+        f"import sys, importlib\n{blocked}[importlib.import_module('pytorch_ood.' + name) for name in {PACKAGES}]",
+    )
 
 
 def test_its_own_tests_pass(tree):
@@ -117,7 +156,9 @@ def test_its_own_tests_pass(tree):
         where = ["tests"]
     else:
         if not (tree / "tests" / "helpers").exists():
-            pytest.skip("this source has no tests/helpers, which the tests of detectors import: take a checkout of the repository")
+            pytest.skip(
+                "this source has no tests/helpers, which the tests of detectors import: take a checkout of the repository"
+            )
         where = ["tests/detectors"]
     ran(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "log_cli=false", *where)
 
@@ -126,7 +167,7 @@ EQUAL_TIE = """
 import torch, pytorch_ood
 from pytorch_ood.detector import TIE
 from tie_ext import TIEDetector
-from tie_ext.decision import decide, uncertainty
+from tie_ext.scores.decision import decide, uncertainty
 assert {tree!r} in pytorch_ood.__file__
 for seed, (n, scale) in enumerate(((3, 1.0), (10, 5.0), (100, 20.0))):
     torch.manual_seed(seed)
@@ -148,7 +189,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from pytorch_ood.detector import Combined, EnergyBased, GEN, Mahalanobis, ODIN
 from tie_ext import Combined as Ours
-from tie_ext.combination import RULES
+from tie_ext.scores.combination import RULES
 torch.manual_seed(0)
 class Net(nn.Module):
     def __init__(self):
@@ -208,7 +249,9 @@ def test_the_example_runs(tree):
     path = tree / "examples/detectors/tie.py"
     if not path.exists():
         pytest.skip("this tree has 0002 alone")
-    code, changes = re.subn(r"range\((3|100)\)", "range(1)", path.read_text().replace("range(10000)", "range(60)"))
+    code, changes = re.subn(
+        r"range\((3|100)\)", "range(1)", path.read_text().replace("range(10000)", "range(60)")
+    )
     assert changes == 2
     printed = ran(tree, "-c", STAND_INS + code)
     assert "AUROC" in printed

@@ -10,9 +10,9 @@ import torch
 from conftest import make_batches, make_net, make_trainer
 
 from tie_ext import EpochLog, TIENet
-from tie_ext.exclusion import GarbagePool
-from tie_ext.support.checks import MOST_VALUES, check_number, check_shape
-from tie_ext.support.files import load_state, reading, save_state
+from tie_ext.training.pool import GarbagePool
+from tie_ext.utils.checks import MOST_VALUES, check_number, check_shape
+from tie_ext.utils.files import load_state, reading, save_state
 
 
 def changed(path, kind, *keys, to):
@@ -63,13 +63,17 @@ def saved(tmp_path):
     ],
     ids=str,
 )
-def test_a_network_of_wrong_fields_is_refused_in_one_line_and_before_it_takes_memory(saved, keys, to):
+def test_a_network_of_wrong_fields_is_refused_in_one_line_and_before_it_takes_memory(
+    saved, keys, to
+):
     changed(saved, "network", *keys, to=to)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"^Expected ") as error:
         TIENet.load(saved)
     assert "\n" not in str(error.value)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024 * (1024 if sys.platform == "darwin" else 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024 * (
+        1024 if sys.platform == "darwin" else 1
+    )
 
 
 def test_a_network_for_large_images_is_loaded_without_trying_it_on_one(tmp_path):
@@ -79,7 +83,9 @@ def test_a_network_for_large_images_is_loaded_without_trying_it_on_one(tmp_path)
     assert TIENet.load(tmp_path / "net").image_shape == (1, 1000, 1000)
 
 
-@pytest.mark.parametrize("shape", [(1, 28), (1, 28, 28, 28), (1, 0, 28), (1, 28, True), "abc", 3, (1, MOST_VALUES, 2)])
+@pytest.mark.parametrize(
+    "shape", [(1, 28), (1, 28, 28, 28), (1, 0, 28), (1, 28, True), "abc", 3, (1, MOST_VALUES, 2)]
+)
 def test_what_is_no_shape_of_an_image_is_refused(shape):
     with pytest.raises(ValueError, match="Expected"):
         check_shape(shape)
@@ -147,7 +153,17 @@ def detector(tmp_path):
     return tmp_path / "detector.json"
 
 
-@pytest.mark.parametrize("change", [{"t": 10**400}, {"false_alarm": []}, {"lam": 10**300}, {"tau": "x"}, {"threshold": True}, {"format": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"t": 10**400},
+        {"false_alarm": []},
+        {"lam": 10**300},
+        {"tau": "x"},
+        {"threshold": True},
+        {"format": None},
+    ],
+)
 def test_a_detector_of_wrong_fields_is_refused(detector, change):
     from tie_ext.pytorch_ood import TIEDetector
 
@@ -200,14 +216,28 @@ def test_a_number_too_large_for_a_float_is_refused_as_others_are(tmp_path):
 
 
 def test_a_pool_that_memory_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match="Expected a pool that fits into memory, but got pool_size 1000000000"):
+    with pytest.raises(
+        ValueError, match="Expected a pool that fits into memory, but got pool_size 1000000000"
+    ):
         GarbagePool(10**9, (3, 2000, 2000))
 
 
 def test_an_error_of_reading_is_one_line_that_says_what_was_expected():
-    with pytest.raises(ValueError, match=r"^Expected a thing, but got a truncated or foreign one: RuntimeError: a b$"), reading("a thing"):
+    with (
+        pytest.raises(
+            ValueError,
+            match=r"^Expected a thing, but got a truncated or foreign one: RuntimeError: a b$",
+        ),
+        reading("a thing"),
+    ):
         raise RuntimeError("a\n\tb")
-    with pytest.raises(ValueError, match=r"^Expected a thing, but got a truncated or foreign one: without 'x'$"), reading("a thing"):
+    with (
+        pytest.raises(
+            ValueError,
+            match=r"^Expected a thing, but got a truncated or foreign one: without 'x'$",
+        ),
+        reading("a thing"),
+    ):
         {}["x"]
     with pytest.raises(ValueError, match=r"^Expected 3$"), reading("a thing"):
         raise ValueError("Expected 3")

@@ -11,13 +11,34 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import SHAPE, TINY, Small, make_net, make_small
 
-from tie_ext import Inversion, InversionSettings, Noise, Synthesizer, TIENet, TIETrainer, uncertainty
-from tie_ext.exclusion import cutoff
-from tie_ext.outliers import BoundarySettings, ManifoldBoundary, MarginalRepresentations, MarginalSettings
-from tie_ext.support.distributed import average_gradients, average_statistics, buckets, gathered, total
-from tie_ext.support.random import seeded
+from tie_ext import (
+    Inversion,
+    InversionSettings,
+    Noise,
+    Synthesizer,
+    TIENet,
+    TIETrainer,
+    uncertainty,
+)
+from tie_ext.outliers import (
+    BoundarySettings,
+    ManifoldBoundary,
+    MarginalRepresentations,
+    MarginalSettings,
+)
+from tie_ext.scores.threshold import exclusion_threshold
+from tie_ext.utils.distributed import (
+    average_gradients,
+    average_statistics,
+    buckets,
+    gathered,
+    total,
+)
+from tie_ext.utils.random import seeded
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
+)
 WORLD = 2
 EPOCHS = 5
 
@@ -78,7 +99,9 @@ def parts(rank: int, again: TIETrainer) -> dict:
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.grad = torch.tensor([[1.0, 2.0]]) * (rank + 1)
     average_gradients(layer)
-    pair = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Linear(4, 2), torch.nn.Linear(1, 1).double())
+    pair = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 2), torch.nn.Linear(4, 2), torch.nn.Linear(1, 1).double()
+    )
     messages, sent = [], dist.all_reduce
     dist.all_reduce = lambda tensor, *args: messages.append(tensor.numel()) or sent(tensor, *args)
     for p in pair.parameters():
@@ -91,7 +114,11 @@ def parts(rank: int, again: TIETrainer) -> dict:
     norm.running_mean.fill_(rank)
     average_statistics(norm)
     device = torch.device("cpu")
-    found |= {"gradient": layer.weight.grad[0], "statistics": norm.running_mean, "total": int(total(torch.tensor(rank + 1), device))}
+    found |= {
+        "gradient": layer.weight.grad[0],
+        "statistics": norm.running_mean,
+        "total": int(total(torch.tensor(rank + 1), device)),
+    }
     found["gathered"] = gathered(torch.full((rank + 1, 2), float(rank)), device)
     trainer = still()
     trainer.epoch(batches(rank, 24))
@@ -113,20 +140,36 @@ def parts(rank: int, again: TIETrainer) -> dict:
     alone = TIETrainer(make_small(), replace(TINY, lam=1000.0), [], [])
     if rank:
         alone.pool.add(torch.rand(3, *SHAPE))
-    last = [(x[: 8 - 7 * (i == 2)], y[: 8 - 7 * (i == 2)]) for i, (x, y) in enumerate(batches(rank)[:3])]
+    last = [
+        (x[: 8 - 7 * (i == 2)], y[: 8 - 7 * (i == 2)])
+        for i, (x, y) in enumerate(batches(rank)[:3])
+    ]
     found["alone"] = alone.epoch(last).losses["classifier"]
     headed = TIENet(Small(3), 3, SHAPE, garbage="layers")
-    with patch("tie_ext.training.processed", lambda x, dice: x):  # so that the head's mean is that of the images
-        found["head taught"] = TIETrainer(headed, replace(TINY, epochs=1), [], [Noise(headed)]).epoch(batches(rank)).losses["head"]
+    with patch(
+        "tie_ext.training.trainer.processed", lambda x, rng: x
+    ):  # so that the head's mean is that of the images
+        found["head taught"] = (
+            TIETrainer(headed, replace(TINY, epochs=1), [], [Noise(headed)])
+            .epoch(batches(rank))
+            .losses["head"]
+        )
     found["head"] = headed.state_dict()
     for garbage in ("linear", "layers"):
         torch.manual_seed(0)
         searching = TIENet(Small(3), 3, SHAPE, garbage=garbage)
         one = TIETrainer(searching, replace(TINY, epochs=1, search=2), [], [Noise(searching)])
-        found[f"searching, {garbage}"] = (one.epoch(last).losses["classifier"], searching.state_dict())
+        found[f"searching, {garbage}"] = (
+            one.epoch(last).losses["classifier"],
+            searching.state_dict(),
+        )
     uneven = batches(rank)[: 3 + rank]
     labels = [(x, torch.full_like(y, 7) if rank else y) for x, y in batches(rank)]
-    for name, trainer, data in (("uneven", still(), uneven), ("uneven after load", again, uneven), ("bad labels", still(), labels)):
+    for name, trainer, data in (
+        ("uneven", still(), uneven),
+        ("uneven after load", again, uneven),
+        ("bad labels", still(), labels),
+    ):
         with pytest.raises(ValueError, match="Expected") as error:
             trainer.epoch(data)
         found[name] = str(error.value)
@@ -136,13 +179,23 @@ def parts(rank: int, again: TIETrainer) -> dict:
 def work(rank: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
+    )
     torch.manual_seed(rank)
     trainer, log = train(rank, EPOCHS)
     with torch.no_grad():
-        u = torch.cat([uncertainty(trainer.net.eval()(x, garbage=True).softmax(1)) for x, _ in batches(rank)])
+        u = torch.cat(
+            [uncertainty(trainer.net.eval()(x, garbage=True).softmax(1)) for x, _ in batches(rank)]
+        )
     [inversion] = trainer.synthesizers
-    mine = {"net": trainer.net.state_dict(), "generator": inversion.generator.state_dict(), "log": log, "u": u, "pool": trainer.pool.state_dict()}
+    mine = {
+        "net": trainer.net.state_dict(),
+        "generator": inversion.generator.state_dict(),
+        "log": log,
+        "u": u,
+        "pool": trainer.pool.state_dict(),
+    }
     trainer.save(f"{folder}/training{rank}.safetensors")
     net = make_net()
     again = TIETrainer(net, trainer.config, [Inversion(net, InversionSettings(steps=4, width=4))])
@@ -152,14 +205,18 @@ def work(rank: int, folder: str) -> None:
     torch.save(mine, f"{folder}/{rank}")
     group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
-    assert group() is None, "something still holds the process group: its threads live on and can abort the process at exit"
+    assert group() is None, (
+        "something still holds the process group: its threads live on and can abort the process at exit"
+    )
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(WORLD)]  # our own, written a moment ago
+    return [
+        torch.load(folder / str(rank), weights_only=False) for rank in range(WORLD)
+    ]  # our own, written a moment ago
 
 
 def test_network_and_generator_are_the_same_in_all_processes(two):
@@ -189,7 +246,12 @@ def test_a_loop_that_searches_ends_with_one_network(two, garbage):
 def test_tau_is_computed_over_all_processes(two):
     for each in two:
         assert each["log"][-1].tau == two[0]["log"][-1].tau
-        torch.testing.assert_close(each["net"]["tau"].item(), cutoff(torch.cat([e["u"] for e in two]), 0.5), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            each["net"]["tau"].item(),
+            exclusion_threshold(torch.cat([e["u"] for e in two]), 0.5),
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 def test_each_process_keeps_its_own_share_of_the_pool(two):
@@ -203,10 +265,18 @@ def test_each_process_keeps_its_own_share_of_the_pool(two):
 def test_logs_agree_but_for_time(two):
     from dataclasses import asdict
 
-    logs = [[{k: v for k, v in asdict(entry).items() if k not in ("seconds", "losses")} for entry in each["log"]] for each in two]
+    logs = [
+        [
+            {k: v for k, v in asdict(entry).items() if k not in ("seconds", "losses")}
+            for entry in each["log"]
+        ]
+        for each in two
+    ]
     assert logs[0] == logs[1]
     assert sum(logs[0][0]["proposed"]) == 12 * 4
-    assert [entry.losses["classifier"] for entry in two[0]["log"]] == [entry.losses["classifier"] for entry in two[1]["log"]]
+    assert [entry.losses["classifier"] for entry in two[0]["log"]] == [
+        entry.losses["classifier"] for entry in two[1]["log"]
+    ]
 
 
 def test_gradients_and_statistics_are_means_and_what_is_gathered_is_whole(two):
@@ -217,11 +287,13 @@ def test_gradients_and_statistics_are_means_and_what_is_gathered_is_whole(two):
         assert each["total"] == 3
         assert each["messages"] == [37, 2]  # one for each type, not one for each tensor
         for grad in each["pair"]:
-            assert torch.equal(grad, 1.5 * torch.arange(grad.numel(), dtype=grad.dtype).view_as(grad))
+            assert torch.equal(
+                grad, 1.5 * torch.arange(grad.numel(), dtype=grad.dtype).view_as(grad)
+            )
 
 
 def test_a_message_is_no_larger_than_a_bucket(monkeypatch):
-    monkeypatch.setattr("tie_ext.support.distributed.BUCKET", 10)
+    monkeypatch.setattr("tie_ext.utils.distributed.BUCKET", 10)
     tensors = [torch.zeros(size) for size in (4, 5, 3, 20, 1)]
     assert [[len(t) for t in bucket] for bucket in buckets(tensors)] == [[4, 5], [3], [20], [1]]
 
@@ -245,17 +317,30 @@ def test_processes_train_one_vae_also_where_a_share_lacks_a_class(two, name):
 
 def test_means_are_those_of_all_images(two):
     """The mean codes of DMR are over the images of all processes, not over each one's own."""
-    vae, x, y = two[0]["codec"], *(torch.cat(part) for part in zip(*lacking(0), *lacking(1), strict=True))
+    vae, x, y = (
+        two[0]["codec"],
+        *(torch.cat(part) for part in zip(*lacking(0), *lacking(1), strict=True)),
+    )
     synthesizer = MarginalRepresentations(make_small(), MarginalSettings(vae_epochs=1))
     synthesizer.load_state_dict(vae)
     with torch.no_grad():
         codes = synthesizer.codec.eval().encode(x, y)
-    torch.testing.assert_close(synthesizer.mean, torch.stack([codes[y == c].mean(0) for c in range(3)]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        synthesizer.mean,
+        torch.stack([codes[y == c].mean(0) for c in range(3)]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_what_is_wrong_in_one_process_is_said_in_all(two):
     assert "as many batches in every process" in two[0]["uneven"]
-    assert two[0]["uneven"] == two[1]["uneven"] == two[0]["uneven after load"] == two[1]["uneven after load"]
+    assert (
+        two[0]["uneven"]
+        == two[1]["uneven"]
+        == two[0]["uneven after load"]
+        == two[1]["uneven after load"]
+    )
     assert "got labels in [7, 7]" in two[1]["bad labels"]
     assert "an error in 1 of them" in two[0]["bad labels"]
 

@@ -17,9 +17,14 @@ from conftest import SHAPE, make_batches, make_net, make_trainer
 from torch import nn
 
 from tie_ext import TIENet
-from tie_ext.support.files import add_json_line, load_state, locked, read_json_lines, save_state
+from tie_ext.utils.files import add_json_line, load_state, locked, read_json_lines, save_state
 
-STATE = {"a": {0: torch.arange(3), 1: [torch.tensor(1.5), None, True]}, "b": -math.inf, "c": "text", "d": {}}
+STATE = {
+    "a": {0: torch.arange(3), 1: [torch.tensor(1.5), None, True]},
+    "b": -math.inf,
+    "c": "text",
+    "d": {},
+}
 
 
 def test_a_nested_state_comes_back(tmp_path):
@@ -40,7 +45,10 @@ def damage(path):
     tensors = {"x": torch.zeros(1)}
 
     def file(state, **header):
-        return safetensors.torch.save(tensors, {"tie_ext": json.dumps({"kind": "network", "version": 1, "state": state, **header})})
+        return safetensors.torch.save(
+            tensors,
+            {"tie_ext": json.dumps({"kind": "network", "version": 1, "state": state, **header})},
+        )
 
     return {
         "truncated": whole[: len(whole) // 2],
@@ -83,7 +91,9 @@ def test_a_bad_file_is_refused(tmp_path, how):
     path = tmp_path / "net.safetensors"
     make_net().save(path)
     path.write_bytes(damage(path)[how])
-    with pytest.raises(ValueError, match=r"Expected a .* in .*|Expected a tie_ext network file .*but got"):
+    with pytest.raises(
+        ValueError, match=r"Expected a .* in .*|Expected a tie_ext network file .*but got"
+    ):
         TIENet.load(path)
 
 
@@ -108,7 +118,10 @@ def test_records_stand_in_order_and_a_new_one_takes_the_place_of_its_name(tmp_pa
     path = tmp_path / "new" / "records.jsonl"
     for name, value in (("b", 1), ("a", 2), ("b", 3)):
         add_json_line(path, {"name": name, "value": value}, "name")
-    assert read_json_lines(path, "a record") == [{"name": "a", "value": 2}, {"name": "b", "value": 3}]
+    assert read_json_lines(path, "a record") == [
+        {"name": "a", "value": 2},
+        {"name": "b", "value": 3},
+    ]
     assert path.read_bytes().count(b"\n") == 2
     assert read_json_lines(tmp_path / "none.jsonl", "a record") == []
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -119,14 +132,17 @@ def test_records_stand_in_order_and_a_new_one_takes_the_place_of_its_name(tmp_pa
 @pytest.mark.parametrize("line", [b'{"name"', b"3", b"\xff"])
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     (tmp_path / "records.jsonl").write_bytes(b'{"name": "a"}\n' + line)
-    with pytest.raises(ValueError, match=r"Expected a record in line 2 of .*records.jsonl, but got a truncated or foreign one"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected a record in line 2 of .*records.jsonl, but got a truncated or foreign one",
+    ):
         add_json_line(tmp_path / "records.jsonl", {"name": "b"}, "name")
 
 
 def test_processes_that_write_to_one_file_lose_no_record(tmp_path):
     code = """
 import sys
-from tie_ext.support.files import add_json_line
+from tie_ext.utils.files import add_json_line
 for i in range(20):
     add_json_line(sys.argv[1], {"name": f"{sys.argv[2]}{i}"}, "name")
 """
@@ -168,7 +184,7 @@ except OSError as error:
 
 WRITER = """
 import sys
-from tie_ext.support.files import write_atomically
+from tie_ext.utils.files import write_atomically
 for i in range(300):
     write_atomically(sys.argv[1], bytes([i % 256]) * 100_000)
 """
@@ -176,7 +192,12 @@ for i in range(300):
 
 def test_two_writers_of_one_file_never_meet(tmp_path):
     path = tmp_path / "f"
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     while any(writer.poll() is None for writer in writers):
         if path.exists():
             content = path.read_bytes()
@@ -190,11 +211,20 @@ def test_keys_whose_names_collide_keep_their_own_tensors(tmp_path):
     one, two, three, four = torch.arange(4).float()
     save_state(tmp_path / "s", "training", {"a/b": one, "a": {"b": two}, 1: three, "1": four})
     again = load_state(tmp_path / "s", "training")
-    assert [again["a/b"].item(), again["a"]["b"].item(), again[1].item(), again["1"].item()] == [0, 1, 2, 3]
+    assert [again["a/b"].item(), again["a"]["b"].item(), again[1].item(), again["1"].item()] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
-    save_state(tmp_path / "s", "training", {"count": np.int64(3), "share": np.float32(0.25), "none": np.float32("nan")})
+    save_state(
+        tmp_path / "s",
+        "training",
+        {"count": np.int64(3), "share": np.float32(0.25), "none": np.float32("nan")},
+    )
     again = load_state(tmp_path / "s", "training")
     assert (again["count"], again["share"]) == (3, 0.25)
     assert [type(again[key]) for key in ("count", "share")] == [int, float]
@@ -203,7 +233,7 @@ def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
 
 HOLDER = """
 import sys, time
-from tie_ext.support.files import locked
+from tie_ext.utils.files import locked
 with locked(sys.argv[1]):
     print("in", flush=True)
     time.sleep(600)
@@ -211,13 +241,20 @@ with locked(sys.argv[1]):
 
 
 def test_a_folder_is_one_process_at_a_time_and_free_again_when_that_is_killed(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "in\n"
         part = tmp_path / "epochs" / f".0001.safetensors.{32 * 'a'}.part"
         part.parent.mkdir()
         part.write_bytes(b"half")
-        with pytest.raises(ValueError, match=r"Expected .* to be free, but got a folder that another process"), locked(tmp_path):
+        with (
+            pytest.raises(
+                ValueError, match=r"Expected .* to be free, but got a folder that another process"
+            ),
+            locked(tmp_path),
+        ):
             pass
         assert part.exists()  # it may be that process's
     finally:
@@ -228,13 +265,34 @@ def test_a_folder_is_one_process_at_a_time_and_free_again_when_that_is_killed(tm
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64]
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+    ],
 )
 def test_files_are_safetensors_whatever_they_hold(dtype, tmp_path):
     x = torch.arange(6).reshape(2, 3).to(dtype)
-    held = {"odd": torch.ones(3, dtype=torch.uint8), "x": x, "turned": x.T, "part": x[:, 1], "none": x[:0], "scalar": x[1, 2]}
+    held = {
+        "odd": torch.ones(3, dtype=torch.uint8),
+        "x": x,
+        "turned": x.T,
+        "part": x[:, 1],
+        "none": x[:0],
+        "scalar": x[1, 2],
+    }
     save_state(tmp_path / "s", "training", held)
-    theirs, ours = safetensors.torch.load_file(tmp_path / "s"), load_state(tmp_path / "s", "training")
+    theirs, ours = (
+        safetensors.torch.load_file(tmp_path / "s"),
+        load_state(tmp_path / "s", "training"),
+    )
     for name, value in held.items():
         assert torch.equal(theirs[f"/{name}"], value)
         assert torch.equal(ours[name], value)
@@ -243,17 +301,20 @@ def test_files_are_safetensors_whatever_they_hold(dtype, tmp_path):
 
 def test_what_no_file_holds_is_refused_and_an_earlier_file_stays(tmp_path):
     save_state(tmp_path / "s", "training", {"x": torch.zeros(1)})
-    with pytest.raises(TypeError, match=r"Expected a tensor of a type that safetensors have to save, but got torch.complex128 at /x"):
+    with pytest.raises(
+        TypeError,
+        match=r"Expected a tensor of a type that safetensors have to save, but got torch.complex128 at /x",
+    ):
         save_state(tmp_path / "s", "training", {"x": torch.zeros(1, dtype=torch.complex128)})
     assert load_state(tmp_path / "s", "training")["x"] == 0
 
 
 SAVER = """
 import sys
-from tie_ext.support.provenance import peak_memory
+from tie_ext.utils.provenance import peak_memory
 import torch
 from tie_ext import GarbagePool, Noise, NoiseSettings, Domain
-from tie_ext.support.files import save_state
+from tie_ext.utils.files import save_state
 low, high = torch.tensor(0.0), torch.tensor(1.0)
 if sys.argv[1] == "save":
     pool = GarbagePool(2000, (3, 224, 224))
@@ -275,10 +336,19 @@ print((peak_memory() - before) / size)
 """
 
 
-@pytest.mark.parametrize(("what", "most"), [("save", 0.2), ("add", 1.0), ("multiscale", 1.3), ("white", 1.3)])
+@pytest.mark.parametrize(
+    ("what", "most"), [("save", 0.2), ("add", 1.0), ("multiscale", 1.3), ("white", 1.3)]
+)
 def test_large_images_take_little_more_than_their_place(what, most, tmp_path):
-    done = subprocess.run([sys.executable, "-c", SAVER, what, str(tmp_path / "s")], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < most  # of what is saved, kept or drawn; once saving took three times as much, drawing four
+    done = subprocess.run(
+        [sys.executable, "-c", SAVER, what, str(tmp_path / "s")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (
+        float(done.stdout) < most
+    )  # of what is saved, kept or drawn; once saving took three times as much, drawing four
 
 
 class Small(nn.Module):
@@ -305,11 +375,18 @@ EARLIER = Path(__file__).parents[1] / "data" / "saved_by_0.1.0"
 def test_a_network_that_an_earlier_version_saved_gives_the_same_numbers():
     net = TIENet.load(EARLIER / "network.safetensors", Small())
     x = torch.linspace(-1, 1, 40 * 28 * 28).view(40, 1, 28, 28)
-    assert (net.classes, net.num_classes, net.image_shape, net.precision) == (("a", "b", "c"), 3, SHAPE, "bfloat16")
+    assert (net.classes, net.num_classes, net.image_shape, net.precision) == (
+        ("a", "b", "c"),
+        3,
+        SHAPE,
+        "bfloat16",
+    )
     assert net.tau.item() == 0.25
     with torch.no_grad():
         logits = net(x[:3], garbage=True)
-    torch.testing.assert_close(logits, torch.tensor(LOGITS), rtol=0, atol=1e-2)  # bfloat16, whose sums differ from processor to processor
+    torch.testing.assert_close(
+        logits, torch.tensor(LOGITS), rtol=0, atol=1e-2
+    )  # bfloat16, whose sums differ from processor to processor
 
 
 def test_a_detector_that_an_earlier_version_saved_draws_the_same_line():

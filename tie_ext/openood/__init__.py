@@ -34,7 +34,9 @@ def configs() -> Path:
     return installed if installed.is_dir() else package.parent / "openood_configs"
 
 
-def __getattr__(name: str):  # so that what is missing is named before OpenOOD's own imports fail one by one
+def __getattr__(
+    name: str,
+):  # so that what is missing is named before OpenOOD's own imports fail one by one
     if name not in _ROOMS:
         raise AttributeError(f"module 'tie_ext.openood' has no attribute {name!r}")
     check_requirements()

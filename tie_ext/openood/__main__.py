@@ -20,7 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or not os.path.isfile(arguments[0]):
         got = arguments[0] if arguments else "nothing"
-        raise SystemExit(f"Expected one of OpenOOD's scripts, as in `python -m tie_ext.openood main.py --config ...`, but got {got}")
+        raise SystemExit(
+            f"Expected one of OpenOOD's scripts, as in `python -m tie_ext.openood main.py --config ...`, but got {got}"
+        )
     sys.argv = list(arguments)
     sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
     try:

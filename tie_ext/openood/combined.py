@@ -6,20 +6,20 @@ from openood.utils.config import Config
 from pytorch_ood.detector import GEN
 from torch import Tensor, nn, no_grad
 
-from tie_ext.combination import RULES, Reference, check_rule, reference
-from tie_ext.decision import ood_score
-from tie_ext.network import TIENet
+from tie_ext.models.network import TIENet
 from tie_ext.openood.postprocessors import arguments, shipped
 from tie_ext.openood.trainer import Pairs
-from tie_ext.pytorch_ood.chosen import FeatureSample, fit_knn
-from tie_ext.pytorch_ood.neighbours import SampledKNN
+from tie_ext.pytorch_ood.combine import FeatureSample, fit_knn
+from tie_ext.pytorch_ood.knn import SampledKNN
+from tie_ext.scores.combination import RULES, Reference, check_rule, reference
+from tie_ext.scores.decision import ood_score
 
 
 class CombinedPostprocessor(BasePostprocessor):
     """Postprocessor ``tie_combined``: the score of a ``tie_net``'s garbage class, KNN and GEN as one, by one forward pass.
 
     Of any other network, which has no garbage class, it combines the latter two. Its parameter is the ``rule``, a name in
-    :data:`tie_ext.combination.RULES`. Set up on ID images alone: KNN keeps features of training images, and the validation images set the scale of
+    :data:`tie_ext.scores.combination.RULES`. Set up on ID images alone: KNN keeps features of training images, and the validation images set the scale of
     each score. The members are those of :func:`tie_ext.combine`.
     """
 
@@ -45,7 +45,11 @@ class CombinedPostprocessor(BasePostprocessor):
         for x, _ in Pairs(id_loader_dict["train"]):
             features.add(_seen(net, x.to(device))[1].float())
         self.knn = fit_knn(features.rows)
-        self.reference = reference(torch.cat([self._scores(*_seen(net, x.to(device))) for x, _ in Pairs(id_loader_dict["val"])]))
+        self.reference = reference(
+            torch.cat(
+                [self._scores(*_seen(net, x.to(device))) for x, _ in Pairs(id_loader_dict["val"])]
+            )
+        )
 
     @no_grad()
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +63,9 @@ class CombinedPostprocessor(BasePostprocessor):
                 "Expected postprocessor tie_combined to be set up on ID training and validation images, but got none; call setup first"
             )
         logits, h, garbage = _seen(net, data)
-        return logits.argmax(dim=1), -RULES[self.rule](self.reference, self._scores(logits, h, garbage))
+        return logits.argmax(dim=1), -RULES[self.rule](
+            self.reference, self._scores(logits, h, garbage)
+        )
 
     def _scores(self, logits: Tensor, h: Tensor, garbage: Tensor | None) -> Tensor:
         """Scores ``(B, k)``, larger = more OOD."""

@@ -14,11 +14,17 @@ class _Here(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
         if func is torch.device:  # whose own name torch itself goes by, as fork_rng does
             return func(*args, **(kwargs or {}))
-        return func(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()})
+        return func(
+            *map(_on_cpu, args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()}
+        )
 
 
 def _on_cpu(value):
-    return "cpu" if isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda" else value
+    return (
+        "cpu"
+        if isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda"
+        else value
+    )
 
 
 @contextmanager
@@ -38,7 +44,13 @@ def without_cuda(wanted: bool) -> Iterator[None]:
         (Tensor, "cuda", lambda self, *_, **__: self),
         (nn.Module, "cuda", lambda self, *_, **__: self),
         (torch.cuda, "FloatTensor", torch.FloatTensor),
-        (torch, "load", lambda *args, **kwargs: load(*args, **{"map_location": "cpu", "weights_only": True, **kwargs})),
+        (
+            torch,
+            "load",
+            lambda *args, **kwargs: load(
+                *args, **{"map_location": "cpu", "weights_only": True, **kwargs}
+            ),
+        ),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
     for owner, name, stand_in in stand_ins:

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from tie_ext.support.files import write_atomically
+from tie_ext.utils.files import write_atomically
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """How the names of images end."""
@@ -39,14 +39,24 @@ def _lines(folder: Path) -> list[str]:
     """``path label`` of each image in a folder."""
     above = next((parent for parent in folder.parents if parent.name.startswith("images_")), None)
     if not folder.is_dir() or above is None:
-        raise ValueError(f"Expected a folder of images below OpenOOD's data_dir, as data/images_classic/svhn/train, but got {folder}")
+        raise ValueError(
+            f"Expected a folder of images below OpenOOD's data_dir, as data/images_classic/svhn/train, but got {folder}"
+        )
     classes = sorted((sub for sub in folder.iterdir() if sub.is_dir()), key=_rank)
-    labelled = [(label, image) for label, sub in enumerate(classes) for image in _images(sub)] if classes else [(-1, i) for i in _images(folder)]
+    labelled = (
+        [(label, image) for label, sub in enumerate(classes) for image in _images(sub)]
+        if classes
+        else [(-1, i) for i in _images(folder)]
+    )
     if not labelled:
-        raise ValueError(f"Expected images in {folder}, or in a subfolder for each class, but got none")
+        raise ValueError(
+            f"Expected images in {folder}, or in a subfolder for each class, but got none"
+        )
     for _, image in labelled:
         if re.search(r"\s", str(image.relative_to(above))):
-            raise ValueError(f"Expected names without spaces, at which OpenOOD ends an image's path, but got {image}; rename it")
+            raise ValueError(
+                f"Expected names without spaces, at which OpenOOD ends an image's path, but got {image}; rename it"
+            )
     return [f"{image.relative_to(above).as_posix()} {label}" for label, image in labelled]
 
 
@@ -70,7 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     path, *folders = (sys.argv[1:] if arguments is None else arguments) or [""]
     if not folders:
-        raise SystemExit("Expected a list and folders, as in `python -m tie_ext.openood.lists LIST FOLDER [FOLDER ...]`")
+        raise SystemExit(
+            "Expected a list and folders, as in `python -m tie_ext.openood.lists LIST FOLDER [FOLDER ...]`"
+        )
     try:
         count = write_list(path, *folders)
     except (ValueError, OSError) as error:

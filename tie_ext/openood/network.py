@@ -6,9 +6,9 @@ from openood.preprocessors.transform import normalization_dict
 from openood.utils.config import Config
 from torch import Tensor, nn
 
-from tie_ext.backbones import BACKBONES
-from tie_ext.head import GarbageHead
-from tie_ext.network import TIENet
+from tie_ext.models.backbones import BACKBONES
+from tie_ext.models.head import GarbageHead
+from tie_ext.models.network import TIENet
 
 
 class OpenOODTIENet(TIENet):
@@ -18,7 +18,14 @@ class OpenOODTIENet(TIENet):
     ``feature_size``) these are ``return_feature_list=True``, ``intermediate_forward`` and the backbone's own layers (``net.layer4``, ``avgpool``).
     """
 
-    def forward(self, x: Tensor, return_feature: bool = False, return_feature_list: bool = False, *, garbage: bool = False):
+    def forward(
+        self,
+        x: Tensor,
+        return_feature: bool = False,
+        return_feature_list: bool = False,
+        *,
+        garbage: bool = False,
+    ):
         """Logits, and features where asked.
 
         Arguments:
@@ -62,12 +69,21 @@ def tie_net(network_config) -> OpenOODTIENet:
     low = [-m / s for m, s in zip(mean, std, strict=True)]
     high = [(1 - m) / s for m, s in zip(mean, std, strict=True)]
     size = network_config.image_size
-    return OpenOODTIENet(backbone, network_config.num_classes, (3, size, size), low, high, garbage=network_config.garbage or "linear")
+    return OpenOODTIENet(
+        backbone,
+        network_config.num_classes,
+        (3, size, size),
+        low,
+        high,
+        garbage=network_config.garbage or "linear",
+    )
 
 
 def backbone_of(backbone_config: Config) -> nn.Module:
     """The classifier of a config, on the CPU: one of OpenOOD's networks, or of :data:`tie_ext.BACKBONES` for images of three channels."""
-    from openood.networks.utils import get_network  # at the time of the call: it may be one that knows more backbones
+    from openood.networks.utils import (
+        get_network,  # at the time of the call: it may be one that knows more backbones
+    )
 
     if backbone_config.name in BACKBONES:
         return BACKBONES[backbone_config.name](3, backbone_config.num_classes)
@@ -91,18 +107,33 @@ def tie_net_of(checkpoint: Mapping[str, Tensor], network: nn.Module, size: int) 
         ValueError: If it is around no network that is known here, or its garbage head is for images of another size.
     """
     num_classes = len(checkpoint["fc.weight"])
-    shapes = {name.removeprefix("backbone."): value.shape for name, value in checkpoint.items() if name.startswith("backbone.")}
-    backbone = next((candidate for candidate in _candidates(network, num_classes) if shapes.items() <= _shapes(candidate).items()), None)
+    shapes = {
+        name.removeprefix("backbone."): value.shape
+        for name, value in checkpoint.items()
+        if name.startswith("backbone.")
+    }
+    backbone = next(
+        (
+            candidate
+            for candidate in _candidates(network, num_classes)
+            if shapes.items() <= _shapes(candidate).items()
+        ),
+        None,
+    )
     if backbone is None:
         known = ", ".join([type(network).__name__, *OTHERS])
-        raise ValueError(f"Expected a checkpoint of a tie_net around one of {known}, but got one around another network; score it by main.py")
+        raise ValueError(
+            f"Expected a checkpoint of a tie_net around one of {known}, but got one around another network; score it by main.py"
+        )
     low, high = (checkpoint[name].flatten().tolist() for name in ("low", "high"))
     garbage = "layers" if "garbage.mean" in checkpoint else "linear"
     net = OpenOODTIENet(backbone, num_classes, (3, size, size), low, high, garbage=garbage)
     try:
         net.load_state_dict(dict(checkpoint))
     except RuntimeError as error:
-        raise ValueError(f"Expected a checkpoint of a tie_net around {type(backbone).__name__} for {size} pixels, but got another: {error}") from None
+        raise ValueError(
+            f"Expected a checkpoint of a tie_net around {type(backbone).__name__} for {size} pixels, but got another: {error}"
+        ) from None
     return net
 
 

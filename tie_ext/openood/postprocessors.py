@@ -4,9 +4,9 @@ from openood.postprocessors import BasePostprocessor
 from openood.utils.config import Config
 from torch import Tensor, nn, no_grad
 
-from tie_ext.decision import ood_score, uncertainty
-from tie_ext.network import TIENet
+from tie_ext.models.network import TIENet
 from tie_ext.openood import configs
+from tie_ext.scores.decision import ood_score, uncertainty
 
 
 def shipped(name: str) -> Config:
@@ -16,7 +16,10 @@ def shipped(name: str) -> Config:
 
 def arguments(name: str, config: Config) -> dict:
     """``postprocessor_args`` of a config for one of these postprocessors; what it does not say is as shipped."""
-    return {**shipped(name).postprocessor.postprocessor_args, **(config.postprocessor.postprocessor_args or {})}
+    return {
+        **shipped(name).postprocessor.postprocessor_args,
+        **(config.postprocessor.postprocessor_args or {}),
+    }
 
 
 class TIEPostprocessor(BasePostprocessor):
@@ -37,7 +40,9 @@ class TIEPostprocessor(BasePostprocessor):
             TypeError: If the network has no garbage class.
         """
         if not isinstance(getattr(net, "module", net), TIENet):
-            raise TypeError(f"Expected network tie_net for postprocessor tie, but got {type(net).__name__}; postprocessor tie_ue takes any network")
+            raise TypeError(
+                f"Expected network tie_net for postprocessor tie, but got {type(net).__name__}; postprocessor tie_ue takes any network"
+            )
         logits = net(data, garbage=True)
         return logits[:, :-1].argmax(dim=1), -ood_score(logits, self.t)
 

@@ -17,6 +17,8 @@ class LastRecorder(BaseRecorder):
 
     def save_model(self, net: nn.Module, val_metrics: dict) -> None:
         """Save the network as ``best.ckpt`` and ``best_epoch*_acc*.ckpt``, in place of the epoch before."""
-        Path(self.output_dir, f"best_epoch{self.best_epoch_idx}_acc{self.best_acc:.4f}.ckpt").unlink(missing_ok=True)
+        Path(
+            self.output_dir, f"best_epoch{self.best_epoch_idx}_acc{self.best_acc:.4f}.ckpt"
+        ).unlink(missing_ok=True)
         self.best_acc = 0.0  # no epoch before this one counts
         super().save_model(net, val_metrics)

@@ -25,9 +25,9 @@ from openood.networks.ash_net import ASHNet
 from openood.networks.scale_net import ScaleNet
 from torch import nn
 
-from tie_ext.network import TIENet
+from tie_ext.models.network import TIENet
 from tie_ext.openood import configs
-from tie_ext.openood.attaching import OpenOODAttachTrainer
+from tie_ext.openood.attach_trainer import OpenOODAttachTrainer
 from tie_ext.openood.combined import CombinedPostprocessor
 from tie_ext.openood.network import tie_net, tie_net_of
 from tie_ext.openood.postprocessors import TIEPostprocessor, TIEUEPostprocessor
@@ -35,13 +35,22 @@ from tie_ext.openood.recorder import LastRecorder
 from tie_ext.openood.rejection import DMRPostprocessor
 from tie_ext.openood.trainer import OpenOODTIETrainer
 
-POSTPROCESSORS: dict[str, type[TIEPostprocessor] | type[TIEUEPostprocessor] | type[CombinedPostprocessor] | type[DMRPostprocessor]] = {
+POSTPROCESSORS: dict[
+    str,
+    type[TIEPostprocessor]
+    | type[TIEUEPostprocessor]
+    | type[CombinedPostprocessor]
+    | type[DMRPostprocessor],
+] = {
     "tie": TIEPostprocessor,
     "tie_ue": TIEUEPostprocessor,
     "tie_combined": CombinedPostprocessor,
     "dmr": DMRPostprocessor,
 }
-TRAINERS: dict[str, type[OpenOODTIETrainer] | type[OpenOODAttachTrainer]] = {"tie": OpenOODTIETrainer, "attach": OpenOODAttachTrainer}
+TRAINERS: dict[str, type[OpenOODTIETrainer] | type[OpenOODAttachTrainer]] = {
+    "tie": OpenOODTIETrainer,
+    "attach": OpenOODAttachTrainer,
+}
 CLASSES = {"mnist": 10, "fashionmnist": 10, "svhn": 10, "tinyimagenet": 200}
 """Class counts that MDS, RMDS, KLM, SHE, Gram and OpenMax look up by the data set's name and OpenOOD does not have."""
 SHAPED = {"ash": ASHNet, "scale": ScaleNet, "adascale_a": AdaScaleANet, "adascale_l": AdaScaleLNet}
@@ -162,7 +171,11 @@ def _with_checkpoints(original: type[nn.Module], size: int) -> type[nn.Module]:
             self.__class__, self.__dict__ = type(net), vars(net)  # type: ignore[assignment, misc]
             return self.load_state_dict(state_dict)
 
-    Network.__name__, Network.__qualname__, Network.__doc__ = original.__name__, original.__qualname__, original.__doc__
+    Network.__name__, Network.__qualname__, Network.__doc__ = (
+        original.__name__,
+        original.__qualname__,
+        original.__doc__,
+    )
     Network.__module__ = openood.networks.__name__  # where it can be found again by name
     return Network
 
@@ -173,9 +186,13 @@ def _with_network(original: Callable) -> Callable:
             return original(network_config)
         net = tie_net(network_config)
         if network_config.pretrained:
-            net.load_state_dict(torch.load(network_config.checkpoint, map_location="cpu", weights_only=True))
-        # Not wrapped in DistributedDataParallel: TIE's trainer keeps the processes in step itself (tie_ext.support.distributed).
-        return net.to("cuda" if network_config.num_gpus > 0 and torch.cuda.is_available() else "cpu")
+            net.load_state_dict(
+                torch.load(network_config.checkpoint, map_location="cpu", weights_only=True)
+            )
+        # Not wrapped in DistributedDataParallel: TIE's trainer keeps the processes in step itself (tie_ext.utils.distributed).
+        return net.to(
+            "cuda" if network_config.num_gpus > 0 and torch.cuda.is_available() else "cpu"
+        )
 
     return get_network
 
@@ -190,10 +207,14 @@ def _with_postprocessors(original: Callable) -> Callable:
         except KeyError:
             if name not in api.postprocessors:
                 raise
-            postprocessor = api.postprocessors[name](config)  # its pipelines know fewer names than its evaluation API
+            postprocessor = api.postprocessors[name](
+                config
+            )  # its pipelines know fewer names than its evaluation API
         if name in SHAPED:
             score = postprocessor.postprocess
-            postprocessor.postprocess = lambda net, data: score(SHAPED[name](net) if isinstance(net, TIENet) else net, data)
+            postprocessor.postprocess = lambda net, data: score(
+                SHAPED[name](net) if isinstance(net, TIENet) else net, data
+            )
         return postprocessor
 
     return get_postprocessor
@@ -202,7 +223,10 @@ def _with_postprocessors(original: Callable) -> Callable:
 def _with_configs(original: Callable) -> Callable:
     def get_postprocessor(config_root, postprocessor_name, id_data_name):
         # Where the user has no file of his own, OpenOOD would download one, of a name that it does not know.
-        own = postprocessor_name not in POSTPROCESSORS or Path(config_root, "postprocessors", f"{postprocessor_name}.yml").exists()
+        own = (
+            postprocessor_name not in POSTPROCESSORS
+            or Path(config_root, "postprocessors", f"{postprocessor_name}.yml").exists()
+        )
         return original(config_root if own else str(configs()), postprocessor_name, id_data_name)
 
     return get_postprocessor

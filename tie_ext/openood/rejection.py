@@ -10,8 +10,13 @@ from torch import Tensor, nn, no_grad
 
 from tie_ext.openood.postprocessors import arguments, shipped
 from tie_ext.openood.trainer import Pairs
-from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings, fit_rejection, marginal_features
-from tie_ext.synthesis import Domain
+from tie_ext.outliers.base import Domain
+from tie_ext.outliers.marginal import (
+    MarginalRepresentations,
+    MarginalSettings,
+    fit_rejection,
+    marginal_features,
+)
 
 
 class DMRPostprocessor(BasePostprocessor):
@@ -37,9 +42,15 @@ class DMRPostprocessor(BasePostprocessor):
         with no_grad():
             x = next(iter(batches))[0]
             num_classes = net(x.to(device)).shape[1]
-        domain = Domain(num_classes, tuple(x.shape[1:]), *_bounds(id_loader_dict["train"], self.config.dataset))
-        synthesizer = MarginalRepresentations(domain, MarginalSettings(k=self.settings["k"], vae_epochs=self.settings["vae_epochs"]))
-        features, outlier = marginal_features(lambda x: net(x, return_feature=True)[1].flatten(1), synthesizer, batches, device)
+        domain = Domain(
+            num_classes, tuple(x.shape[1:]), *_bounds(id_loader_dict["train"], self.config.dataset)
+        )
+        synthesizer = MarginalRepresentations(
+            domain, MarginalSettings(k=self.settings["k"], vae_epochs=self.settings["vae_epochs"])
+        )
+        features, outlier = marginal_features(
+            lambda x: net(x, return_feature=True)[1].flatten(1), synthesizer, batches, device
+        )
         self.network = fit_rejection(features, outlier, epochs=self.settings["epochs"])
 
     @no_grad()
@@ -50,7 +61,9 @@ class DMRPostprocessor(BasePostprocessor):
             RuntimeError: If it has not been set up.
         """
         if self.network is None:
-            raise RuntimeError("Expected postprocessor dmr to be set up on the ID training images, but got none; call setup first")
+            raise RuntimeError(
+                "Expected postprocessor dmr to be set up on the ID training images, but got none; call setup first"
+            )
         logits, features = net(data, return_feature=True)
         return logits.argmax(dim=1), -self.network(features.flatten(1)).squeeze(1)
 
@@ -61,6 +74,11 @@ def _bounds(loader: Iterable, dataset: Config | None) -> list[Tensor]:
     preprocessor = getattr(getattr(loader, "dataset", None), "preprocessor", None)
     transform = getattr(preprocessor, "transform", preprocessor)
     last = (getattr(transform, "transforms", None) or [transform])[-1]
-    known = normalization_dict.get((dataset.normalization_type or dataset.name) if dataset else None, ([0.5] * 3, [0.5] * 3))
-    mean, std = (torch.tensor(getattr(last, name, value)).view(-1, 1, 1) for name, value in zip(("mean", "std"), known, strict=True))
+    known = normalization_dict.get(
+        (dataset.normalization_type or dataset.name) if dataset else None, ([0.5] * 3, [0.5] * 3)
+    )
+    mean, std = (
+        torch.tensor(getattr(last, name, value)).view(-1, 1, 1)
+        for name, value in zip(("mean", "std"), known, strict=True)
+    )
     return [-mean / std, (1 - mean) / std]

@@ -35,10 +35,20 @@ def check_requirements() -> None:
         ImportError: With each missing or incompatible package and the lines that install them.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
-    unfit = [name for name, (package, bound) in PACKAGES.items() if name not in missing and bound and not _below(package, bound)]
+    unfit = [
+        name
+        for name, (package, bound) in PACKAGES.items()
+        if name not in missing and bound and not _below(package, bound)
+    ]
     lines = []
     if missing or unfit:
-        lines.append("pip install " + " ".join(f"'{package}{bound}'" for package, bound in (PACKAGES[name] for name in [*missing, *unfit])))
+        lines.append(
+            "pip install "
+            + " ".join(
+                f"'{package}{bound}'"
+                for package, bound in (PACKAGES[name] for name in [*missing, *unfit])
+            )
+        )
     if find_spec("libmr") is None:
         missing.append("libmr")
         lines.append(LIBMR)
@@ -46,15 +56,23 @@ def check_requirements() -> None:
         missing.append("openood")
         lines.append(f"{OPENOOD}  # or run from the folder of a checkout, or put it on PYTHONPATH")
     if lines:
-        found = [f"{name} {version(PACKAGES[name][0])} where {name}{PACKAGES[name][1]} is needed" for name in unfit]
+        found = [
+            f"{name} {version(PACKAGES[name][0])} where {name}{PACKAGES[name][1]} is needed"
+            for name in unfit
+        ]
         what = "; ".join(filter(None, [f"no {', '.join(missing)}" if missing else "", *found]))
-        raise ImportError(f"Expected the packages that OpenOOD imports, but got {what}. Install them with\n    " + "\n    ".join(lines))
+        raise ImportError(
+            f"Expected the packages that OpenOOD imports, but got {what}. Install them with\n    "
+            + "\n    ".join(lines)
+        )
 
 
 def _below(package: str, bound: str) -> bool:
     try:
         found = version(package)
-    except PackageNotFoundError:  # under another name (opencv-python, faiss-gpu): its import decides
+    except (
+        PackageNotFoundError
+    ):  # under another name (opencv-python, faiss-gpu): its import decides
         return True
     numbers = [[int(part) for part in re.findall(r"\d+", text)[:3]] for text in (found, bound)]
     return numbers[0] < numbers[1]

@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tie_ext.config import TIEConfig
-from tie_ext.network import TIENet
-from tie_ext.recipe import Recipe, names
+from tie_ext.models.network import TIENet
+from tie_ext.training.config import TIEConfig
+from tie_ext.training.recipe import Recipe, names
 
 
 class OpenOODTIETrainer:
@@ -20,7 +20,7 @@ class OpenOODTIETrainer:
 
     ``optimizer`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``: every other setting of
     :class:`tie_ext.TIEConfig` by its name; ``synthesizers``, by name with the settings of each below it, or names with commas between; ``prior``,
-    names with commas between, or ``none``; and ``objective``, as :class:`tie_ext.recipe.Recipe` has it. The optimiser is SGD as OpenOOD's baseline
+    names with commas between, or ``none``; and ``objective``, as :class:`tie_ext.training.recipe.Recipe` has it. The optimiser is SGD as OpenOOD's baseline
     trainer has it, or the paper's ``adam``; the learning rate falls along half a cosine, as there, but once an epoch.
 
     Arguments:
@@ -39,7 +39,13 @@ class OpenOODTIETrainer:
         self.trainer = recipe_of_config(config).trainer(inner, progress=comm.is_main_process())
         if config.optimizer.name != "adam":
             momentum, decay = config.optimizer.momentum, config.optimizer.weight_decay
-            self.trainer.optimizer = torch.optim.SGD(inner.parameters(), config.optimizer.lr, momentum, weight_decay=decay, nesterov=True)
+            self.trainer.optimizer = torch.optim.SGD(
+                inner.parameters(),
+                config.optimizer.lr,
+                momentum,
+                weight_decay=decay,
+                nesterov=True,
+            )
 
     def train_epoch(self, epoch_idx: int) -> tuple[nn.Module, dict]:
         """Train, invert, exclude.
@@ -50,8 +56,16 @@ class OpenOODTIETrainer:
         log = self.trainer.epoch(self.batches)
         share = sum(log.excluded) / max(1, sum(log.proposed))
         if comm.is_main_process():
-            tqdm.write(f"tau {log.tau}, expelled {100 * share:.0f} % of {sum(log.proposed)} candidates, pool {log.pool}")
-        return self.net, {"epoch_idx": epoch_idx, "loss": log.losses["classifier"], "tau": log.tau, "accuracy": log.accuracy, "pool": log.pool}
+            tqdm.write(
+                f"tau {log.tau}, expelled {100 * share:.0f} % of {sum(log.proposed)} candidates, pool {log.pool}"
+            )
+        return self.net, {
+            "epoch_idx": epoch_idx,
+            "loss": log.losses["classifier"],
+            "tau": log.tau,
+            "accuracy": log.accuracy,
+            "pool": log.pool,
+        }
 
 
 def recipe_of_config(config) -> Recipe:
@@ -61,21 +75,40 @@ def recipe_of_config(config) -> Recipe:
         ValueError: If a setting is unknown, missing or out of range, or the optimiser is neither SGD nor Adam.
     """
     if config.optimizer.name not in ("sgd", "adam"):
-        raise ValueError(f"Expected optimizer.name to be sgd or adam for trainer tie, but got {config.optimizer.name}")
-    if config.optimizer.name == "sgd" and None in (config.optimizer.momentum, config.optimizer.weight_decay):
-        raise ValueError("Expected optimizer.momentum and optimizer.weight_decay beside optimizer.name: sgd, but got none")
+        raise ValueError(
+            f"Expected optimizer.name to be sgd or adam for trainer tie, but got {config.optimizer.name}"
+        )
+    if config.optimizer.name == "sgd" and None in (
+        config.optimizer.momentum,
+        config.optimizer.weight_decay,
+    ):
+        raise ValueError(
+            "Expected optimizer.momentum and optimizer.weight_decay beside optimizer.name: sgd, but got none"
+        )
     arguments = dict(config.trainer.trainer_args or {})
     loop = {f.name for f in fields(TIEConfig)} - {"epochs", "lr", "seed"}
     if unknown := sorted(set(arguments) - loop - {"synthesizers", "prior", "objective"}):
         known = ", ".join([*sorted(loop), "synthesizers", "prior", "objective"])
-        raise ValueError(f"Expected trainer.trainer_args among {known}, but got {', '.join(unknown)}")
+        raise ValueError(
+            f"Expected trainer.trainer_args among {known}, but got {', '.join(unknown)}"
+        )
     settings = {name: value for name, value in arguments.items() if name in loop}
-    tie = TIEConfig(epochs=config.optimizer.num_epochs, lr=config.optimizer.lr, seed=config.seed or 0, **settings)
+    tie = TIEConfig(
+        epochs=config.optimizer.num_epochs,
+        lr=config.optimizer.lr,
+        seed=config.seed or 0,
+        **settings,
+    )
     proposed = arguments.get("synthesizers", "inversion")
     if not isinstance(proposed, Mapping):  # names alone
         proposed = dict.fromkeys(names(proposed))
     proposed = {name: dict(changed or {}) for name, changed in proposed.items()}
-    return Recipe(tie, proposed, names(arguments.get("prior", "multiscale")), arguments.get("objective", "garbage"))
+    return Recipe(
+        tie,
+        proposed,
+        names(arguments.get("prior", "multiscale")),
+        arguments.get("objective", "garbage"),
+    )
 
 
 class Pairs:

@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-from tie_ext.network import TIENet
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.base import Domain, Synthesizer
 from tie_ext.outliers.boundary import BoundarySettings, ManifoldBoundary
 from tie_ext.outliers.inversion import Inversion, InversionSettings
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
 from tie_ext.outliers.noise import Noise, NoiseSettings
 from tie_ext.outliers.procedural import Procedural, ProceduralSettings
 from tie_ext.outliers.saliency import Saliency, SaliencySettings
-from tie_ext.support.settings import Settings
-from tie_ext.synthesis import Domain, Synthesizer
+from tie_ext.utils.settings import Settings
 
 SYNTHESIZERS: dict[str, tuple[type[Synthesizer], Settings]] = {
     "inversion": (Inversion, InversionSettings()),
@@ -30,15 +30,19 @@ def make(name: str, domain: TIENet | Domain, **settings) -> Synthesizer:
 
     Arguments:
         name: One of :data:`SYNTHESIZERS`.
-        domain: The network it is to propose outliers for, or the :class:`tie_ext.synthesis.Domain` of its data.
+        domain: The network it is to propose outliers for, or the :class:`tie_ext.outliers.base.Domain` of its data.
         settings: Settings that differ from the defaults of the name.
 
     Raises:
         ValueError: If there is no such name, or a setting is unknown or out of range.
     """
     if name not in SYNTHESIZERS:
-        raise ValueError(f"Expected a synthesizer, one of {', '.join(SYNTHESIZERS)}, but got {name!r}")
+        raise ValueError(
+            f"Expected a synthesizer, one of {', '.join(SYNTHESIZERS)}, but got {name!r}"
+        )
     cls, defaults = SYNTHESIZERS[name]
     if unknown := sorted(set(settings) - set(defaults.__dataclass_fields__)):
-        raise ValueError(f"Expected settings of {name} among {', '.join(defaults.__dataclass_fields__)}, but got {', '.join(unknown)}")
+        raise ValueError(
+            f"Expected settings of {name} among {', '.join(defaults.__dataclass_fields__)}, but got {', '.join(unknown)}"
+        )
     return cls(domain, replace(defaults, **settings))

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from tie_ext.network import TIENet
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.base import Batches, Candidates, Domain, Synthesizer
 from tie_ext.outliers.vae import VAE, encoded, fit_vae
-from tie_ext.support.modules import evaluating
-from tie_ext.support.settings import Settings, setting
-from tie_ext.synthesis import Batches, Candidates, Domain, Synthesizer
+from tie_ext.utils.modules import evaluating
+from tie_ext.utils.settings import Settings, setting
 
 
 def tangent(vae: VAE, x: Tensor, y: Tensor) -> Tensor:
@@ -38,7 +38,9 @@ def jacobian(vae: VAE, z: Tensor, y: Tensor) -> Tensor:
     """Derivative ``(B, D, L)`` of the decoded images by their codes ``(B, L)``: L forward derivatives of the whole batch at once."""
     directions = torch.eye(z.shape[1], device=z.device)[:, None, :].expand(-1, len(z), -1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its first use of forward derivatives
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torch's own, of its first use of forward derivatives
         columns = vmap(lambda d: jvp(lambda code: vae.decode(code, y), (z,), (d,))[1])(directions)
     return columns.flatten(2).permute(1, 2, 0)
 
@@ -53,17 +55,34 @@ def normal(basis: Tensor, v: Tensor) -> Tensor:
 class BoundarySettings(Settings):
     """How the VAE is trained, and how far off the manifold and the data the outliers lie."""
 
-    latent_size: int = setting(8, "Length of the VAE's codes (the paper: 8 for MNIST, 10 for FashionMNIST).", low=1, high=4096)
-    vae_epochs: int = setting(10, 'Passes of the VAE over the data; the paper trains "till convergence".', low=1, high=10**6)
-    beta: tuple[float, float] = setting((0.1, 1.0), "Range of type I's step, as a share of the value range, as in the paper.", low=0, high=1e6)
-    inside: float = setting(0.95, "Share of a class's codes inside its ellipsoid.", low=0, high=1, above=True)
+    latent_size: int = setting(
+        8,
+        "Length of the VAE's codes (the paper: 8 for MNIST, 10 for FashionMNIST).",
+        low=1,
+        high=4096,
+    )
+    vae_epochs: int = setting(
+        10,
+        'Passes of the VAE over the data; the paper trains "till convergence".',
+        low=1,
+        high=10**6,
+    )
+    beta: tuple[float, float] = setting(
+        (0.1, 1.0),
+        "Range of type I's step, as a share of the value range, as in the paper.",
+        low=0,
+        high=1e6,
+    )
+    inside: float = setting(
+        0.95, "Share of a class's codes inside its ellipsoid.", low=0, high=1, above=True
+    )
 
 
 class ManifoldBoundary(Synthesizer):
     """Half of the candidates of type I, half of type II, from a class-conditional VAE that is trained once, at the first ``fit``.
 
     Arguments:
-        domain: The network the outliers are for, or the :class:`tie_ext.synthesis.Domain` of its data.
+        domain: The network the outliers are for, or the :class:`tie_ext.outliers.base.Domain` of its data.
         settings: How they are made.
 
     References:
@@ -80,8 +99,12 @@ class ManifoldBoundary(Synthesizer):
         n, L = self.num_classes, self.settings.latent_size
         self.vae = VAE(domain, L)
         self.register_buffer("mean", torch.zeros(n, L))
-        self.register_buffer("factor", torch.eye(L).repeat(n, 1, 1))  # of the covariances: S = factor factor^T
-        self.register_buffer("radius", torch.full((n,), math.nan))  # NaN until the VAE has been trained
+        self.register_buffer(
+            "factor", torch.eye(L).repeat(n, 1, 1)
+        )  # of the covariances: S = factor factor^T
+        self.register_buffer(
+            "radius", torch.full((n,), math.nan)
+        )  # NaN until the VAE has been trained
 
     def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
         """Train the VAE and find each class's ellipsoid, the first time; the classifier plays no part in it."""
@@ -95,9 +118,13 @@ class ManifoldBoundary(Synthesizer):
             self.mean[c] = z.mean(0)
             offset = z - self.mean[c]
             # A ridge, so that a class of few images has a covariance that can be inverted.
-            covariance = offset.T @ offset / max(1, len(z) - 1) + 1e-4 * torch.eye(z.shape[1], device=device)
+            covariance = offset.T @ offset / max(1, len(z) - 1) + 1e-4 * torch.eye(
+                z.shape[1], device=device
+            )
             self.factor[c] = torch.linalg.cholesky(covariance)
-            distance = torch.linalg.solve_triangular(self.factor[c], offset.T, upper=False).norm(dim=0)
+            distance = torch.linalg.solve_triangular(self.factor[c], offset.T, upper=False).norm(
+                dim=0
+            )
             self.radius[c] = distance.quantile(self.settings.inside)
         return {"vae": loss}
 
@@ -115,7 +142,9 @@ class ManifoldBoundary(Synthesizer):
         """Type I: images ``(B, C, S, S)`` moved along a random normal of the manifold, clipped to the value range."""
         if not len(x):
             return x
-        v = normal(tangent(self.vae, x, y), torch.randn(len(x), x[0].numel(), device=x.device)).view_as(x)
+        v = normal(
+            tangent(self.vae, x, y), torch.randn(len(x), x[0].numel(), device=x.device)
+        ).view_as(x)
         beta = torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(*self.settings.beta)
         # Paper: x + beta v with v a unit vector of all pixels. Here: clipped, because candidates stay in the value range.
         return self.clip(x + beta * (self.high - self.low) * v)
@@ -129,4 +158,6 @@ class ManifoldBoundary(Synthesizer):
 
     def _check(self) -> None:
         if self.radius.isnan().any():
-            raise RuntimeError("Expected a trained VAE to sample from, but got an untrained one; call fit first")
+            raise RuntimeError(
+                "Expected a trained VAE to sample from, but got an untrained one; call fit first"
+            )

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tie_ext.generator import Generator
-from tie_ext.network import TIENet
-from tie_ext.support.distributed import average_gradients, average_statistics
-from tie_ext.support.modules import frozen
-from tie_ext.support.settings import Settings, setting
-from tie_ext.synthesis import Batches, Candidates, Domain, Synthesizer
+from tie_ext.models.generator import Generator
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.base import Batches, Candidates, Domain, Synthesizer
+from tie_ext.utils.distributed import average_gradients, average_statistics
+from tie_ext.utils.modules import frozen
+from tie_ext.utils.settings import Settings, setting
 
 RIVALS = 10
 """Classes beside the one asked for that a code may name: all others where there are ten classes and garbage, as in the paper."""
@@ -45,10 +45,19 @@ def soft_code(y: Tensor, num_outputs: int, margin: float = 0.0) -> Tensor:
     References:
         TIE, section 3.
     """
-    v = torch.randn(len(y), min(num_outputs, RIVALS + 1), device=y.device).sort(1, descending=True).values
+    v = (
+        torch.randn(len(y), min(num_outputs, RIVALS + 1), device=y.device)
+        .sort(1, descending=True)
+        .values
+    )
     v[:, 0] += margin
     # The class asked for, then others in random order.
-    order = torch.rand(len(y), num_outputs, device=y.device).scatter_(1, y[:, None], 2.0).topk(v.shape[1], dim=1).indices
+    order = (
+        torch.rand(len(y), num_outputs, device=y.device)
+        .scatter_(1, y[:, None], 2.0)
+        .topk(v.shape[1], dim=1)
+        .indices
+    )
     return torch.zeros(len(y), num_outputs, device=y.device).scatter_(1, order, v.softmax(1))
 
 
@@ -85,13 +94,25 @@ def loss_terms(logits: Tensor, features: Tensor, code: Tensor) -> dict[str, Tens
 class InversionSettings(Settings):
     """How the generator is trained."""
 
-    steps: int = setting(80, "Generator steps an epoch, from where it stood (docs/research/cost.md says what they take).", low=1, high=10**6)
+    steps: int = setting(
+        80,
+        "Generator steps an epoch, from where it stood (docs/research/cost.md says what they take).",
+        low=1,
+        high=10**6,
+    )
     batch_size: int = setting(64, "Images a generator step.", low=2, high=10**6)
     lr: float = setting(1e-3, "Learning rate of the generator (Adam).", low=0, high=1, above=True)
     alpha: float = setting(0.1, "Weight of the KL term of the inversion loss.", low=0, high=1e6)
     beta: float = setting(1.0, "Weight of its CE term.", low=0, high=1e6)
-    gamma_start: float = setting(1.0, "Weight of its cosine term at the start of the run (the paper: 10).", low=0, high=1e6)
-    gamma_end: float = setting(1.0, "Weight of its cosine term at the end of the run (the paper: 100); linear between.", low=0, high=1e6)
+    gamma_start: float = setting(
+        1.0, "Weight of its cosine term at the start of the run (the paper: 10).", low=0, high=1e6
+    )
+    gamma_end: float = setting(
+        1.0,
+        "Weight of its cosine term at the end of the run (the paper: 100); linear between.",
+        low=0,
+        high=1e6,
+    )
     width: int = setting(16, "Width of the generator.", low=1, high=4096)
 
     def gamma(self, progress: float) -> float:
@@ -103,7 +124,7 @@ class Inversion(Synthesizer):
     """Inverts the classifier with a generator that is trained against it, warm from epoch to epoch.
 
     Arguments:
-        domain: The network to invert, or the :class:`tie_ext.synthesis.Domain` of its data: images ``(C, S, S)``, S in [28, 224]. The generator
+        domain: The network to invert, or the :class:`tie_ext.outliers.base.Domain` of its data: images ``(C, S, S)``, S in [28, 224]. The generator
             is asked for n+1 classes, garbage included.
         settings: How it is trained.
 
@@ -119,17 +140,29 @@ class Inversion(Synthesizer):
     def __init__(self, domain: TIENet | Domain, settings: InversionSettings | None = None):
         super().__init__(domain, settings)
         self.num_outputs = self.num_classes + 1
-        self.generator = Generator(domain.image_shape or (), self.num_outputs, width=self.settings.width, low=self.low, high=self.high)
+        self.generator = Generator(
+            domain.image_shape or (),
+            self.num_outputs,
+            width=self.settings.width,
+            low=self.low,
+            high=self.high,
+        )
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.settings.lr)
 
     def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
         """Train the generator against the frozen classifier for ``steps`` steps; see :meth:`Synthesizer.fit`."""
-        weight = {"kl": self.settings.alpha, "ce": self.settings.beta, "cosine": self.settings.gamma(progress)}
+        weight = {
+            "kl": self.settings.alpha,
+            "ce": self.settings.beta,
+            "cosine": self.settings.gamma(progress),
+        }
         told: list[Tensor] = []
         self.generator.train()
         with frozen(classifier):
             for _ in range(self.settings.steps):
-                y = torch.randint(self.num_outputs, (self.settings.batch_size,), device=self.device)
+                y = torch.randint(
+                    self.num_outputs, (self.settings.batch_size,), device=self.device
+                )
                 code = soft_code(y, self.num_outputs)
                 logits, h = classifier(self._generate(code), return_feature=True, garbage=True)
                 terms = loss_terms(logits, h, code)
@@ -138,15 +171,23 @@ class Inversion(Synthesizer):
                 loss.backward()
                 average_gradients(self.generator)
                 self.optimizer.step()
-                told.append(torch.stack([*terms.values(), (logits.argmax(1) == y).float().mean()]).detach())
+                told.append(
+                    torch.stack([*terms.values(), (logits.argmax(1) == y).float().mean()]).detach()
+                )
         average_statistics(self.generator)
         # Read here, as a number that is read in a step makes it wait for the device.
-        return dict(zip([*weight, "agreement"], torch.stack(told).double().mean(0).tolist(), strict=True))
+        return dict(
+            zip([*weight, "agreement"], torch.stack(told).double().mean(0).tolist(), strict=True)
+        )
 
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """As many inversions as there are images in ``x``, every class (garbage included) asked for equally often."""
-        first = torch.randint(self.num_outputs, (1,), device=self.device)  # so that short batches do not favour the first classes
-        return self.invert((torch.arange(len(x), device=self.device) + first) % self.num_outputs, clearly=False)
+        first = torch.randint(
+            self.num_outputs, (1,), device=self.device
+        )  # so that short batches do not favour the first classes
+        return self.invert(
+            (torch.arange(len(x), device=self.device) + first) % self.num_outputs, clearly=False
+        )
 
     @torch.no_grad()
     def invert(self, y: Tensor, clearly: bool = True) -> Candidates:
@@ -161,8 +202,13 @@ class Inversion(Synthesizer):
             The :class:`Candidates`; the generator's mode is left as it was.
         """
         y = y.to(self.device)
-        with frozen(self.generator):  # a few at a time, so that any number takes little more than its own place
-            x = [self._generate(soft_code(part, self.num_outputs, CLEAR if clearly else 0.0)) for part in y.split(TOGETHER)]
+        with frozen(
+            self.generator
+        ):  # a few at a time, so that any number takes little more than its own place
+            x = [
+                self._generate(soft_code(part, self.num_outputs, CLEAR if clearly else 0.0))
+                for part in y.split(TOGETHER)
+            ]
         return Candidates(torch.cat(x), y)
 
     @property
@@ -171,7 +217,9 @@ class Inversion(Synthesizer):
         return self.generator.low.device
 
     def _generate(self, code: Tensor) -> Tensor:
-        return self.generator(torch.randn(len(code), self.generator.latent_size, device=code.device), code)
+        return self.generator(
+            torch.randn(len(code), self.generator.latent_size, device=code.device), code
+        )
 
     def get_extra_state(self) -> dict:
         """The optimiser, so that a resumed run goes on as if it had not stopped."""
@@ -179,4 +227,6 @@ class Inversion(Synthesizer):
 
     def set_extra_state(self, state: dict) -> None:
         """Put the optimiser back."""
-        self.optimizer.load_state_dict(copy.deepcopy(state))  # which would share its tensors with the state
+        self.optimizer.load_state_dict(
+            copy.deepcopy(state)
+        )  # which would share its tensors with the state

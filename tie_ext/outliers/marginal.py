@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tie_ext.network import TIENet
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.base import Batches, Candidates, Domain, Synthesizer
 from tie_ext.outliers.vae import VAE, fit_vae
-from tie_ext.support.distributed import total
-from tie_ext.support.modules import evaluating
-from tie_ext.support.settings import Settings, setting
-from tie_ext.synthesis import Batches, Candidates, Domain, Synthesizer
+from tie_ext.utils.distributed import total
+from tie_ext.utils.modules import evaluating
+from tie_ext.utils.settings import Settings, setting
 
 
 class Codec(Protocol):
@@ -39,8 +39,15 @@ class Codec(Protocol):
 class MarginalSettings(Settings):
     """What is mixed, how far it is pushed, and how the built-in VAE is trained."""
 
-    k: int = setting(5, "Images mixed, of different classes (the paper: 5); fewer where there are fewer classes. 1 for no mixing.", low=1, high=10**6)
-    scale: tuple[float, float] = setting((1.0, 3.0), "Range of lambda, as in the paper.", low=0, high=1e6)
+    k: int = setting(
+        5,
+        "Images mixed, of different classes (the paper: 5); fewer where there are fewer classes. 1 for no mixing.",
+        low=1,
+        high=10**6,
+    )
+    scale: tuple[float, float] = setting(
+        (1.0, 3.0), "Range of lambda, as in the paper.", low=0, high=1e6
+    )
     vae_epochs: int = setting(10, "Passes of the built-in VAE over the data.", low=1, high=10**6)
 
 
@@ -48,7 +55,7 @@ class MarginalRepresentations(Synthesizer):
     """Outliers from marginal representations.
 
     Arguments:
-        domain: The network the outliers are for, or the :class:`tie_ext.synthesis.Domain` of its data.
+        domain: The network the outliers are for, or the :class:`tie_ext.outliers.base.Domain` of its data.
         settings: How they are made.
         codec: A trained :class:`Codec`; None for a VAE that is trained once, at the first ``fit``.
 
@@ -59,19 +66,28 @@ class MarginalRepresentations(Synthesizer):
     settings_class: ClassVar = MarginalSettings
     mean: Tensor
 
-    def __init__(self, domain: TIENet | Domain, settings: MarginalSettings | None = None, codec: nn.Module | None = None):
+    def __init__(
+        self,
+        domain: TIENet | Domain,
+        settings: MarginalSettings | None = None,
+        codec: nn.Module | None = None,
+    ):
         super().__init__(domain, settings)
         self.own = codec is None
         # Not conditional: were the class told, the code would not hold it, and taking its mean away would take nothing.
         self.codec = VAE(domain, 32, conditional=False) if codec is None else codec
         size = int(self.codec.latent_size)  # type: ignore[arg-type]
-        self.register_buffer("mean", torch.full((self.num_classes, size), torch.nan))  # mu_y; NaN until fit
+        self.register_buffer(
+            "mean", torch.full((self.num_classes, size), torch.nan)
+        )  # mu_y; NaN until fit
 
     def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
         """Train the built-in VAE and find the mean code of each class, the first time; the classifier plays no part in it."""
         if not self.mean.isnan().any():
             return {}
-        losses = {"vae": fit_vae(self.codec, batches, self.settings.vae_epochs)} if self.own else {}  # type: ignore[arg-type]
+        losses = (
+            {"vae": fit_vae(self.codec, batches, self.settings.vae_epochs)} if self.own else {}
+        )  # type: ignore[arg-type]
         device = self.mean.device
         sums, counts = torch.zeros_like(self.mean), torch.zeros(len(self.mean), device=device)
         with evaluating(self.codec), torch.no_grad():
@@ -87,7 +103,9 @@ class MarginalRepresentations(Synthesizer):
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
         """One outlier an image of the batch, each mixed of k images of different classes; all aimed at the garbage class."""
         if self.mean.isnan().any():
-            raise RuntimeError("Expected a fitted codec to sample from, but got one without class means; call fit first")
+            raise RuntimeError(
+                "Expected a fitted codec to sample from, but got one without class means; call fit first"
+            )
         x, y = x.to(self.low), y.to(self.low.device).long()
         with evaluating(self.codec):
             w = self.codec.encode(x, y) - self.mean[y]  # type: ignore[operator]
@@ -99,14 +117,30 @@ class MarginalRepresentations(Synthesizer):
     def partners(self, y: Tensor) -> Tensor:
         """For each of ``B`` outliers the rows ``(B, k)`` of a batch to mix: a random image of each of k random classes that it has."""
         _, of, counts = y.unique(return_inverse=True, return_counts=True)
-        rows, first = of.argsort(), counts.cumsum(0) - counts  # rows by class, and where each class begins
-        chosen = torch.rand(len(y), len(counts), device=y.device).topk(min(self.settings.k, len(counts)), dim=1).indices
-        member = (torch.rand(chosen.shape, device=y.device) * counts[chosen]).long().minimum(counts[chosen] - 1)
+        rows, first = (
+            of.argsort(),
+            counts.cumsum(0) - counts,
+        )  # rows by class, and where each class begins
+        chosen = (
+            torch.rand(len(y), len(counts), device=y.device)
+            .topk(min(self.settings.k, len(counts)), dim=1)
+            .indices
+        )
+        member = (
+            (torch.rand(chosen.shape, device=y.device) * counts[chosen])
+            .long()
+            .minimum(counts[chosen] - 1)
+        )
         return rows[first[chosen] + member]
 
 
 @torch.no_grad()
-def marginal_features(encoder: Callable[[Tensor], Tensor], synthesizer: Synthesizer, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
+def marginal_features(
+    encoder: Callable[[Tensor], Tensor],
+    synthesizer: Synthesizer,
+    batches: Batches,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """Features of ID images and of one outlier for each, which the rejection network is to tell apart.
 
     Arguments:
@@ -129,7 +163,9 @@ def marginal_features(encoder: Callable[[Tensor], Tensor], synthesizer: Synthesi
     return torch.cat(features), torch.cat(outlier).bool()
 
 
-def fit_rejection(features: Tensor, outlier: Tensor, hidden: int = 128, epochs: int = 10, lr: float = 0.01) -> nn.Module:
+def fit_rejection(
+    features: Tensor, outlier: Tensor, hidden: int = 128, epochs: int = 10, lr: float = 0.01
+) -> nn.Module:
     """DMR's rejection network B: tells features of outliers from those of ID images.
 
     Arguments:
@@ -150,12 +186,18 @@ def fit_rejection(features: Tensor, outlier: Tensor, hidden: int = 128, epochs: 
     """
     target = outlier.float()
     if target.mean() in (0, 1):
-        raise ValueError(f"Expected features of ID images and of outliers, but got {int(target.sum())} outliers of {len(target)}")
-    network = nn.Sequential(nn.Linear(features.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1)).to(features.device)
+        raise ValueError(
+            f"Expected features of ID images and of outliers, but got {int(target.sum())} outliers of {len(target)}"
+        )
+    network = nn.Sequential(
+        nn.Linear(features.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1)
+    ).to(features.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
     for _ in range(epochs):
         for rows in torch.randperm(len(features), device=features.device).split(128):
-            loss = F.binary_cross_entropy_with_logits(network(features[rows]).squeeze(1), target[rows])
+            loss = F.binary_cross_entropy_with_logits(
+                network(features[rows]).squeeze(1), target[rows]
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

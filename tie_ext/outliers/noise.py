@@ -8,16 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tie_ext.outliers.drawing import Dice, clouds
-from tie_ext.support.settings import Settings, setting
-from tie_ext.synthesis import Prior
+from tie_ext.outliers.base import Prior
+from tie_ext.outliers.primitives import Rng, clouds
+from tie_ext.utils.settings import Settings, setting
 
 
 @dataclass(frozen=True)
 class NoiseSettings(Settings):
     """Which noise."""
 
-    kind: str = setting("multiscale", "Several spatial scales, or white as in the paper.", choices=("multiscale", "white"))
+    kind: str = setting(
+        "multiscale",
+        "Several spatial scales, or white as in the paper.",
+        choices=("multiscale", "white"),
+    )
 
 
 class Noise(Prior):
@@ -29,7 +33,7 @@ class Noise(Prior):
     white noise does not.
 
     Arguments:
-        domain: The network the noise is for, or the :class:`tie_ext.synthesis.Domain` of the data.
+        domain: The network the noise is for, or the :class:`tie_ext.outliers.base.Domain` of the data.
         settings: White, or of several scales (the default).
     """
 
@@ -37,12 +41,18 @@ class Noise(Prior):
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """Noise images of shape ``(M, C, H, W)`` in ``[low, high]``, on the device of the range."""
-        dice, images = Dice(self.low.device), torch.empty(*shape, device=self.low.device)
-        for part in dice.split(images, math.prod(shape[1:])):
-            part.copy_(self.scaled(clouds(part.shape, dice) if self.settings.kind == "multiscale" else white(part.shape, dice)))
+        rng, images = Rng(self.low.device), torch.empty(*shape, device=self.low.device)
+        for part in rng.split(images, math.prod(shape[1:])):
+            part.copy_(
+                self.scaled(
+                    clouds(part.shape, rng)
+                    if self.settings.kind == "multiscale"
+                    else white(part.shape, rng)
+                )
+            )
         return images
 
 
-def white(shape: Sequence[int], dice: Dice) -> Tensor:
+def white(shape: Sequence[int], rng: Rng) -> Tensor:
     """White noise ``(M, C, H, W)`` in [0, 1], as the paper's N(0, I) looks where images lie in [-1, 1]."""
-    return (dice.normal(*shape) / 2 + 0.5).clamp(0, 1)
+    return (rng.normal(*shape) / 2 + 0.5).clamp(0, 1)

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tie_ext.network import TIENet, cut_head
-from tie_ext.support.checks import check_number
-from tie_ext.support.modules import frozen
-from tie_ext.support.settings import Settings, setting
-from tie_ext.synthesis import Candidates, Synthesizer
+from tie_ext.models.network import TIENet, cut_head
+from tie_ext.outliers.base import Candidates, Synthesizer
+from tie_ext.utils.checks import check_number
+from tie_ext.utils.modules import frozen
+from tie_ext.utils.settings import Settings, setting
 
 
 def saliency(classifier: TIENet, x: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +66,9 @@ def shuffle(x: Tensor, G: Tensor, p_inv: float) -> Tensor:
     top = G.exp().sum(1).flatten(1).topk(int(H * W * p_inv), dim=1).indices
     order = torch.rand_like(top, dtype=torch.float).argsort(1)
     flat = x.flatten(2)
-    pixels = flat.gather(2, top[:, None].expand(-1, C, -1)).gather(2, order[:, None].expand(-1, C, -1))
+    pixels = flat.gather(2, top[:, None].expand(-1, C, -1)).gather(
+        2, order[:, None].expand(-1, C, -1)
+    )
     return flat.scatter(2, top[:, None].expand(-1, C, -1), pixels).view_as(x)
 
 
@@ -75,17 +77,31 @@ class SaliencySettings(Settings):
     """Which outliers, and how far they lie from their image."""
 
     kind: str = setting(
-        "gradient", "Push the most significant values along the gradient, or shuffle the most significant pixels.", choices=("gradient", "shuffle")
+        "gradient",
+        "Push the most significant values along the gradient, or shuffle the most significant pixels.",
+        choices=("gradient", "shuffle"),
     )
-    alpha: float = setting(10.0, "Step along the gradient (the authors: 10, for normalised images).", low=0, high=1e6, above=True)
-    p_inv: float = setting(0.1, "Share of values or pixels that carry the class (the authors: 0.1).", low=0, high=1, above=True)
+    alpha: float = setting(
+        10.0,
+        "Step along the gradient (the authors: 10, for normalised images).",
+        low=0,
+        high=1e6,
+        above=True,
+    )
+    p_inv: float = setting(
+        0.1,
+        "Share of values or pixels that carry the class (the authors: 0.1).",
+        low=0,
+        high=1,
+        above=True,
+    )
 
 
 class Saliency(Synthesizer):
     """ASCOOD's outliers as candidates, clipped to the value range.
 
     Arguments:
-        domain: The network the outliers are for, or the :class:`tie_ext.synthesis.Domain` of its data.
+        domain: The network the outliers are for, or the :class:`tie_ext.outliers.base.Domain` of its data.
         settings: Which outliers.
 
     References:
@@ -98,7 +114,13 @@ class Saliency(Synthesizer):
         """One outlier an image, aimed at the garbage class."""
         G = saliency(classifier, x, y)
         alpha, p_inv = self.settings.alpha, self.settings.p_inv
-        return self._garbage(self.clip(push(x, G, alpha, p_inv) if self.settings.kind == "gradient" else shuffle(x, G, p_inv)))
+        return self._garbage(
+            self.clip(
+                push(x, G, alpha, p_inv)
+                if self.settings.kind == "gradient"
+                else shuffle(x, G, p_inv)
+            )
+        )
 
 
 def uniform_objective(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -123,7 +145,7 @@ def uniform_objective(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
 
 
 class Standardized(nn.Module):
-    r"""A classifier whose penultimate features are z-scored, image by image, and scaled: for :class:`tie_ext.network.TIENet` to stand on.
+    r"""A classifier whose penultimate features are z-scored, image by image, and scaled: for :class:`tie_ext.models.network.TIENet` to stand on.
 
     .. math:: \tilde h = \sigma \, (h - \mathrm{mean}(h)) / \mathrm{std}(h), \quad \|\tilde h\| = \sigma \sqrt{F - 1}
 
@@ -146,7 +168,9 @@ class Standardized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, m)`` of images ``(B, C, H, W)``."""
         h = self.backbone(x).flatten(1)
-        return self.fc(self.sigma * (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6))
+        return self.fc(
+            self.sigma * (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6)
+        )
 
 
 def perturb(x: Tensor, gradient: Tensor, eps: float | Tensor, values: int) -> Tensor:

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tie_ext.generator import Generator
-from tie_ext.network import TIENet
-from tie_ext.support.checks import check_number
-from tie_ext.support.distributed import average_gradients, average_statistics, broadcast, gathered
-from tie_ext.support.modules import Ranged
-from tie_ext.synthesis import Batches, Domain
+from tie_ext.models.generator import Generator
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.base import Batches, Domain
+from tie_ext.utils.checks import check_number
+from tie_ext.utils.distributed import average_gradients, average_statistics, broadcast, gathered
+from tie_ext.utils.modules import Bounded
 
 
-class VAE(Ranged):
+class VAE(Bounded):
     """A variational auto-encoder of ID images; an encoder/decoder pair for everything that works in a latent space.
 
     Arguments:
@@ -25,17 +25,37 @@ class VAE(Ranged):
         width: Channels of the first layer of the encoder and the last stage of the decoder.
     """
 
-    def __init__(self, domain: TIENet | Domain, latent_size: int = 8, conditional: bool = True, width: int = 16):
+    def __init__(
+        self,
+        domain: TIENet | Domain,
+        latent_size: int = 8,
+        conditional: bool = True,
+        width: int = 16,
+    ):
         super().__init__(domain.low.cpu(), domain.high.cpu())
         check_number("latent_size", latent_size, 1, 4096, integer=True)
-        self.num_classes, self.latent_size, self.conditional = domain.num_classes, latent_size, conditional
-        self.decoder = Generator(domain.image_shape or (), domain.num_classes, latent_size, width, self.low, self.high)
+        self.num_classes, self.latent_size, self.conditional = (
+            domain.num_classes,
+            latent_size,
+            conditional,
+        )
+        self.decoder = Generator(
+            domain.image_shape or (), domain.num_classes, latent_size, width, self.low, self.high
+        )
         self.first = nn.Conv2d(self.decoder.image_shape[0], width, 3, 2, 1, bias=False)
-        self.told = nn.Linear(domain.num_classes, width, bias=False)  # a class adds to each channel what a plane of ones beside the image would
+        self.told = nn.Linear(
+            domain.num_classes, width, bias=False
+        )  # a class adds to each channel what a plane of ones beside the image would
         layers: list[nn.Module] = [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         for cin, cout in ((width, 2 * width), (2 * width, 4 * width)):
-            layers += [nn.Conv2d(cin, cout, 3, 2, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
-        self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * width, 2 * latent_size))
+            layers += [
+                nn.Conv2d(cin, cout, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(cout),
+                nn.ReLU(inplace=True),
+            ]
+        self.encoder = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * width, 2 * latent_size)
+        )
         self.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +81,9 @@ class VAE(Ranged):
         """Negative evidence lower bound an image: squared error, as of a Gaussian with standard deviation 0.1 of the range, plus KL; nats."""
         mean, log_variance = self.posterior(x, y)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        error = (self.unit(self.decode(z, y)) - self.unit(x)).square().flatten(1).sum(1) / (2 * 0.1**2)
+        error = (self.unit(self.decode(z, y)) - self.unit(x)).square().flatten(1).sum(1) / (
+            2 * 0.1**2
+        )
         divergence = 0.5 * (log_variance.exp() + mean.square() - 1 - log_variance).sum(1)
         return (error + divergence).mean()
 
@@ -98,7 +120,9 @@ def fit_vae(vae: VAE, batches: Batches, epochs: int, lr: float = 1e-3) -> float:
     average_statistics(vae)
     vae.eval()
     if not losses:
-        raise ValueError("Expected batches of two or more ID images to train a VAE on, but got none")
+        raise ValueError(
+            "Expected batches of two or more ID images to train a VAE on, but got none"
+        )
     return float(gathered(torch.stack(losses), vae.low.device).mean())
 
 
@@ -106,6 +130,8 @@ def fit_vae(vae: VAE, batches: Batches, epochs: int, lr: float = 1e-3) -> float:
 def encoded(vae: VAE, batches: Batches) -> tuple[Tensor, Tensor]:
     """Codes ``(N, L)`` and labels ``(N,)`` of the ID data of all processes; the VAE is in evaluation mode."""
     device = vae.low.device
-    pairs = [(vae.encode(x.to(vae.low), y.to(device).long()), y.to(device).long()) for x, y in batches]
+    pairs = [
+        (vae.encode(x.to(vae.low), y.to(device).long()), y.to(device).long()) for x, y in batches
+    ]
     codes, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
     return gathered(codes, device), gathered(labels, device)

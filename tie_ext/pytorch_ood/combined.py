@@ -6,18 +6,39 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pytorch_ood.api import Detector, DetectorInfo, ModelNotSetException, Paper, RequiresFittingException, Task
+from pytorch_ood.api import (
+    Detector,
+    DetectorInfo,
+    ModelNotSetException,
+    Paper,
+    RequiresFittingException,
+    Task,
+)
 from torch import Tensor, nn
 
-from tie_ext.combination import RULES, Counting, Reference, check_rule, reference
-from tie_ext.decision import Decision, calibration_size, conformal_threshold, decide, rejected_above, uncertainty, widened
-from tie_ext.network import TIENet
-from tie_ext.pytorch_ood.detector import read_line
-from tie_ext.pytorch_ood.members import ALL, FEATURES, ITSELF, LOGITS, Outputs, check_kept, member_of, network_of, outputs, predictor, reads, state_of
-from tie_ext.support.checks import check_finite, check_labels, check_number, describe
-from tie_ext.support.files import load_state, reading, save_state, sha256, write_json
-from tie_ext.support.modules import evaluating
-from tie_ext.synthesis import Batches
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.base import Batches
+from tie_ext.pytorch_ood.detector import read_detector_json
+from tie_ext.pytorch_ood.members import (
+    ALL,
+    FEATURES,
+    ITSELF,
+    LOGITS,
+    Outputs,
+    check_spec,
+    member_of,
+    network_of,
+    outputs,
+    predictor,
+    reads,
+    state_of,
+)
+from tie_ext.scores.combination import RULES, Counting, Reference, check_rule, reference
+from tie_ext.scores.decision import Decision, decide, rejected_above, uncertainty, upcast
+from tie_ext.scores.threshold import calibration_size, conformal_threshold
+from tie_ext.utils.checks import check_finite, check_labels, check_number, describe
+from tie_ext.utils.files import load_state, reading, save_state, sha256, write_json
+from tie_ext.utils.modules import evaluating
 
 FORMAT, VERSION = "tie_ext combined detector", 1
 SPLIT = 0
@@ -38,8 +59,8 @@ class Combined(Detector):
             those that need it on the training images; those that are not fitted yet are by :meth:`fit`, each time anew, on a quarter of the held-out
             ones.
         false_alarm: Reject ID inputs with at most this probability, in (0, 1], guaranteed for held-out ID data
-            (:func:`tie_ext.decision.conformal_threshold`). None for scores without a line: all held-out images then set the scale.
-        rule: How the scores are combined, a name in :data:`tie_ext.combination.RULES`.
+            (:func:`tie_ext.scores.threshold.conformal_threshold`). None for scores without a line: all held-out images then set the scale.
+        rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`.
 
     Raises:
         TypeError: If the members are not pytorch-ood detectors.
@@ -67,20 +88,39 @@ class Combined(Detector):
     requires_fit: ClassVar = True
     hyperparameter_space: ClassVar = {"rule": list(RULES)}
 
-    def __init__(self, detectors: Sequence[Detector], false_alarm: float | None = 0.05, rule: str = "stouffer"):
+    def __init__(
+        self,
+        detectors: Sequence[Detector],
+        false_alarm: float | None = 0.05,
+        rule: str = "stouffer",
+    ):
         super().__init__()
-        if not isinstance(detectors, Sequence) or not all(isinstance(member, Detector) for member in detectors):
-            got = [type(member).__name__ for member in detectors] if isinstance(detectors, Sequence) else type(detectors).__name__
+        if not isinstance(detectors, Sequence) or not all(
+            isinstance(member, Detector) for member in detectors
+        ):
+            got = (
+                [type(member).__name__ for member in detectors]
+                if isinstance(detectors, Sequence)
+                else type(detectors).__name__
+            )
             raise TypeError(f"Expected a list of pytorch-ood detectors, but got {got}")
         if not detectors:
             raise ValueError("Expected at least one detector to combine, but got none")
         if false_alarm is not None:
             check_number("false_alarm", false_alarm, 0, 1, above=True)
-        self.detectors, self.false_alarm, self.rule = list(detectors), false_alarm, check_rule(rule)
+        self.detectors, self.false_alarm, self.rule = (
+            list(detectors),
+            false_alarm,
+            check_rule(rule),
+        )
         self.network = network_of(self.detectors)
         self.reference: Reference | None = None  #: scale of the members' scores, once fitted
-        self.threshold: Tensor | None = None  #: largest score of an accepted input, once fitted to a false-alarm rate
-        self._fitted_here: set[int] = set()  # members that `fit` has fitted, and fits anew: they know images of the last calibration
+        self.threshold: Tensor | None = (
+            None  #: largest score of an accepted input, once fitted to a false-alarm rate
+        )
+        self._fitted_here: set[int] = (
+            set()
+        )  # members that `fit` has fitted, and fits anew: they know images of the last calibration
 
     @property
     def device(self) -> torch.device | None:
@@ -130,7 +170,10 @@ class Combined(Detector):
         for place in sorted(self._fitted_here):
             self._fit_member(place, held, fitting)
         with evaluating(self._net()):
-            columns = [self._score(place, held.outputs, held.scores[place], held.images) for place in range(len(self.detectors))]
+            columns = [
+                self._score(place, held.outputs, held.scores[place], held.images)
+                for place in range(len(self.detectors))
+            ]
         return self._learn(self._matrix(columns, len(held.y)), scaling, calibrating)
 
     def fit_scores(self, scores: Tensor) -> "Combined":
@@ -145,7 +188,9 @@ class Combined(Detector):
         scaling, calibrating = scaling.to(scores.device), calibrating.to(scores.device)
         self.threshold, self.reference = None, reference(scores[scaling])
         if self.false_alarm is not None:
-            self.threshold = conformal_threshold(self.predict_scores(scores[calibrating]), self.false_alarm)
+            self.threshold = conformal_threshold(
+                self.predict_scores(scores[calibrating]), self.false_alarm
+            )
         return self
 
     def _parts(self, count: int, fitting: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,14 +199,18 @@ class Combined(Detector):
         if self.false_alarm is not None:
             needed = max(2 * calibration_size(self.false_alarm) - 1, 2 * needed)
         if count < needed:
-            wanted = f"for a false-alarm rate of {self.false_alarm}, half of them to draw the line" if self.false_alarm else "to set the scale"
+            wanted = (
+                f"for a false-alarm rate of {self.false_alarm}, half of them to draw the line"
+                if self.false_alarm
+                else "to set the scale"
+            )
             raise ValueError(f"Expected at least {needed} ID images {wanted}, but got {count}")
         rows = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT))
         half = count if self.false_alarm is None else count // 2
         quarter = half // 2 if fitting else 0
         return rows[:quarter], rows[quarter:half], rows[half:]
 
-    def _hold(self, data_loader: Batches) -> "Held":
+    def _hold(self, data_loader: Batches) -> "CalibrationPass":
         """One pass over held-out images: what the members read of them, and the scores of those that run by themselves."""
         net, kinds = self._net(), self._kinds()
         batches: list[tuple] = []
@@ -174,18 +223,35 @@ class Combined(Detector):
                 seen = self._outputs(x, [*kinds, LOGITS])
                 check_labels(y, len(x), seen.logits.shape[1] - (ALL in kinds))
                 if not batches:
-                    self._fitted_here |= {place for place, member in enumerate(self.detectors) if _needs_fitting(member, x[:1])}
+                    self._fitted_here |= {
+                        place
+                        for place, member in enumerate(self.detectors)
+                        if _needs_fitting(member, x[:1])
+                    }
                 runs = [place for place, kind in enumerate(kinds) if kind == ITSELF]
-                given = {place: self.detectors[place].predict(x) for place in runs if place not in self._fitted_here}
-                read_again = x if len(given) < len(runs) else x[:0]  # by those that are still to be fitted
+                given = {
+                    place: self.detectors[place].predict(x)
+                    for place in runs
+                    if place not in self._fitted_here
+                }
+                read_again = (
+                    x if len(given) < len(runs) else x[:0]
+                )  # by those that are still to be fitted
                 batches.append((y, *seen, read_again.cpu(), given))
         if not batches:
-            raise ValueError("Expected ID images (labels >= 0) to fit on, but got none from the loader")
-        y, logits, features, images = (torch.cat(parts) for parts in zip(*(batch[:4] for batch in batches), strict=True))
-        scores = [torch.cat([batch[4][i] for batch in batches]) if i in batches[0][4] else None for i in range(len(kinds))]
-        return Held(y, Outputs(logits, features), images, scores)
+            raise ValueError(
+                "Expected ID images (labels >= 0) to fit on, but got none from the loader"
+            )
+        y, logits, features, images = (
+            torch.cat(parts) for parts in zip(*(batch[:4] for batch in batches), strict=True)
+        )
+        scores = [
+            torch.cat([batch[4][i] for batch in batches]) if i in batches[0][4] else None
+            for i in range(len(kinds))
+        ]
+        return CalibrationPass(y, Outputs(logits, features), images, scores)
 
-    def _fit_member(self, place: int, held: "Held", rows: Tensor) -> None:
+    def _fit_member(self, place: int, held: "CalibrationPass", rows: Tensor) -> None:
         member, kind, rows = self.detectors[place], self._kinds()[place], rows.to(held.y.device)
         y = held.y[rows]
         try:
@@ -195,7 +261,10 @@ class Combined(Detector):
             else:
                 fit = member.fit_features if kind == FEATURES else member.fit_logits  # type: ignore[attr-defined]
                 fit(held.outputs.read(kind, self._net())[rows], y)
-        except (AssertionError, ValueError) as error:  # the former is how pytorch-ood's Mahalanobis says that a class is missing
+        except (
+            AssertionError,
+            ValueError,
+        ) as error:  # the former is how pytorch-ood's Mahalanobis says that a class is missing
             raise ValueError(
                 f"Expected images that {type(member).__name__} can be fitted on, but got {len(rows)} of {len(y.unique())} classes, on which it "
                 f"fails ({error or 'AssertionError'}); fit it on training images before"
@@ -249,9 +318,14 @@ class Combined(Detector):
         line = self._line()
         with evaluating(net):
             seen = self._outputs(x, [*self._kinds(), ALL if isinstance(net, TIENet) else LOGITS])
-            return _decision(seen.logits, self.predict_scores(self._scores(x, seen)), line, isinstance(net, TIENet))
+            return _decision(
+                seen.logits,
+                self.predict_scores(self._scores(x, seen)),
+                line,
+                isinstance(net, TIENet),
+            )
 
-    def deployed(self) -> nn.Module:
+    def export_module(self) -> nn.Module:
         """Network, members and decision as one module, images ``(B, C, H, W)`` to :class:`tie_ext.Decision`, for ``torch.export`` and ONNX.
 
         Raises:
@@ -261,11 +335,13 @@ class Combined(Detector):
         """
         net, threshold, members = self._tie_net("export"), self._line(), []
         for member, kind in zip(self.detectors, self._kinds(), strict=True):
-            traced = check_kept(member, kind).traced
+            traced = check_spec(member, kind).traced
             if traced is None:
-                raise TypeError(f"Expected members that torch can export, but got {type(member).__name__}")
+                raise TypeError(
+                    f"Expected members that torch can export, but got {type(member).__name__}"
+                )
             members.append((kind, traced(member)))
-        return DeployedCombination(net, members, self.rule, self.reference, threshold)  # type: ignore[arg-type]
+        return CombinedExportModule(net, members, self.rule, self.reference, threshold)  # type: ignore[arg-type]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write network, members and line to a folder: ``network.safetensors``, ``members.safetensors`` and ``detector.json``, each atomically.
@@ -280,16 +356,41 @@ class Combined(Detector):
         folder, net = Path(folder), self._tie_net("save")
         if self.reference is None:
             raise RequiresFittingException
-        members = [state_of(member, kind) for member, kind in zip(self.detectors, self._kinds(), strict=True)]
+        members = [
+            state_of(member, kind)
+            for member, kind in zip(self.detectors, self._kinds(), strict=True)
+        ]
         net.save(folder / "network.safetensors")
-        save_state(folder / "members.safetensors", "members", {"reference": self.reference._asdict(), "members": members})
-        prints = {f"{name}_sha256": sha256(folder / f"{name}.safetensors") for name in ("network", "members")}
-        line = {"threshold": None if self.threshold is None else float(self.threshold), "fitted_here": sorted(self._fitted_here)}
-        settings = {"members": [state["name"] for state in members], "rule": self.rule, "false_alarm": self.false_alarm}
-        write_json(folder / "detector.json", {"format": FORMAT, "version": VERSION, **prints, **settings, **line})
+        save_state(
+            folder / "members.safetensors",
+            "members",
+            {"reference": self.reference._asdict(), "members": members},
+        )
+        prints = {
+            f"{name}_sha256": sha256(folder / f"{name}.safetensors")
+            for name in ("network", "members")
+        }
+        line = {
+            "threshold": None if self.threshold is None else float(self.threshold),
+            "fitted_here": sorted(self._fitted_here),
+        }
+        settings = {
+            "members": [state["name"] for state in members],
+            "rule": self.rule,
+            "false_alarm": self.false_alarm,
+        }
+        write_json(
+            folder / "detector.json",
+            {"format": FORMAT, "version": VERSION, **prints, **settings, **line},
+        )
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, backbone: nn.Module | None = None, device: str | torch.device = "cpu") -> "Combined":
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        backbone: nn.Module | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "Combined":
         """Read what :meth:`save` wrote.
 
         Arguments:
@@ -303,13 +404,19 @@ class Combined(Detector):
         """
         folder = Path(folder)
         net, path = TIENet.load(folder / "network.safetensors", backbone), folder / "detector.json"
-        saved = read_line(path, FORMAT, VERSION)
+        saved = read_detector_json(path, FORMAT, VERSION)
         state = load_state(folder / "members.safetensors", "members")
         with reading(f"a whole detector.json at {path}"):
             if saved["members_sha256"] != sha256(folder / "members.safetensors"):
-                raise ValueError(f"Expected beside {path} the members it was saved with, but got others; fit the detector again and save it")
+                raise ValueError(
+                    f"Expected beside {path} the members it was saved with, but got others; fit the detector again and save it"
+                )
             with reading(f"members of a combination in {folder / 'members.safetensors'}"):
-                detector = cls([member_of(net, member) for member in state["members"]], saved["false_alarm"], saved["rule"])
+                detector = cls(
+                    [member_of(net, member) for member in state["members"]],
+                    saved["false_alarm"],
+                    saved["rule"],
+                )
                 detector._read(net, state["reference"])
             detector._fitted_here = set(saved["fitted_here"])
             if not detector._fitted_here <= set(range(len(detector.detectors))):
@@ -323,12 +430,23 @@ class Combined(Detector):
         """Take a reference, and try it and the members on zeros: what does not fit together shall say so before it is used."""
         found = Reference(**saved)
         k, n = len(self.detectors), len(found.ordered)
-        if [tuple(part.shape) for part in found] != [(k,), (k,), (n, k)] or not all(bool(part.isfinite().all()) for part in found):
-            raise ValueError(f"a reference of shapes {[tuple(part.shape) for part in found]} for {k} members, or one that is not finite")
-        if not bool((found.deviation > 0).all() and (found.ordered[1:] >= found.ordered[:-1]).all()):
-            raise ValueError("a reference whose deviations are not positive or whose scores are not in order")
+        if [tuple(part.shape) for part in found] != [(k,), (k,), (n, k)] or not all(
+            bool(part.isfinite().all()) for part in found
+        ):
+            raise ValueError(
+                f"a reference of shapes {[tuple(part.shape) for part in found]} for {k} members, or one that is not finite"
+            )
+        if not bool(
+            (found.deviation > 0).all() and (found.ordered[1:] >= found.ordered[:-1]).all()
+        ):
+            raise ValueError(
+                "a reference whose deviations are not positive or whose scores are not in order"
+            )
         self.network, self.reference = net, found
-        zeros = Outputs(net.fc.weight.new_zeros(1, net.num_classes + 1), net.fc.weight.new_zeros(1, net.feature_size))
+        zeros = Outputs(
+            net.fc.weight.new_zeros(1, net.num_classes + 1),
+            net.fc.weight.new_zeros(1, net.feature_size),
+        )
         try:
             with torch.no_grad():
                 self.predict_scores(self._scores(zeros.features, zeros))
@@ -343,12 +461,16 @@ class Combined(Detector):
     def _tie_net(self, purpose: str) -> TIENet:
         net = self._net()
         if not isinstance(net, TIENet):
-            raise TypeError(f"Expected detectors on a TIENet to {purpose}, but got {type(net).__name__}; wrap it as TIENet(model, n, image_shape)")
+            raise TypeError(
+                f"Expected detectors on a TIENet to {purpose}, but got {type(net).__name__}; wrap it as TIENet(model, n, image_shape)"
+            )
         return net
 
     def _line(self) -> Tensor:
         if self.threshold is None:
-            raise RequiresFittingException("Expected a line to decide by, but got none yet: give false_alarm, and call fit(loader)")
+            raise RequiresFittingException(
+                "Expected a line to decide by, but got none yet: give false_alarm, and call fit(loader)"
+            )
         return self.threshold
 
     def _kinds(self) -> list[str]:
@@ -361,7 +483,9 @@ class Combined(Detector):
         return outputs(net, x, kinds)
 
     def _scores(self, x: Tensor, seen: Outputs | None) -> Tensor:
-        return self._matrix([self._score(place, seen, None, x) for place in range(len(self.detectors))], len(x))
+        return self._matrix(
+            [self._score(place, seen, None, x) for place in range(len(self.detectors))], len(x)
+        )
 
     def _score(self, place: int, seen: Outputs | None, known: Tensor | None, x: Tensor) -> Tensor:
         """One member's scores, of what is at hand: scores it has given before, what it reads of the network, or the images."""
@@ -375,18 +499,27 @@ class Combined(Detector):
     def _matrix(self, columns: Sequence[Tensor], count: int) -> Tensor:
         for member, column in zip(self.detectors, columns, strict=True):
             if column.shape != (count,):
-                raise ValueError(f"Expected one score an image from {type(member).__name__}, but got {describe(column)} for {count}")
+                raise ValueError(
+                    f"Expected one score an image from {type(member).__name__}, but got {describe(column)} for {count}"
+                )
             check_finite(column, f"scores from {type(member).__name__}")
         return _stacked(columns)
 
     def _checked(self, scores: Tensor) -> Tensor:
-        if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] != len(self.detectors) or not scores.is_floating_point():
-            raise ValueError(f"Expected floating-point scores of shape (B, {len(self.detectors)}), but got {describe(scores)}")
+        if (
+            not isinstance(scores, Tensor)
+            or scores.ndim != 2
+            or scores.shape[1] != len(self.detectors)
+            or not scores.is_floating_point()
+        ):
+            raise ValueError(
+                f"Expected floating-point scores of shape (B, {len(self.detectors)}), but got {describe(scores)}"
+            )
         check_finite(scores, "scores")
         return scores.float()  # as the reference is, also where members give double precision, which not every device has
 
 
-class Held(NamedTuple):
+class CalibrationPass(NamedTuple):
     """What one pass over held-out ID images leaves."""
 
     y: Tensor
@@ -399,7 +532,7 @@ class Held(NamedTuple):
     """Scores ``(N,)`` of members that run by themselves and need no fitting."""
 
 
-class DeployedCombination(nn.Module):
+class CombinedExportModule(nn.Module):
     """Network, members and decision in one forward pass.
 
     Arguments:
@@ -412,7 +545,14 @@ class DeployedCombination(nn.Module):
 
     threshold: Tensor
 
-    def __init__(self, net: TIENet, members: Sequence[tuple[str, Callable[[Tensor], Tensor]]], rule: str, learned: Reference, threshold: Tensor):
+    def __init__(
+        self,
+        net: TIENet,
+        members: Sequence[tuple[str, Callable[[Tensor], Tensor]]],
+        rule: str,
+        learned: Reference,
+        threshold: Tensor,
+    ):
         super().__init__()
         self.net, self.members, self.rule = net.eval(), list(members), RULES[rule]
         for name, value in {"threshold": threshold, **learned._asdict()}.items():
@@ -435,8 +575,13 @@ def _decision(logits: Tensor, score: Tensor, threshold: Tensor, garbage: bool) -
     """The decision of logits ``(B, n)``, or ``(B, n+1)`` with garbage, where a score of ``(B,)`` says what is rejected."""
     if garbage:
         return rejected_above(threshold, decide(logits)._replace(score=score))
-    p = widened(logits).softmax(dim=1)
-    return rejected_above(threshold, Decision(p.argmax(dim=1), uncertainty(p), score, torch.zeros_like(score, dtype=torch.long)))
+    p = upcast(logits).softmax(dim=1)
+    return rejected_above(
+        threshold,
+        Decision(
+            p.argmax(dim=1), uncertainty(p), score, torch.zeros_like(score, dtype=torch.long)
+        ),
+    )
 
 
 def _needs_fitting(member: Detector, x: Tensor) -> bool:

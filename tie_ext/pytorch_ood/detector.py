@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pytorch_ood.api import DetectorInfo, LogitsDetector, ModelNotSetException, Paper, RequiresFittingException, Task
+from pytorch_ood.api import (
+    DetectorInfo,
+    LogitsDetector,
+    ModelNotSetException,
+    Paper,
+    RequiresFittingException,
+    Task,
+)
 from pytorch_ood.utils import extract_features
 from torch import Tensor, nn
 
-from tie_ext.config import TIEConfig
-from tie_ext.decision import Decision, conformal_threshold, decide, decide_at, ood_score, uncertainty
-from tie_ext.exclusion import cutoff
-from tie_ext.network import TIENet
-from tie_ext.support.checks import check_labels, check_logits, check_number
-from tie_ext.support.files import read_json, reading, sha256, write_json
-from tie_ext.support.modules import evaluating
-from tie_ext.synthesis import Batches
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.base import Batches
+from tie_ext.scores.decision import Decision, decide, decide_at, ood_score, uncertainty
+from tie_ext.scores.threshold import conformal_threshold, exclusion_threshold
+from tie_ext.training.config import TIEConfig
+from tie_ext.utils.checks import check_labels, check_logits, check_number
+from tie_ext.utils.files import read_json, reading, sha256, write_json
+from tie_ext.utils.modules import evaluating
 
 PAPER = Paper(
     title="TIE: A Training-Inversion-Exclusion Framework for Visually Interpretable and Uncertainty-Guided Out-of-Distribution Detection",
@@ -42,7 +49,7 @@ class TIEDetector(LogitsDetector):
     Arguments:
         model: A trained network; None to use :meth:`predict_logits` and :meth:`fit_logits` alone.
         false_alarm: Let ``fit`` find the line at which ID inputs are rejected with at most this probability, in (0, 1], guaranteed for held-out
-            ID data (:func:`tie_ext.decision.conformal_threshold`). None for the paper's rule, ``tau = mean + lam * std`` of the ID data's UE.
+            ID data (:func:`tie_ext.scores.threshold.conformal_threshold`). None for the paper's rule, ``tau = mean + lam * std`` of the ID data's UE.
         lam: lambda of the paper's rule.
         t: Temperature > 0 of the score.
 
@@ -62,7 +69,13 @@ class TIEDetector(LogitsDetector):
     requires_fit: ClassVar = False
     hyperparameter_space: ClassVar = {"t": [0.1, 0.5, 1.0, 2.0]}
 
-    def __init__(self, model: TIENet | None, false_alarm: float | None = None, lam: float = TIEConfig.lam, t: float = 1.0):
+    def __init__(
+        self,
+        model: TIENet | None,
+        false_alarm: float | None = None,
+        lam: float = TIEConfig.lam,
+        t: float = 1.0,
+    ):
         super().__init__()
         if model is not None and not isinstance(model, TIENet):
             raise TypeError(
@@ -75,8 +88,12 @@ class TIEDetector(LogitsDetector):
         self.model = None if model is None else _AllLogits(model)
         check_number("t", t, 0, 1e6, above=True)
         self.false_alarm, self.lam, self.t = false_alarm, lam, t
-        self.tau: Tensor | None = None  #: largest UE of an accepted input, once fitted by the paper's rule
-        self.threshold: Tensor | None = None  #: largest score of an accepted input, once fitted to a false-alarm rate
+        self.tau: Tensor | None = (
+            None  #: largest UE of an accepted input, once fitted by the paper's rule
+        )
+        self.threshold: Tensor | None = (
+            None  #: largest score of an accepted input, once fitted to a false-alarm rate
+        )
 
     def set_hyperparameters(self, **kwargs: float) -> "TIEDetector":
         """Set ``t``; a threshold that was fitted is forgotten, as it was one on the scores of the old ``t``.
@@ -108,7 +125,9 @@ class TIEDetector(LogitsDetector):
         except ValueError as error:
             if "No ID instances" not in str(error):
                 raise
-            raise ValueError("Expected ID images (labels >= 0) to fit on, but got none from the loader") from error
+            raise ValueError(
+                "Expected ID images (labels >= 0) to fit on, but got none from the loader"
+            ) from error
         check_labels(y, len(y), self._net().num_classes)
         return self.fit_logits(logits, y)
 
@@ -121,9 +140,13 @@ class TIEDetector(LogitsDetector):
         self.tau = self.threshold = None
         device = self.device or logits.device
         if self.false_alarm is None:
-            self.tau = torch.as_tensor(cutoff(uncertainty(logits.softmax(dim=1)), self.lam), device=device)
+            self.tau = torch.as_tensor(
+                exclusion_threshold(uncertainty(logits.softmax(dim=1)), self.lam), device=device
+            )
         else:
-            self.threshold = conformal_threshold(self.predict_logits(logits), self.false_alarm).to(device)
+            self.threshold = conformal_threshold(self.predict_logits(logits), self.false_alarm).to(
+                device
+            )
         return self
 
     def predict(self, x: Tensor) -> Tensor:
@@ -156,9 +179,9 @@ class TIEDetector(LogitsDetector):
         net, x = self._net(), x.to(self.device)
         net.check(x)
         with evaluating(net):
-            return self.deployed()(x)
+            return self.export_module()(x)
 
-    def deployed(self) -> nn.Module:
+    def export_module(self) -> nn.Module:
         """Network and decision as one module, images ``(B, C, H, W)`` to :class:`tie_ext.Decision`, for ``torch.export`` and ONNX.
 
         Torch 2.2 exports it for a fixed batch size only.
@@ -168,9 +191,13 @@ class TIEDetector(LogitsDetector):
             RequiresFittingException: If there is no line yet: neither training nor ``fit`` has drawn one.
         """
         net = self._net()
-        if self.threshold is None and (self.false_alarm is not None or (self.tau is None and not net.tau.isfinite())):
-            raise RequiresFittingException("Expected a line to decide by, but got none yet: train the network with TIETrainer, or call fit(loader)")
-        return Deployed(net, self.threshold, net.tau if self.tau is None else self.tau, self.t)
+        if self.threshold is None and (
+            self.false_alarm is not None or (self.tau is None and not net.tau.isfinite())
+        ):
+            raise RequiresFittingException(
+                "Expected a line to decide by, but got none yet: train the network with TIETrainer, or call fit(loader)"
+            )
+        return ExportModule(net, self.threshold, net.tau if self.tau is None else self.tau, self.t)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write network and line to a folder: ``network.safetensors`` and ``detector.json``, each atomically.
@@ -181,13 +208,29 @@ class TIEDetector(LogitsDetector):
         """
         folder = Path(folder)
         self._net().save(folder / "network.safetensors")
-        line = {name: None if value is None else float(value) for name, value in (("tau", self.tau), ("threshold", self.threshold))}
+        line = {
+            name: None if value is None else float(value)
+            for name, value in (("tau", self.tau), ("threshold", self.threshold))
+        }
         settings = {"false_alarm": self.false_alarm, "lam": self.lam, "t": self.t}
         header = {"format": FORMAT, "version": VERSION}
-        write_json(folder / "detector.json", {**header, "network_sha256": sha256(folder / "network.safetensors"), **settings, **line})
+        write_json(
+            folder / "detector.json",
+            {
+                **header,
+                "network_sha256": sha256(folder / "network.safetensors"),
+                **settings,
+                **line,
+            },
+        )
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, backbone: nn.Module | None = None, device: str | torch.device = "cpu") -> "TIEDetector":
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        backbone: nn.Module | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "TIEDetector":
         """Read what :meth:`save` wrote, or the folder of a run of ``tie-ext train``.
 
         Arguments:
@@ -207,7 +250,7 @@ class TIEDetector(LogitsDetector):
         return detector.to(device)
 
     def _read(self, path: Path) -> None:
-        saved = read_line(path, FORMAT, VERSION)
+        saved = read_detector_json(path, FORMAT, VERSION)
         with reading(f"a whole detector.json at {path}"):
             TIEDetector.__init__(self, self._net(), saved["false_alarm"], saved["lam"], saved["t"])
             for name in ("tau", "threshold"):
@@ -229,7 +272,9 @@ class TIEDetector(LogitsDetector):
         check_logits(logits)
         if self.model is not None and logits.shape[1] != self._net().num_classes + 1:
             n = self._net().num_classes
-            raise ValueError(f"Expected n+1 = {n + 1} logits, as net(x, garbage=True) gives them, but got {logits.shape[1]}")
+            raise ValueError(
+                f"Expected n+1 = {n + 1} logits, as net(x, garbage=True) gives them, but got {logits.shape[1]}"
+            )
 
 
 class _AllLogits(nn.Module):
@@ -244,7 +289,7 @@ class _AllLogits(nn.Module):
             return self.net(x, garbage=True)
 
 
-class Deployed(nn.Module):
+class ExportModule(nn.Module):
     """Network and decision in one forward pass.
 
     Arguments:
@@ -266,10 +311,14 @@ class Deployed(nn.Module):
     def forward(self, x: Tensor) -> Decision:
         """The :class:`tie_ext.Decision` of images ``(B, C, H, W)``."""
         logits = self.net(x, garbage=True)
-        return decide(logits, self.tau, self.t) if self.threshold is None else decide_at(logits, self.threshold, self.t)
+        return (
+            decide(logits, self.tau, self.t)
+            if self.threshold is None
+            else decide_at(logits, self.threshold, self.t)
+        )
 
 
-def read_line(path: Path, form: str, version: int) -> dict[str, Any]:
+def read_detector_json(path: Path, form: str, version: int) -> dict[str, Any]:
     """A ``detector.json`` of one form and version, drawn for the network beside it.
 
     Raises:
@@ -281,7 +330,11 @@ def read_line(path: Path, form: str, version: int) -> dict[str, Any]:
             raise ValueError(f"format {saved['format']!r}")
         found, fingerprint = saved["version"], saved["network_sha256"]
     if found != version:
-        raise ValueError(f"Expected a detector of version {version} at {path}, but got version {found!r}; a newer tie_ext reads it")
+        raise ValueError(
+            f"Expected a detector of version {version} at {path}, but got version {found!r}; a newer tie_ext reads it"
+        )
     if fingerprint != sha256(path.with_name("network.safetensors")):
-        raise ValueError(f"Expected beside {path} the network it was saved with, but got another; fit the detector again and save it")
+        raise ValueError(
+            f"Expected beside {path} the network it was saved with, but got another; fit the detector again and save it"
+        )
     return saved

@@ -8,7 +8,7 @@ from pytorch_ood.api import DetectorInfo, GradientDetector, ModelNotSetException
 from torch import Tensor, nn
 
 from tie_ext.outliers.saliency import perturb
-from tie_ext.support.checks import check_number
+from tie_ext.utils.checks import check_number
 
 
 class IODIN(GradientDetector):
@@ -53,7 +53,13 @@ class IODIN(GradientDetector):
         check_number("eps", eps, 0, 1e6)
         check_number("temperature", temperature, 0, 1e6, above=True)
         check_number("values", values, 1, 10**9, integer=True)
-        self.model, self.eps, self.temperature, self.norm_std, self.values = model, eps, temperature, norm_std, values
+        self.model, self.eps, self.temperature, self.norm_std, self.values = (
+            model,
+            eps,
+            temperature,
+            norm_std,
+            values,
+        )
 
     def predict(self, x: Tensor) -> Tensor:
         """Negative largest softmax probability ``(B,)`` in [-1, -1/n] of the perturbed images; larger = more OOD.

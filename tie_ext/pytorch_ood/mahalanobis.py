@@ -7,7 +7,7 @@ from pytorch_ood.api import DetectorInfo, Paper, RequiresFittingException, Task
 from pytorch_ood.detector import Mahalanobis
 from torch import Tensor
 
-from tie_ext.gaussians import Gaussians, fit_gaussians, unit
+from tie_ext.scores.mahalanobis import Gaussians, fit_gaussians, unit
 
 
 class MahalanobisPlusPlus(Mahalanobis):

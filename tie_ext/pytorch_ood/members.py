@@ -7,15 +7,24 @@ from typing import Any, NamedTuple
 
 import torch
 from pytorch_ood.api import Detector, FeaturesDetector, LogitsDetector
-from pytorch_ood.detector import GEN, KNN, EnergyBased, Entropy, Mahalanobis, MaxLogit, MaxSoftmax, ViM
+from pytorch_ood.detector import (
+    GEN,
+    KNN,
+    EnergyBased,
+    Entropy,
+    Mahalanobis,
+    MaxLogit,
+    MaxSoftmax,
+    ViM,
+)
 from torch import Tensor, nn
 
-from tie_ext.gaussians import Gaussians
-from tie_ext.network import TIENet
+from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.detector import TIEDetector
+from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
-from tie_ext.pytorch_ood.neighbours import SampledKNN
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
+from tie_ext.scores.mahalanobis import Gaussians
 
 ALL, LOGITS, FEATURES, ITSELF = "n+1 logits", "n logits", "penultimate features", "images"
 """What a member reads of the network; ``ITSELF``, if it runs by itself."""
@@ -23,8 +32,14 @@ ALL, LOGITS, FEATURES, ITSELF = "n+1 logits", "n logits", "penultimate features"
 
 def network_of(members: Sequence[Detector]) -> nn.Module | None:
     """The network of the first member that has one, TIE's before others; None if none has."""
-    found: list[Any] = [member.model.net for member in members if isinstance(member, TIEDetector) and member.model is not None]
-    found += [getattr(member, "model", None) for member in members if not isinstance(member, TIEDetector)]
+    found: list[Any] = [
+        member.model.net
+        for member in members
+        if isinstance(member, TIEDetector) and member.model is not None
+    ]
+    found += [
+        getattr(member, "model", None) for member in members if not isinstance(member, TIEDetector)
+    ]
     found += [getattr(getattr(member, "encoder", None), "__self__", None) for member in members]
     return next((net for net in found if isinstance(net, nn.Module)), None)
 
@@ -36,7 +51,11 @@ def reads(member: Detector, net: nn.Module | None) -> str:
         return ALL if model is not None and model.net is net else ITSELF
     if isinstance(member, LogitsDetector) and net is not None and model is net:
         return LOGITS
-    features = inspect.ismethod(encoder) and encoder.__self__ is net and encoder.__func__ is getattr(type(net), "features", None)
+    features = (
+        inspect.ismethod(encoder)
+        and encoder.__self__ is net
+        and encoder.__func__ is getattr(type(net), "features", None)
+    )
     return FEATURES if isinstance(member, FeaturesDetector) and features else ITSELF
 
 
@@ -52,7 +71,11 @@ class Outputs(NamedTuple):
         """What a member reads."""
         if kind == FEATURES:
             return self.features
-        return self.logits[:, : net.num_classes] if kind == LOGITS and isinstance(net, TIENet) else self.logits
+        return (
+            self.logits[:, : net.num_classes]
+            if kind == LOGITS and isinstance(net, TIENet)
+            else self.logits
+        )
 
 
 def outputs(net: nn.Module, x: Tensor, kinds: Sequence[str]) -> Outputs:
@@ -91,10 +114,12 @@ def _noted(net: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
 
 def predictor(member: Detector) -> Callable[[Tensor], Tensor]:
     """Scores ``(B,)`` of what a member reads, larger = more OOD."""
-    return member.predict_features if isinstance(member, FeaturesDetector) else member.predict_logits  # type: ignore[attr-defined]
+    return (
+        member.predict_features if isinstance(member, FeaturesDetector) else member.predict_logits
+    )  # type: ignore[attr-defined]
 
 
-class Kept(NamedTuple):
+class MemberSpec(NamedTuple):
     """How a detector is written down and read again; nothing of it runs code."""
 
     make: Callable[[TIENet, dict[str, Any]], Detector]
@@ -120,39 +145,60 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(p.log() * p).sum(dim=1)
 
 
-MEMBERS: dict[type[Detector], Kept] = {
-    TIEDetector: Kept(lambda net, s: TIEDetector(net, s["false_alarm"], s["lam"], s["t"]), ("false_alarm", "lam", "t"), ("tau", "threshold")),
-    UncertaintyEstimate: Kept(lambda net, s: UncertaintyEstimate(net)),
-    EnergyBased: Kept(lambda net, s: EnergyBased(net), ("t",)),
-    MaxSoftmax: Kept(lambda net, s: MaxSoftmax(net), ("t",)),
-    MaxLogit: Kept(lambda net, s: MaxLogit(net)),
-    # Its own clamps between a float and an int, which ONNX does not follow.
-    Entropy: Kept(lambda net, s: Entropy(net), traced=lambda member: _entropy),
-    GEN: Kept(lambda net, s: GEN(net), ("gamma", "M")),
-    # Its own reads `.data`, which torch.export does not follow.
-    Mahalanobis: Kept(
-        lambda net, s: Mahalanobis(net.features), (), ("mu", "cov", "precision"), lambda member: Gaussians(member.mu, member.precision).distance
+MEMBERS: dict[type[Detector], MemberSpec] = {
+    TIEDetector: MemberSpec(
+        lambda net, s: TIEDetector(net, s["false_alarm"], s["lam"], s["t"]),
+        ("false_alarm", "lam", "t"),
+        ("tau", "threshold"),
     ),
-    MahalanobisPlusPlus: Kept(lambda net, s: MahalanobisPlusPlus(net.features), (), ("mu", "precision")),
-    ViM: Kept(lambda net, s: ViM(net.features, s["d"], s["w"], s["b"]), ("d", "alpha"), ("w", "b", "u", "principal_subspace")),
-    SampledKNN: Kept(lambda net, s: SampledKNN(net.features, s["k"], s["most"]), ("k", "most"), ("sample",)),
-    KNN: Kept(_knn, ("k", "normalize"), ("images",), traced=None),
+    UncertaintyEstimate: MemberSpec(lambda net, s: UncertaintyEstimate(net)),
+    EnergyBased: MemberSpec(lambda net, s: EnergyBased(net), ("t",)),
+    MaxSoftmax: MemberSpec(lambda net, s: MaxSoftmax(net), ("t",)),
+    MaxLogit: MemberSpec(lambda net, s: MaxLogit(net)),
+    # Its own clamps between a float and an int, which ONNX does not follow.
+    Entropy: MemberSpec(lambda net, s: Entropy(net), traced=lambda member: _entropy),
+    GEN: MemberSpec(lambda net, s: GEN(net), ("gamma", "M")),
+    # Its own reads `.data`, which torch.export does not follow.
+    Mahalanobis: MemberSpec(
+        lambda net, s: Mahalanobis(net.features),
+        (),
+        ("mu", "cov", "precision"),
+        lambda member: Gaussians(member.mu, member.precision).distance,
+    ),
+    MahalanobisPlusPlus: MemberSpec(
+        lambda net, s: MahalanobisPlusPlus(net.features), (), ("mu", "precision")
+    ),
+    ViM: MemberSpec(
+        lambda net, s: ViM(net.features, s["d"], s["w"], s["b"]),
+        ("d", "alpha"),
+        ("w", "b", "u", "principal_subspace"),
+    ),
+    SampledKNN: MemberSpec(
+        lambda net, s: SampledKNN(net.features, s["k"], s["most"]), ("k", "most"), ("sample",)
+    ),
+    KNN: MemberSpec(_knn, ("k", "normalize"), ("images",), traced=None),
 }
 """Detectors whose state is plain numbers and tensors."""
 _NAMES = {cls.__name__: cls for cls in MEMBERS}
 
 
-def check_kept(member: Detector, kind: str) -> Kept:
+def check_spec(member: Detector, kind: str) -> MemberSpec:
     """How a member is written down.
 
     Raises:
         TypeError: If there is no telling, or it stands on another network than the combination.
     """
     name = type(member).__name__
-    if type(member) not in MEMBERS or (type(member) is KNN and member.knn.get_params() != KNN(None).knn.get_params()):
-        raise TypeError(f"Expected members out of {', '.join(_NAMES)}, with their default settings inside, but got {name}")
+    if type(member) not in MEMBERS or (
+        type(member) is KNN and member.knn.get_params() != KNN(None).knn.get_params()
+    ):
+        raise TypeError(
+            f"Expected members out of {', '.join(_NAMES)}, with their default settings inside, but got {name}"
+        )
     if kind == ITSELF:
-        raise TypeError(f"Expected members that read the network of the combination or its `features`, but got {name} on something else")
+        raise TypeError(
+            f"Expected members that read the network of the combination or its `features`, but got {name} on something else"
+        )
     return MEMBERS[type(member)]
 
 
@@ -162,8 +208,10 @@ def state_of(member: Detector, kind: str) -> dict[str, Any]:
     Raises:
         TypeError: If it cannot be written down.
     """
-    kept = check_kept(member, kind)
-    state = {name: getattr(member, name) for name in (*kept.settings, *kept.tensors) if name != "images"}
+    kept = check_spec(member, kind)
+    state = {
+        name: getattr(member, name) for name in (*kept.settings, *kept.tensors) if name != "images"
+    }
     if type(member) is KNN:
         state["images"] = torch.from_numpy(member.knn._fit_X)
     return {"name": type(member).__name__, **state}
@@ -179,11 +227,22 @@ def member_of(net: TIENet, state: dict[str, Any]) -> Detector:
     kept = MEMBERS[_NAMES[state["name"]]]
     for name in kept.settings:
         if not isinstance(state[name], int | float | None):
-            raise ValueError(f"Expected {name} of {state['name']} to be a number, but got {state[name]!r}")
+            raise ValueError(
+                f"Expected {name} of {state['name']} to be a number, but got {state[name]!r}"
+            )
     for name in kept.tensors:
         value = state[name]
-        if not (value is None or (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all()))):
-            raise ValueError(f"Expected {name} of {state['name']} to be finite numbers, but got {value!r:.100}")
+        if not (
+            value is None
+            or (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and bool(value.isfinite().all())
+            )
+        ):
+            raise ValueError(
+                f"Expected {name} of {state['name']} to be finite numbers, but got {value!r:.100}"
+            )
     member = kept.make(net, state)
     for name in (*kept.settings, *kept.tensors):
         if name != "images":

@@ -4,12 +4,18 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from pytorch_ood.api import DetectorInfo, FeaturesDetector, ModelNotSetException, RequiresFittingException, Task
+from pytorch_ood.api import (
+    DetectorInfo,
+    FeaturesDetector,
+    ModelNotSetException,
+    RequiresFittingException,
+    Task,
+)
 from torch import Tensor, nn
 
+from tie_ext.outliers.base import Batches, Synthesizer
 from tie_ext.outliers.marginal import fit_rejection, marginal_features
-from tie_ext.support.checks import check_number
-from tie_ext.synthesis import Batches, Synthesizer
+from tie_ext.utils.checks import check_number
 
 
 class RejectionNetwork(FeaturesDetector):
@@ -60,7 +66,9 @@ class RejectionNetwork(FeaturesDetector):
         device = self.device or torch.device("cpu")
         batches = [(x[y >= 0], y[y >= 0]) for x, y in data_loader]
         if not sum(len(x) for x, _ in batches):
-            raise ValueError("Expected ID images (labels >= 0) to fit on, but got none from the loader")
+            raise ValueError(
+                "Expected ID images (labels >= 0) to fit on, but got none from the loader"
+            )
         features, outlier = marginal_features(self.encoder, self.synthesizer, batches, device)
         return self.fit_features(features, -outlier.long())
 
@@ -78,7 +86,9 @@ class RejectionNetwork(FeaturesDetector):
         if self.encoder is None:
             raise ModelNotSetException
         with torch.no_grad():
-            return self.predict_features(self.encoder(x if self.device is None else x.to(self.device)))
+            return self.predict_features(
+                self.encoder(x if self.device is None else x.to(self.device))
+            )
 
     def predict_features(self, x: Tensor) -> Tensor:
         """Log-odds ``(B,)`` of being an outlier, of features ``(B, F)``; larger = more OOD.

@@ -5,9 +5,9 @@ from typing import ClassVar
 from pytorch_ood.api import DetectorInfo, LogitsDetector, Task
 from torch import Tensor, nn
 
-from tie_ext.decision import uncertainty
 from tie_ext.pytorch_ood.detector import PAPER
-from tie_ext.support.checks import describe
+from tie_ext.scores.decision import uncertainty
+from tie_ext.utils.checks import describe
 
 
 class UncertaintyEstimate(LogitsDetector):
@@ -34,6 +34,13 @@ class UncertaintyEstimate(LogitsDetector):
         Raises:
             ValueError: If the logits are not a floating-point matrix of two or more columns.
         """
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-            raise ValueError(f"Expected floating-point logits of shape (B, n) with n >= 2, but got {describe(logits)}")
+        if (
+            not isinstance(logits, Tensor)
+            or logits.ndim != 2
+            or logits.shape[1] < 2
+            or not logits.is_floating_point()
+        ):
+            raise ValueError(
+                f"Expected floating-point logits of shape (B, n) with n >= 2, but got {describe(logits)}"
+            )
         return uncertainty(logits.softmax(dim=1))

@@ -1,0 +1,1 @@
+"""TIE's loop, and `attach` and `explain` for networks that are trained already."""

@@ -1,0 +1,131 @@
+"""A whole method in words: what command lines, configs and records say, and a trainer is made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch.nn.functional as F
+
+from tie_ext.models.network import GARBAGE, TIENet
+from tie_ext.outliers import SYNTHESIZERS, make
+from tie_ext.outliers.base import Prior
+from tie_ext.outliers.saliency import uniform_objective
+from tie_ext.training.config import TIEConfig
+from tie_ext.training.trainer import Objective, TIETrainer
+from tie_ext.utils.distributed import rank
+from tie_ext.utils.random import seeded
+from tie_ext.utils.settings import Settings, plain
+
+OBJECTIVES: dict[str, Objective] = {"garbage": F.cross_entropy, "uniform": uniform_objective}
+"""What a network learns of garbage: that it is a class of its own, or (ASCOOD's) that all outputs are equally likely."""
+PRIORS = tuple(name for name, (cls, _) in SYNTHESIZERS.items() if issubclass(cls, Prior))
+"""The synthesizers that a pool can begin with."""
+
+
+def names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names as configs and command lines have them: a list, or one word with commas between; ``none`` and None for no name at all."""
+    if value is None or value == "none":
+        return ()
+    return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method by the names of its parts.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+
+    config: TIEConfig = field(default_factory=TIEConfig)
+    """The settings of the loop."""
+    synthesizers: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {"inversion": {}}
+    )
+    """Who proposes outliers, of :data:`tie_ext.outliers.SYNTHESIZERS`: the settings of each that differ from its defaults."""
+    prior: tuple[str, ...] = ("multiscale",)
+    """What the pool begins with, of :data:`PRIORS`; none for nothing."""
+    objective: str = "garbage"
+    """Of :data:`OBJECTIVES`."""
+    garbage: str = "linear"
+    """What gives the garbage logit, of :data:`tie_ext.models.network.GARBAGE`: the paper's linear function of the features, or a head on every layer."""
+
+    def __post_init__(self) -> None:
+        for name in self.synthesizers:
+            if name not in SYNTHESIZERS:
+                raise ValueError(
+                    f"Expected a synthesizer, one of {', '.join(SYNTHESIZERS)}, but got {name!r}"
+                )
+        for name in self.prior:
+            if name not in PRIORS:
+                raise ValueError(f"Expected a prior, one of {', '.join(PRIORS)}, but got {name!r}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"Expected an objective, one of {', '.join(OBJECTIVES)}, but got {self.objective!r}"
+            )
+        if self.garbage not in GARBAGE:
+            raise ValueError(
+                f"Expected garbage to be one of {', '.join(GARBAGE)}, but got {self.garbage!r}"
+            )
+
+    def trainer(self, net: TIENet, progress: bool = False) -> TIETrainer:
+        """The trainer of a network by this method.
+
+        Raises:
+            ValueError: If a setting is unknown or out of range, or the network has no image shape.
+        """
+        with seeded(
+            self.config.seed, 0, rank(), 1
+        ):  # generators and VAEs begin as the seed says, whatever was drawn before
+            synthesizers = [
+                make(name, net, **settings) for name, settings in self.synthesizers.items()
+            ]
+            prior = [make(name, net) for name in self.prior]
+        return TIETrainer(
+            net, self.config, synthesizers, prior, OBJECTIVES[self.objective], progress
+        )  # type: ignore[arg-type]
+
+    def methods(self) -> list[tuple[str, Settings]]:
+        """The class of each synthesizer by name, and its settings.
+
+        Raises:
+            TypeError: If a setting is unknown.
+            ValueError: If one is out of range.
+        """
+        return [
+            (SYNTHESIZERS[name][0].__name__, replace(SYNTHESIZERS[name][1], **changed))  # type: ignore[type-var]
+            for name, changed in self.synthesizers.items()
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """The method as JSON has it, with every setting, also those that are defaults."""
+        settings = {}
+        for name, changed in self.synthesizers.items():
+            settings[name] = plain(
+                type(SYNTHESIZERS[name][1])(**{**asdict(SYNTHESIZERS[name][1]), **changed})
+            )  # type: ignore[call-overload]
+        parts = {"prior": list(self.prior), "objective": self.objective, "garbage": self.garbage}
+        return {"config": plain(self.config), "synthesizers": settings, **parts}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "Recipe":
+        """The method that :meth:`record` was made of; a setting that came after the record has its default.
+
+        Raises:
+            KeyError: If the record lacks a part.
+            ValueError: If a name or a setting is none of today's.
+        """
+        known = {f.name for f in fields(TIEConfig)}
+        if unknown := sorted(set(record["config"]) - known):
+            raise ValueError(
+                f"Expected settings among {', '.join(sorted(known))}, but got {', '.join(unknown)}"
+            )
+        recipe = cls(
+            TIEConfig(**record["config"]),
+            record["synthesizers"],
+            tuple(record["prior"]),
+            record["objective"],
+            record.get("garbage", "linear"),
+        )
+        recipe.methods()  # which looks at their settings
+        return recipe

@@ -1,0 +1,173 @@
+"""What crosses the border is looked at once, and refused in the same words everywhere: ``Expected ..., but got ...``."""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_is_compiling = (
+    getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+)  # torch 2.2 has it there
+MOST_VALUES = 2**24
+"""Of an image: 3 x 2364 x 2364."""
+
+
+def check_logits(logits: Tensor) -> None:
+    """Refuse anything but a finite floating-point matrix of n+1 >= 3 columns.
+
+    Raises:
+        ValueError: With what was expected and what came.
+    """
+    if (
+        not isinstance(logits, Tensor)
+        or logits.ndim != 2
+        or not logits.is_floating_point()
+        or logits.shape[1] < 3
+    ):
+        raise ValueError(
+            f"Expected floating-point logits of shape (B, n+1) with n >= 2, but got {describe(logits)}"
+        )
+    if _is_compiling() or torch.jit.is_tracing():
+        return  # an exported program has no exceptions to raise
+    check_finite(logits, "logits")
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ValueError: With the number of offending values and the first row that holds one.
+    """
+    bad = ~torch.isfinite(x)
+    if bad.any():
+        row = int(bad.flatten(1).any(1).nonzero()[0]) if x.ndim > 1 else int(bad.nonzero()[0])
+        raise ValueError(
+            f"Expected finite {name}, but got {int(bad.sum())} NaN or infinite values, the first in row {row}"
+        )
+
+
+def check_images(
+    x: Tensor,
+    shape: Sequence[int] | None = None,
+    low: float | Tensor | None = None,
+    high: float | Tensor | None = None,
+) -> None:
+    """Refuse anything but a finite floating-point batch of images ``(B, C, H, W)`` with B >= 1.
+
+    Arguments:
+        x: The batch.
+        shape: ``(C, H, W)`` each image must have.
+        low: Smallest value allowed, a number or ``(C, 1, 1)``.
+        high: Largest value allowed.
+
+    Raises:
+        ValueError: With what was expected and what came.
+    """
+    wanted = f"(B, {', '.join(map(str, shape))})" if shape is not None else "(B, C, H, W)"
+    if (
+        not isinstance(x, Tensor)
+        or x.ndim != 4
+        or (shape is not None and tuple(x.shape[1:]) != tuple(shape))
+    ):
+        raise ValueError(f"Expected images of shape {wanted}, but got {describe(x)}")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"Expected floating-point images (uint8 ones divided by 255), but got {describe(x)}"
+        )
+    if len(x) == 0:
+        raise ValueError(f"Expected at least one image of shape {wanted}, but got an empty batch")
+    check_finite(x, "images")
+    if low is not None and high is not None:
+        slack = 1e-4  # normalisation in float32 rounds
+        if (x < low - slack).any() or (x > high + slack).any():
+            raise ValueError(
+                f"Expected images in the value range {_range(low, high)} of the network, but got values in "
+                f"[{x.min().item():.4g}, {x.max().item():.4g}]; bring them there (divide those of 0 to 255 by 255), or give their range as "
+                "`low` and `high` where the network is made"
+            )
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Refuse anything but the shape of an image.
+
+    Returns:
+        ``(C, H, W)``.
+
+    Raises:
+        ValueError: If it is not three positive integers, or has more than :data:`MOST_VALUES` values.
+    """
+    good = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 3
+    if not good or not all(
+        isinstance(side, numbers.Integral) and not isinstance(side, bool) and side > 0
+        for side in shape
+    ):
+        raise ValueError(
+            f"Expected the shape (C, H, W) of an image, three positive integers, but got {shape!r}"
+        )
+    if math.prod(shape) > MOST_VALUES:
+        raise ValueError(
+            f"Expected images of at most {MOST_VALUES} values, but got the shape {tuple(shape)}"
+        )
+    C, H, W = (int(side) for side in shape)
+    return C, H, W
+
+
+def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
+    """Refuse anything but ``batch`` integer labels in ``[0, num_classes)``.
+
+    Raises:
+        ValueError: With what was expected and what came.
+    """
+    if (
+        not isinstance(y, Tensor)
+        or y.shape != (batch,)
+        or y.is_floating_point()
+        or y.dtype == torch.bool
+    ):
+        raise ValueError(f"Expected integer labels of shape ({batch},), but got {describe(y)}")
+    if (y < 0).any() or (y >= num_classes).any():
+        raise ValueError(
+            f"Expected labels in [0, {num_classes}), but got labels in [{int(y.min())}, {int(y.max())}]"
+        )
+
+
+def check_number(
+    name: str, value: float, low: float, high: float, *, integer: bool = False, above: bool = False
+) -> None:
+    """Refuse a setting outside ``[low, high]`` (``(low, high]`` where ``above``), NaN, or a fraction where an integer is needed.
+
+    Raises:
+        ValueError: With the name of the setting, its range and what came.
+    """
+    kind = numbers.Integral if integer else numbers.Real  # numpy's numbers are among them
+    good = (
+        isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    )  # which NaN is not, and the longest integers can be
+    if not good or (above and value == low):
+        left = "(" if above else "["
+        raise ValueError(
+            f"Expected {name} to be {'an integer' if integer else 'a number'} in {left}{low}, {high}], but got {value!r}"
+        )
+
+
+def describe(x: object) -> str:
+    """Say what a value is, in the words of an error message."""
+    return (
+        f"a {x.dtype} tensor of shape {tuple(x.shape)}"
+        if isinstance(x, Tensor)
+        else f"{type(x).__name__}"
+    )
+
+
+def _range(low: float | Tensor, high: float | Tensor) -> str:
+    """A range, or one a channel where they differ."""
+    lows, highs = torch.broadcast_tensors(
+        *(torch.as_tensor(value).flatten().cpu() for value in (low, high))
+    )
+    said = [
+        f"[{least:.4g}, {most:.4g}]"
+        for least, most in zip(lows.tolist(), highs.tolist(), strict=True)
+    ]
+    return said[0] if len(set(said)) == 1 else ", ".join(said) + " (by channel)"

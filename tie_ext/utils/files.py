@@ -1,0 +1,349 @@
+"""Files that cannot run code: nested state as one safetensors file whose header holds the rest as JSON, written atomically.
+
+A file either holds the whole of what was saved or does not exist: it is written beside its place, flushed to disk and moved there.
+"""
+
+import hashlib
+import json
+import math
+import numbers
+import os
+import re
+import struct
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = "tie_ext"
+VERSION = 1
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+"""What safetensors calls each type."""
+
+
+def write_atomically(path: str | os.PathLike, *content: bytes | memoryview) -> None:
+    """Write a file whole or not at all; what was there before stays until the new content is on disk.
+
+    Arguments:
+        path: The file.
+        content: What is written, one piece after the other, and not put together before.
+
+    Raises:
+        OSError: If it cannot be written (full disk, no permission), saying that the earlier file is intact.
+    """
+    path = Path(path)
+    part = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex}.part"
+    )  # of its own, as another process may be writing the same file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as f:
+            for piece in content:
+                f.write(piece)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):  # a folder that is no folder, or has just gone
+            part.unlink()
+        kept = "the earlier file there is intact" if path.exists() else "nothing was left there"
+        reason = f"Expected to write {sum(map(len, content))} bytes to {path}, but got: {error.strerror or error}; {kept}"
+        raise OSError(error.errno, reason) from error
+
+
+_HALF_WRITTEN = re.compile(r"\.(run\.json|.+\.safetensors)\.[0-9a-f]{32}\.part")
+"""What :func:`write_atomically` calls the files of a run before they are whole."""
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """One process at a time inside, for each folder; the lock goes with its process, however that ends.
+
+    What an earlier process that was killed had half written is cleared away.
+
+    Raises:
+        ValueError: If another process is inside.
+        OSError: If the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Expected {folder} to be free, but got a folder that another process is writing a run to; wait for it, or stop it"
+        ) from None
+    try:
+        for place in (
+            folder,
+            folder / "epochs",
+        ):  # where such a process writes; below may lie other runs, and other people's files
+            for part in place.glob(".*.part"):
+                if _HALF_WRITTEN.fullmatch(part.name):
+                    part.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """What goes wrong inside comes of a damaged or foreign file, and is said so in one line.
+
+    Arguments:
+        what: What is read, and where: ``a network in PATH``.
+
+    Raises:
+        ValueError: ``Expected WHAT, but got a truncated or foreign one: ...``, unless what went wrong says already what was expected.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if isinstance(error, ValueError) and str(error).startswith("Expected"):
+            raise
+        said = (
+            f"without {error}"
+            if isinstance(error, KeyError)
+            else f"{type(error).__name__}: {error}"
+        )
+        raise ValueError(
+            f"Expected {what}, but got a truncated or foreign one: {shorten(said, 400, placeholder=' ...')}"
+        ) from error
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Fingerprint of a file's content."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """What a JSON file holds.
+
+    Arguments:
+        path: The file.
+        what: What it is, for the error.
+
+    Raises:
+        FileNotFoundError: If there is no file, or something else in its place.
+        ValueError: If it is not JSON.
+    """
+    if not Path(path).is_file():  # reading a pipe would wait for ever
+        raise FileNotFoundError(f"Expected {what} at {path}, but got no file")
+    with reading(f"{what} at {path}"):
+        return json.loads(Path(path).read_bytes())
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Write a value as readable JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json_lines(path: str | os.PathLike, what: str) -> list[dict]:
+    """The records of a file that has one a line; none where there is no file.
+
+    Arguments:
+        path: The file.
+        what: What a line is, for the error.
+
+    Raises:
+        ValueError: If a line is no JSON object, naming it.
+    """
+    records = []
+    for number, line in enumerate(
+        Path(path).read_bytes().splitlines() if Path(path).exists() else (), 1
+    ):
+        with reading(f"{what} in line {number} of {path}"):
+            records.append(dict(json.loads(line)))
+    return records
+
+
+def add_json_line(path: str | os.PathLike, record: dict, key: str) -> None:
+    """Put a record into a file that has one a line, in the order of a key, in the place of one that has the same; atomically.
+
+    Several processes may add to one file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        others = [
+            other for other in read_json_lines(path, "a record") if other[key] != record[key]
+        ]
+        lines = (
+            json.dumps(each, allow_nan=False) + "\n"
+            for each in sorted([*others, record], key=lambda each: each[key])
+        )
+        write_atomically(path, "".join(lines).encode())
+
+
+def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
+    """Save nested dicts, lists, numbers, strings and tensors.
+
+    Arguments:
+        path: The file.
+        kind: What it holds (``"network"``, ``"training"``); :func:`load_state` asks for the same.
+        state: The state.
+
+    Raises:
+        OSError: If the file cannot be written; an earlier one is intact.
+        TypeError: If the state holds anything else.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(state, "", tensors)
+    # One entry, because safetensors writes several in an order that differs between processes, and equal runs shall give equal files.
+    header = {FORMAT: json.dumps({"kind": kind, "version": VERSION, "state": skeleton})}
+    write_atomically(path, *_serialised(tensors, header))
+
+
+def _serialised(
+    tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece, its tensors where they lie; the library's own function takes memory for two copies of them."""
+    layout: dict[str, Any] = {"__metadata__": metadata}
+    ordered = sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+    )  # large types first, so that all are aligned
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _TYPES:
+            raise TypeError(
+                f"Expected a tensor of a type that safetensors have to save, but got {tensor.dtype} at {name}"
+            )
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        layout[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(layout).encode()
+    header += b" " * (-len(header) % 8)
+    yield struct.pack("<Q", len(header)) + header
+    for _, tensor in ordered:
+        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        yield flat.reshape(-1).view(torch.uint8).numpy().data
+
+
+def load_state(path: str | os.PathLike, kind: str, only: Collection[str] | None = None) -> dict:
+    """Load what :func:`save_state` saved; tensors on the CPU.
+
+    Arguments:
+        path: The file.
+        kind: What it is to hold.
+        only: The entries wanted, the others are not read; None for all.
+
+    Raises:
+        ValueError: If the file is truncated, of another program, of another kind or of a newer major version, saying which.
+        FileNotFoundError: If there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a {FORMAT} {kind} file at {path}, but got no file")
+    wanted = f"a {FORMAT} {kind} file at {path}"
+    try:
+        with reading(wanted), safe_open(path, framework="pt") as f:
+            skeleton = _skeleton(f.metadata() or {}, kind, wanted, path)
+            with reading(f"{wanted} whose header is whole"):
+                if only is not None:
+                    skeleton = {
+                        "$items": [
+                            [key, value] for key, value in skeleton["$items"] if key in only
+                        ]
+                    }
+                # Each once, as a header may name one tensor many times.
+                state = _unflatten(skeleton, cache(f.get_tensor))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Expected {wanted}, but got a truncated or foreign one: {error}"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"Expected {wanted}, but got a {type(state).__name__} where its state should be"
+        )
+    return state
+
+
+def _skeleton(metadata: dict, kind: str, wanted: str, path: Path) -> Any:
+    """The JSON of a state."""
+    if FORMAT not in metadata:
+        raise ValueError(f"Expected {wanted}, but got a safetensors file of another program")
+    with reading(f"{wanted} whose header is whole"):
+        header = json.loads(metadata[FORMAT])
+        found, version, skeleton = header["kind"], header["version"], header["state"]
+    if found != kind:
+        raise ValueError(f"Expected {wanted}, but got a {found!r} file")
+    if version != VERSION:
+        raise ValueError(
+            f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it"
+        )
+    return skeleton
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON skeleton of a state; its tensors go into ``tensors``."""
+    if isinstance(value, Tensor):
+        while name in tensors:  # {"a/b": ...} beside {"a": {"b": ...}}, or the keys 1 and "1"
+            name += "'"
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"$tensor": name}
+    if isinstance(
+        value, dict
+    ):  # as pairs, because JSON would turn an optimiser's integer keys into strings
+        return {
+            "$items": [
+                [key, _flatten(inner, f"{name}/{key}", tensors)] for key, inner in value.items()
+            ]
+        }
+    if isinstance(value, list | tuple):
+        return [_flatten(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, numbers.Integral | numbers.Real):  # numpy's
+        return _flatten(value.item(), name, tensors) if hasattr(value, "item") else float(value)
+    raise TypeError(
+        f"Expected tensors, numbers, strings, lists and dicts to save, but got {type(value).__name__} at {name}"
+    )
+
+
+def _unflatten(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """The state of a skeleton, with its tensors by name."""
+    if isinstance(value, list):
+        return [_unflatten(inner, tensor) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    (tag, content), *_ = value.items()
+    if tag == "$tensor":
+        return tensor(content)
+    if tag == "$float":
+        return float(content)
+    return {key: _unflatten(inner, tensor) for key, inner in content}
