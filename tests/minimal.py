@@ -14,7 +14,7 @@ import tie_ext
 
 EXTRAS = ("pytorch_ood", "openood", "torchvision", "matplotlib", "sklearn", "PIL")
 """Packages that the core does without."""
-WITH_EXTRAS = ("app", "bench", "openood", "pytorch_ood")
+WITH_EXTRAS = ("cli", "openood", "pytorch_ood")
 """Rooms that need them."""
 
 

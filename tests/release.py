@@ -16,7 +16,7 @@ HELD = (
     "py.typed",
     "openood_configs/networks/tie_net.yml",
     "openood_configs/postprocessors/tie_combined.yml",
-    "app/cli.py",
+    "cli/main.py",
 )
 """Files that are easily forgotten, by their place in the package."""
 PROBE = """

@@ -105,7 +105,7 @@ def test_the_softmax_over_all_outputs_gives_the_heads_odds():
 
 
 def test_statistics_are_of_every_layer_before_its_relu_standardised_on_id_images(monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "processed", lambda x, rng: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "corrupt", lambda x, rng: x)
     x, y = stripes()
     model = Small().eval()
     net = attach(model, [(x[:30], y[:30]), (x[30:], y[30:])], 3)
@@ -237,13 +237,13 @@ def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_
     module, taught = sys.modules["tie_ext.training.attach"], []
     monkeypatch.setattr(
         module,
-        "teach",
+        "fit_head",
         lambda head, inside, outside, steps, weight, progress: taught.append(
             (inside, outside, steps, weight)
         ),
     )
     brought: list[torch.Tensor] = []
-    monkeypatch.setattr(module, "processed", lambda x, rng: brought.append(1 - x) or brought[-1])
+    monkeypatch.setattr(module, "corrupt", lambda x, rng: brought.append(1 - x) or brought[-1])
     x, y = stripes()
     net = attach(Small().eval(), [(x[:50], y[:50]), (x[50:], y[50:])], 3)
     ((inside, outside, steps, weight),) = taught
@@ -265,7 +265,7 @@ def test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow(monkey
             return super().forward(x)
 
     monkeypatch.setattr(
-        module, "teach", lambda head, inside, outside, *_: kept.append((inside, outside))
+        module, "fit_head", lambda head, inside, outside, *_: kept.append((inside, outside))
     )
     x, y = stripes(90)
     for times in (1, 3):

@@ -187,7 +187,7 @@ def test_what_cannot_be_explained_is_refused(trained):
 
 
 def test_it_is_at_the_front_door():
-    assert tie_ext.training.explain is explain
+    assert tie_ext.explain is explain
     assert (
         Layers(TIENet(Small(N), N, (1, 28, 28), garbage="layers").eval(), [bars(6, 0)]).names[-1]
         == "features"

@@ -82,13 +82,13 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
             return super().draw(shape)
 
     monkeypatch.setattr(
-        "tie_ext.training.trainer.teach",
+        "tie_ext.training.trainer.fit_head",
         lambda head, inside, outside, *how: (
             taught.append((len(inside), len(outside), how[0])) or 0.5
         ),
     )
     monkeypatch.setattr(
-        "tie_ext.training.trainer.processed", lambda x, rng: brought.append(len(x)) or x
+        "tie_ext.training.trainer.corrupt", lambda x, rng: brought.append(len(x)) or x
     )
     net = make_net()
     trainer = TIETrainer(net, replace(TINY, garbage_weight=2.0), [], [Counted(net)])

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tie_ext import Conv3, GarbageHead, Inversion, TIETrainer
-from tie_ext.cli import cli
+from tie_ext.cli import main as cli
 from tie_ext.cli.data import ImageBatches
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.main import main

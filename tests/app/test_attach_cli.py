@@ -18,7 +18,8 @@ from conftest import Small, make_net
 from torch import nn
 
 from tie_ext import Combined, Conv3, TIEDetector, TIENet
-from tie_ext.cli import attach_run, cli, data, registry
+from tie_ext.cli import attach_run, data, registry
+from tie_ext.cli import main as cli
 from tie_ext.cli.folder import load_network, written
 from tie_ext.cli.main import main
 from tie_ext.cli.snapshots import load_snapshots

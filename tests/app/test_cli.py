@@ -22,7 +22,8 @@ import torch
 from conftest import make_net
 
 from tie_ext import EpochLog, TIEDetector, TIENet, TIETrainer, __version__
-from tie_ext.cli import cli, data, explain_page, registry, report
+from tie_ext.cli import data, explain_page, registry, report
+from tie_ext.cli import main as cli
 from tie_ext.cli.flags import make_parser
 from tie_ext.cli.folder import load_network, written
 from tie_ext.cli.images import ImageFiles

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tie_ext import Procedural, ProceduralSettings
-from tie_ext.outliers import drawing
+from tie_ext.outliers import primitives
 from tie_ext.outliers.primitives import CHUNK, Rng, clouds, fills, multiscale, tones
 from tie_ext.outliers.procedural import (
     FAMILIES,
@@ -145,7 +145,7 @@ def test_half_of_the_images_are_mirrored_negatives_of_the_others():
 
 
 def test_silhouettes_are_mirrored_once_along_each_axis_and_belong_to_any_image():
-    x = drawing.silhouettes((400, 16, 16), DICE)
+    x = primitives.silhouettes((400, 16, 16), DICE)
     of = {tuple(one.flatten().tolist()) for one in x[:, 0]}
     mirrored = [
         axes
@@ -154,7 +154,7 @@ def test_silhouettes_are_mirrored_once_along_each_axis_and_belong_to_any_image()
     ]
     assert len(mirrored) == 3
     assert len(of) > 300
-    assert drawing.silhouettes((1, 16, 16), DICE).shape == (1, 1, 16, 16)
+    assert primitives.silhouettes((1, 16, 16), DICE).shape == (1, 1, 16, 16)
     assert not torch.equal(x[100:200].flip(2), x[:100])  # in random order
 
 
@@ -195,13 +195,13 @@ def test_a_third_of_tones_are_black_or_white():
 
 def test_fills_are_half_flat_a_quarter_linear_a_quarter_clouds(monkeypatch):
     monkeypatch.setattr(
-        drawing,
+        primitives,
         "tones",
         lambda count, channels, rng: (
             torch.linspace(0.2, 0.8, count).view(-1, 1, 1, 1).repeat(1, channels, 1, 1)
         ),
     )
-    monkeypatch.setattr(drawing, "clouds", lambda shape, rng: torch.rand(*shape))
+    monkeypatch.setattr(primitives, "clouds", lambda shape, rng: torch.rand(*shape))
     x = fills((2000, 2, 16, 16), DICE).double()
     flat = (x.amax((2, 3)) - x.amin((2, 3)) < 1e-6).all(1)
     across, down = x.diff(dim=3), x.diff(dim=2)
@@ -214,7 +214,7 @@ def test_fills_are_half_flat_a_quarter_linear_a_quarter_clouds(monkeypatch):
 
 
 def test_gradients_are_linear_and_use_both_tones():
-    x = drawing.ramps((300, 33, 33), DICE)
+    x = primitives.ramps((300, 33, 33), DICE)
     inside = ((x > 0.02) & (x < 0.98))[:, 2:, 2:] & ((x > 0.02) & (x < 0.98))[:, :-2, :-2]
     assert (x[:, 2:, 2:] + x[:, :-2, :-2] - 2 * x[:, 1:-1, 1:-1]).abs()[inside].max() < 1e-5
     assert ((x.amax((1, 2)) - x.amin((1, 2))) > 0.4).all()
@@ -225,7 +225,7 @@ def inside(silhouette, count=64, size=64):
 
 
 def test_silhouettes_are_signed_distances():
-    for silhouette in drawing.SILHOUETTES:
+    for silhouette in primitives.SILHOUETTES:
         d = silhouette((64, 96, 96), DICE) * 48  # in pixels
         gradient = torch.hypot(d.diff(dim=2)[:, :-1], d.diff(dim=1)[:, :, :-1])[
             d[:, :-1, :-1].abs() < 1
@@ -236,10 +236,10 @@ def test_silhouettes_are_signed_distances():
 
 def test_ellipses_boxes_and_polygons_are_convex_and_rings_are_hollow():
     for silhouette, convex in (
-        (drawing.ellipses, True),
-        (drawing.boxes, True),
-        (drawing.polygons, True),
-        (drawing.rings, False),
+        (primitives.ellipses, True),
+        (primitives.boxes, True),
+        (primitives.polygons, True),
+        (primitives.rings, False),
     ):
         filled = inside(silhouette, 200)
         runs = (filled.diff(dim=2) & filled[:, :, 1:]).sum(2) + filled[
@@ -252,13 +252,13 @@ def test_ellipses_boxes_and_polygons_are_convex_and_rings_are_hollow():
         assert 0.005 < share.median() < 0.4
 
 
-@pytest.mark.parametrize("silhouette", [drawing.ellipses, drawing.boxes])
+@pytest.mark.parametrize("silhouette", [primitives.ellipses, primitives.boxes])
 def test_half_axes_are_the_same_both_ways_in_an_image_that_is_not_square(silhouette, monkeypatch):
     monkeypatch.setattr(
-        drawing,
+        primitives,
         "posed",
         lambda shape, rng: (
-            *drawing.grid(shape, rng),
+            *primitives.grid(shape, rng),
             torch.tensor([[[0.5]]]),
             torch.tensor([[[0.5]]]),
         ),
@@ -276,7 +276,7 @@ def test_polygons_have_three_to_six_straight_sides(monkeypatch):
         return real(condition, *rest)
 
     monkeypatch.setattr(torch, "where", spy)
-    d = drawing.polygons((400, 24, 24), DICE)
+    d = primitives.polygons((400, 24, 24), DICE)
     sides = torch.stack(drawn).sum(0).flatten()
     assert sorted(sides.unique().tolist()) == [3, 4, 5, 6]
     assert (sides.bincount()[3:] > 60).all()
@@ -297,31 +297,31 @@ def test_strokes_have_the_width_asked_for_and_one_or_two_curves(monkeypatch):
             widths if (low, high) == (0.03, 0.24) else real(self, low, high, *size)
         ),
     )
-    depth = -torch.stack([drawing.strokes((2, 128, 128), DICE).amin((1, 2)) for _ in range(30)])
+    depth = -torch.stack([primitives.strokes((2, 128, 128), DICE).amin((1, 2)) for _ in range(30)])
     assert (depth <= widths.flatten() + 1e-5).all()
     torch.testing.assert_close(
         depth.median(0).values, widths.flatten(), atol=0.012, rtol=0
     )  # a pixel's width; a few lie off the image
-    lines = drawing.polyline(1000, DICE)
-    single = (lines[:, drawing.CURVE :] - lines[:, drawing.CURVE, None]).abs().flatten(1).amax(
+    lines = primitives.polyline(1000, DICE)
+    single = (lines[:, primitives.CURVE :] - lines[:, primitives.CURVE, None]).abs().flatten(
         1
-    ) < 1e-5
+    ).amax(1) < 1e-5
     assert abs(single.double().mean() - 0.5) < 0.06
     # Smooth: the pieces before and after the meeting point go the same way.
     before, after = (
-        lines[~single, drawing.CURVE - 2 : drawing.CURVE + 1].diff(dim=1),
-        lines[~single, drawing.CURVE : drawing.CURVE + 3].diff(dim=1),
+        lines[~single, primitives.CURVE - 2 : primitives.CURVE + 1].diff(dim=1),
+        lines[~single, primitives.CURVE : primitives.CURVE + 3].diff(dim=1),
     )
     tangents = [1.5 * before[:, 1] - 0.5 * before[:, 0], 1.5 * after[:, 0] - 0.5 * after[:, 1]]
     assert torch.cosine_similarity(*tangents, dim=1).min() > 0.99
-    curved = lines[:, 0] + lines[:, drawing.CURVE] - 2 * lines[:, drawing.CURVE // 2]
+    curved = lines[:, 0] + lines[:, primitives.CURVE] - 2 * lines[:, primitives.CURVE // 2]
     assert curved.norm(dim=1).median() > 0.1
 
 
 def test_strokes_are_distances_to_their_curves(monkeypatch):
-    lines, real = drawing.polyline(6, DICE), drawing.grid
-    monkeypatch.setattr(drawing, "polyline", lambda count, rng: lines)
-    monkeypatch.setattr(drawing, "grid", lambda shape, rng, spread: real(shape, rng))
+    lines, real = primitives.polyline(6, DICE), primitives.grid
+    monkeypatch.setattr(primitives, "polyline", lambda count, rng: lines)
+    monkeypatch.setattr(primitives, "grid", lambda shape, rng, spread: real(shape, rng))
     monkeypatch.setattr(Rng, "log_uniform", lambda self, low, high, *size: torch.full(size, 0.1))
     dense = F.interpolate(
         lines.transpose(1, 2), 20 * 100 + 1, mode="linear", align_corners=True
@@ -330,7 +330,7 @@ def test_strokes_are_distances_to_their_curves(monkeypatch):
     pixels = torch.stack(torch.broadcast_tensors(x, y), dim=-1).reshape(1, -1, 2).expand(6, -1, -1)
     nearest = torch.cdist(pixels, dense).amin(2).view(6, 24, 32)
     torch.testing.assert_close(
-        drawing.strokes((6, 24, 32), DICE), nearest - 0.1, atol=2e-3, rtol=0
+        primitives.strokes((6, 24, 32), DICE), nearest - 0.1, atol=2e-3, rtol=0
     )
 
 
@@ -338,10 +338,10 @@ def test_all_kinds_of_silhouettes_are_used_and_edges_are_a_pixel_wide(monkeypatc
     kinds = []
     spies = [
         lambda shape, rng, i=i, real=real: kinds.extend([i] * shape[0]) or real(shape, rng)
-        for i, real in enumerate(drawing.SILHOUETTES)
+        for i, real in enumerate(primitives.SILHOUETTES)
     ]
-    monkeypatch.setattr(drawing, "SILHOUETTES", spies)
-    x = drawing.silhouettes((500, 64, 64), DICE)
+    monkeypatch.setattr(primitives, "SILHOUETTES", spies)
+    x = primitives.silhouettes((500, 64, 64), DICE)
     assert x.shape == (500, 1, 64, 64)
     assert (torch.tensor(kinds).bincount(minlength=5) > 15).all()  # one in four is drawn
     assert ((x > 0) & (x < 1)).double().mean() < 0.1

@@ -56,7 +56,7 @@ def provenance(
         commit = None
     program = Path(sys.argv[0])
     name = (
-        "tie-ext" if program.resolve() == where / "app" / "cli.py" else program.name
+        "tie-ext" if program.resolve() == where / "cli" / "main.py" else program.name
     )  # the former: `python -m tie_ext.cli.main`
     command = shlex.join([name, *(_named(word, places) for word in sys.argv[1:])])
     return {
