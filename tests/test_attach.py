@@ -21,7 +21,8 @@ from tie_ext import (
     TIENet,
     attach,
 )
-from tie_ext.models.head import FLAT, MOST_CHANNELS, MOST_LAYERS, PIECE, find_layers, pooled
+from tie_ext.models.layers import MAX_LAYERS, find_layers
+from tie_ext.models.statistics import FLAT, MAX_CHANNELS, PIECE, pool_statistics
 from tie_ext.outliers import make
 from tie_ext.scores.decision import uncertainty, upcast
 from tie_ext.scores.threshold import exclusion_threshold
@@ -145,12 +146,12 @@ def test_the_number_of_statistics_is_bounded():
         nn.Flatten(),
     )
     layers = find_layers(wide, torch.rand(1, 3, 8, 8))
-    assert len(layers) == MOST_LAYERS
+    assert len(layers) == MAX_LAYERS
     assert next(iter(layers)) == "0"
     assert list(layers)[-1] == "38"
-    assert GarbageHead(layers, 7).mean.numel() == 7 + 4 * MOST_LAYERS * MOST_CHANNELS
-    assert pooled(torch.rand(2, 150, 4, 4)).shape == (2, 4 * MOST_CHANNELS)
-    assert pooled(torch.rand(2, 9, 24)).shape == (2, 96)
+    assert GarbageHead(layers, 7).mean.numel() == 7 + 4 * MAX_LAYERS * MAX_CHANNELS
+    assert pool_statistics(torch.rand(2, 150, 4, 4)).shape == (2, 4 * MAX_CHANNELS)
+    assert pool_statistics(torch.rand(2, 9, 24)).shape == (2, 96)
 
 
 @pytest.mark.parametrize(
@@ -173,12 +174,12 @@ def test_a_layer_is_read_before_its_relu_after_its_own_normalisation(layers, fou
         nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
         3,
         SHAPE,
-        garbage="layers",
+        head="multilayer",
     ).eval()
     assert net.garbage.layers == found
     x = torch.rand(5, *SHAPE)
     before = nn.Sequential(*layers[: int(next(iter(found))) + 1]).eval()(x)
-    assert torch.equal(net.statistics(x)[1][:, 4:], pooled(before))
+    assert torch.equal(net.statistics(x)[1][:, 4:], pool_statistics(before))
     assert before.min() < 0
 
 
@@ -221,14 +222,14 @@ def test_statistics_of_large_maps_which_are_pooled_in_pieces_are_those_of_each_i
 ):
     a = torch.randn(9, channels, size, size).to(memory_format=layout)
     read = a[
-        :, torch.linspace(0, channels - 1, min(channels, MOST_CHANNELS)).round().long()
+        :, torch.linspace(0, channels - 1, min(channels, MAX_CHANNELS)).round().long()
     ].flatten(2)
     assert a.numel() > PIECE
     through = read.relu()
     expected = torch.cat(
         [through.mean(2), through.std(2, correction=0), read.amax(2), read.amin(2)], dim=1
     )
-    torch.testing.assert_close(pooled(a), expected)
+    torch.testing.assert_close(pool_statistics(a), expected)
 
 
 def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_as_they_are_and_processed(
@@ -294,7 +295,7 @@ def test_images_without_labels_and_other_outliers_will_do():
     x, _ = stripes()
     model = Small().eval()
     net = TIENet(model, 3, SHAPE)
-    white = attach(model, [x], 3, outliers=[make("white", net), make("shuffle", net)])
+    white = attach(model, [x], 3, synthesizers=[make("white", net), make("shuffle", net)])
     assert white.tau.isfinite()
     assert not torch.equal(
         white.garbage.network[0].weight, attach(model, [x], 3).garbage.network[0].weight
@@ -311,7 +312,7 @@ def test_who_has_to_learn_is_fitted_once(labelled):
             seen.append([(x.shape, y.tolist()) for x, y in batches])
             return {}
 
-    attach(model, [(x, y) if labelled else x], 3, outliers=[Learns(TIENet(model, 3, SHAPE))])
+    attach(model, [(x, y) if labelled else x], 3, synthesizers=[Learns(TIENet(model, 3, SHAPE))])
     assert seen == [[(x.shape, (y if labelled else model(x).argmax(1)).tolist())]]
 
 
@@ -323,15 +324,15 @@ def test_a_vae_can_propose_outliers():
         model,
         [(x, y)],
         3,
-        outliers=[MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))],
+        synthesizers=[MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))],
     )
     assert with_vae.tau.isfinite()
 
 
 def test_normalised_images_have_their_range():
     x, y = stripes()
-    net = attach(Small().eval(), [(x * 4 - 2, y)], 3, low=-2.0, high=2.0, classes=("a", "b", "c"))
-    assert (net.low.item(), net.high.item(), net.classes) == (-2.0, 2.0, ("a", "b", "c"))
+    net = attach(Small().eval(), [(x * 4 - 2, y)], 3, low=-2.0, high=2.0, class_names=("a", "b", "c"))
+    assert (net.low.item(), net.high.item(), net.class_names) == (-2.0, 2.0, ("a", "b", "c"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -351,27 +352,27 @@ def test_a_network_attached_in_bfloat16_computes_so_and_its_head_has_learned_of_
     read = []
     looked = TIENet.statistics
     monkeypatch.setattr(
-        TIENet, "statistics", lambda net, x: (read.append(net.precision), looked(net, x))[1]
+        TIENet, "statistics", lambda net, x: (read.append(net.autocast_dtype), looked(net, x))[1]
     )
     model = Conv3(1, 3).eval()
-    net = attach(model, [(x, y)], 3, precision="bfloat16")
+    net = attach(model, [(x, y)], 3, autocast_dtype="bfloat16")
     assert set(read) == {"bfloat16"}
     assert (
-        net.precision
-        == TIENet.load(net.save(tmp_path / "net") or tmp_path / "net").precision
+        net.autocast_dtype
+        == TIENet.load(net.save(tmp_path / "net") or tmp_path / "net").autocast_dtype
         == "bfloat16"
     )
     assert not torch.equal(net(x), model(x))
     torch.testing.assert_close(net(x), model(x), rtol=0, atol=1e-3)
     with pytest.raises(
-        ValueError, match="Expected a precision, one of float32, bfloat16, but got 'half'"
+        ValueError, match="Expected autocast_dtype to be one of float32, bfloat16, but got 'half'"
     ):
-        attach(model, [(x, y)], 3, precision="half")
+        attach(model, [(x, y)], 3, autocast_dtype="half")
 
 
 def test_gradients_reach_the_image_though_relus_work_in_place():
     torch.manual_seed(0)
-    net, x, slopes = TIENet(Conv3(1, 3), 3, SHAPE, garbage="layers").eval(), stripes(4)[0], []
+    net, x, slopes = TIENet(Conv3(1, 3), 3, SHAPE, head="multilayer").eval(), stripes(4)[0], []
     for inplace in (True, False):
         for part in net.backbone.modules():
             if isinstance(part, nn.ReLU):
@@ -429,7 +430,7 @@ def test_a_stream_of_batches_is_taken():
         (
             TIENet(Small(), 3, SHAPE).eval(),
             make_batches(),
-            "Expected a classifier without a garbage class, but got a TIENet, which has one already",
+            "Expected a classifier without a garbage class, but got a TIENet, which has one",
         ),
         (
             Small(5).eval(),
@@ -501,9 +502,9 @@ def test_what_cannot_be_attached_to_is_refused(model, batches, message):
 def test_nobody_to_propose_outliers_is_refused():
     with pytest.raises(
         ValueError,
-        match="Expected someone to propose outliers, or None for procedural images, but got an empty list",
+        match="`synthesizers` is empty",
     ):
-        attach(Small().eval(), make_batches(), 3, outliers=[])
+        attach(Small().eval(), make_batches(), 3, synthesizers=[])
 
 
 def test_a_sample_is_a_uniform_one_of_all_rows():
@@ -534,7 +535,7 @@ def test_the_gradient_of_the_statistics_is_autograds(shape):
     a[1, 1] = -2.0  # nothing gets through
     weights = torch.randn(shape[0], 4 * shape[1])
     gradients = []
-    for of in (pooled, written_out):
+    for of in (pool_statistics, written_out):
         a = a.detach().requires_grad_()
         (of(a) * weights).sum().backward()
         gradients.append(a.grad)

@@ -23,7 +23,7 @@ UNFIT = {"MCD", "MCM", "WeightedEBO"}
 def record() -> dict:
     """A record of an untrained network on squares of grey, whose classes are the network's own."""
     torch.manual_seed(0)
-    net = TIENet(Conv3(1, 2), 2, (1, 28, 28), garbage="layers").eval()
+    net = TIENet(Conv3(1, 2), 2, (1, 28, 28), head="multilayer").eval()
 
     def squares(count: int) -> torch.Tensor:
         return (

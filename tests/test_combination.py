@@ -48,7 +48,7 @@ def test_every_rule_is_the_formula_of_its_paper():
     score = torch.tensor([[2.0, 15.0]])  # z of 1 and -1/2, p of 2/4 and 3/4
     found = {name: rule(learned, score).item() for name, rule in RULES.items()}
     half, most = torch.tensor(0.5), torch.tensor(0.75)
-    assert found["stouffer"] == pytest.approx((1 - 0.5) / 2**0.5)
+    assert found["zsum"] == pytest.approx((1 - 0.5) / 2**0.5)
     assert found["fisher"] == pytest.approx(-2 * (half.log() + most.log()).item())
     assert found["simes"] == pytest.approx(-most.log().item())  # of 2 * 2/4 and 3/4
     assert found["max"] == pytest.approx(1)
@@ -112,7 +112,7 @@ def test_one_member_alone_is_ranked_as_by_itself(rule):
 def test_standardised_scores_go_on_ranking_where_p_values_have_ended():
     learned = reference(draw(0, 50))
     far = torch.tensor([[1e3] * 3, [1e4] * 3])
-    assert RULES["stouffer"](learned, far).diff() > 0
+    assert RULES["zsum"](learned, far).diff() > 0
     assert RULES["max"](learned, far).diff() > 0
     assert RULES["fisher"](learned, far).diff() == 0
 
@@ -140,7 +140,7 @@ def test_scores_that_set_no_scale_are_refused(scores, message):
 def test_a_rule_that_is_none_is_refused():
     assert check_rule("max") == "max"
     for bad in ("mean", None, ["max"]):
-        with pytest.raises(ValueError, match="one of stouffer, fisher, simes, max, but got"):
+        with pytest.raises(ValueError, match="one of zsum, fisher, simes, max, but got"):
             check_rule(bad)
 
 
@@ -178,7 +178,7 @@ def test_the_false_alarm_rate_holds_whatever_the_dependence(rule, step, correlat
     )  # standard errors of the mean: it is passed by chance once in 740
     assert rates.mean() <= alpha + margin
     if not step and rule in (
-        "stouffer",
+        "zsum",
         "max",
     ):  # without ties it is no smaller than it has to be: 39 + 1 images reject 2 or 8
         assert rates.mean() >= alpha - margin

@@ -165,9 +165,9 @@ def test_the_same_seed_gives_the_same_and_leaves_the_network_as_it_was(trained):
     )
 
 
-@pytest.mark.parametrize("garbage", ["linear", "layers"])
+@pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 def test_a_network_with_a_garbage_class_is_copied(garbage):
-    net = TIENet(Small(N), N, (1, 28, 28), garbage=garbage).eval()
+    net = TIENet(Small(N), N, (1, 28, 28), head=garbage).eval()
     before = copy.deepcopy(net.state_dict())
     of = explain(net, [bars(30, 0)], per_class=1, steps=1).layers.net
     assert of is not net
@@ -189,6 +189,6 @@ def test_what_cannot_be_explained_is_refused(trained):
 def test_it_is_at_the_front_door():
     assert tie_ext.explain is explain
     assert (
-        Layers(TIENet(Small(N), N, (1, 28, 28), garbage="layers").eval(), [bars(6, 0)]).names[-1]
+        Layers(TIENet(Small(N), N, (1, 28, 28), head="multilayer").eval(), [bars(6, 0)]).names[-1]
         == "features"
     )

@@ -200,13 +200,13 @@ def test_scores_are_the_hosts_own_and_carry_a_gradient(toy):
     for name, score in mine.items():
         assert torch.allclose(score(logits, h), theirs[name], rtol=1e-3, atol=1e-5), name
         x = torch.rand(2, 1, 28, 28, requires_grad=True)
-        score(*net(x, return_feature=True, garbage=True)).sum().backward()
+        score(*net.outputs(x)).sum().backward()
         assert x.grad.abs().max() > 0, name
 
 
 def test_a_head_is_seen_through_every_layer(toy):
     net, _ = toy
-    with_head = attach(classifier(net), [stripes(60, 0)], N, outliers=[Noise(net)])
+    with_head = attach(classifier(net), [stripes(60, 0)], N, synthesizers=[Noise(net)])
     logits, h = fooling.outputs(with_head, [stripes(240, 1)[0]])
     detector = fooling.with_line(fooling.garbage_score, logits, h)
     start, y = torch.rand(30, 1, 28, 28), asked(30)
@@ -247,7 +247,7 @@ def test_level_1_is_where_the_garbage_logit_leads():
     )
 
 
-@pytest.mark.parametrize("rule", ["stouffer", "max"])
+@pytest.mark.parametrize("rule", ["zsum", "max"])
 def test_the_combination_ranks_as_combined_does(toy, rule):
     from pytorch_ood.detector import GEN, ViM
 
@@ -316,9 +316,9 @@ def test_the_objective_is_the_formula_and_lets_go_of_what_is_accepted():
     )
     detector = fooling.Detector(lambda logits, h: h[:, 0], torch.tensor(2.0), torch.tensor(0.5))
     ce = -logits[:, :N].log_softmax(1)[torch.arange(3), y]
-    assert torch.allclose(fooling.objective(logits, h, y, None), ce)
+    assert torch.allclose(fooling.criterion(logits, h, y, None), ce)
     assert torch.allclose(
-        fooling.objective(logits, h, y, detector) - ce,
+        fooling.criterion(logits, h, y, detector) - ce,
         torch.tensor([0.0, 1.1, 11.1]).log().clamp_min(0),
         atol=1e-6,
     )
@@ -345,7 +345,7 @@ def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monke
     work.mkdir(parents=True)
     for seed in (0, 1):
         torch.manual_seed(seed)
-        with_head = TIENet(Conv3(1, N), N, (1, 28, 28), garbage="layers")
+        with_head = TIENet(Conv3(1, N), N, (1, 28, 28), head="multilayer")
         with_head.tau.fill_(0.9)
         with_head.save(tmp_path / f"toy-120x1-conv3-seed{seed}-head.safetensors")
         TIENet(classifier(with_head), N, (1, 28, 28)).save(

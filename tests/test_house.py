@@ -153,7 +153,7 @@ def test_public_names_are_documented_and_annotated(name):
         missing = [
             p for p in inspect.signature(member).parameters if p not in hints and p != "self"
         ]
-        assert not missing or member.__qualname__ == "TIENet.forward", (
+        assert not missing or member.__qualname__ == "TIENet.compute", (
             member,
             missing,
         )  # which its overloads annotate

@@ -9,7 +9,7 @@ from conftest import FEW, SHAPE, TINY, Small, make_batches
 
 from tie_ext import GarbageHead, Inversion, Noise, Procedural, TIEConfig, TIENet, TIETrainer
 from tie_ext.cli.reproduce.comparison import train_plain
-from tie_ext.outliers.saliency import uniform_objective
+from tie_ext.outliers.saliency import uniform_criterion
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _few_steps(monkeypatch):
 
 def make_net() -> TIENet:
     torch.manual_seed(0)
-    return TIENet(Small(3), 3, SHAPE, garbage="layers")
+    return TIENet(Small(3), 3, SHAPE, head="multilayer")
 
 
 def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
@@ -159,11 +159,11 @@ def test_what_a_head_cannot_learn_is_refused():
     with pytest.raises(
         ValueError, match="Expected cross-entropy beside a garbage head on every layer"
     ):
-        TIETrainer(make_net(), TIEConfig(), [], objective=uniform_objective)
+        TIETrainer(make_net(), TIEConfig(), [], criterion=uniform_criterion)
     with pytest.raises(
         ValueError,
-        match="Expected garbage to be one of linear, layers or a GarbageHead, but got 'all'",
+        match="Expected head to be one of linear, multilayer or a GarbageHead, but got 'all'",
     ):
-        TIENet(Small(3), 3, SHAPE, garbage="all")
-    with pytest.raises(ValueError, match="Expected an image_shape to find the layers with"):
-        TIENet(Small(3), 3, garbage="layers")
+        TIENet(Small(3), 3, SHAPE, head="all")
+    with pytest.raises(ValueError, match="Expected an image_shape to find the layers that"):
+        TIENet(Small(3), 3, head="multilayer")

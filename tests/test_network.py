@@ -53,20 +53,15 @@ class WithFc(nn.Module):
 def test_any_backbone_gives_n_or_n_plus_1_logits_and_features(make, n):
     net = TIENet(make(), n).eval()
     x = torch.rand(2, 3, 32, 32)
-    logits, h = net(x, return_feature=True)
+    h = net.features(x)
+    logits = net(x)
     assert logits.shape == (2, n)
     assert h.shape == (2, net.feature_size)
     every = net(x, garbage=True)
     assert every.shape == (2, n + 1)
     assert torch.equal(every[:, :n], logits)
-    weight, bias = net.get_fc()
-    assert weight.shape == (n, net.feature_size)
-    assert bias.tolist() == net.fc.bias.tolist()
-    assert (net.get_fc_layer() is net.fc, weight.tolist() == net.fc.weight.tolist()) == (
-        True,
-        True,
-    )
-    torch.testing.assert_close(net.forward_threshold(x, float("inf")), logits)
+    assert torch.equal(net.fc(h), logits)
+    assert torch.equal(net.outputs(x).features, h)
 
 
 def test_pre_trained_weights_are_kept_and_the_backbone_is_left_alone():
@@ -214,21 +209,21 @@ def test_a_foreign_architecture_needs_its_backbone(tmp_path):
 
 def test_a_file_that_asks_for_another_precision_is_refused(tmp_path, net):
     with pytest.raises(
-        ValueError, match="Expected a precision, one of float32, bfloat16, but got 'float8'"
+        ValueError, match="Expected autocast_dtype to be one of float32, bfloat16, but got 'float8'"
     ):
-        net.precision = "float8"
+        net.autocast_dtype = "float8"
     net.save(tmp_path / "net.safetensors")
     state = load_state(tmp_path / "net.safetensors", "network")
     save_state(tmp_path / "net.safetensors", "network", {**state, "precision": "float8"})
     with pytest.raises(
-        ValueError, match=r"Expected a precision in .*, one of float32, bfloat16, but got 'float8'"
+        ValueError, match=r"Expected autocast_dtype in .* to be one of float32, bfloat16, but got 'float8'"
     ):
         TIENet.load(tmp_path / "net.safetensors")
 
 
 def test_standardized_features_have_mean_0_and_the_norm_of_proposition_2():
     net = TIENet(Standardized(Conv3(1, 10), sigma=0.5), 10, SHAPE).eval()
-    logits, h = net(torch.rand(4, *SHAPE), return_feature=True, garbage=True)
+    logits, h = net.outputs(torch.rand(4, *SHAPE))
     assert logits.shape == (4, 11)
     torch.testing.assert_close(h.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(
@@ -296,39 +291,25 @@ def test_a_network_without_an_image_shape_comes_back(kind, tmp_path):
     assert torch.equal(again(x, garbage=True), net(x, garbage=True))
 
 
-def test_a_head_without_bias_has_a_bias_of_zeros_for_hosts():
-    backbone = Small(3)
-    backbone.fc = nn.Linear(48, 3, bias=False)
-    weight, bias = TIENet(backbone, 3).get_fc()
-    assert (weight.shape, bias.tolist()) == ((3, 48), [0, 0, 0])
-
-
 def test_the_precision_goes_with_the_state_dict(tmp_path):
     net, x = TIENet(Small(3), 3, SHAPE).eval(), torch.rand(2, *SHAPE)
-    net.precision = "bfloat16"
+    net.autocast_dtype = "bfloat16"
     torch.save(net.state_dict(), tmp_path / "best.ckpt")  # as OpenOOD keeps networks
     again = TIENet(Small(3), 3, SHAPE).eval()
     again.load_state_dict(torch.load(tmp_path / "best.ckpt", weights_only=True))
-    assert again.precision == "bfloat16"
+    assert again.autocast_dtype == "bfloat16"
     assert torch.equal(again(x, garbage=True), net(x, garbage=True))
     assert all(isinstance(value, torch.Tensor) for value in net.state_dict().values())
     earlier = {name: value for name, value in net.state_dict().items() if name != "_extra_state"}
     again.load_state_dict(earlier)
-    assert again.precision == "float32"
-
-
-def test_the_score_cuts_features_off_where_it_is_told():
-    net, x = TIENet(Small(3), 3, SHAPE).eval(), torch.rand(2, *SHAPE)
-    h = net.features(x)
-    torch.testing.assert_close(net.forward_threshold(x, 0.1), net.fc(h.clamp(max=0.1)))
-    assert not torch.equal(net.forward_threshold(x, 0.1), net(x))
+    assert again.autocast_dtype == "float32"
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="Expected num_classes to be an integer in"):
         TIENet(Small(1), 1)
     with pytest.raises(ValueError, match="Expected 3 class names, but got 2"):
-        TIENet(Small(3), 3, classes=("a", "b"))
+        TIENet(Small(3), 3, class_names=("a", "b"))
     for low, high in ((1.0, 1.0), ((0.0, 0.0), 1.0)):
         with pytest.raises(
             ValueError, match="Expected low < high, numbers or one for each channel"
@@ -373,9 +354,9 @@ def test_what_is_saved_says_what_it_is(tmp_path):
         (3, 32, 32),
         low=(-1.0, -2.0, -3.0),
         high=(1.0, 2.0, 3.0),
-        classes=("a", "b", "c", "d"),
+        class_names=("a", "b", "c", "d"),
     )
-    net.precision = "bfloat16"
+    net.autocast_dtype = "bfloat16"
     net.save(tmp_path / "net")
     state = load_state(tmp_path / "net", "network")
     assert {k: v for k, v in state.items() if k != "weights"} == {
@@ -391,15 +372,15 @@ def test_what_is_saved_says_what_it_is(tmp_path):
         [-1, -2, -3],
         [1, 2, 3],
     )
-    assert (again.classes, again.image_shape, again.num_classes) == (
+    assert (again.class_names, again.image_shape, again.num_classes) == (
         ("a", "b", "c", "d"),
         (3, 32, 32),
         4,
     )
-    assert (again.precision, again.training, type(again.backbone)) == ("bfloat16", False, Conv5)
+    assert (again.autocast_dtype, again.training, type(again.backbone)) == ("bfloat16", False, Conv5)
     del state["precision"], state["head"]  # a file of before there were any
     save_state(tmp_path / "earlier", "network", state)
-    assert TIENet.load(tmp_path / "earlier").precision == "float32"
+    assert TIENet.load(tmp_path / "earlier").autocast_dtype == "float32"
 
 
 def _changed(**values):
@@ -453,7 +434,7 @@ def _weight(key, value):
 )
 def test_a_file_of_a_network_that_does_not_fit_is_refused_by_its_reason(tmp_path, damage, message):
     head = GarbageHead({"conv.0": 32, "conv.4": 64}, 128, 5)
-    net = TIENet(Conv3(1, 4), 4, SHAPE, garbage=head)
+    net = TIENet(Conv3(1, 4), 4, SHAPE, head=head)
     net.save(tmp_path / "net")
     assert TIENet.load(tmp_path / "net").garbage.hidden == 5
     state = load_state(tmp_path / "net", "network")
@@ -477,7 +458,7 @@ def test_resnet20_is_of_the_papers_size():
 
 def test_a_head_is_copied():
     head = GarbageHead({"conv.0": 8}, 48)
-    net = TIENet(Small(3), 3, SHAPE, garbage=head)
+    net = TIENet(Small(3), 3, SHAPE, head=head)
     before = net.garbage.network[0].weight.clone()
     torch.nn.init.zeros_(head.network[0].weight)
     assert torch.equal(net.garbage.network[0].weight, before)

@@ -383,7 +383,7 @@ def test_attach_stands_on_the_plain_network(done, monkeypatch):
     x = images.x[:5].float() / 255
     assert torch.equal(attached(x), plain(x))
     assert isinstance(attached.garbage, GarbageHead)
-    assert attached.classes == images.classes
+    assert attached.class_names == images.classes
     assert not torch.equal(attached.garbage.network[0].weight, other.garbage.network[0].weight)
 
 
@@ -393,7 +393,7 @@ def test_layers_is_the_loop_of_tie_ext_train(done, monkeypatch):
     net, log = train_method("layers", Conv3, images, RECIPE)
     assert isinstance(net.garbage, GarbageHead)
     assert sum(log[-1].proposed) > 0
-    taught = {"garbage": "layers", "prior": ["procedural"]}
+    taught = {"head": "multilayer", "prior": ["procedural"]}
     assert recipe_of("layers", RECIPE).record() == {**recipe_of("tie", RECIPE).record(), **taught}
 
 
@@ -401,21 +401,21 @@ def test_layers_is_the_loop_of_tie_ext_train(done, monkeypatch):
 def test_every_method_computes_in_the_precision_of_the_settings(method, done):
     out, plan, _ = done
     images, *_ = run.image_sets("mnist", 0, None, plan.root)
-    recipe = changed(precision="bfloat16")
-    assert train_method(method, Conv3, images, recipe)[0].precision == "bfloat16"
-    with pytest.raises(ValueError, match="with precision 'float32' instead of 'bfloat16'"):
+    recipe = changed(autocast_dtype="bfloat16")
+    assert train_method(method, Conv3, images, recipe)[0].autocast_dtype == "bfloat16"
+    with pytest.raises(ValueError, match="with autocast_dtype 'float32' instead of 'bfloat16'"):
         run._check_settings(out, cells(out)[f"mnist-allx1-{method}-seed0"], method, recipe)
 
 
 def test_a_cell_of_before_a_setting_has_its_default(done):
     out, plan, _ = done
     record = cells(out)["mnist-allx1-tie-seed0"]
-    del record["config"]["search"]
+    del record["config"]["adversarial_steps"]
     recipe = plan.recipe
     run._check_settings(out, record, "tie", recipe)
-    with pytest.raises(ValueError, match="with search 0 instead of 5"):
+    with pytest.raises(ValueError, match="with adversarial_steps 0 instead of 5"):
         run._check_settings(
-            out, record, "tie", replace(recipe, config=replace(recipe.config, search=5))
+            out, record, "tie", replace(recipe, config=replace(recipe.config, adversarial_steps=5))
         )
 
 

@@ -27,7 +27,7 @@ class Small(nn.Module):
 
 def test_a_network_loads():
     net = TIENet.load(SAVED / "network.safetensors", Small())
-    assert (net.num_classes, net.image_shape, net.classes, net.precision) == (
+    assert (net.num_classes, net.image_shape, net.class_names, net.autocast_dtype) == (
         3,
         (1, 28, 28),
         ("a", "b", "c"),
@@ -47,7 +47,7 @@ def test_a_detector_loads():
 
 def test_a_network_with_a_head_on_every_layer_scores_as_it_did():
     net = TIENet.load(ATTACHED / "network.safetensors", Small())
-    assert net.classes == ("a", "b", "c")
+    assert net.class_names == ("a", "b", "c")
     assert net.decide(RAMP).score.tolist() == pytest.approx(
         [10.01477, 5.465388, 10.37057, 14.10744], rel=1e-4
     )

@@ -13,7 +13,7 @@ from tie_ext.training.adversarial import RADIUS, max_log_prob, pgd
 
 def make_net(garbage: str) -> TIENet:
     torch.manual_seed(0)
-    return TIENet(Small(3), 3, SHAPE, garbage=garbage)
+    return TIENet(Small(3), 3, SHAPE, head=garbage)
 
 
 def sure(net: TIENet, x: torch.Tensor) -> float:
@@ -28,7 +28,7 @@ def sure(net: TIENet, x: torch.Tensor) -> float:
         )
 
 
-@pytest.mark.parametrize("garbage", ["linear", "layers"])
+@pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 def test_images_move_to_where_the_network_is_surest(garbage):
     net, x = make_net(garbage).train(), torch.rand(12, *SHAPE)
     frozen = (
@@ -50,7 +50,7 @@ def test_images_move_to_where_the_network_is_surest(garbage):
     assert sure(net, moved) > sure(net, x)
 
 
-@pytest.mark.parametrize(("garbage", "outputs"), [("linear", 4), ("layers", 3)])
+@pytest.mark.parametrize(("garbage", "outputs"), [("linear", 4), ("multilayer", 3)])
 def test_a_step_goes_up_the_largest_log_probability_that_the_search_counts(garbage, outputs):
     net, x = make_net(garbage).eval(), torch.rand(12, *SHAPE, requires_grad=True)
     net.backbone.requires_grad_(False)
@@ -83,7 +83,7 @@ def test_what_is_learned_of_searched_images_is_acets_formula():
     assert max_log_prob(logits, y.clamp(max=2)) == 0
 
 
-@pytest.mark.parametrize("garbage", ["linear", "layers"])
+@pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 def test_a_loop_that_searches_is_less_sure_of_what_is_searched_for(garbage, monkeypatch):
     monkeypatch.setattr("tie_ext.training.trainer.STEPS", 30)
     monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 20)
@@ -91,7 +91,7 @@ def test_a_loop_that_searches_is_less_sure_of_what_is_searched_for(garbage, monk
     for search in (0, 3):
         net = make_net(garbage)
         trainer = TIETrainer(
-            net, replace(TINY, epochs=12, lr=0.01, search=search), [], [Noise(net)]
+            net, replace(TINY, epochs=12, lr=0.01, adversarial_steps=search), [], [Noise(net)]
         )
         for _ in range(12):
             trainer.epoch(make_batches(sizes=(12, 12)))
@@ -105,8 +105,8 @@ def test_a_loop_that_searches_learns_its_formula(monkeypatch):
     monkeypatch.setattr(
         "tie_ext.training.trainer.pgd", lambda net, x, steps: x / 2 if steps == 4 else x
     )
-    net = make_net("layers")
-    trainer = TIETrainer(net, replace(TINY, search=4, garbage_weight=0.5), [], [Noise(net)])
+    net = make_net("multilayer")
+    trainer = TIETrainer(net, replace(TINY, adversarial_steps=4, garbage_weight=0.5), [], [Noise(net)])
     trainer.pool.images[:] = 200
     (x, y), before = make_batches(sizes=(8,))[0], copy.deepcopy(net).train()
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_a_loop_that_searches_learns_its_formula(monkeypatch):
     assert trainer.epoch([(x, y)]).losses["classifier"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("garbage", ["linear", "layers"])
+@pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 def test_statistics_are_settled_on_images_that_were_searched_for_before(garbage, monkeypatch):
     monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 1)
     net = make_net(garbage)
@@ -133,20 +133,20 @@ def test_statistics_are_settled_on_images_that_were_searched_for_before(garbage,
         return x
 
     monkeypatch.setattr("tie_ext.training.trainer.pgd", searched)
-    TIETrainer(net, replace(TINY, epochs=2, search=1), [], [Noise(net)]).epoch(
+    TIETrainer(net, replace(TINY, epochs=2, adversarial_steps=1), [], [Noise(net)]).epoch(
         make_batches(sizes=(8, 8))
     )
     assert settled == [False, True, True]  # two batches, and all that was kept of them
 
 
-@pytest.mark.parametrize("garbage", ["linear", "layers"])
+@pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 def test_stop_and_resume_equals_uninterrupted(tmp_path, garbage, monkeypatch):
     monkeypatch.setattr("tie_ext.training.trainer.STEPS", 5)
     monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 5)
 
     def trainer() -> TIETrainer:
         net = make_net(garbage)
-        return TIETrainer(net, replace(TINY, search=2), [], [Noise(net)])
+        return TIETrainer(net, replace(TINY, adversarial_steps=2), [], [Noise(net)])
 
     whole, first, second = trainer(), trainer(), trainer()
     for _ in range(2):
@@ -160,15 +160,15 @@ def test_stop_and_resume_equals_uninterrupted(tmp_path, garbage, monkeypatch):
 
 
 def test_a_run_that_searches_is_another_run(tmp_path):
-    trainer = TIETrainer(make_small(), replace(TINY, search=2), [])
+    trainer = TIETrainer(make_small(), replace(TINY, adversarial_steps=2), [])
     trainer.save(tmp_path / "run")
-    with pytest.raises(ValueError, match="search"):
+    with pytest.raises(ValueError, match="adversarial_steps"):
         TIETrainer(make_small(), TINY, []).load(tmp_path / "run")
 
 
 def test_a_negative_search_is_refused():
-    with pytest.raises(ValueError, match="search"):
-        TIEConfig(search=-1)
+    with pytest.raises(ValueError, match="adversarial_steps"):
+        TIEConfig(adversarial_steps=-1)
 
 
 def test_a_step_is_taken_in_half_precision_too():
@@ -183,7 +183,7 @@ def test_a_layer_that_was_frozen_stays_so_and_bfloat16_trains():
     net.train()
     frozen.eval()
     before = frozen.running_mean.clone()
-    log = TIETrainer(net, replace(TINY, search=2, precision="bfloat16"), [], [Noise(net)]).epoch(
+    log = TIETrainer(net, replace(TINY, adversarial_steps=2, autocast_dtype="bfloat16"), [], [Noise(net)]).epoch(
         make_batches(sizes=(8, 1))
     )
     assert log.losses["classifier"] > 0

@@ -30,7 +30,7 @@ from tie_ext import (
     uncertainty,
 )
 from tie_ext.outliers import SYNTHESIZERS
-from tie_ext.outliers.saliency import uniform_objective
+from tie_ext.outliers.saliency import uniform_criterion
 from tie_ext.training.fit_head import fit_head
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.trainer import GARBAGE_SHARE
@@ -119,17 +119,17 @@ def test_without_synthesizers_the_pool_stays_as_it_began():
     assert log.agreement == [None] * 4
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_stop_and_resume_equals_uninterrupted(precision, tmp_path):
+@pytest.mark.parametrize("autocast_dtype", ["float32", "bfloat16"])
+def test_stop_and_resume_equals_uninterrupted(autocast_dtype, tmp_path):
     batches = make_batches()
-    whole = make_trainer(precision=precision)
+    whole = make_trainer(autocast_dtype=autocast_dtype)
     for _ in range(3):
         whole.epoch(batches)
-    first = make_trainer(precision=precision)
+    first = make_trainer(autocast_dtype=autocast_dtype)
     first.epoch(batches)
     first.save(tmp_path / "run.safetensors")
     torch.rand(7)  # a resumed process has another random state
-    second = make_trainer(precision=precision)
+    second = make_trainer(autocast_dtype=autocast_dtype)
     second.load(tmp_path / "run.safetensors")
     for _ in range(2):
         second.epoch(batches)
@@ -226,7 +226,7 @@ def test_bad_data_is_refused_before_any_work(batches, message):
         {"candidates": -1},
         {"candidates": 1.5},
         {"garbage_weight": 0},
-        {"precision": "float16"},
+        {"autocast_dtype": "float16"},
         {"seed": -1},
         {"lam": float("nan")},
     ],
@@ -259,18 +259,18 @@ def test_a_backbone_keeps_its_memory_layout(channels, synthesizer):
 
 
 def test_in_bfloat16_only_the_backbone_computes_so(tmp_path):
-    trainer = make_trainer(precision="bfloat16")
+    trainer = make_trainer(autocast_dtype="bfloat16")
     trainer.epoch(make_batches())
     net, x = trainer.net.eval(), make_batches()[0][0]
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    logits, h = net(x, return_feature=True, garbage=True)
+    logits, h = net.outputs(x)
     assert logits.dtype == h.dtype == torch.float32
     net.save(tmp_path / "net.safetensors")
     again = TIENet.load(tmp_path / "net.safetensors", Small())
     assert torch.equal(
         again(x, garbage=True), logits
     )  # a threshold fitted before it was saved meets the same scores
-    again.precision = "float32"
+    again.autocast_dtype = "float32"
     assert not torch.equal(again(x, garbage=True), logits)
     torch.testing.assert_close(again(x, garbage=True), logits, rtol=0.05, atol=0.05)
 
@@ -293,9 +293,9 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
     trainer.save(tmp_path / "run.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"of a run with the settings of this one in .*, but got lam 0.5 instead of 2.0, precision",
+        match=r"of a run with the settings of this one in .*, but got lam 0.5 instead of 2.0, autocast_dtype",
     ):
-        make_trainer(lam=2.0, precision="bfloat16").load(tmp_path / "run.safetensors")
+        make_trainer(lam=2.0, autocast_dtype="bfloat16").load(tmp_path / "run.safetensors")
     with pytest.raises(ValueError, match=r"but got synthesizers \['Inversion'\] instead of \[\]"):
         TIETrainer(make_net(), TINY, synthesizers=[]).load(tmp_path / "run.safetensors")
 
@@ -305,12 +305,12 @@ def test_a_run_of_before_a_setting_existed_had_its_default(tmp_path):
     trainer.epoch(make_batches())
     trainer.save(tmp_path / "run.safetensors")
     state = load_state(tmp_path / "run.safetensors", "training")
-    del state["config"]["precision"]
+    del state["config"]["autocast_dtype"]
     del state["methods"][0][1]["alpha"]
     save_state(tmp_path / "run.safetensors", "training", state)
     make_trainer().load(tmp_path / "run.safetensors")
-    with pytest.raises(ValueError, match="but got precision 'float32' instead of 'bfloat16'"):
-        make_trainer(precision="bfloat16").load(tmp_path / "run.safetensors")
+    with pytest.raises(ValueError, match="but got autocast_dtype 'float32' instead of 'bfloat16'"):
+        make_trainer(autocast_dtype="bfloat16").load(tmp_path / "run.safetensors")
 
 
 def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
@@ -322,7 +322,7 @@ def test_the_uniform_objective_makes_garbage_uncertain_and_leaves_the_labels():
         conftest.make_net(),
         replace(TINY, epochs=15, garbage_weight=3.0),
         [],
-        objective=uniform_objective,
+        criterion=uniform_criterion,
     )
     for _ in range(15):
         trainer.epoch([(x, torch.arange(24) % 3)])
@@ -642,8 +642,8 @@ class Counted(TensorDataset):
 
 @pytest.mark.parametrize(
     "make",
-    [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")],
-    ids=["linear", "layers"],
+    [make_net, lambda: TIENet(Small(3), 3, SHAPE, head="multilayer")],
+    ids=["linear", "multilayer"],
 )
 def test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop(
     make, tmp_path, monkeypatch
@@ -708,8 +708,8 @@ def _indices(func, args):
 @pytest.mark.parametrize("search", [0, 2])
 @pytest.mark.parametrize(
     "make",
-    [make_net, lambda: TIENet(Small(3), 3, SHAPE, garbage="layers")],
-    ids=["linear", "layers"],
+    [make_net, lambda: TIENet(Small(3), 3, SHAPE, head="multilayer")],
+    ids=["linear", "multilayer"],
 )
 def test_no_step_waits_for_the_device(make, search, monkeypatch):
     monkeypatch.setattr(
@@ -725,7 +725,7 @@ def test_no_step_waits_for_the_device(make, search, monkeypatch):
     for steps in (2, 7):
         net = make()
         inversion = Inversion(net, InversionSettings(steps=steps, width=4, batch_size=4))
-        trainer = TIETrainer(net, replace(TINY, search=search), [inversion], [Noise(net)])
+        trainer = TIETrainer(net, replace(TINY, adversarial_steps=search), [inversion], [Noise(net)])
         trainer.counts, trainer._surveyed = torch.tensor([8, 8, 8]), True
         for name, work in (
             ("generator", lambda inversion=inversion, net=net: inversion.fit(net, [], 0.0)),
@@ -972,12 +972,12 @@ def test_a_loader_that_drops_its_last_batch_goes_on_after_a_stop(tmp_path):
 
 def test_a_run_of_another_objective_is_refused(tmp_path):
     net = make_net()
-    trainer = TIETrainer(net, TINY, [], objective=uniform_objective)
+    trainer = TIETrainer(net, TINY, [], criterion=uniform_criterion)
     trainer.epoch(make_batches())
     trainer.save(tmp_path / "run")
     with pytest.raises(
         ValueError,
-        match=r"whose objective is torch.nn.functional.cross_entropy in .*, but got 'tie_ext.*uniform_objective'",
+        match=r"whose criterion is torch.nn.functional.cross_entropy in .*, but got 'tie_ext.*uniform_criterion'",
     ):
         TIETrainer(make_net(), TINY, []).load(tmp_path / "run")
 

@@ -115,7 +115,7 @@ def test_a_run_says_what_it_did_and_its_accuracy_is_the_networks_own(run, folder
         TIEDetector.load(run).decide(test.x.float() / 255).score,
         net.decide(test.x.float() / 255).score,
     )
-    assert net.classes == ("bright", "dark")
+    assert net.class_names == ("bright", "dark")
     assert torch.equal(
         load_state(run / "scores.safetensors", "scores")["attached"]["id"],
         net.decide(test.x.float() / 255).score,
@@ -227,10 +227,10 @@ def test_how_test_images_were_come_by_is_said_before_the_work(
 
 def test_a_run_may_compute_in_bfloat16(folder, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
-    assert main(attach(folder, weights, tmp_path / "run", "--precision", "bfloat16")) == 0
-    assert TIENet.load(tmp_path / "run" / "network.safetensors").precision == "bfloat16"
+    assert main(attach(folder, weights, tmp_path / "run", "--autocast-dtype", "bfloat16")) == 0
+    assert TIENet.load(tmp_path / "run" / "network.safetensors").autocast_dtype == "bfloat16"
     assert (
-        json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"]
+        json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["autocast_dtype"]
         == "bfloat16"
     )
     assert main(["score", str(tmp_path / "run"), *images_of(folder)]) == 0
@@ -310,7 +310,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
         written(out)
     )
     net = TIENet.load(out / "network.safetensors")
-    assert load_network(out).classes == net.classes
+    assert load_network(out).classes == net.class_names
     capsys.readouterr()
     assert (
         main(["score", str(out / "combined"), *paths]) == 0

@@ -530,7 +530,7 @@ def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_ask
     assert main(train(folder, out, "--epochs", "1")) == 0
     record = json.loads((out / "run.json").read_text())
     assert (record["settings"]["recipe"]["garbage"], record["settings"]["recipe"]["prior"]) == (
-        "layers",
+        "multilayer",
         ["procedural"],
     )
     assert "head" in record["log"][0]["losses"]
@@ -540,7 +540,7 @@ def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_ask
     assert main(["score", str(out), str(folder / "test" / "dark" / "0.png")]) == 0
     assert main(train(folder, tmp_path / "other", "--prior", "none")) == 1
     assert "Expected a prior for the garbage head" in capsys.readouterr().err
-    assert main(train(folder, tmp_path / "paper", "--garbage", "linear", "--epochs", "1")) == 0
+    assert main(train(folder, tmp_path / "paper", "--head", "linear", "--epochs", "1")) == 0
     recipe = json.loads((tmp_path / "paper" / "run.json").read_text())["settings"]["recipe"]
     assert (recipe["garbage"], recipe["prior"]) == ("linear", ["multiscale"])
 
@@ -551,7 +551,7 @@ def test_a_pool_that_stays_empty_is_no_trouble(folder, tmp_path):
             train(
                 folder,
                 tmp_path / "run",
-                "--garbage",
+                "--head",
                 "linear",
                 "--prior",
                 "none",
@@ -836,7 +836,7 @@ def test_a_run_of_wrong_settings_is_not_gone_on_with(copied, capsys, change):
         ("synthesizers", {"white": 1}),
         ("synthesizers", {"inversion": {"height": 1}}),
         ("synthesizers", ["inversion"]),
-        ("objective", []),
+        ("criterion", []),
     ],
     ids=str,
 )
@@ -1305,7 +1305,7 @@ def of_earlier_version(run):
     config |= {
         "garbage_weight": 1.0,
         "garbage_shift": 0,
-        "objective": "garbage",
+        "criterion": "garbage",
         "generator_steps": 2,
         "generator_lr": 0.001,
         "generator_width": 4,
@@ -1316,7 +1316,7 @@ def of_earlier_version(run):
         "gamma_start": 1.0,
         "gamma_end": 1.0,
         "code_margin": 0.0,
-        "precision": "float32",
+        "autocast_dtype": "float32",
         "seed": 0,
     }
     (run / "run.json").write_text(

@@ -33,7 +33,7 @@ SMALL = [
     "cpu",
 ]
 METHOD = [
-    "--garbage",
+    "--head",
     "linear",
     "--synthesizer",
     "white",

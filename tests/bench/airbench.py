@@ -109,7 +109,7 @@ def _faster(net: nn.Module) -> list[dict]:
 
 
 def train(
-    net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, precision: str = "float32"
+    net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, autocast_dtype: str = "float32"
 ) -> float:
     """SGD with a triangle of learning rates, smoothed labels and Lookahead. Seconds it took in all; goes on after the last finished epoch.
 
@@ -132,7 +132,7 @@ def train(
         for name, of in net.state_dict().items()
         if name.startswith(LEARNED) and of.is_floating_point()
     }
-    net.precision = precision
+    net.autocast_dtype = autocast_dtype
     if state.exists():
         kept = torch.load(state, map_location=net.low.device, weights_only=True)
         net.load_state_dict(kept["net"])
@@ -171,7 +171,7 @@ def train(
             flush=True,
         )
     net.load_state_dict({**net.state_dict(), **slow})
-    net.precision = "float32"
+    net.autocast_dtype = "float32"
     net.eval()
     return seconds
 

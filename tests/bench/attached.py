@@ -47,7 +47,7 @@ from tie_ext.cli.data import ImageBatches, ImageSet, moved
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.reproduce.comparison import classifier
 from tie_ext.models.backbones import BACKBONES
-from tie_ext.models.network import PRECISIONS
+from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.outliers import make
 from tie_ext.pytorch_ood.combine import fit_knn
 from tie_ext.utils.files import add_json_line, save_state
@@ -182,7 +182,7 @@ def train(
     epochs: int,
     seed: int,
     state: Path,
-    precision: str = "float32",
+    autocast_dtype: str = "float32",
     falling: bool = False,
 ) -> float:
     """Plain cross-entropy, SGD with one cycle of learning rate, or one that falls along half a cosine, images moved (colour ones also mirrored).
@@ -204,7 +204,7 @@ def train(
     # An accelerator waits for orders where each is given by itself.
     fast = net if device.type == "cpu" else torch.compile(net, mode="reduce-overhead")
     done, seconds = 0, 0.0
-    net.precision = precision
+    net.autocast_dtype = autocast_dtype
     if state.exists():
         kept = torch.load(state, map_location=device, weights_only=True)
         net.load_state_dict(kept["net"])
@@ -234,7 +234,7 @@ def train(
         torch.save({**kept, "epochs": epoch + 1, "seconds": seconds}, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
         print(f"{said}, {seconds:.0f} s", flush=True)
-    net.precision = "float32"
+    net.autocast_dtype = "float32"
     net.eval()
     return seconds
 
@@ -242,8 +242,8 @@ def train(
 @torch.no_grad()
 def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
     """ID logits and features of all images, on the CPU."""
-    pairs = [net(x, return_feature=True) for x, _ in ImageBatches(images, 500, scale=net)]
-    return torch.cat([logits for logits, _ in pairs]).cpu(), torch.cat([h for _, h in pairs]).cpu()
+    pairs = [net.outputs(x) for x, _ in ImageBatches(images, 500, scale=net)]
+    return torch.cat([logits[:, :-1] for logits, _ in pairs]).cpu(), torch.cat([h for _, h in pairs]).cpu()
 
 
 def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str, Tensor]]:
@@ -306,10 +306,10 @@ def headed(net: TIENet, images: ImageSet, label: str, seed: int) -> TIENet:
             classifier(net),
             batches,
             len(classes),
-            classes=classes,
-            outliers=outliers,
+            class_names=classes,
+            synthesizers=outliers,
             seed=seed,
-            precision=net.precision,
+            autocast_dtype=net.autocast_dtype,
         )
 
 
@@ -378,14 +378,14 @@ def main() -> None:
     parser.add_argument("--backbone", choices=NETWORKS, default="conv3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
+        "--autocast-dtype",
+        choices=AUTOCAST_DTYPES,
         default="float32",
         help="of training; bfloat16 takes half the time where a CPU has it",
     )
     parser.add_argument(
         "--scores-in",
-        choices=PRECISIONS,
+        choices=AUTOCAST_DTYPES,
         default="float32",
         help="precision of all that comes after training",
     )
@@ -416,7 +416,7 @@ def main() -> None:
             NETWORKS[a.backbone](images.shape[0], len(images.classes)),
             len(images.classes),
             images.shape,
-            classes=images.classes,
+            class_names=images.classes,
         )
     net.to(a.device)
     trained = (
@@ -426,10 +426,10 @@ def main() -> None:
     )
     seconds = {
         "training": trained(
-            net, images, a.epochs, a.seed, a.work / f"{stem}.training", a.precision
+            net, images, a.epochs, a.seed, a.work / f"{stem}.training", a.autocast_dtype
         )
     }
-    net.precision = a.scores_in
+    net.autocast_dtype = a.scores_in
     net.save(a.work / f"{stem}.safetensors")
     start = time.perf_counter()
     scores = host_scores(net, sets)
@@ -449,7 +449,7 @@ def main() -> None:
         "backbone": a.backbone,
         "epochs": a.epochs,
         "seed": a.seed,
-        "precision of training": a.precision,
+        "precision of training": a.autocast_dtype,
         "precision of scores": a.scores_in,
         "images": {name: len(of) for name, of in sets.items()},
         "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),

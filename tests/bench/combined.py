@@ -110,7 +110,7 @@ def every_combination(scores: Mapping) -> list[tuple[tuple[str, ...], str]]:
     """Every combination of up to three scores, by every rule."""
     labels = [label for label in scores if not label.startswith("head, ") and label != SAMPLED]
     members = [of for size in (1, 2, 3) for of in combinations(labels, size)]
-    return [(of, rule) for of in members for rule in (RULES if len(of) > 1 else ["stouffer"])]
+    return [(of, rule) for of in members for rule in (RULES if len(of) > 1 else ["zsum"])]
 
 
 def best_without_head(scores: Mapping) -> dict[str, dict]:
@@ -191,7 +191,7 @@ def main() -> None:
         "single, without the head": chosen(
             tried, [key for key in ranked if len(key[0]) == 1 and "head" not in key[0]]
         ),
-        "head": (("head",), "stouffer"),
+        "head": (("head",), "zsum"),
     }
     best |= {
         f"chosen by {rule}": chosen(

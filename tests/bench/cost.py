@@ -2,7 +2,7 @@
 
     python tests/bench/cost.py epoch --root DATA --data mnist --images 60000
     python tests/bench/cost.py epoch --root DATA --data mnist --images 20000
-    python tests/bench/cost.py epoch --root DATA --data mnist --images 20000 --search 5 --garbage layers
+    python tests/bench/cost.py epoch --root DATA --data mnist --images 20000 --adversarial-steps 5 --garbage layers
     python tests/bench/cost.py epoch --root DATA --data cifar10 --images 50000 --backbone resnet20
     python tests/bench/cost.py memory
     python tests/bench/cost.py classes
@@ -41,7 +41,7 @@ from tie_ext.cli.data import ImageBatches, ImageSet, training_batches
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.reproduce.comparison import classifier, train_plain
 from tie_ext.models.backbones import BACKBONES
-from tie_ext.models.network import GARBAGE
+from tie_ext.models.network import HEADS
 from tie_ext.outliers.base import Domain
 from tie_ext.outliers.primitives import Rng
 from tie_ext.training.recipe import Recipe
@@ -50,7 +50,7 @@ from tie_ext.utils.provenance import peak_memory, provenance
 from tie_ext.utils.random import seeded
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "cost"
-PRIOR = {"linear": "multiscale", "layers": "procedural"}
+PRIOR = {"linear": "multiscale", "multilayer": "procedural"}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -65,7 +65,7 @@ def epoch(a: argparse.Namespace) -> dict:
     images = data.load(a.data, "train", a.root).first(a.images)
     batches, config, shape = (
         training_batches(images),
-        TIEConfig(epochs=max(2, a.repeats), search=a.search),
+        TIEConfig(epochs=max(2, a.repeats), adversarial_steps=a.search),
         images.shape,
     )
     record: dict = {
@@ -78,7 +78,7 @@ def epoch(a: argparse.Namespace) -> dict:
     }
     for garbage in a.garbage:
         plain, net = (
-            TIENet(BACKBONES[a.backbone](shape[0], 10), 10, shape, garbage=kind)
+            TIENet(BACKBONES[a.backbone](shape[0], 10), 10, shape, head=kind)
             for kind in ("linear", garbage)
         )
         trainer = Recipe(config, prior=(PRIOR[garbage],), garbage=garbage).trainer(net)
@@ -111,7 +111,7 @@ def memory(a: argparse.Namespace) -> dict:
     """Peak memory of runs of 5 and of 20 epochs, each in a process of its own."""
     if a.epochs:
         few = InversionSettings(steps=10)
-        net = TIENet(BACKBONES["conv3"](1, 10), 10, (1, 28, 28), garbage="layers")
+        net = TIENet(BACKBONES["conv3"](1, 10), 10, (1, 28, 28), head="multilayer")
         trainer = TIETrainer(
             net, TIEConfig(epochs=a.epochs), [Inversion(net, few)], [Procedural(net)]
         )
@@ -171,10 +171,10 @@ def classes(a: argparse.Namespace) -> dict:
         BACKBONES["conv3"](3, a.count),
         a.count,
         (3, 64, 64),
-        classes=images.classes,
-        garbage=a.kind,
+        class_names=images.classes,
+        head=a.kind,
     )
-    trainer = Recipe(TIEConfig(epochs=a.epochs), prior=("multiscale",), garbage=a.kind).trainer(
+    trainer = Recipe(TIEConfig(epochs=a.epochs), prior=("multiscale",), head=a.kind).trainer(
         net
     )
     batches = ImageBatches(images, 128, shuffle=True)
@@ -202,7 +202,7 @@ def large(a: argparse.Namespace) -> dict:
     import torchvision
 
     shape = (3, 224, 224)
-    net = TIENet(torchvision.models.resnet18(num_classes=160), 160, shape, garbage="layers")
+    net = TIENet(torchvision.models.resnet18(num_classes=160), 160, shape, head="multilayer")
     config = TIEConfig(epochs=2, candidates=160, pool_size=200)
     trainer = TIETrainer(
         net,
@@ -240,14 +240,14 @@ def accelerator(a: argparse.Namespace) -> dict:
     images = many(10, 32, a.images // 10)
     batches, config = (
         training_batches(images, 512),
-        TIEConfig(epochs=a.repeats + 1, precision="bfloat16"),
+        TIEConfig(epochs=a.repeats + 1, autocast_dtype="bfloat16"),
     )
     plain, net = (
-        TIENet(BACKBONES["residual"](3, 10), 10, images.shape, garbage=kind).to(a.device)
-        for kind in ("linear", "layers")
+        TIENet(BACKBONES["residual"](3, 10), 10, images.shape, head=kind).to(a.device)
+        for kind in ("linear", "multilayer")
     )
-    plain.precision = config.precision
-    trainer = Recipe(config, prior=("procedural",), garbage="layers").trainer(net)
+    plain.autocast_dtype = config.autocast_dtype
+    trainer = Recipe(config, prior=("procedural",), head="multilayer").trainer(net)
     rates: dict[str, list[float]] = {"plain": [], "TIE": []}
     for _ in range(a.repeats):
         rates["plain"].append(
@@ -276,12 +276,12 @@ def head(a: argparse.Namespace) -> dict:
     sets = attached.image_sets(of.data, a.root, of.images, of.seed)
     images = sets["train"]
     net = TIENet(
-        classifier(TIENet.load(a.network)), len(images.classes), images.shape, garbage="layers"
+        classifier(TIENet.load(a.network)), len(images.classes), images.shape, head="multilayer"
     )
     for part in net.modules():
         part.training = not isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
     config = TIEConfig(epochs=a.epochs, lr=1e-12, seed=of.seed)
-    trainer = Recipe(config, prior=("procedural",), garbage="layers").trainer(net)
+    trainer = Recipe(config, prior=("procedural",), head="multilayer").trainer(net)
     for _ in range(a.epochs):
         log = trainer.epoch(training_batches(images))
         print(log.epoch, log.losses, log.excluded, flush=True)
@@ -342,9 +342,9 @@ def main() -> None:
     one.add_argument("--data", default="mnist")
     one.add_argument("--images", type=int)
     one.add_argument("--backbone", choices=BACKBONES, default="conv3")
-    one.add_argument("--garbage", nargs="+", choices=GARBAGE, default=["layers", "linear"])
+    one.add_argument("--head", nargs="+", choices=HEADS, default=["multilayer", "linear"])
     one.add_argument("--repeats", type=int, default=5)
-    one.add_argument("--search", type=int, default=0, help="of the loop's config")
+    one.add_argument("--adversarial-steps", type=int, default=0, help="of the loop's config")
     two = commands.add_parser("memory", help=memory.__doc__)
     two.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
     two.add_argument("--file", help=argparse.SUPPRESS)
@@ -353,7 +353,7 @@ def main() -> None:
     three.add_argument("--count", type=int, default=1000)
     three.add_argument("--each", type=int, default=20)
     three.add_argument("--epochs", type=int, default=3)
-    three.add_argument("--kind", choices=GARBAGE, default="layers")
+    three.add_argument("--kind", choices=HEADS, default="multilayer")
     commands.add_parser("large", help=large.__doc__)
     six = commands.add_parser("accelerator", help=accelerator.__doc__)
     six.add_argument("--device", default="cuda")

@@ -158,7 +158,7 @@ TARGETS: dict[str, tuple[tuple[str, tuple], ...]] = {
         ("epochs", (0, "x", 10**6, None)),
         ("synthesizers", (None, [], {"x": {}}, {"../../x": {}}, {"white": 1}, [1])),
         ("prior", (None, 1, ["x"], [[]], "x")),
-        ("objective", (None, [], "x")),
+        ("criterion", (None, [], "x")),
         ("numbers", (None, 1, [], {}, {"scores": 1}, {"scores": {"score": {"noise": {}}}})),
         ("auroc", (None, "x", [])),
         ("settings", (None, 1, [], {}, "x")),

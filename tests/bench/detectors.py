@@ -83,7 +83,7 @@ def see(net: TIENet, images: ImageSet) -> Seen:
     """One pass over images."""
     maps: list[Tensor] = []
     hook = net.backbone.conv[11].register_forward_hook(lambda module, given, out: maps.append(out))
-    pairs = [net(x, True, garbage=True) for x, _ in ImageBatches(images, 500)]
+    pairs = [net.outputs(x) for x, _ in ImageBatches(images, 500)]
     hook.remove()
     return Seen(
         torch.cat([of[0] for of in pairs]),

@@ -32,7 +32,7 @@ PEAK = "import sys; from tie_ext.cli.main import main; from tie_ext.utils.proven
 FAST = [
     "--epochs",
     "1",
-    "--garbage",
+    "--head",
     "linear",
     "--synthesizer",
     "white",
@@ -100,7 +100,7 @@ def spent() -> float:
 def speed(images: int, pixels: int, device: str) -> dict:
     """Images a second of each, and the share of the others' that scoring reaches."""
     torch.manual_seed(0)
-    net = TIENet(Conv5(3, 10), 10, (3, 32, 32), garbage="layers").eval().to(device)
+    net = TIENet(Conv5(3, 10), 10, (3, 32, 32), head="multilayer").eval().to(device)
     alone = Conv5(3, 10).eval().to(device)
     rates: dict[str, list[float]] = {"loader": [], "loader and classifier": [], "score": []}
 

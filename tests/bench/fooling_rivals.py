@@ -53,7 +53,7 @@ def acet(epochs: int, seed: int, start: str) -> Callable[[ImageSet, str, Path], 
         with seeded(seed):
             plain = BACKBONES[backbone](images.shape[0], len(images.classes))
             net = TIENet(
-                plain, len(images.classes), images.shape, classes=images.classes, garbage="layers"
+                plain, len(images.classes), images.shape, class_names=images.classes, head="multilayer"
             )
         prior = make(start, net)
         optimizer = torch.optim.SGD(
@@ -84,7 +84,7 @@ def acet(epochs: int, seed: int, start: str) -> Callable[[ImageSet, str, Path], 
 def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path], TIENet]]:
     """How to train each, by name."""
     paper = TIEConfig(epochs=epochs, seed=seed)
-    searching, drawn = replace(paper, search=STEPS, lr=LR), {"prior": ("procedural",)}
+    searching, drawn = replace(paper, adversarial_steps=STEPS, lr=LR), {"prior": ("procedural",)}
     return {
         "procedural": loop(paper, synthesizers={}, **drawn),
         "acet": acet(epochs, seed, "multiscale"),
@@ -92,9 +92,9 @@ def rivals(epochs: int, seed: int) -> Mapping[str, Callable[[ImageSet, str, Path
         "tie": loop(paper),
         "predecessor": loop(paper, "predecessor"),
         "tie-search": loop(searching, **drawn),
-        "loop": loop(paper, garbage="layers", **drawn),
-        "loop-search": loop(searching, garbage="layers", **drawn),
-        "search": loop(searching, garbage="layers", synthesizers={}, **drawn),
+        "loop": loop(paper, head="multilayer", **drawn),
+        "loop-search": loop(searching, head="multilayer", **drawn),
+        "search": loop(searching, head="multilayer", synthesizers={}, **drawn),
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tie_ext import GarbageHead, TIENet
 from tie_ext.cli.data import ImageBatches
 from tie_ext.cli.reproduce.comparison import classifier
-from tie_ext.models.head import STATISTICS
+from tie_ext.models.statistics import STATISTICS
 from tie_ext.outliers.primitives import Rng
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
 from tie_ext.training.augmentation import corrupt
@@ -113,7 +113,7 @@ def main() -> None:
     of = Trained.read(a.network.stem)
     sets = image_sets(of.data, a.root, of.images, of.seed)
     plain = TIENet.load(a.network)
-    net = TIENet(classifier(plain), plain.num_classes, plain.image_shape, garbage="layers").eval()
+    net = TIENet(classifier(plain), plain.num_classes, plain.image_shape, head="multilayer").eval()
     wanted = {
         name: images
         for name, images in sets.items()

@@ -74,7 +74,7 @@ def judged(plain: TIENet, sets: dict[str, ImageSet], seed: int) -> dict:
         classifier(plain),
         ImageBatches(images, 128),
         plain.num_classes,
-        classes=images.classes,
+        class_names=images.classes,
         seed=seed,
     )
     right, scores, garbage = 0, {}, {}
@@ -119,7 +119,7 @@ def main() -> None:
             BACKBONES[of.backbone](plain.image_shape[0], plain.num_classes),
             plain.num_classes,
             plain.image_shape,
-            garbage="layers",
+            head="multilayer",
         )
     with seeded(seed, 0, 0, 1):
         pool = torch.cat(

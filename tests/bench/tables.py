@@ -123,7 +123,7 @@ def ablation() -> str:
 
 
 WEIGHTED = "TIE, weighted garbage"
-"""TIE's cells with `--objective weighted`, made with an `--out` of their own: `weighted.jsonl` beside the others."""
+"""TIE's cells with `--criterion weighted`, made with an `--out` of their own: `weighted.jsonl` beside the others."""
 
 
 def cells(images: int, epochs: int, folder: str = "reproduce") -> dict[str, dict[str, list[dict]]]:

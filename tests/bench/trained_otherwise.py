@@ -82,7 +82,8 @@ class Rotating(nn.Module):
         self, x: Tensor, return_rot_logits: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits ``(B, n)``, and those of the four turns ``(B, 4)`` where asked."""
-        logits, h = self.net(x, return_feature=True)
+        h = self.net.features(x)
+        logits = self.net.fc(h)
         return (logits, self.turned(h)) if return_rot_logits else logits
 
 
@@ -180,7 +181,7 @@ def measured(trained: TIENet | Rotating, sets: dict[str, ImageSet], seed: int) -
         }
     scores["head"], in_garbage = judged(headed(net, sets["train"], "head", seed), sets)
     for label, members in COMBINATIONS.items():
-        of = combined(scores, (*members, *{OWN}.intersection(scores)), "stouffer")
+        of = combined(scores, (*members, *{OWN}.intersection(scores)), "zsum")
         scores[label] = {
             ("held" if name == "calibration" else name): x for name, x in of.items()
         }  # the half that gave no scale

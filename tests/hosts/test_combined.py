@@ -83,7 +83,7 @@ def three(net: TIENet | None = None, **settings) -> Combined:
 # The members that validation chose.
 
 
-@pytest.mark.parametrize("rule", ["stouffer", "max"])
+@pytest.mark.parametrize("rule", ["zsum", "max"])
 def test_combine_is_the_garbage_class_gen_and_knn_of_the_training_images(rule):
     net = trained().eval()
     training, held, x = loader(300, seed=1), loader(40, seed=2), images()[0]
@@ -219,10 +219,10 @@ def test_the_halves_share_no_image_and_each_does_its_work():
     )  # sums of batches of other sizes
     torch.testing.assert_close(
         detector.threshold,
-        conformal_threshold(RULES["stouffer"](learned, scores[calibrating]), 0.1),
+        conformal_threshold(RULES["zsum"](learned, scores[calibrating]), 0.1),
     )
     torch.testing.assert_close(
-        detector(images()[0]), RULES["stouffer"](learned, detector.scores(images()[0]))
+        detector(images()[0]), RULES["zsum"](learned, detector.scores(images()[0]))
     )
 
 
@@ -296,7 +296,7 @@ def test_another_rule_forgets_the_line_and_ranks_by_itself():
     assert len(
         {tuple(three(rule=rule).fit(loader(60)).decide(x).score.tolist()) for rule in RULES}
     ) == len(RULES)
-    with pytest.raises(ValueError, match="one of stouffer"):
+    with pytest.raises(ValueError, match="one of zsum"):
         detector.set_hyperparameters(rule="mean")
 
 
@@ -330,7 +330,7 @@ def test_to_moves_members_and_scale():
     [
         (lambda: Combined([]), "at least one detector"),
         (lambda: three(false_alarm=0), "false_alarm"),
-        (lambda: three(rule="mean"), "one of stouffer"),
+        (lambda: three(rule="mean"), "one of zsum"),
         (lambda: three().fit([]), "none from the loader"),
         (lambda: three().fit([(images()[0], torch.full((24,), -1))]), "none from the loader"),
         (
@@ -625,7 +625,7 @@ def rewrite(folder: Path, change) -> None:
         (lambda f: (f / "detector.json").write_text("[1]"), "truncated or foreign"),
         (lambda f: edit(f, format="tie_ext detector"), "truncated or foreign"),
         (lambda f: edit(f, version=2), "newer tie_ext"),
-        (lambda f: edit(f, rule="mean"), "one of stouffer"),
+        (lambda f: edit(f, rule="mean"), "one of zsum"),
         (lambda f: edit(f, false_alarm=7), "Expected false_alarm"),
         (lambda f: edit(f, threshold="hostile"), "Expected threshold"),
         (lambda f: edit(f, fitted_here=[99]), "fitted_here"),

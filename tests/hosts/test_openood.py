@@ -261,7 +261,7 @@ def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, 
 def test_a_config_asks_for_a_head_on_every_layer(openood, backbone, size, layers):
     from tie_ext import GarbageHead
 
-    net = build(backbone=backbone, image_size=size, garbage="layers").eval()
+    net = build(backbone=backbone, image_size=size, head="multilayer").eval()
     assert isinstance(net.garbage, GarbageHead)
     assert len(net.garbage.layers) == layers
     x = torch.rand(2, 3, size, size)
@@ -376,7 +376,7 @@ def id_loaders(classes: int = 3) -> dict:
     return {"train": batches(150, 0), "val": batches(40, 1)}
 
 
-@pytest.mark.parametrize("rule", ["stouffer", "max"])
+@pytest.mark.parametrize("rule", ["zsum", "max"])
 @pytest.mark.parametrize("network", ["tie_net", "lenet"])
 def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, rule):
     from openood.networks.lenet import LeNet
@@ -439,7 +439,7 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
     conf = post.postprocess(net, x)[1]
     post.setup(net, {}, {})
     assert torch.equal(post.postprocess(net, x)[1], conf)
-    with pytest.raises(ValueError, match="one of stouffer"):
+    with pytest.raises(ValueError, match="one of zsum"):
         CombinedPostprocessor(
             Config(
                 {"postprocessor": {"name": "tie_combined", "postprocessor_args": {"rule": "mean"}}}
@@ -533,7 +533,7 @@ def test_the_evaluation_api_takes_the_postprocessor_by_name_and_by_instance(open
 def test_a_networks_precision_holds_in_every_way_through_it(openood):
     net, x = build(backbone="resnet18_32x32").eval(), torch.rand(2, 3, 28, 28)
     full = net(x)
-    net.precision = "bfloat16"
+    net.autocast_dtype = "bfloat16"
     assert torch.equal(net(x, return_feature_list=True)[0], net(x))
     assert not torch.equal(net(x), full)
     net.double()
@@ -694,7 +694,7 @@ def attach_config(checkpoint) -> object:
     from openood.utils.config import Config
 
     network = {
-        **network_config(garbage="layers"),
+        **network_config(head="multilayer"),
         "backbone": {**network_config().backbone, "checkpoint": str(checkpoint)},
     }
     return Config({"trainer": {"name": "attach"}, "network": network, "seed": 5})
@@ -710,7 +710,7 @@ def test_trainer_attach_is_the_cores(openood, tmp_path):
     torch.save(plain.state_dict(), tmp_path / "lenet.ckpt")
     loader = torch.utils.data.DataLoader(Prepared(), batch_size=20)
     net, metrics = get_trainer(
-        build(garbage="layers"), loader, None, attach_config(tmp_path / "lenet.ckpt")
+        build(head="multilayer"), loader, None, attach_config(tmp_path / "lenet.ckpt")
     ).train_epoch(1)
     assert metrics["epoch_idx"] == 1
     expected = attach(plain, PreparedPairs(loader), 10, [-1.0] * 3, [1.0] * 3, seed=5).state_dict()
@@ -720,9 +720,9 @@ def test_trainer_attach_is_the_cores(openood, tmp_path):
 @pytest.mark.parametrize(
     ("garbage", "checkpoint", "message"),
     [
-        ("linear", "lenet.ckpt", "network.garbage layers"),
-        ("layers", "none", r"best\.ckpt .* got none"),
-        ("layers", "other.ckpt", "name lenet for"),
+        ("linear", "lenet.ckpt", "network.head layers"),
+        ("multilayer", "none", r"best\.ckpt .* got none"),
+        ("multilayer", "other.ckpt", "name lenet for"),
     ],
 )
 def test_trainer_attach_says_what_it_wants(openood, tmp_path, garbage, checkpoint, message):
@@ -1020,7 +1020,7 @@ def test_scores_it_saved_are_the_cores(root, openood, workplace, checkpoint):
     )
     if not scores.exists():
         pytest.skip("the run before did not get so far")
-    net = build(pretrained=True, checkpoint=str(checkpoint), garbage="layers").eval()
+    net = build(pretrained=True, checkpoint=str(checkpoint), head="multilayer").eval()
     folder = workplace / "data/images_classic/test_fashionmnist"
     x = torch.stack(
         [
@@ -1070,7 +1070,7 @@ def test_attach_leaves_the_network_as_it_was(openood, workplace, attached):
 
     plain = LeNet(10).eval()
     plain.load_state_dict(torch.load(workplace / "lenet.ckpt", weights_only=True))
-    net = build(pretrained=True, checkpoint=str(attached), garbage="layers").eval()
+    net = build(pretrained=True, checkpoint=str(attached), head="multilayer").eval()
     x = torch.rand(5, 3, 28, 28)
     assert torch.equal(net(x), plain(x))
     assert net.tau.isfinite()
@@ -1095,8 +1095,8 @@ def test_an_attached_network_is_scored_and_its_accuracy_taken(root, workplace, a
     options = [
         "--network.backbone.name",
         "lenet",
-        "--network.garbage",
-        "layers",
+        "--network.head",
+        "multilayer",
         "--network.checkpoint",
         str(attached),
         "--num_workers",

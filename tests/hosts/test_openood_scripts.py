@@ -105,7 +105,7 @@ def around(backbone, garbage: str = "linear", size: int = 32, seed: int = 0):
 
     torch.manual_seed(seed)
     net = OpenOODTIENet(
-        backbone, 1000 if size == 224 else 10, (3, size, size), *RANGE, garbage=garbage
+        backbone, 1000 if size == 224 else 10, (3, size, size), *RANGE, head=garbage
     ).eval()
     net.tau.fill_(0.25)
     return net
@@ -126,7 +126,7 @@ def seeds(openood, place, tmp_path) -> Path:
     )
     for seed in range(3):
         torch.manual_seed(seed)
-        net = around(Conv3(3, 10), "layers" if seed == 2 else "linear", seed=seed)
+        net = around(Conv3(3, 10), "multilayer" if seed == 2 else "linear", seed=seed)
         learn(net, x, torch.arange(40) % 10)
         (tmp_path / f"s{seed}").mkdir()
         torch.save(net.state_dict(), tmp_path / f"s{seed}" / "best.ckpt")
@@ -215,7 +215,7 @@ def test_eval_ood_imagenet_scores_an_attached_network(openood, place, tmp_path):
     import pandas as pd
     from openood.networks import ResNet50
 
-    torch.save(around(ResNet50(), "layers", 224).state_dict(), tmp_path / "best.ckpt")
+    torch.save(around(ResNet50(), "multilayer", 224).state_dict(), tmp_path / "best.ckpt")
     run(
         place / "scripts" / "eval_ood_imagenet.py",
         "--ckpt-path",
@@ -241,9 +241,9 @@ def test_eval_ood_imagenet_scores_an_attached_network(openood, place, tmp_path):
     ("backbone", "garbage"),
     [
         ("resnet18_32x32", "linear"),
-        ("resnet18_32x32", "layers"),
+        ("resnet18_32x32", "multilayer"),
         ("conv3", "linear"),
-        ("resnet20", "layers"),
+        ("resnet20", "multilayer"),
         ("wrn", "linear"),
     ],
 )
@@ -254,13 +254,13 @@ def test_a_network_of_its_scripts_becomes_the_tie_net_of_a_checkpoint(openood, b
     from tie_ext.openood.network import backbone_of
 
     saved = around(backbone_of(Config(name=backbone, num_classes=10)), garbage)
-    saved.precision = "bfloat16"
+    saved.autocast_dtype = "bfloat16"
     net = ResNet18_32x32(num_classes=10)
     net.load_state_dict(saved.state_dict())
     net.eval()
     x = torch.rand(2, 3, 32, 32)
     assert isinstance(net, openood.OpenOODTIENet)
-    assert (net.tau, net.precision, net.image_shape) == (0.25, "bfloat16", (3, 32, 32))
+    assert (net.tau, net.autocast_dtype, net.image_shape) == (0.25, "bfloat16", (3, 32, 32))
     assert torch.equal(net(x, garbage=True), saved(x, garbage=True))
 
 
@@ -276,7 +276,7 @@ def test_other_checkpoints_are_loaded_as_before_or_refused(openood):
         second.load_state_dict({})
     with pytest.raises(ValueError, match=r"around one of ResNet18_32x32, conv3.* main.py"):
         second.load_state_dict(around(LeNet(10), size=28).state_dict())
-    state = around(Conv3(3, 10), "layers").state_dict()
+    state = around(Conv3(3, 10), "multilayer").state_dict()
     state["garbage.mean"] = state["garbage.mean"][:-4]
     with pytest.raises(ValueError, match="for 32 pixels, but got another"):
         second.load_state_dict(state)

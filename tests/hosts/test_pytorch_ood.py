@@ -50,7 +50,7 @@ def deployable(garbage: str) -> TIENet:
     if garbage == "linear":
         return trained().eval()
     torch.manual_seed(0)
-    net = TIENet(Small(N), N, SHAPE, garbage="layers").eval()
+    net = TIENet(Small(N), N, SHAPE, head="multilayer").eval()
     net.garbage.standardise(net.statistics(images(24)[0])[1].detach())
     return net
 
@@ -588,7 +588,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 # Export.
 
 
-@pytest.mark.parametrize("garbage", ["linear", "layers"])
+@pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 @pytest.mark.parametrize("false_alarm", [None, 0.1])
 @pytest.mark.skipif(
     torch.__version__.startswith("2.2."),
@@ -608,7 +608,7 @@ def test_the_exported_program_decides_as_the_detector(false_alarm, garbage):
     torch.testing.assert_close(want.score, got[2])
 
 
-@pytest.mark.parametrize("garbage", ["linear", "layers"])
+@pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_decides_as_the_detector(garbage, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):

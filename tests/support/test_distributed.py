@@ -145,7 +145,7 @@ def parts(rank: int, again: TIETrainer) -> dict:
         for i, (x, y) in enumerate(batches(rank)[:3])
     ]
     found["alone"] = alone.epoch(last).losses["classifier"]
-    headed = TIENet(Small(3), 3, SHAPE, garbage="layers")
+    headed = TIENet(Small(3), 3, SHAPE, head="multilayer")
     with patch(
         "tie_ext.training.trainer.corrupt", lambda x, rng: x
     ):  # so that the head's mean is that of the images
@@ -155,10 +155,10 @@ def parts(rank: int, again: TIETrainer) -> dict:
             .losses["head"]
         )
     found["head"] = headed.state_dict()
-    for garbage in ("linear", "layers"):
+    for garbage in ("linear", "multilayer"):
         torch.manual_seed(0)
-        searching = TIENet(Small(3), 3, SHAPE, garbage=garbage)
-        one = TIETrainer(searching, replace(TINY, epochs=1, search=2), [], [Noise(searching)])
+        searching = TIENet(Small(3), 3, SHAPE, head=garbage)
+        one = TIETrainer(searching, replace(TINY, epochs=1, adversarial_steps=2), [], [Noise(searching)])
         found[f"searching, {garbage}"] = (
             one.epoch(last).losses["classifier"],
             searching.state_dict(),
@@ -229,14 +229,14 @@ def test_a_head_on_every_layer_learns_from_all_processes_and_stays_one(two):
     a, b = (each["head"] for each in two)
     assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
     assert two[0]["head taught"] == two[1]["head taught"] > 0
-    net = TIENet(Small(3), 3, SHAPE, garbage="layers")
+    net = TIENet(Small(3), 3, SHAPE, head="multilayer")
     net.load_state_dict(a)
     with torch.no_grad():
         statistics = torch.cat([net.eval().statistics(x)[1] for x, _ in batches(None)])
     torch.testing.assert_close(net.garbage.mean, statistics.mean(0), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("garbage", ["linear", "layers"])
+@pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 def test_a_loop_that_searches_ends_with_one_network(two, garbage):
     (loss, a), (other, b) = (each[f"searching, {garbage}"] for each in two)
     assert loss == other

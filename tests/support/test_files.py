@@ -375,7 +375,7 @@ EARLIER = Path(__file__).parents[1] / "data" / "saved_by_0.1.0"
 def test_a_network_that_an_earlier_version_saved_gives_the_same_numbers():
     net = TIENet.load(EARLIER / "network.safetensors", Small())
     x = torch.linspace(-1, 1, 40 * 28 * 28).view(40, 1, 28, 28)
-    assert (net.classes, net.num_classes, net.image_shape, net.precision) == (
+    assert (net.class_names, net.num_classes, net.image_shape, net.autocast_dtype) == (
         ("a", "b", "c"),
         3,
         SHAPE,

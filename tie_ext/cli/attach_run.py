@@ -16,7 +16,7 @@ from tie_ext.cli.evaluation import evaluate
 from tie_ext.cli.folder import OWN, attached, clear, read_record, written
 from tie_ext.cli.settings import ImageSettings, load_images
 from tie_ext.cli.snapshots import save_examples, save_snapshot
-from tie_ext.models.network import PRECISIONS
+from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.training.attach import attach
 from tie_ext.utils.checks import check_number
@@ -41,15 +41,15 @@ class AttachSettings(ImageSettings):
     """File of the network's weights."""
     seed: int = 0
     """Of the subset, of what is held out, and of the head."""
-    precision: str = "float32"
-    """What the network computes in, one of :data:`tie_ext.models.network.PRECISIONS`."""
+    autocast_dtype: str = "float32"
+    """What the network computes in, one of :data:`tie_ext.models.network.AUTOCAST_DTYPES`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("seed", self.seed, 0, 2**31 - 1, integer=True)
-        if self.precision not in PRECISIONS:
+        if self.autocast_dtype not in AUTOCAST_DTYPES:
             raise ValueError(
-                f"Expected a precision, one of {', '.join(PRECISIONS)}, but got {self.precision!r}"
+                f"Expected a autocast_dtype, one of {', '.join(AUTOCAST_DTYPES)}, but got {self.autocast_dtype!r}"
             )
 
 
@@ -100,7 +100,7 @@ def attach_run(
         )  # again, as another process may have begun one while the images were read
         batches = ImageBatches(images, settings.batch_size, scale=scale)
         low, high = (bound.flatten().tolist() for bound in (scale.low, scale.high))
-        names, seed, precision = images.classes, settings.seed, settings.precision
+        names, seed, autocast_dtype = images.classes, settings.seed, settings.autocast_dtype
         net = attach(
             model,
             batches,
@@ -110,7 +110,7 @@ def attach_run(
             names,
             seed=seed,
             progress=progress,
-            precision=precision,
+            autocast_dtype=autocast_dtype,
         )
         numbers, scores = evaluate(net, test, ood, images)
         about = {"test_images": test.note} if test.note else {}

@@ -74,7 +74,7 @@ def explain_run(
         net, ImageBatches(images.first(MOST), 250, scale=net), steps=steps, progress=progress
     )
     found.layers.hold(ImageBatches(test, 250, scale=net))
-    names = net.classes or tuple(map(str, range(net.num_classes)))
+    names = net.class_names or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decider(net, folder), examples, names)
     with locked(folder):
         parts = [written(folder, "explain_classes", CLASSES, class_grid(found, names))]

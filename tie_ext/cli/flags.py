@@ -13,7 +13,7 @@ import torch
 from tie_ext import __version__
 from tie_ext.cli.data import IN_MEMORY
 from tie_ext.models.backbones import BACKBONES
-from tie_ext.models.network import GARBAGE, PRECISIONS
+from tie_ext.models.network import AUTOCAST_DTYPES, HEADS
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
 from tie_ext.training.config import TIEConfig
@@ -110,9 +110,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     method = _settings(train)
     method.add_argument(
-        "--garbage",
-        choices=GARBAGE,
-        help="what tells garbage: a head on every layer, or the paper's linear logit (default: layers)",
+        "--head",
+        choices=HEADS,
+        help="what tells garbage: a head on every layer, or the paper's linear logit (default: multilayer)",
     )
     said = f"who proposes outliers: {', '.join(SYNTHESIZERS)}, several with commas, or none (default: inversion)"
     method.add_argument("--synthesizer", metavar="NAME", help=said)
@@ -141,8 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     network = _network(attach, "", "its state_dict (see below)")
     network.add_argument(
-        "--precision",
-        choices=PRECISIONS,
+        "--autocast-dtype",
+        choices=AUTOCAST_DTYPES,
         help="what it computes in (default: float32); bfloat16 is faster where hardware has it",
     )
 
@@ -409,7 +409,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
             config,
             proposed,
             names(given.get("prior", "multiscale")),
-            garbage=given.get("garbage", "linear"),
+            head=given.get("head", "linear"),
         )
 
 

@@ -245,11 +245,11 @@ def _train(a: argparse.Namespace) -> None:
             "Expected --data and --out (or --resume RUN), but got neither or only one of them"
         )
     else:
-        given = {"garbage": "layers", **given}
+        given = {"head": "multilayer", **given}
         folder, recipe = (
             given.pop("out"),
             recipe_of(
-                {"prior": "procedural" if given["garbage"] == "layers" else "multiscale", **given}
+                {"prior": "procedural" if given["head"] == "multilayer" else "multiscale", **given}
             ),
         )
         for name in ("ood", "val_ood", "mean", "std"):

@@ -382,7 +382,7 @@ def write_report(folder: Path) -> Path:
             f"Expected a run with at least one finished epoch at {folder}, but got none"
         )
     net = load_network(folder)
-    names = [*(net.classes or map(str, range(net.num_classes))), "garbage"]
+    names = [*(net.class_names or map(str, range(net.num_classes))), "garbage"]
     with reading(f"a run whose files are of one network at {folder}"):
         log = (
             []

@@ -82,7 +82,7 @@ def scored(
             ):
                 path, name = (
                     images.path(int(part[place])),
-                    (net.classes[label] if net.classes else label),
+                    (net.class_names[label] if net.class_names else label),
                 )
                 if place in broken:
                     yield (

@@ -74,7 +74,7 @@ def train_run(
         for held in (test, *ood.values()):
             held.check()
     if say is not None:
-        for said in (test.note, too_few(len(test)) if settings.recipe.garbage == "layers" else ""):
+        for said in (test.note, too_few(len(test)) if settings.recipe.head == "multilayer" else ""):
             if said:
                 say(said)
     with locked(folder) if processes.first() else nullcontext():
@@ -129,7 +129,7 @@ def train_on(
             low,
             high,
             images.classes,
-            settings.recipe.garbage,
+            settings.recipe.head,
         ).to(device)
     trainer = settings.recipe.trainer(net, progress)
     if begun:

@@ -17,7 +17,7 @@ class OpenOODAttachTrainer:
     """Trainer ``attach``: a garbage head for a network that OpenOOD has trained, which stays as it is; one epoch does it.
 
     Arguments:
-        net: A ``tie_net`` with ``network.garbage: layers``. Its weights are those of ``network.backbone.checkpoint``, OpenOOD's ``best.ckpt`` of
+        net: A ``tie_net`` with ``network.head: layers``. Its weights are those of ``network.backbone.checkpoint``, OpenOOD's ``best.ckpt`` of
             the network ``network.backbone``.
         train_loader: OpenOOD's loader, batches ``{"data": ..., "data_aux": (B, 3, S, S), "label": (B,)}``. The images of ``data_aux`` are
             read: they are the training images as test images are prepared, without crops and flips.
@@ -34,7 +34,7 @@ class OpenOODAttachTrainer:
             )
         if not isinstance(getattr(net, "garbage", None), GarbageHead):
             raise ValueError(
-                "Expected network tie_net with network.garbage layers for trainer attach, but got another; see pipelines/train/attach_tie.yml"
+                "Expected network tie_net with network.head layers for trainer attach, but got another; see pipelines/train/attach_tie.yml"
             )
         self.net, self.batches, self.seed = net, _Prepared(train_loader), config.seed or 0
         self.model = backbone_of(config.network.backbone)

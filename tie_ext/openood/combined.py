@@ -78,5 +78,5 @@ def _seen(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     if not isinstance(getattr(net, "module", net), TIENet):
         logits, h = net(x, return_feature=True)
         return logits, h.flatten(1), None
-    logits, h = net(x, return_feature=True, garbage=True)
+    logits, h = net.outputs(x)
     return logits[:, :-1], h, ood_score(logits)

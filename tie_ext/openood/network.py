@@ -31,23 +31,44 @@ class OpenOODTIENet(TIENet):
         Arguments:
             x: Images ``(B, 3, S, S)``, normalised.
             return_feature: Give ``(logits, features (B, F))``.
-            return_feature_list: Give ``(logits, [the backbone's feature maps, the last the penultimate ones])``.
+            return_feature_list: Give ``(logits, [the backbone's maps, the penultimate ones last])``.
             garbage: Give n+1 logits, the garbage class last, instead of n.
         """
-        if not return_feature_list:
-            return super().forward(x, return_feature, garbage=garbage)
-        if isinstance(self.garbage, GarbageHead) and garbage:
-            with self.garbage.reading(self.backbone) as outputs:
-                _, maps = self._computed(self.backbone, x, return_feature_list=True)
-            h = maps[-1].flatten(1).to(self.fc.weight.dtype)
-            return self.head(h, self.garbage.statistics(outputs, h)), maps
-        _, maps = self._computed(self.backbone, x, return_feature_list=True)
+        if return_feature_list:
+            return self._with_maps(x, garbage)
+        if not return_feature:
+            return super().forward(x, garbage=garbage)
+        if garbage:
+            return tuple(self.outputs(x))
+        h = self.features(x)
+        return self.fc(h), h
+
+    def _with_maps(self, x: Tensor, garbage: bool) -> tuple[Tensor, list[Tensor]]:
+        multilayer = isinstance(self.garbage, GarbageHead) and garbage
+        view, found = self.garbage.watch(self.backbone) if multilayer else (self.backbone, {})
+        _, maps = self.compute(view, x, return_feature_list=True)
         h = maps[-1].flatten(1).to(self.fc.weight.dtype)
-        return (self.head(h, h) if garbage else self.fc(h)), maps
+        if not garbage:
+            return self.fc(h), maps
+        return self.all_logits(h, self.garbage.statistics(found, h) if multilayer else h), maps
+
+    def forward_threshold(self, x: Tensor, threshold: float) -> Tensor:
+        """ID logits ``(B, n)`` of features cut off above ``threshold``, as ReAct asks for."""
+        return self.fc(self.features(x).clip(max=threshold))
+
+    def get_fc(self) -> tuple:
+        """Weight ``(n, F)`` and bias ``(n,)`` (zeros, where it has none) of ``fc`` in numpy."""
+        weight, bias = self.fc.weight, self.fc.bias
+        bias = weight.new_zeros(self.num_classes) if bias is None else bias
+        return tuple(part.detach().cpu().float().numpy() for part in (weight, bias))
+
+    def get_fc_layer(self) -> nn.Linear:
+        """The ID classifier itself."""
+        return self.fc
 
     def intermediate_forward(self, x: Tensor, layer_index: int) -> Tensor:
         """The backbone's feature maps after one of its layers, as OpenOOD counts them."""
-        return self._computed(self.backbone.intermediate_forward, x, layer_index)  # type: ignore[arg-type]
+        return self.compute(self.backbone.intermediate_forward, x, layer_index)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str):
         try:
@@ -59,8 +80,8 @@ class OpenOODTIENet(TIENet):
 
 
 def tie_net(network_config) -> OpenOODTIENet:
-    """The network of a config: ``num_classes``, ``image_size``, ``normalization_type``, ``backbone`` and, where it is there, ``garbage`` (``linear``
-    or ``layers``) are read; no checkpoint is.
+    """The network of a config: ``num_classes``, ``image_size``, ``normalization_type``, ``backbone`` and, where it is there, ``head`` (``linear``
+    or ``multilayer``) are read; no checkpoint is.
 
     Images have three channels and are normalised, so that 0 becomes ``-mean / std`` and 1 ``(1 - mean) / std``.
     """
@@ -75,7 +96,7 @@ def tie_net(network_config) -> OpenOODTIENet:
         (3, size, size),
         low,
         high,
-        garbage=network_config.garbage or "linear",
+        head=network_config.head or "linear",
     )
 
 
@@ -126,8 +147,8 @@ def tie_net_of(checkpoint: Mapping[str, Tensor], network: nn.Module, size: int) 
             f"Expected a checkpoint of a tie_net around one of {known}, but got one around another network; score it by main.py"
         )
     low, high = (checkpoint[name].flatten().tolist() for name in ("low", "high"))
-    garbage = "layers" if "garbage.mean" in checkpoint else "linear"
-    net = OpenOODTIENet(backbone, num_classes, (3, size, size), low, high, garbage=garbage)
+    head = "multilayer" if "garbage.mean" in checkpoint else "linear"
+    net = OpenOODTIENet(backbone, num_classes, (3, size, size), low, high, head=head)
     try:
         net.load_state_dict(dict(checkpoint))
     except RuntimeError as error:

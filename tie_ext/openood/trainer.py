@@ -20,7 +20,7 @@ class OpenOODTIETrainer:
 
     ``optimizer`` and ``seed`` come from OpenOOD's config, all else from ``trainer.trainer_args``: every other setting of
     :class:`tie_ext.TIEConfig` by its name; ``synthesizers``, by name with the settings of each below it, or names with commas between; ``prior``,
-    names with commas between, or ``none``; and ``objective``, as :class:`tie_ext.training.recipe.Recipe` has it. The optimiser is SGD as OpenOOD's baseline
+    names with commas between, or ``none``; and ``criterion``, as :class:`tie_ext.training.recipe.Recipe` has it. The optimiser is SGD as OpenOOD's baseline
     trainer has it, or the paper's ``adam``; the learning rate falls along half a cosine, as there, but once an epoch.
 
     Arguments:
@@ -87,8 +87,8 @@ def recipe_of_config(config) -> Recipe:
         )
     arguments = dict(config.trainer.trainer_args or {})
     loop = {f.name for f in fields(TIEConfig)} - {"epochs", "lr", "seed"}
-    if unknown := sorted(set(arguments) - loop - {"synthesizers", "prior", "objective"}):
-        known = ", ".join([*sorted(loop), "synthesizers", "prior", "objective"])
+    if unknown := sorted(set(arguments) - loop - {"synthesizers", "prior", "criterion"}):
+        known = ", ".join([*sorted(loop), "synthesizers", "prior", "criterion"])
         raise ValueError(
             f"Expected trainer.trainer_args among {known}, but got {', '.join(unknown)}"
         )
@@ -107,7 +107,7 @@ def recipe_of_config(config) -> Recipe:
         tie,
         proposed,
         names(arguments.get("prior", "multiscale")),
-        arguments.get("objective", "garbage"),
+        arguments.get("criterion", "garbage"),
     )
 
 

@@ -164,7 +164,7 @@ class Inversion(Synthesizer):
                     self.num_outputs, (self.settings.batch_size,), device=self.device
                 )
                 code = soft_code(y, self.num_outputs)
-                logits, h = classifier(self._generate(code), return_feature=True, garbage=True)
+                logits, h = classifier.outputs(self._generate(code))
                 terms = loss_terms(logits, h, code)
                 loss = torch.stack([weight[name] * term for name, term in terms.items()]).sum()
                 self.optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-r"""ASCOOD, wholly: outliers, objective and features of its training, and i-ODIN's perturbation.
+r"""ASCOOD, wholly: outliers, criterion and features of its training, and i-ODIN's perturbation.
 
 Its outliers are ID images whose most significant pixels are pushed along the gradient, or shuffled.
 
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tie_ext.models.network import TIENet, cut_head
+from tie_ext.models.layers import cut_classifier
+from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Candidates, Synthesizer
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.modules import frozen
@@ -123,7 +124,7 @@ class Saliency(Synthesizer):
         )
 
 
-def uniform_objective(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+def uniform_criterion(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """ASCOOD's loss: cross-entropy on ID images, and on outliers the divergence of all outputs from the uniform distribution, up to a constant.
 
     A network trained so does not call an outlier garbage, but is unsure of it: it is level 2 that rejects.
@@ -163,7 +164,7 @@ class Standardized(nn.Module):
         super().__init__()
         check_number("sigma", sigma, 0, 1e6, above=True)
         self.backbone, self.sigma = copy.deepcopy(backbone), sigma
-        self.fc = cut_head(self.backbone)
+        self.fc = cut_classifier(self.backbone)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, m)`` of images ``(B, C, H, W)``."""

@@ -20,7 +20,7 @@ def combine(
     training: Batches,
     held_out: Batches,
     false_alarm: float | None = 0.05,
-    rule: str = "stouffer",
+    rule: str = "zsum",
 ) -> Combined:
     """The garbage class of a network, KNN and GEN as one detector, with one line: the members and the rule that validation sets chose by their
     worst column (docs/research/attached.md). Each finds what the others miss: what looks like nothing known, odd features, odd logits.

@@ -92,7 +92,7 @@ class Combined(Detector):
         self,
         detectors: Sequence[Detector],
         false_alarm: float | None = 0.05,
-        rule: str = "stouffer",
+        rule: str = "zsum",
     ):
         super().__init__()
         if not isinstance(detectors, Sequence) or not all(
@@ -415,7 +415,7 @@ class Combined(Detector):
                 detector = cls(
                     [member_of(net, member) for member in state["members"]],
                     saved["false_alarm"],
-                    saved["rule"],
+                    {"stouffer": "zsum"}.get(saved["rule"], saved["rule"]),  # as 0.2.0 called it
                 )
                 detector._read(net, state["reference"])
             detector._fitted_here = set(saved["fitted_here"])
@@ -560,7 +560,7 @@ class CombinedExportModule(nn.Module):
 
     def forward(self, x: Tensor) -> Decision:
         """The :class:`tie_ext.Decision` of images ``(B, C, H, W)``."""
-        seen = Outputs(*self.net(x, True, garbage=True))
+        seen = Outputs(*self.net.outputs(x))
         scores = _stacked([score(seen.read(kind, self.net)) for kind, score in self.members])
         learned = Counting(*(getattr(self, name) for name in Reference._fields))
         return _decision(seen.logits, self.rule(learned, scores), self.threshold, True)

@@ -85,7 +85,10 @@ def outputs(net: nn.Module, x: Tensor, kinds: Sequence[str]) -> Outputs:
     second pass.
     """
     if isinstance(net, TIENet):
-        return Outputs(*net(x, True, garbage=ALL in kinds))
+        if ALL in kinds:
+            return Outputs(*net.outputs(x))
+        h = net.features(x)
+        return Outputs(net.fc(h), h)
     if FEATURES not in kinds:
         logits = net(x)
         return Outputs(logits, logits[:, :0])

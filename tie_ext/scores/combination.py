@@ -83,7 +83,7 @@ def reference(scores: Tensor) -> Reference:
     return Reference(scores.mean(dim=0), deviation, ordered)
 
 
-def stouffer(learned: Reference, scores: Tensor) -> Tensor:
+def zsum(learned: Reference, scores: Tensor) -> Tensor:
     r"""Combined score ``(B,)`` of scores ``(B, k)``: :math:`\sum_i z_i / \sqrt k`, larger = more OOD.
 
     Here z is the standardised score, where Stouffer has the normal quantile of a p-value: it goes on ranking where p-values have ended.
@@ -126,7 +126,7 @@ def largest(learned: Reference, scores: Tensor) -> Tensor:
 
 
 RULES: dict[str, Callable[[Reference, Tensor], Tensor]] = {
-    "stouffer": stouffer,
+    "zsum": zsum,
     "fisher": fisher,
     "simes": simes,
     "max": largest,

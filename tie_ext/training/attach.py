@@ -39,11 +39,11 @@ def attach(
     num_classes: int,
     low: float | Sequence[float] = 0.0,
     high: float | Sequence[float] = 1.0,
-    classes: Sequence[str] = (),
-    outliers: Sequence[Synthesizer] | None = None,
+    class_names: Sequence[str] = (),
+    synthesizers: Sequence[Synthesizer] | None = None,
     seed: int = 0,
     progress: bool = False,
-    precision: str = "float32",
+    autocast_dtype: str = "float32",
 ) -> TIENet:
     """Give a trained classifier a garbage class, without training it again and without any OOD image.
 
@@ -55,11 +55,11 @@ def attach(
         num_classes: n.
         low: Smallest value of the images, a number or one a channel (what ``Normalize`` makes of 0).
         high: Largest value of the images (what it makes of 1).
-        classes: Name of each ID class, by label.
-        outliers: Who proposes outliers, each once fitted to model and images; None for procedural images.
+        class_names: Name of each ID class, by label.
+        synthesizers: Who proposes outliers, each once fitted to model and images; None for procedural images.
         seed: Of the outliers and of the head.
         progress: Show progress bars.
-        precision: What the backbone computes in, now and in the network that is returned: ``"float32"``, which stands for the model's own type,
+        autocast_dtype: What the backbone computes in, now and in the network that is returned: ``"float32"``, which stands for the model's own type,
             or ``"bfloat16"``, which is faster where the hardware has it and gives the model's logits as nearly as it can.
 
     Returns:
@@ -68,7 +68,7 @@ def attach(
     Raises:
         ValueError: If the model is in training mode, has not n outputs, no linear layer to end in, none with a map to read, or returns
             something else than its logits; if there are no images, or they can be read once alone, are not finite, of one shape and in the
-            value range, or a class has no samples; if nobody proposes outliers, or the precision is none. The head has not been trained then.
+            value range, or a class has no samples; if nobody proposes outliers, or autocast_dtype is none. The head has not been trained then.
     """
     if model.training:
         raise ValueError(
@@ -84,10 +84,8 @@ def attach(
         raise ValueError(
             f"Expected batches, but got {type(batches).__name__}, which gives one image at a time; put it into DataLoader(..., 128)"
         )
-    if outliers is not None and not outliers:
-        raise ValueError(
-            "Expected someone to propose outliers, or None for procedural images, but got an empty list"
-        )
+    if synthesizers is not None and not synthesizers:
+        raise ValueError("`synthesizers` is empty; pass a Synthesizer, or None for procedural images")
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("Expected at least one batch of ID images, but got an empty loader")
@@ -95,14 +93,14 @@ def attach(
     check_images(x)
     image_shape = tuple(x.shape[1:])
     with seeded(seed), torch.enable_grad():  # the head learns, whatever the caller needs
-        net = TIENet(model, num_classes, image_shape, low, high, classes, "layers").eval()
-        net.precision = precision
+        net = TIENet(model, num_classes, image_shape, low, high, class_names, "multilayer").eval()
+        net.autocast_dtype = autocast_dtype
         outputs = model(x[:1].to(next(model.parameters()))).shape[1]
         if outputs != num_classes:
             raise ValueError(
                 f"Expected a model with {num_classes} outputs, as num_classes says, but got one with {outputs}"
             )
-        proposers = [Procedural(net)] if outliers is None else list(outliers)
+        proposers = [Procedural(net)] if synthesizers is None else list(synthesizers)
         for proposer in proposers:
             with frozen(net):
                 proposer.to(net.low.device).fit(net, _Labelled(net, batches), progress=1.0)

@@ -25,7 +25,7 @@ class Resumable(Protocol):
 
     net: TIENet
     config: TIEConfig
-    objective: Callable[..., Tensor]
+    criterion: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer
     pool: GarbagePool
     synthesizers: list[Synthesizer]
@@ -42,7 +42,7 @@ def save_training(path: str | os.PathLike, trainer: Resumable) -> None:
     state = {
         "config": asdict(trainer.config),
         "methods": [(name, asdict(settings)) for name, settings in _methods(trainer.synthesizers)],
-        "objective": _name(trainer.objective),
+        "criterion": _name(trainer.criterion),
         "net": trainer.net.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "pool": trainer.pool.state_dict(),
@@ -62,10 +62,10 @@ def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
     """
     check_settings(path, trainer.config, _methods(trainer.synthesizers))
     state = load_state(path, "training")
-    if state.get("objective", _name(trainer.objective)) != _name(trainer.objective):
-        found = state["objective"]
+    if state.get("criterion", _name(trainer.criterion)) != _name(trainer.criterion):
+        found = state["criterion"]
         raise ValueError(
-            f"Expected the training state of a run whose objective is {_name(trainer.objective)} in {path}, but got {found!r}"
+            f"Expected the training state of a run whose criterion is {_name(trainer.criterion)} in {path}, but got {found!r}"
         )
     with reading(f"the training state of this network in {path}"):
         log = [EpochLog.of_record(entry) for entry in state["log"]]
@@ -205,9 +205,9 @@ def _counts(counts: Any, n: int) -> Tensor | None:
     return counts
 
 
-def _name(objective: Callable) -> str:
-    """What an objective is called."""
-    return f"{getattr(objective, '__module__', '')}.{getattr(objective, '__qualname__', type(objective).__qualname__)}"
+def _name(criterion: Callable) -> str:
+    """What an criterion is called."""
+    return f"{getattr(criterion, '__module__', '')}.{getattr(criterion, '__qualname__', type(criterion).__qualname__)}"
 
 
 def _methods(synthesizers: Sequence[Synthesizer]) -> list[tuple[str, Settings]]:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from tie_ext.models.network import PRECISIONS
+from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.utils.settings import Settings, setting
 
 
@@ -53,17 +53,17 @@ class TIEConfig(Settings):
         high=1e6,
         above=True,
     )
-    search: int = setting(
+    adversarial_steps: int = setting(
         0,
         "Steps that move a batch's garbage to where the network is pgd of a class: with 5, searched images are harder to find (ACET: 40).",
         low=0,
         high=1000,
     )
-    precision: str = setting(
+    autocast_dtype: str = setting(
         "float32",
         "Arithmetic inside the backbone: float32, or bfloat16 (autocast: weights, features and logits stay float32), which is faster on GPUs and "
         "CPUs that have it, and slower on others.",
-        choices=PRECISIONS,
+        choices=AUTOCAST_DTYPES,
     )
     seed: int = setting(0, "Seed of all that is random inside an epoch.", low=0, high=2**31 - 1)
 

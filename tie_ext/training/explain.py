@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tie_ext.models.generator import Generator
-from tie_ext.models.head import MOST_CHANNELS, STATISTICS, GarbageHead, find_layers
+from tie_ext.models.head import GarbageHead
+from tie_ext.models.layers import find_layers
 from tie_ext.models.network import TIENet
+from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
 from tie_ext.outliers.base import Batches
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.utils.checks import check_images, check_labels
@@ -70,7 +72,7 @@ class Layers:
         self.net, self.head = net, net.garbage
         self.names = (*self.head.layers, "features")
         self.sizes = [
-            STATISTICS * min(channels, MOST_CHANNELS) for channels in self.head.layers.values()
+            STATISTICS * min(channels, MAX_CHANNELS) for channels in self.head.layers.values()
         ]
         n, size = net.num_classes, self.head.mean.numel()
         count, total, square = (
@@ -219,7 +221,7 @@ def _readable(
         return net.eval()
     if n is None:
         raise ValueError("Expected num_classes for a network that is no TIENet, but got None")
-    return TIENet(model, n, shape, low, high, garbage="layers").eval()
+    return TIENet(model, n, shape, low, high, head="multilayer").eval()
 
 
 def _invert(layers: Layers, per_class: int, steps: int, progress: bool) -> tuple[Tensor, float]:

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from tie_ext.models.network import GARBAGE, TIENet
+from tie_ext.models.network import HEADS, TIENet
 from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.outliers.base import Prior
-from tie_ext.outliers.saliency import uniform_objective
+from tie_ext.outliers.saliency import uniform_criterion
 from tie_ext.training.config import TIEConfig
-from tie_ext.training.trainer import Objective, TIETrainer
+from tie_ext.training.trainer import Criterion, TIETrainer
 from tie_ext.utils.distributed import rank
 from tie_ext.utils.random import seeded
 from tie_ext.utils.settings import Settings, plain
 
-OBJECTIVES: dict[str, Objective] = {"garbage": F.cross_entropy, "uniform": uniform_objective}
+CRITERIA: dict[str, Criterion] = {"garbage": F.cross_entropy, "uniform": uniform_criterion}
 """What a network learns of garbage: that it is a class of its own, or (ASCOOD's) that all outputs are equally likely."""
 PRIORS = tuple(name for name, (cls, _) in SYNTHESIZERS.items() if issubclass(cls, Prior))
 """The synthesizers that a pool can begin with."""
@@ -45,10 +45,10 @@ class Recipe:
     """Who proposes outliers, of :data:`tie_ext.outliers.SYNTHESIZERS`: the settings of each that differ from its defaults."""
     prior: tuple[str, ...] = ("multiscale",)
     """What the pool begins with, of :data:`PRIORS`; none for nothing."""
-    objective: str = "garbage"
-    """Of :data:`OBJECTIVES`."""
-    garbage: str = "linear"
-    """What gives the garbage logit, of :data:`tie_ext.models.network.GARBAGE`: the paper's linear function of the features, or a head on every layer."""
+    criterion: str = "garbage"
+    """Of :data:`CRITERIA`."""
+    head: str = "linear"
+    """What gives the garbage logit, of :data:`tie_ext.models.network.HEADS`: the paper's linear function of the features, or a head on every layer."""
 
     def __post_init__(self) -> None:
         for name in self.synthesizers:
@@ -59,13 +59,13 @@ class Recipe:
         for name in self.prior:
             if name not in PRIORS:
                 raise ValueError(f"Expected a prior, one of {', '.join(PRIORS)}, but got {name!r}")
-        if self.objective not in OBJECTIVES:
+        if self.criterion not in CRITERIA:
             raise ValueError(
-                f"Expected an objective, one of {', '.join(OBJECTIVES)}, but got {self.objective!r}"
+                f"Expected an criterion, one of {', '.join(CRITERIA)}, but got {self.criterion!r}"
             )
-        if self.garbage not in GARBAGE:
+        if self.head not in HEADS:
             raise ValueError(
-                f"Expected garbage to be one of {', '.join(GARBAGE)}, but got {self.garbage!r}"
+                f"Expected head to be one of {', '.join(HEADS)}, but got {self.head!r}"
             )
 
     def trainer(self, net: TIENet, progress: bool = False) -> TIETrainer:
@@ -82,7 +82,7 @@ class Recipe:
             ]
             prior = [make(name, net) for name in self.prior]
         return TIETrainer(
-            net, self.config, synthesizers, prior, OBJECTIVES[self.objective], progress
+            net, self.config, synthesizers, prior, CRITERIA[self.criterion], progress
         )  # type: ignore[arg-type]
 
     def methods(self) -> list[tuple[str, Settings]]:
@@ -104,7 +104,7 @@ class Recipe:
             settings[name] = plain(
                 type(SYNTHESIZERS[name][1])(**{**asdict(SYNTHESIZERS[name][1]), **changed})
             )  # type: ignore[call-overload]
-        parts = {"prior": list(self.prior), "objective": self.objective, "garbage": self.garbage}
+        parts = {"prior": list(self.prior), "criterion": self.criterion, "head": self.head}
         return {"config": plain(self.config), "synthesizers": settings, **parts}
 
     @classmethod
@@ -124,8 +124,8 @@ class Recipe:
             TIEConfig(**record["config"]),
             record["synthesizers"],
             tuple(record["prior"]),
-            record["objective"],
-            record.get("garbage", "linear"),
+            record["criterion"],
+            record.get("head", "linear"),
         )
         recipe.methods()  # which looks at their settings
         return recipe

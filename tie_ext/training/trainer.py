@@ -66,7 +66,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 """Batches ``(x, y)`` that are kept in memory."""
 NEW = 2
 """New images of each prior that the head learns in an epoch, for each ID image that was kept."""
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A loss of logits ``(B, n+1)``, targets ``(B,)`` in ``[0, n]`` and class weights ``(n+1,)``; a scalar."""
 
 
@@ -79,7 +79,7 @@ class TIETrainer:
 
     A network whose ``garbage`` is a head on every layer (:class:`tie_ext.models.head.GarbageHead`) learns its n classes as any network does; after that
     the head learns, from what the layers say of it, the pool's garbage and the prior's, drawn anew in every epoch as :func:`tie_ext.attach` does. No
-    gradient of garbage reaches the classifier, unless ``config.search`` asks for it: then the classifier learns to be unsure of what was searched
+    gradient of garbage reaches the classifier, unless ``config.adversarial_steps`` asks for it: then the classifier learns to be unsure of what was searched
     for (:mod:`tie_ext.training.adversarial`).
 
     Parts of the network that are in evaluation mode while the whole is in training mode, such as a BatchNorm layer that was frozen by
@@ -92,12 +92,12 @@ class TIETrainer:
             began (the paper's "No TIE").
         prior: What the pool begins with; None for procedural images, ``[Procedural(net)]``, for a head on every layer, and for multi-scale noise,
             ``[Noise(net)]``, for a linear garbage logit; an empty list for nothing: the first epoch then trains on ID images alone.
-        objective: What the network learns; the default, cross-entropy, that garbage is a class of its own.
+        criterion: What the network learns; the default, cross-entropy, that garbage is a class of its own.
         progress: Show progress bars.
 
     Raises:
         ValueError: If the network has no image shape, or one that no generator can make; or if its garbage head reads every layer, and there is
-            no prior, or another objective than cross-entropy.
+            no prior, or another criterion than cross-entropy.
 
     Example:
         >>> trainer = TIETrainer(TIENet(Conv3(), 10, (1, 28, 28)), TIEConfig(epochs=1))
@@ -110,25 +110,25 @@ class TIETrainer:
         config: TIEConfig | None = None,
         synthesizers: Sequence[Synthesizer] | None = None,
         prior: Sequence[Prior] | None = None,
-        objective: Objective = F.cross_entropy,
+        criterion: Criterion = F.cross_entropy,
         progress: bool = False,
     ):
-        self.net, self.config, self.objective, self.progress = (
+        self.net, self.config, self.criterion, self.progress = (
             net,
             config or TIEConfig(),
-            objective,
+            criterion,
             progress,
         )
-        if self._apart and objective is not F.cross_entropy:
+        if self._apart and criterion is not F.cross_entropy:
             raise ValueError(
-                "Expected cross-entropy beside a garbage head on every layer, which is a class of its own, but got another objective"
+                "Expected cross-entropy beside a garbage head on every layer, which is a class of its own, but got another criterion"
             )
         if net.image_shape is None:
             raise ValueError(
                 "Expected a TIENet with an image_shape to invert, but got None; give it as TIENet(..., image_shape=(C, S, S))"
             )
         self.image_shape = net.image_shape
-        net.precision = self.config.precision
+        net.autocast_dtype = self.config.autocast_dtype
         self.device = next(net.parameters()).device
         broadcast(net)
         with seeded(self.config.seed, 0, rank(), 1):  # the stream of Recipe.trainer too
@@ -258,14 +258,14 @@ class TIETrainer:
             )
         x, y = sample.columns
         kept = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-        if self._apart and not self.config.search:
+        if self._apart and not self.config.adversarial_steps:
             average_statistics(self.net)
             return {"classifier": mean, "head": self._teach(kept)}, kept
         # BatchNorm's running statistics lag behind the weights, and behind garbage that is new in every epoch: measured on the demo, ID accuracy
         # fell from 100 to 77 % between two epochs and came back in the next. A forward pass over the same mixture settles them.
         mixture = (x for x, _ in self._with_garbage(kept))
         settle_statistics(
-            self.net, list(mixture) if self.config.search else mixture
+            self.net, list(mixture) if self.config.adversarial_steps else mixture
         )  # the search needs the statistics that it replaces
         average_statistics(self.net)
         return {"classifier": mean, **({"head": self._teach(kept)} if self._apart else {})}, kept
@@ -273,8 +273,8 @@ class TIETrainer:
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The loss of logits ``(B, n+1)``, or ``(B, n)`` of a classifier beside a head on every layer; a scalar."""
         weights = self._class_weights()[: logits.shape[1]].to(logits.dtype)
-        if not (self._apart and self.config.search):
-            return self.objective(logits, y, weights)
+        if not (self._apart and self.config.adversarial_steps):
+            return self.criterion(logits, y, weights)
         of_a_class = y.where(y < self.net.num_classes, IGNORED)
         return F.cross_entropy(
             logits, of_a_class, weights, ignore_index=IGNORED
@@ -283,7 +283,7 @@ class TIETrainer:
     @property
     def _learns_garbage(self) -> bool:
         """Whether batches of the classifier have garbage in them."""
-        return len(self.pool) > 0 and (not self._apart or self.config.search > 0)
+        return len(self.pool) > 0 and (not self._apart or self.config.adversarial_steps > 0)
 
     @property
     def _apart(self) -> bool:
@@ -353,8 +353,8 @@ class TIETrainer:
             ).to(self.device)
             if len(x) == 1 and not everywhere:
                 continue  # BatchNorm cannot learn from one image
-            if self.config.search and len(garbage):
-                garbage = pgd(self.net, garbage, self.config.search)
+            if self.config.adversarial_steps and len(garbage):
+                garbage = pgd(self.net, garbage, self.config.adversarial_steps)
             target = torch.cat(
                 [y, torch.full((len(garbage),), self.net.num_classes, device=y.device)]
             )

@@ -106,7 +106,7 @@ def recipe_of(method: str, recipe: Recipe) -> Recipe:
             everything, {"gradient": recipe.synthesizers.get("gradient", {})}, (), "uniform"
         )
     if method == "layers":
-        return replace(recipe, garbage="layers", prior=("procedural",))
+        return replace(recipe, head="multilayer", prior=("procedural",))
     if method in ("multiscale", "white"):
         return replace(recipe, synthesizers={}, prior=(method,))
     if method in (*METHODS, *OPENOOD):
@@ -149,7 +149,7 @@ def attached(net: TIENet, images: Images, seed: int, progress: bool = False) -> 
         classifier(net),
         ImageBatches(images, 500),
         net.num_classes,
-        classes=net.classes,
+        class_names=net.class_names,
         seed=seed,
         progress=progress,
     )
@@ -193,10 +193,10 @@ def train_method(
             inner,
             len(images.classes),
             images.shape,
-            classes=images.classes,
-            garbage=recipe.garbage,
+            class_names=images.classes,
+            head=recipe.head,
         ).to(device)
-    net.precision = config.precision
+    net.autocast_dtype = config.autocast_dtype
     batches = training_batches(images, batch_size, shift)
     log: list[EpochLog] = []
     if method in ("plain", "attach"):

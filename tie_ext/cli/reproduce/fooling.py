@@ -25,7 +25,7 @@ from tie_ext.models.generator import Generator
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Candidates
 from tie_ext.outliers.inversion import CLEAR, loss_terms, soft_code
-from tie_ext.scores.combination import Reference, reference, stouffer
+from tie_ext.scores.combination import Reference, reference, zsum
 from tie_ext.scores.decision import ood_score
 from tie_ext.scores.mahalanobis import Gaussians, fit_gaussians, unit
 from tie_ext.scores.threshold import conformal_threshold
@@ -69,7 +69,7 @@ class Detector(NamedTuple):
 def outputs(net: TIENet, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Logits ``(N, n+1)`` and features ``(N, F)`` of batches of images, in evaluation mode."""
     with evaluating(net):
-        pairs = [net(x, return_feature=True, garbage=True) for x in batches]
+        pairs = [net.outputs(x) for x in batches]
     return torch.cat([logits for logits, _ in pairs]), torch.cat([h for _, h in pairs])
 
 
@@ -104,7 +104,7 @@ def garbage_score(logits: Tensor, h: Tensor) -> Tensor:
     return ood_score(logits)
 
 
-def combined(parts: Sequence[Score], logits: Tensor, h: Tensor, rule: Rule = stouffer) -> Score:
+def combined(parts: Sequence[Score], logits: Tensor, h: Tensor, rule: Rule = zsum) -> Score:
     """Several scores as one by a rule, on the scale that held-out ID images ``(N, n+1)``, ``(N, F)`` give them."""
 
     def columns(logits: Tensor, h: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def with_line(score: Score, logits: Tensor, h: Tensor) -> Detector:
     return Detector(score, conformal_threshold(s, FALSE_ALARM), s.std())
 
 
-def objective(logits: Tensor, h: Tensor, y: Tensor, detector: Detector | None) -> Tensor:
+def criterion(logits: Tensor, h: Tensor, y: Tensor, detector: Detector | None) -> Tensor:
     """What a searcher minimises, ``(B,)``; smaller = taken for the class and, where there is a detector, accepted."""
     loss = F.cross_entropy(logits[:, :-1], y, reduction="none")
     if detector is None:
@@ -138,7 +138,7 @@ def invert(
 ) -> Tensor:
     """One inversion for each class asked for, by a generator that starts afresh and learns from the frozen network.
 
-    Besides the objective it minimises the cosine between features, as TIE does, lest one image a class be all it makes.
+    Besides the criterion it minimises the cosine between features, as TIE does, lest one image a class be all it makes.
 
     Arguments:
         net: The network; left as it was.
@@ -164,9 +164,9 @@ def invert(
         for _ in range(steps):
             asked = torch.randint(n, (BATCH,), device=device)
             x, code = generate(asked)
-            logits, h = net(x, return_feature=True, garbage=True)
+            logits, h = net.outputs(x)
             loss = (
-                objective(logits, h, asked, detector).mean()
+                criterion(logits, h, asked, detector).mean()
                 + loss_terms(logits[:, :-1], h, code)["cosine"]
             )
             optimizer.zero_grad(set_to_none=True)
@@ -189,7 +189,7 @@ def climb(
         net: The network; left as it was.
         start: Images ``(M, C, S, S)`` to start from.
         y: Classes asked for ``(M,)`` in ``[0, n)``.
-        detector: What an adaptive searcher sees; it climbs the negative objective, and leaves an image as it is from when it is found.
+        detector: What an adaptive searcher sees; it climbs the negative criterion, and leaves an image as it is from when it is found.
         marks: Steps at which to look, ascending.
 
     Returns:
@@ -200,9 +200,9 @@ def climb(
         if len(going):
             there = x[going].requires_grad_()
             with frozen(net), torch.enable_grad():
-                logits, h = net(there, return_feature=True, garbage=True)
+                logits, h = net.outputs(there)
                 (gradient,) = torch.autograd.grad(
-                    objective(logits, h, y[going], detector).sum(), there
+                    criterion(logits, h, y[going], detector).sum(), there
                 )
             if detector is not None:
                 missing = ~fooled(detector, logits.detach(), h.detach(), y[going])

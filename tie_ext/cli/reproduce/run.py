@@ -141,7 +141,7 @@ def _with_seed(recipe: Recipe, seed: int) -> Recipe:
 def _check_settings(path: Path, record: Mapping, method: str, recipe: Recipe) -> None:
     """Refuse to take a cell that was made with other settings for one of this plan."""
     wanted, found = _flat(recipe_of(method, recipe).record()), _flat(record)
-    matter = wanted.keys() if has_garbage(method) else {"epochs", "lr", "precision", "seed"}
+    matter = wanted.keys() if has_garbage(method) else {"epochs", "lr", "autocast_dtype", "seed"}
     other = [
         f"{key} {found.get(key)!r} instead of {wanted[key]!r}"
         for key in matter
@@ -158,7 +158,7 @@ def _flat(record: Mapping) -> dict:
         **plain(TIEConfig()),
         **record["config"],
         "prior": record.get("prior"),
-        "objective": record.get("objective"),
+        "criterion": record.get("criterion"),
     }
     for name, settings in record.get("synthesizers", {}).items():
         flat |= {f"{name}.{key}": value for key, value in settings.items()}
@@ -285,7 +285,7 @@ def level_2(net: TIENet, sets: Mapping[str, Images], fit_on: Images, garbage: bo
         vim.fit_features(features, fit_on.y.to(device))
         for name, images in sets.items():
             parts = [
-                net(x.to(device), return_feature=True, garbage=True)
+                net.outputs(x.to(device))
                 for x, _ in ImageBatches(images, 500)
             ]
             logits, h = (torch.cat(part) for part in zip(*parts, strict=True))

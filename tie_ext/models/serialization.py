@@ -1,0 +1,131 @@
+"""TIENet on disk. Files come from anywhere: what they claim is checked before anything is built."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tie_ext.models.backbones import BACKBONES
+from tie_ext.models.head import GarbageHead
+from tie_ext.models.layers import classifier_name
+from tie_ext.models.network import _EXTRA, AUTOCAST_DTYPES, TIENet
+from tie_ext.utils.checks import check_shape
+from tie_ext.utils.files import load_state, reading, save_state
+from tie_ext.utils.modules import FLOATS, check_state
+
+LARGEST_TRIED = 3 * 224 * 224
+"""Values of the largest image that a network from a file is tried on. A file that claims larger ones
+shall not take memory for them when it is read."""
+
+
+def save_network(net: TIENet, path: str | os.PathLike) -> None:
+    """Write a network; see :meth:`TIENet.save`."""
+    names = [name for name, kind in BACKBONES.items() if type(net.backbone) is kind]
+    head = {"layers": net.garbage.layers} if isinstance(net.garbage, GarbageHead) else None
+    state = {
+        "num_classes": net.num_classes,
+        "image_shape": net.image_shape,
+        "classes": net.class_names,
+        "precision": net.autocast_dtype,
+        "backbone": names[0] if names else None,
+        "head": head,
+        "weights": {name: value for name, value in net.state_dict().items() if name != _EXTRA},
+    }
+    save_state(path, "network", state)
+
+
+def load_network(
+    path: str | os.PathLike, backbone: nn.Module | None = None, kind: type[TIENet] = TIENet
+) -> TIENet:
+    """Read a network; see :meth:`TIENet.load`."""
+    state = load_state(path, "network")
+    with reading(f"a network of this architecture in {path}"):
+        weights, names = state["weights"], state["classes"]
+        # Of the weights, not of what the header claims: a network is no larger than its file.
+        n = len(weights["fc.weight"])
+        good = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if state["num_classes"] != n or not good:
+            raise ValueError(
+                f"weights of {n} classes instead of {state['num_classes']!r}, named {names!r}"
+            )
+        if backbone is None:
+            backbone = _own_backbone(path, state["backbone"], weights)
+        head = _head(state.get("head"), weights)
+        net = _build(kind, backbone, n, state["image_shape"], weights, names, head)
+        dtype = state.get("precision", "float32")  # earlier files had none other
+        if dtype not in AUTOCAST_DTYPES:
+            raise ValueError(
+                f"Expected autocast_dtype in {path} to be one of {', '.join(AUTOCAST_DTYPES)}, "
+                f"but got {dtype!r}"
+            )
+        net.autocast_dtype = dtype
+    return net.eval()
+
+
+def _own_backbone(path: str | os.PathLike, name: object, weights: dict[str, Tensor]) -> nn.Module:
+    """The one of :data:`BACKBONES` that weights are of; nothing larger than they are is made."""
+    if name not in BACKBONES:
+        raise ValueError(
+            f"Expected a `backbone` for {path}, whose architecture is not one of "
+            f"{', '.join(BACKBONES)}, but got None"
+        )
+    convolutions = (
+        w for key, w in weights.items() if key.startswith("backbone.") and w.ndim == 4
+    )
+    channels = next((w.shape[1] for w in convolutions), 0)
+    with torch.device("meta"):  # which has shapes alone
+        plan = BACKBONES[str(name)](channels, len(weights["fc.weight"])).state_dict()
+    for key, w in plan.items():
+        found = weights[key if key.startswith("fc.") else f"backbone.{key}"]
+        if found.shape != w.shape:
+            raise ValueError(f"{key} of {tuple(found.shape)} instead of {tuple(w.shape)}")
+    return BACKBONES[str(name)](channels, len(weights["fc.weight"]))
+
+
+def _head(saved: Any, weights: dict[str, Tensor]) -> str | GarbageHead:
+    """The garbage head that weights are of."""
+    if saved is None:
+        return "linear"
+    layers, hidden = saved["layers"], len(weights["garbage.network.0.bias"])
+    if not isinstance(layers, dict) or not all(
+        isinstance(name, str) and isinstance(count, int) and count > 0
+        for name, count in layers.items()
+    ):
+        raise ValueError(f"layers {layers!r} of a garbage head")
+    head = GarbageHead(layers, weights["fc.weight"].shape[1], hidden)
+    if head.mean.shape != weights["garbage.mean"].shape:
+        found = weights["garbage.mean"].numel()
+        raise ValueError(f"{found} statistics instead of {head.mean.numel()}")
+    return head
+
+
+def _build(
+    kind: type[TIENet],
+    backbone: nn.Module,
+    n: int,
+    image_shape: Any,
+    weights: dict[str, Tensor],
+    class_names: Sequence[str],
+    head: str | GarbageHead,
+) -> TIENet:
+    """A network with the weights of a file."""
+    dtype = weights["fc.weight"].dtype
+    features = int(backbone.get_submodule(classifier_name(backbone)).in_features)  # type: ignore[arg-type]
+    if dtype not in FLOATS or weights["fc.weight"].shape != (n, features):
+        found = tuple(weights["fc.weight"].shape)
+        raise ValueError(f"fc of {dtype} {found} instead of floating-point {(n, features)}")
+    low, high = (weights[name] for name in ("low", "high"))
+    channels = max(low.numel(), high.numel())
+    if channels > 1000 or not bool(low.isfinite().all() and high.isfinite().all()):
+        raise ValueError(f"a value range that is not finite, or of {channels} channels")
+    shape = None if image_shape is None else check_shape(image_shape)
+    tried = shape if shape is None or math.prod(shape) <= LARGEST_TRIED else None
+    bounds = (low.flatten().tolist(), high.flatten().tolist())
+    net = kind(backbone, n, tried, *bounds, class_names, head)
+    net.image_shape = shape
+    check_state(net, weights)
+    net.to(dtype).load_state_dict(weights)
+    return net
