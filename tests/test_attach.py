@@ -331,7 +331,9 @@ def test_a_vae_can_propose_outliers():
 
 def test_normalised_images_have_their_range():
     x, y = stripes()
-    net = attach(Small().eval(), [(x * 4 - 2, y)], 3, low=-2.0, high=2.0, class_names=("a", "b", "c"))
+    net = attach(
+        Small().eval(), [(x * 4 - 2, y)], 3, low=-2.0, high=2.0, class_names=("a", "b", "c")
+    )
     assert (net.low.item(), net.high.item(), net.class_names) == (-2.0, 2.0, ("a", "b", "c"))
 
 

@@ -209,14 +209,16 @@ def test_a_foreign_architecture_needs_its_backbone(tmp_path):
 
 def test_a_file_that_asks_for_another_precision_is_refused(tmp_path, net):
     with pytest.raises(
-        ValueError, match="Expected autocast_dtype to be one of float32, bfloat16, but got 'float8'"
+        ValueError,
+        match="Expected autocast_dtype to be one of float32, bfloat16, but got 'float8'",
     ):
         net.autocast_dtype = "float8"
     net.save(tmp_path / "net.safetensors")
     state = load_state(tmp_path / "net.safetensors", "network")
     save_state(tmp_path / "net.safetensors", "network", {**state, "precision": "float8"})
     with pytest.raises(
-        ValueError, match=r"Expected autocast_dtype in .* to be one of float32, bfloat16, but got 'float8'"
+        ValueError,
+        match=r"Expected autocast_dtype in .* to be one of float32, bfloat16, but got 'float8'",
     ):
         TIENet.load(tmp_path / "net.safetensors")
 
@@ -377,7 +379,11 @@ def test_what_is_saved_says_what_it_is(tmp_path):
         (3, 32, 32),
         4,
     )
-    assert (again.autocast_dtype, again.training, type(again.backbone)) == ("bfloat16", False, Conv5)
+    assert (again.autocast_dtype, again.training, type(again.backbone)) == (
+        "bfloat16",
+        False,
+        Conv5,
+    )
     del state["precision"], state["head"]  # a file of before there were any
     save_state(tmp_path / "earlier", "network", state)
     assert TIENet.load(tmp_path / "earlier").autocast_dtype == "float32"

@@ -106,7 +106,9 @@ def test_a_loop_that_searches_learns_its_formula(monkeypatch):
         "tie_ext.training.trainer.pgd", lambda net, x, steps: x / 2 if steps == 4 else x
     )
     net = make_net("multilayer")
-    trainer = TIETrainer(net, replace(TINY, adversarial_steps=4, garbage_weight=0.5), [], [Noise(net)])
+    trainer = TIETrainer(
+        net, replace(TINY, adversarial_steps=4, garbage_weight=0.5), [], [Noise(net)]
+    )
     trainer.pool.images[:] = 200
     (x, y), before = make_batches(sizes=(8,))[0], copy.deepcopy(net).train()
     with torch.no_grad():
@@ -183,9 +185,9 @@ def test_a_layer_that_was_frozen_stays_so_and_bfloat16_trains():
     net.train()
     frozen.eval()
     before = frozen.running_mean.clone()
-    log = TIETrainer(net, replace(TINY, adversarial_steps=2, autocast_dtype="bfloat16"), [], [Noise(net)]).epoch(
-        make_batches(sizes=(8, 1))
-    )
+    log = TIETrainer(
+        net, replace(TINY, adversarial_steps=2, autocast_dtype="bfloat16"), [], [Noise(net)]
+    ).epoch(make_batches(sizes=(8, 1)))
     assert log.losses["classifier"] > 0
     assert not frozen.training
     assert torch.equal(frozen.running_mean, before)

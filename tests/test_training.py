@@ -725,7 +725,9 @@ def test_no_step_waits_for_the_device(make, search, monkeypatch):
     for steps in (2, 7):
         net = make()
         inversion = Inversion(net, InversionSettings(steps=steps, width=4, batch_size=4))
-        trainer = TIETrainer(net, replace(TINY, adversarial_steps=search), [inversion], [Noise(net)])
+        trainer = TIETrainer(
+            net, replace(TINY, adversarial_steps=search), [inversion], [Noise(net)]
+        )
         trainer.counts, trainer._surveyed = torch.tensor([8, 8, 8]), True
         for name, work in (
             ("generator", lambda inversion=inversion, net=net: inversion.fit(net, [], 0.0)),

@@ -109,7 +109,12 @@ def _faster(net: nn.Module) -> list[dict]:
 
 
 def train(
-    net: TIENet, images: ImageSet, epochs: int, seed: int, state: Path, autocast_dtype: str = "float32"
+    net: TIENet,
+    images: ImageSet,
+    epochs: int,
+    seed: int,
+    state: Path,
+    autocast_dtype: str = "float32",
 ) -> float:
     """SGD with a triangle of learning rates, smoothed labels and Lookahead. Seconds it took in all; goes on after the last finished epoch.
 

@@ -243,7 +243,9 @@ def train(
 def read(net: TIENet, images: ImageSet) -> tuple[Tensor, Tensor]:
     """ID logits and features of all images, on the CPU."""
     pairs = [net.outputs(x) for x, _ in ImageBatches(images, 500, scale=net)]
-    return torch.cat([logits[:, :-1] for logits, _ in pairs]).cpu(), torch.cat([h for _, h in pairs]).cpu()
+    return torch.cat([logits[:, :-1] for logits, _ in pairs]).cpu(), torch.cat(
+        [h for _, h in pairs]
+    ).cpu()
 
 
 def host_scores(net: TIENet, sets: Mapping[str, ImageSet]) -> dict[str, dict[str, Tensor]]:

@@ -174,9 +174,7 @@ def classes(a: argparse.Namespace) -> dict:
         class_names=images.classes,
         head=a.kind,
     )
-    trainer = Recipe(TIEConfig(epochs=a.epochs), prior=("multiscale",), head=a.kind).trainer(
-        net
-    )
+    trainer = Recipe(TIEConfig(epochs=a.epochs), prior=("multiscale",), head=a.kind).trainer(net)
     batches = ImageBatches(images, 128, shuffle=True)
     for _ in range(a.epochs):
         log = trainer.epoch(batches)

@@ -53,7 +53,11 @@ def acet(epochs: int, seed: int, start: str) -> Callable[[ImageSet, str, Path], 
         with seeded(seed):
             plain = BACKBONES[backbone](images.shape[0], len(images.classes))
             net = TIENet(
-                plain, len(images.classes), images.shape, class_names=images.classes, head="multilayer"
+                plain,
+                len(images.classes),
+                images.shape,
+                class_names=images.classes,
+                head="multilayer",
             )
         prior = make(start, net)
         optimizer = torch.optim.SGD(

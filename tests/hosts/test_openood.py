@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from tie_ext import ood_score, uncertainty
-from tie_ext.openood.requirements import PACKAGES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = Path(__file__).parents[2] / "openood_configs"
@@ -68,45 +67,7 @@ def build(**changes):
     return get_network(network_config(**changes))
 
 
-# What is said where something is missing (no OpenOOD needed).
-
-
-def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
-    import tie_ext.openood.requirements as requirements
-
-    monkeypatch.setattr(
-        requirements,
-        "find_spec",
-        lambda name: None if name in ("imgaug", "faiss", "libmr", "openood") else object(),
-    )
-    monkeypatch.setattr(
-        requirements, "version", lambda package: "2.1.0" if package == "numpy" else "1.0"
-    )
-    with pytest.raises(ImportError) as error:
-        requirements.check_requirements()
-    said = str(error.value)
-    assert "no imgaug, faiss, libmr, openood" in said
-    assert "numpy 2.1.0 where numpy<2 is needed" in said
-    assert "pip install 'imgaug' 'faiss-cpu' 'numpy<2'" in said
-    assert "--no-build-isolation libmr" in said
-    assert "git+https://github.com/Jingkang50/OpenOOD" in said
-
-
-def test_nothing_is_said_where_nothing_is_missing(monkeypatch):
-    import tie_ext.openood.requirements as requirements
-
-    monkeypatch.setattr(requirements, "find_spec", lambda name: object())
-    monkeypatch.setattr(
-        requirements, "version", lambda package: "1.26.4" if package == "numpy" else "0.1"
-    )
-    requirements.check_requirements()
-
-
-def test_the_extra_in_pyproject_names_the_same_packages():
-    text = (CONFIGS.parent / "pyproject.toml").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("openood = "))
-    for package, bound in PACKAGES.values():
-        assert f'"{package}{bound}' in line or package in ("torch", "numpy"), package
+# Without an OpenOOD.
 
 
 def test_the_launcher_says_what_it_wants():

@@ -158,7 +158,9 @@ def parts(rank: int, again: TIETrainer) -> dict:
     for garbage in ("linear", "multilayer"):
         torch.manual_seed(0)
         searching = TIENet(Small(3), 3, SHAPE, head=garbage)
-        one = TIETrainer(searching, replace(TINY, epochs=1, adversarial_steps=2), [], [Noise(searching)])
+        one = TIETrainer(
+            searching, replace(TINY, epochs=1, adversarial_steps=2), [], [Noise(searching)]
+        )
         found[f"searching, {garbage}"] = (
             one.epoch(last).losses["classifier"],
             searching.state_dict(),

@@ -74,7 +74,10 @@ def train_run(
         for held in (test, *ood.values()):
             held.check()
     if say is not None:
-        for said in (test.note, too_few(len(test)) if settings.recipe.head == "multilayer" else ""):
+        for said in (
+            test.note,
+            too_few(len(test)) if settings.recipe.head == "multilayer" else "",
+        ):
             if said:
                 say(said)
     with locked(folder) if processes.first() else nullcontext():

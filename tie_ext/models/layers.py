@@ -132,7 +132,11 @@ def check_backbone(backbone: nn.Module, x: Tensor) -> None:
             f"Expected a backbone that returns the logits that its last linear layer `{name}` "
             f"gives, but {kind} returns probabilities; leave the softmax out"
         )
-    got = "something else than" if isinstance(y, Tensor) else f"a {type(y).__name__} and no tensor as"
+    got = (
+        "something else than"
+        if isinstance(y, Tensor)
+        else f"a {type(y).__name__} and no tensor as"
+    )
     raise ValueError(
         f"Expected a backbone that returns what its last linear layer gives, but {kind} returns "
         f"{got} `{name}` does; return the logits as they are, and call the last linear layer `fc`"

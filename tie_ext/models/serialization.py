@@ -72,9 +72,7 @@ def _own_backbone(path: str | os.PathLike, name: object, weights: dict[str, Tens
             f"Expected a `backbone` for {path}, whose architecture is not one of "
             f"{', '.join(BACKBONES)}, but got None"
         )
-    convolutions = (
-        w for key, w in weights.items() if key.startswith("backbone.") and w.ndim == 4
-    )
+    convolutions = (w for key, w in weights.items() if key.startswith("backbone.") and w.ndim == 4)
     channels = next((w.shape[1] for w in convolutions), 0)
     with torch.device("meta"):  # which has shapes alone
         plan = BACKBONES[str(name)](channels, len(weights["fc.weight"])).state_dict()

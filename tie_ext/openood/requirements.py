@@ -1,4 +1,4 @@
-"""What OpenOOD imports, and the line that installs what is missing."""
+"""What OpenOOD and its plug-in import, and the lines that install what is missing."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -9,14 +9,19 @@ PACKAGES = {
     "numpy": ("numpy", "<2"),  # imgaug 0.4.0 uses np.sctypes
     "torch": ("torch", ""),
     "torchvision": ("torchvision", ""),
+    "PIL": ("pillow", ""),
     "sklearn": ("scikit-learn", ""),
     "scipy": ("scipy", ""),
     "pandas": ("pandas", "<3"),
-    "cv2": ("opencv-python-headless", "<4.12"),  # later ones need numpy 2
+    "cv2": (
+        "opencv-python",
+        "<4.12",
+    ),  # the one that imgaug brings, as two write the same folder; later ones need numpy 2
     "imgaug": ("imgaug", ""),
     "diffdist": ("diffdist", ""),
     "faiss": ("faiss-cpu", ""),
     "statsmodels": ("statsmodels", ""),
+    "pytorch_ood": ("pytorch-ood", ">=0.4"),  # the plug-in's own: KNN and GEN of tie_combined
     "timm": ("timm", ""),
     "foolbox": ("foolbox", ""),
     "gdown": ("gdown", ""),
@@ -29,7 +34,7 @@ LIBMR = "pip install cython setuptools && pip install --no-build-isolation libmr
 
 
 def check_requirements() -> None:
-    """Name everything OpenOOD needs and cannot be had here, at once, before anything else happens.
+    """Name everything that OpenOOD and its plug-in need and that cannot be had here, at once, before anything else happens.
 
     Raises:
         ImportError: With each missing or incompatible package and the lines that install them.
@@ -38,7 +43,7 @@ def check_requirements() -> None:
     unfit = [
         name
         for name, (package, bound) in PACKAGES.items()
-        if name not in missing and bound and not _below(package, bound)
+        if name not in missing and bound and not _fits(package, bound)
     ]
     lines = []
     if missing or unfit:
@@ -61,18 +66,17 @@ def check_requirements() -> None:
             for name in unfit
         ]
         what = "; ".join(filter(None, [f"no {', '.join(missing)}" if missing else "", *found]))
-        raise ImportError(
-            f"Expected the packages that OpenOOD imports, but got {what}. Install them with\n    "
-            + "\n    ".join(lines)
-        )
+        said = f"Expected the packages that OpenOOD and its plug-in import, but got {what}. Install them with"
+        raise ImportError("\n    ".join([said, *lines]))
 
 
-def _below(package: str, bound: str) -> bool:
+def _fits(package: str, bound: str) -> bool:
+    """Whether the installed version keeps a bound, ``<`` or ``>=`` and a version."""
     try:
         found = version(package)
     except (
         PackageNotFoundError
-    ):  # under another name (opencv-python, faiss-gpu): its import decides
+    ):  # under another name (opencv-python-headless, faiss-gpu): its import decides
         return True
-    numbers = [[int(part) for part in re.findall(r"\d+", text)[:3]] for text in (found, bound)]
-    return numbers[0] < numbers[1]
+    at, limit = ([int(part) for part in re.findall(r"\d+", text)[:3]] for text in (found, bound))
+    return at >= limit if bound.startswith(">=") else at < limit

@@ -85,7 +85,9 @@ def attach(
             f"Expected batches, but got {type(batches).__name__}, which gives one image at a time; put it into DataLoader(..., 128)"
         )
     if synthesizers is not None and not synthesizers:
-        raise ValueError("`synthesizers` is empty; pass a Synthesizer, or None for procedural images")
+        raise ValueError(
+            "`synthesizers` is empty; pass a Synthesizer, or None for procedural images"
+        )
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("Expected at least one batch of ID images, but got an empty loader")

@@ -168,7 +168,9 @@ def _class_indices(labels: Tensor, count: int, num_classes: int | None) -> Tenso
             )
         labels = labels.long().argmax(1)
     if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"Expected integer labels of shape ({count},), but got {describe(labels)}")
+        raise ValueError(
+            f"Expected integer labels of shape ({count},), but got {describe(labels)}"
+        )
     return labels.long()
 
 

@@ -284,10 +284,7 @@ def level_2(net: TIENet, sets: Mapping[str, Images], fit_on: Images, garbage: bo
         mahalanobis.fit_features(features, fit_on.y.to(device))
         vim.fit_features(features, fit_on.y.to(device))
         for name, images in sets.items():
-            parts = [
-                net.outputs(x.to(device))
-                for x, _ in ImageBatches(images, 500)
-            ]
+            parts = [net.outputs(x.to(device)) for x, _ in ImageBatches(images, 500)]
             logits, h = (torch.cat(part) for part in zip(*parts, strict=True))
             p = logits.softmax(1)
             values[name] = {
