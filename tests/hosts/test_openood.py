@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tie_ext import ood_score, uncertainty
+from tie_ext.scores.decision import ood_score, uncertainty
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = Path(__file__).parents[2] / "openood_configs"
@@ -220,7 +220,7 @@ def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, 
     ("backbone", "size", "layers"), [("lenet", 28, 2), ("resnet18_32x32", 32, 16)]
 )
 def test_a_config_asks_for_a_head_on_every_layer(openood, backbone, size, layers):
-    from tie_ext import GarbageHead
+    from tie_ext.models.head import GarbageHead
 
     net = build(backbone=backbone, image_size=size, head="multilayer").eval()
     assert isinstance(net.garbage, GarbageHead)
@@ -416,8 +416,9 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
 
 @pytest.mark.parametrize("name", ["logitnorm", "ascood"])
 def test_its_own_training_methods_train_the_id_logits_alone(openood, name):
-    from tie_ext import Conv3, TIENet
+    from tie_ext import TIENet
     from tie_ext.cli.reproduce.openood_baselines import train_baseline
+    from tie_ext.models.backbones import Conv3
     from tie_ext.outliers.saliency import Standardized
 
     torch.manual_seed(0)
