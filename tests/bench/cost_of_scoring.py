@@ -47,7 +47,7 @@ def made(backbone: nn.Module, size: int, device: str) -> tuple[TIENet, Combined]
     knn = combined.detectors[1]
     knn.k, rows = (
         50,
-        torch.rand(knn.most, net.feature_size, device=device),
+        torch.rand(knn.max_samples, net.feature_size, device=device),
     )  # as many as it keeps of a real training set
     knn.fit_features(rows, torch.zeros(len(rows), dtype=torch.long))
     return net, combined
