@@ -1,12 +1,20 @@
-"""OpenOOD's multi-seed path on our checkpoints: its ``scripts/eval_ood*.py`` and its evaluation API, run on stand-ins for its data."""
+"""OpenOOD's multi-seed path on our checkpoints, run on stand-ins for its data.
 
+That is ``scripts/eval_ood*.py`` and the evaluation API.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tie_ext import Conv3
+from tie_ext.models.backbones import Conv3
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LISTED = {"cifar10": ["cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365"]}
@@ -26,7 +34,7 @@ LISTED["imagenet"] = [
 
 @pytest.fixture
 def openood(openood_root, monkeypatch):
-    """OpenOOD with TIE registered, without CUDA, reading images in this process; all undone afterwards."""
+    """OpenOOD with TIE registered, without CUDA, reading images in this process."""
     import openood.evaluation_api.datasets as datasets
 
     import tie_ext.openood as ours
@@ -135,7 +143,7 @@ def seeds(openood, place, tmp_path) -> Path:
 
 @torch.no_grad()
 def learn(net, x, y) -> None:
-    """Least squares: every training image is right, which several postprocessors want of every class."""
+    """Least squares: every training image is right, as several postprocessors need."""
     h = net.features(x)
     weight = 20 * (torch.linalg.pinv(h - h.mean(0)) @ (torch.nn.functional.one_hot(y, 10) - 0.1)).T
     net.fc.weight.copy_(weight)
@@ -209,6 +217,120 @@ def test_eval_ood_scores_every_seed(openood, place, seeds, name):
         for rows in zip(mean, std, strict=True)
     ]
     assert std[:, 1].max() > 0  # three networks, not one
+
+
+MAIN = """
+import json, runpy, sys
+import torch
+main, *runs = json.load(open("runs.json"))
+for seed, run in enumerate(runs):
+    torch.manual_seed(seed)
+    sys.argv = [main, *run]
+    runpy.run_path(main, run_name="__main__")
+"""
+SETS = {"cifar100": "near", "tin": "near", "mnist": "far", "svhn": "far", "texture": "far"}
+
+
+@pytest.fixture
+def by_main(openood_root, openood, place, seeds, monkeypatch):
+    """The scores that ``main.py`` saves of the first checkpoint, by postprocessor and seed."""
+    theirs, ours = openood_root / "configs", openood.configs()
+    files = [theirs / "datasets/cifar10/cifar10.yml", theirs / "datasets/cifar10/cifar10_ood.yml"]
+    files += [ours / "networks/tie_net.yml", theirs / "pipelines/test/test_ood.yml"]
+    files += [theirs / "preprocessors/base_preprocessor.yml"]
+    options = [
+        "--network.backbone.name",
+        "conv3",
+        "--network.head",
+        "linear",
+        "--num_workers",
+        "0",
+    ]
+    options += ["--network.checkpoint", str(seeds / "s0" / "best.ckpt"), "--merge_option", "merge"]
+    options += ["--output_dir", str(seeds / "results")]
+    names = [(name, seed) for name in ("tie_combined", "dmr") for seed in (0, 1)]
+    runs = [
+        ["--config", *map(str, files), str(ours / "postprocessors" / f"{name}.yml"), *options]
+        + ["--seed", str(seed)]
+        for name, seed in names
+    ]
+    (place / "runs.json").write_text(json.dumps([str(openood_root / "main.py"), *runs]))
+    (place / "runs.py").write_text(MAIN)
+    in_a_process(openood_root, place, "runs.py")
+    folder = seeds / "results" / "cifar10_tie_net_test_ood_ood_{}_default" / "s{}" / "ood"
+    return {key: Path(str(folder).format(*key)) for key in names}
+
+
+def test_all_scripts_give_the_same_numbers(openood, place, seeds, by_main):
+    import numpy as np
+    import pandas as pd
+    from openood.evaluation_api import Evaluator
+    from openood.networks import ResNet18_32x32
+
+    for name in ("tie_combined", "dmr"):
+        net = ResNet18_32x32(num_classes=10)
+        net.load_state_dict(torch.load(seeds / "s0" / "best.ckpt", weights_only=True))
+        evaluator = Evaluator(
+            net.eval(),
+            id_name="cifar10",
+            data_root=str(place / "data"),
+            config_root="nowhere",
+            postprocessor_name=name,
+            num_workers=0,
+        )
+        api = evaluator.eval_ood(progress=False).round(2)
+        for seed in (0, 1):
+            saved = by_main[name, seed]
+            table = pd.read_csv(saved / "ood.csv", index_col=0)
+            for row in SETS:
+                columns = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT"]
+                assert table.loc[row, columns].tolist() == api.loc[row, columns].tolist()
+                conf = np.load(saved / "scores" / f"{row}.npz")["conf"]
+                assert (conf == evaluator.scores["ood"][SETS[row]][row][1]).all()
+            conf = np.load(saved / "scores" / "cifar10.npz")["conf"]
+            assert (conf == evaluator.scores["id"]["test"][1]).all()
+        (seeds / "one").mkdir(exist_ok=True)
+        if not (seeds / "one" / "s0").exists():
+            (seeds / "one" / "s0").symlink_to(seeds / "s0")
+        arguments = ["--id-data", "cifar10", "--root", str(seeds / "one"), "--save-csv"]
+        run(place / "scripts" / "eval_ood.py", *arguments, "--postprocessor", name)
+        table = pd.read_csv(seeds / "one" / "ood" / f"{name}.csv", index_col=0)
+        rows = [[f"{value:.2f} ± 0.00" for value in row] for row in api.to_numpy()]
+        assert table.to_numpy().tolist() == rows
+
+
+def in_a_process(openood_root: Path, place: Path, *arguments: str) -> None:
+    """``python -m tie_ext.openood``, as a user runs it."""
+    command = [sys.executable, "-W", "ignore", "-m", "tie_ext.openood", *arguments]
+    path = os.pathsep.join([str(openood_root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_lines_of_the_page_attach_and_score(openood, openood_root, place, monkeypatch):
+    import pandas as pd
+    from openood.networks import ResNet18_32x32
+
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+    (lines,) = re.findall(r"^```\n(for s in 0 1 2; .*?)^```", page, re.M | re.S)
+    attach, score = lines.replace("$TIE", str(openood.configs())).splitlines()
+    attach = re.fullmatch("for s in 0 1 2; do (.*); done", attach)[1].replace("$s", "0")
+    checkpoint = place / re.search(r"--network.backbone.checkpoint (\S+)", attach)[1]
+    checkpoint.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(ResNet18_32x32(num_classes=10).state_dict(), checkpoint)
+    (place / "main.py").symlink_to(openood_root / "main.py")
+    begin = "python -m tie_ext.openood "
+    assert attach.startswith(begin)
+    in_a_process(
+        openood_root, place, *shlex.split(attach.removeprefix(begin)), "--num_workers", "0"
+    )
+    monkeypatch.chdir(place)
+    assert score.startswith(begin)
+    run(*shlex.split(score.removeprefix(begin)))
+    (table,) = (place / "results").glob("*/ood/tie_combined.csv")
+    assert pd.read_csv(table, index_col=0).index[-1] == "farood"
 
 
 def test_eval_ood_imagenet_scores_an_attached_network(openood, place, tmp_path):
@@ -308,7 +430,7 @@ def test_the_evaluation_api_reads_the_users_own_file(openood, tmp_path):
 
 
 class Loader(list):
-    """Batches of normalised images, as a loader of the evaluation API has them, or without a word on how."""
+    """Batches of normalised images, with the transform of the evaluation API or without."""
 
     def __init__(self, name: str | None):
         super().__init__([{"data": torch.rand(6, 3, 32, 32) - 0.5, "label": torch.arange(6) % 2}])
