@@ -21,7 +21,8 @@ class EpochLog:
     """From 1."""
     losses: dict[str, float]
     """``classifier``: weighted cross-entropy, beside a head on every layer with adversarial steps
-    plus :func:`tie_ext.training.adversarial.max_log_prob`; ``head``: that of such a head; ``kl``, ``ce``, ``cosine``: the terms of the inversion loss, unweighted."""
+    plus :func:`tie_ext.training.adversarial.max_log_prob`; ``head``: that of such a head; ``kl``,
+    ``ce``, ``cosine``: the terms of the inversion loss, unweighted."""
     accuracy: float
     """Accuracy of the n+1 outputs on ID training images, after training, in [0, 1]."""
     tau: float | None

@@ -11,7 +11,8 @@ from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.outliers.base import Prior
 from tie_ext.outliers.saliency import uniform_criterion
 from tie_ext.training.config import TIEConfig
-from tie_ext.training.trainer import Criterion, TIETrainer
+from tie_ext.training.strategies import Criterion
+from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.distributed import rank
 from tie_ext.utils.random import seeded
 from tie_ext.utils.settings import Settings, plain

@@ -6,12 +6,12 @@ Symbols: ``x (B, C, H, W)``; ``y (B,)`` in ``[0, n]``, garbage ``n``; ``logits (
 
 import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
@@ -22,6 +22,7 @@ from tie_ext.outliers.procedural import Procedural
 from tie_ext.scores.decision import upcast
 from tie_ext.training.adversarial import max_log_prob, pgd
 from tie_ext.training.config import HeadConfig, SampleConfig, TIEConfig
+from tie_ext.training.exclusion import Pairs
 from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.training.pool import GarbagePool, draw
 from tie_ext.utils.distributed import average_statistics, gathered, total, world
@@ -38,8 +39,6 @@ IGNORED = -100
 """Label that cross-entropy ignores."""
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Loss of logits ``(B, n+1)``, targets ``(B,)`` in ``[0, n]`` and class weights ``(n+1,)``."""
-Pairs = Sequence[tuple[Tensor, Tensor]]
-"""Batches ``(x, y)`` of ID images that are kept in memory."""
 
 
 def class_weights(counts: Tensor, garbage_weight: float) -> Tensor:
@@ -78,6 +77,8 @@ class GarbageStrategy(abc.ABC):
     """How many images are held in memory."""
     progress: bool
     """Whether to show progress bars."""
+    frozen: list[nn.Module] = field(default_factory=list)
+    """Parts that stay in evaluation mode, such as a BatchNorm layer frozen by ``.eval()``."""
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +110,16 @@ class GarbageStrategy(abc.ABC):
         Returns:
             Losses by name.
         """
+
+    def begin(self) -> None:
+        """Put the network into training mode, but for the parts that were in evaluation mode while
+        the network was not.
+        """
+        if self.net.training:
+            self.frozen = [part for part in self.net.modules() if not part.training]
+        self.net.train()
+        for part in self.frozen:
+            part.training = False
 
     def mix(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """ID batches, each with its share of the garbage pool, on the device of the network."""

@@ -1,21 +1,21 @@
-"""A look at all data before several processes train.
-
-A process that found bad data while others train would leave them waiting for it, so each reads its
-share once before; what is wrong in one is raised in all.
-"""
+"""The data of a run: that it has every class, stays the same, and is sound in every process."""
 
 import torch
 from torch import Tensor
 
+from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.distributed import gathered, total
 from tie_ext.utils.loader import BatchReader
 
 
 def survey(reader: BatchReader, num_classes: int, device: torch.device) -> Tensor:
-    """Read this process's share.
+    """Read all data before several processes train.
+
+    A process that found bad data while others train would leave them waiting for it, so each reads
+    its share before; what is wrong in one is raised in all.
 
     Arguments:
-        reader: Its labelled batches.
+        reader: The labelled batches of this process.
         num_classes: n.
         device: Where the processes communicate.
 
@@ -49,3 +49,24 @@ def survey(reader: BatchReader, num_classes: int, device: torch.device) -> Tenso
             f"got {sizes[:, 0].tolist()}, of which {sizes[:, 1].tolist()} of one image"
         )
     return total(counts, device)
+
+
+def check_counts(counts: Tensor, before: Tensor | None) -> None:
+    """Refuse data that lacks a class, or that is not the data a run began with.
+
+    Arguments:
+        counts: Images of each class ``(n,)``.
+        before: The same of the first epoch; None in the first.
+
+    Raises:
+        ValueError: With both.
+    """
+    check_class_counts(counts)
+    if before is None:
+        return
+    # A loader that drops its last batch differs a little.
+    if abs(int(counts.sum()) - int(before.sum())) > 0.1 * int(before.sum()):
+        raise ValueError(
+            f"Expected the data this run began with, {before.tolist()} images of each class, but "
+            f"got {counts.tolist()}"
+        )

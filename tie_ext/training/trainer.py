@@ -9,32 +9,28 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Prior, Synthesizer
 from tie_ext.outliers.inversion import Inversion
-from tie_ext.scores.decision import uncertainty, upcast
-from tie_ext.scores.threshold import exclusion_threshold
 from tie_ext.training.checkpoint import load_training, save_training
 from tie_ext.training.config import HeadConfig, SampleConfig, TIEConfig
-from tie_ext.training.log import CandidateTally, EpochLog
+from tie_ext.training.exclusion import Pairs, exclude
+from tie_ext.training.log import EpochLog
 from tie_ext.training.pool import GarbagePool
 from tie_ext.training.strategies import (
     Criterion,
     LinearGarbage,
     MultilayerGarbage,
-    Pairs,
     class_weights,
 )
-from tie_ext.training.survey import survey
-from tie_ext.utils.checks import check_class_counts
+from tie_ext.training.survey import check_counts, survey
 from tie_ext.utils.distributed import (
     average_gradients,
     broadcast,
@@ -47,7 +43,6 @@ from tie_ext.utils.distributed import (
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
 from tie_ext.utils.reservoir import Reservoir
-from tie_ext.utils.views import frozen_view
 
 
 class TIETrainer:
@@ -135,7 +130,6 @@ class TIETrainer:
         self.counts: Tensor | None = None  #: ID images of each class (n,), after the first epoch
         self.log: list[EpochLog] = []
         self._counted = False  # whether this process has read its data once
-        self._frozen: list[nn.Module] = []  # parts that stay in evaluation mode
 
     def epoch(self, loader: Iterable) -> EpochLog:
         """Train, invert, exclude.
@@ -167,7 +161,9 @@ class TIETrainer:
             for synthesizer in self.synthesizers:
                 losses |= synthesizer.fit(self.net, reader, t / max(1, self.config.epochs - 1))
             inverted = time.perf_counter()
-            outcome = self._exclude(sample)
+            outcome = exclude(
+                self.net, sample, self.synthesizers, self.pool, self.config, self._bar
+            )
             excluded = time.perf_counter()
         stages = {"train": trained - start, "invert": inverted - trained}
         seconds = {**stages, "exclude": excluded - inverted}
@@ -176,11 +172,9 @@ class TIETrainer:
         self.log.append(log)
         return log
 
-    # Stage 1.
-
     def _train(self, reader: BatchReader) -> tuple[dict[str, float], Pairs]:
         """A step on each batch of ID images and garbage; losses by name, and the sample."""
-        self._set_training_mode()
+        self.garbage.begin()
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
         seen, losses, sample = torch.zeros(self.net.num_classes).long(), [], self._reservoir()
         counts = seen if self.counts is None else self.counts
@@ -219,14 +213,6 @@ class TIETrainer:
             self.optimizer.load_state_dict(before[1])
             raise
 
-    def _set_training_mode(self) -> None:
-        """Training mode, but for the parts that were in evaluation mode while the net was not."""
-        if self.net.training:
-            self._frozen = [part for part in self.net.modules() if not part.training]
-        self.net.train()
-        for part in self._frozen:
-            part.training = False
-
     def _reservoir(self) -> Reservoir:
         """The sample of ID images that this epoch keeps."""
         size = self.sample_config.last_size if self._last else self.sample_config.size
@@ -248,40 +234,9 @@ class TIETrainer:
             yield x, y
 
     def _count(self, counts: Tensor) -> None:
-        """Take the number of images of each class ``(n,)``, which a resumed run has already."""
-        check_class_counts(counts)
-        self.counts = counts if self.counts is None else self.counts
-        now, before = int(counts.sum()), int(self.counts.sum())
-        if abs(now - before) > 0.1 * before:  # a loader that drops its last batch differs a little
-            raise ValueError(
-                f"Expected the data this run began with, {self.counts.tolist()} images of each "
-                f"class, but got {counts.tolist()}"
-            )
-        self._counted = True
-
-    # Stage 3.
-
-    @torch.no_grad()
-    def _exclude(self, sample: Pairs) -> dict:
-        """tau from the uncertainties of ID images; candidates above it join the pool."""
-        net, u, correct = frozen_view(self.net), [], []
-        for x, y in self._bar(sample, "tau"):
-            logits = upcast(net(x.to(self.device), garbage=True))
-            u.append(uncertainty(logits.softmax(1)))
-            correct.append(logits.argmax(1) == y.to(self.device))
-        accuracy = float(gathered(torch.cat(correct).double(), self.device).mean())
-        tau = exclusion_threshold(gathered(torch.cat(u).cpu(), self.device), self.config.lam)
-        self.net.tau.fill_(tau if math.isfinite(tau) else 1.0)
-        tally = CandidateTally(self.net.num_classes + 1)
-        for synthesizer in self.synthesizers:
-            for x, y in _repeat(sample, share(self.config.candidates)):
-                x, y = synthesizer.sample(net, x.to(self.device), y.to(self.device))
-                p = upcast(net(x, garbage=True)).softmax(1)
-                excluded = uncertainty(p) > tau
-                self.pool.add(x, excluded)
-                tally.add(p, y, excluded)
-        tau = tau if math.isfinite(tau) else None
-        return {"tau": tau, "accuracy": accuracy, **tally.result(self.device)}
+        """Take note of the images of each class ``(n,)``, which this process has read once."""
+        check_counts(counts, self.counts)
+        self.counts, self._counted = counts if self.counts is None else self.counts, True
 
     def _bar(self, batches: Iterable, name: str) -> Iterable:
         title = f"epoch {len(self.log) + 1}: {name}"
@@ -297,12 +252,3 @@ class TIETrainer:
         """
         load_training(path, self)
         self._counted = False  # this process has not read its data
-
-
-def _repeat(batches: Pairs, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches over and over, ``count`` images in all."""
-    for x, y in cycle(batches):
-        yield x[:count], y[:count]
-        count -= len(x)
-        if count <= 0:
-            return
