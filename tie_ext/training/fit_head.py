@@ -4,6 +4,8 @@ Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.models.head`); ``t (N,
 outlier, 0 for an ID image.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,6 +69,9 @@ def fit_head(
 
     Returns:
         The mean loss.
+
+    Raises:
+        ValueError: If the loss is not finite.
     """
     head.standardise(id_statistics)
     statistics = torch.cat([id_statistics, ood_statistics])
@@ -85,4 +90,10 @@ def fit_head(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    return float(torch.stack(losses).mean())
+    loss = float(torch.stack(losses).mean())
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"Expected a finite loss of the garbage head, but got {loss}, as the statistics of a "
+            "float16 network give it; give the network in float32 or bfloat16"
+        )
+    return loss
