@@ -8,12 +8,13 @@ four numbers of each chosen channel of each chosen layer (:mod:`tie_ext.models.s
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS, pool_statistics
-from tie_ext.utils.views import hook_view
+from tie_ext.utils.views import add_hook, hook_view
 
 
 class GarbageHead(nn.Module):
@@ -58,10 +59,12 @@ class GarbageHead(nn.Module):
         view, found = hook_view(backbone), {}
         for name in self.layers:
             # Pooled at once: a ReLU that works in place comes next, and maps need not be kept.
-            view.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: found.__setitem__(
-                    name, pool_statistics(output)
-                )
+            add_hook(
+                view,
+                name,
+                lambda part, args, output, name=name: found.update(
+                    {name: pool_statistics(output)}
+                ),
             )
         return view, found
 
@@ -69,3 +72,10 @@ class GarbageHead(nn.Module):
         """The statistics ``(B, S)`` of features ``h (B, F)`` and of what :meth:`watch` found."""
         parts = (h, *(found[name] for name in self.layers))
         return torch.cat([part.to(self.mean.dtype) for part in parts], dim=1)
+
+
+def _pool_into(
+    found: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor
+) -> None:
+    """The hook of a layer that is read."""
+    found[name] = pool_statistics(output)

@@ -4,9 +4,13 @@ A hook or a mode that is set on a shared module changes what every other thread 
 A view shares the tensors and nothing else, so that what one call does to it stays with that call.
 """
 
-from types import MethodType
+from collections.abc import Callable
+from functools import partial
+from operator import is_
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 _HOOKS = (
@@ -18,6 +22,10 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_PLAIN = {bool, int, float, str, type(None), torch.Tensor}
+_OWN = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
+"""Attributes that every module has, and that lead to no other: hooks and buffers."""
+_OWN -= {"_modules", "_parameters"}
 
 
 def hook_view(module: nn.Module) -> nn.Module:
@@ -35,6 +43,14 @@ def frozen_view(module: nn.Module) -> nn.Module:
     return _View(False, True).of(module)
 
 
+def add_hook(view: nn.Module, name: str, hook: Callable[[nn.Module, tuple, Any], None]) -> None:
+    """Register a forward hook on a part of a view, by the name of the part."""
+    hooks = view.get_submodule(name)._forward_hooks
+    # register_forward_hook counts its handles in a class attribute, which torch.compile and a
+    # strict torch.export do not trace. Its keys are >= 0.
+    hooks[-1 - len(hooks)] = hook
+
+
 class _View:
     """One view of a tree of modules, each of them once.
 
@@ -45,49 +61,97 @@ class _View:
 
     def __init__(self, training: bool | None, detached: bool):
         self.training, self.detached = training, detached
-        self.views: dict[int, nn.Module] = {}
+        self.views: dict[int, Any] = {}  # of modules and parameters, by the id of the original
 
     def of(self, module: nn.Module) -> nn.Module:
-        """The view of a module and of all below it."""
+        """The view of a module and of all below it.
+
+        Raises:
+            ValueError: If a part is a ScriptModule that is not in the mode of the view.
+        """
         view = self._clone(module)
-        for part in self.views.values():
-            for name, value in list(vars(part).items()):
-                # A method that was put on an instance would go on calling the module itself.
-                if isinstance(value, MethodType) and id(value.__self__) in self.views:
-                    bound = MethodType(value.__func__, self.views[id(value.__self__)])
-                    object.__setattr__(part, name, bound)
+        for part in list(self.views.values()):
+            for name in _HOOKS if isinstance(part, nn.Module) else ():
+                hooks = part.__dict__.get(name, {})
+                for key, hook in hooks.items():
+                    # A hook that is a method of a part; those of other objects stay theirs.
+                    if isinstance(hook, MethodType) and id(hook.__self__) in self.views:
+                        hooks[key] = self._inner(hook)
         return view
 
     def _clone(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            return self._shared(module)
         module = module._modules.get("_orig_mod") or module  # what torch.compile wraps
         if id(module) in self.views:
             return self.views[id(module)]
         # Not copy.copy, which asks parametrised modules for a state that they refuse to give.
         view = object.__new__(type(module))
         self.views[id(module)] = view
-        own = {name: self._inner(value) for name, value in vars(module).items()}
-        own |= {name: own[name].copy() for name in _HOOKS if name in own}
-        own["_modules"] = {
-            name: None if part is None else self._clone(part)
-            for name, part in module._modules.items()
+        own = {
+            name: value if name in _OWN else self._inner(value)
+            for name, value in vars(module).items()
         }
-        if self.detached:
-            own["_parameters"] = {
-                name: None if p is None else nn.Parameter(p.detach(), requires_grad=False)
-                for name, p in module._parameters.items()
-            }
+        own |= {name: own[name].copy() for name in (*_HOOKS, "_modules") if name in own}
         if self.training is not None:
+            # In training mode what a forward pass assigns to a buffer is for the module to keep.
+            own |= {name: own[name].copy() for name in ("_parameters", "_buffers")}
             own["training"] = self.training
         own["_compiled_call_impl"] = None
         view.__dict__.update(own)
         return view
 
     def _inner(self, value: Any) -> Any:
-        """A plain attribute; modules that it holds without registering them are viewed too."""
+        """What a view has in the place of an attribute: itself, unless it leads to a module."""
+        if type(value) in _PLAIN:
+            return value
         if isinstance(value, nn.Module):
             return self._clone(value)
-        if type(value) in (list, tuple) and any(isinstance(part, nn.Module) for part in value):
-            return type(value)(map(self._inner, value))
-        if type(value) is dict and any(isinstance(part, nn.Module) for part in value.values()):
-            return {key: self._inner(part) for key, part in value.items()}
+        if self.detached and isinstance(value, nn.Parameter):
+            return self._constant(value)
+        if type(value) in (list, tuple):
+            return self._rebuilt(value, value, type(value))
+        if isinstance(value, dict):
+            return value and self._rebuilt(
+                value, value.values(), lambda parts: _with_values(value, parts)
+            )
+        if isinstance(value, partial):
+            parts = (value.func, value.args, value.keywords)
+            return self._rebuilt(value, parts, lambda new: partial(new[0], *new[1], **new[2]))
+        if isinstance(value, FunctionType):  # torch.compile(self.forward) holds the method here
+            value = getattr(value, "_torchdynamo_orig_callable", value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            # A method that was put on an instance would go on calling the module itself.
+            return MethodType(value.__func__, self._clone(value.__self__))
         return value
+
+    def _rebuilt(self, value: Any, parts: Any, build: Callable[[list], Any]) -> Any:
+        """A container with the views of its parts; itself where none of them changes."""
+        parts = list(parts)
+        views = [self._inner(part) for part in parts]
+        same = all(map(is_, parts, views))
+        return value if same else build(views)
+
+    def _constant(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A parameter without gradient; one for each, as parts can share it."""
+        if id(parameter) not in self.views:
+            constant = nn.Parameter(parameter.detach(), requires_grad=False)
+            self.views[id(parameter)] = constant
+        return self.views[id(parameter)]
+
+    def _shared(self, module: nn.Module) -> nn.Module:
+        """A ScriptModule as it is, since it lives outside Python and cannot be viewed."""
+        learns = self.detached and any(p.requires_grad for p in module.parameters())
+        if learns or (self.training is False and getattr(module, "training", False)):
+            raise ValueError(
+                f"A view of {type(module).__name__} would change it, since a torch.jit.ScriptModule "
+                "has one mode for all; call .eval() and .requires_grad_(False) on it before"
+            )
+        return module
+
+
+def _with_values(old: dict, values: list) -> dict:
+    """A dict of the same kind and keys."""
+    new = old.copy()
+    new.update(zip(old, values, strict=True))
+    return new
