@@ -1,7 +1,7 @@
-"""The garbage head: what every layer of a classifier says of an image, made into the log-odds of garbage.
+"""The garbage head: from statistics of every layer of a classifier to the log-odds of garbage.
 
-Deep layers discard low-level appearance, so that unfamiliar images are often detectable only in the
-statistics of early layers.
+Deep layers discard low-level appearance, so that unfamiliar images are often detectable only in
+the statistics of early layers.
 
 Symbols: ``h (B, F)`` penultimate features; ``s (B, S)`` the statistics of an image: ``h`` beside
 four numbers of each chosen channel of each chosen layer (:mod:`tie_ext.models.statistics`).
@@ -59,13 +59,7 @@ class GarbageHead(nn.Module):
         view, found = hook_view(backbone), {}
         for name in self.layers:
             # Pooled at once: a ReLU that works in place comes next, and maps need not be kept.
-            add_hook(
-                view,
-                name,
-                lambda part, args, output, name=name: found.update(
-                    {name: pool_statistics(output)}
-                ),
-            )
+            add_hook(view, name, partial(_pool_into, found, name))
         return view, found
 
     def statistics(self, found: Mapping[str, Tensor], h: Tensor) -> Tensor:

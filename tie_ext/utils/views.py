@@ -4,14 +4,17 @@ A hook or a mode that is set on a shared module changes what every other thread 
 A view shares the tensors and nothing else, so that what one call does to it stays with that call.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from operator import is_
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+Holder = TypeVar("Holder")
 
 _HOOKS = (
     "_forward_hooks",
@@ -43,6 +46,18 @@ def frozen_view(module: nn.Module) -> nn.Module:
     return _View(False, True).of(module)
 
 
+def holder_view(holder: Holder) -> Holder:
+    """A shallow copy of an object, such as a detector, whose modules are views in evaluation mode.
+
+    So are the modules in its lists and dicts, and those whose methods it holds. Attributes that
+    share a module share its view. Gradients that its methods leave on weights stay with the view.
+    """
+    view, views = copy.copy(holder), _View(False, True, grads=True)
+    vars(view).update({name: views.inner(value) for name, value in vars(holder).items()})
+    views.bind_hooks()
+    return view
+
+
 def add_hook(view: nn.Module, name: str, hook: Callable[[nn.Module, tuple, Any], None]) -> None:
     """Register a forward hook on a part of a view, by the name of the part."""
     hooks = view.get_submodule(name)._forward_hooks
@@ -56,11 +71,12 @@ class _View:
 
     Arguments:
         training: Mode of every part; None for the part's own.
-        detached: Whether its parameters are constants.
+        detached: Whether its parameters are copies that share the weights, and no gradients.
+        grads: Whether such copies take gradients of their own, as the parameters do.
     """
 
-    def __init__(self, training: bool | None, detached: bool):
-        self.training, self.detached = training, detached
+    def __init__(self, training: bool | None, detached: bool, grads: bool = False):
+        self.training, self.detached, self.grads = training, detached, grads
         self.views: dict[int, Any] = {}  # of modules and parameters, by the id of the original
 
     def of(self, module: nn.Module) -> nn.Module:
@@ -70,14 +86,17 @@ class _View:
             ValueError: If a part is a ScriptModule that is not in the mode of the view.
         """
         view = self._clone(module)
-        for part in list(self.views.values()):
+        self.bind_hooks()
+        return view
+
+    def bind_hooks(self) -> None:
+        """Hooks that are methods of a part become those of its view; others stay as they are."""
+        for part in self.views.values():
             for name in _HOOKS if isinstance(part, nn.Module) else ():
                 hooks = part.__dict__.get(name, {})
                 for key, hook in hooks.items():
-                    # A hook that is a method of a part; those of other objects stay theirs.
                     if isinstance(hook, MethodType) and id(hook.__self__) in self.views:
-                        hooks[key] = self._inner(hook)
-        return view
+                        hooks[key] = self.inner(hook)
 
     def _clone(self, module: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
@@ -89,7 +108,7 @@ class _View:
         view = object.__new__(type(module))
         self.views[id(module)] = view
         own = {
-            name: value if name in _OWN else self._inner(value)
+            name: value if name in _OWN else self.inner(value)
             for name, value in vars(module).items()
         }
         own |= {name: own[name].copy() for name in (*_HOOKS, "_modules") if name in own}
@@ -101,14 +120,14 @@ class _View:
         view.__dict__.update(own)
         return view
 
-    def _inner(self, value: Any) -> Any:
+    def inner(self, value: Any) -> Any:
         """What a view has in the place of an attribute: itself, unless it leads to a module."""
         if type(value) in _PLAIN:
             return value
         if isinstance(value, nn.Module):
             return self._clone(value)
         if self.detached and isinstance(value, nn.Parameter):
-            return self._constant(value)
+            return self._detached(value)
         if type(value) in (list, tuple):
             return self._rebuilt(value, value, type(value))
         if isinstance(value, dict):
@@ -128,24 +147,25 @@ class _View:
     def _rebuilt(self, value: Any, parts: Any, build: Callable[[list], Any]) -> Any:
         """A container with the views of its parts; itself where none of them changes."""
         parts = list(parts)
-        views = [self._inner(part) for part in parts]
+        views = [self.inner(part) for part in parts]
         same = all(map(is_, parts, views))
         return value if same else build(views)
 
-    def _constant(self, parameter: nn.Parameter) -> nn.Parameter:
-        """A parameter without gradient; one for each, as parts can share it."""
+    def _detached(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The copy of a parameter; one for each, as parts can share it."""
         if id(parameter) not in self.views:
-            constant = nn.Parameter(parameter.detach(), requires_grad=False)
-            self.views[id(parameter)] = constant
+            learns = self.grads and parameter.requires_grad
+            self.views[id(parameter)] = nn.Parameter(parameter.detach(), learns)
         return self.views[id(parameter)]
 
     def _shared(self, module: nn.Module) -> nn.Module:
         """A ScriptModule as it is, since it lives outside Python and cannot be viewed."""
-        learns = self.detached and any(p.requires_grad for p in module.parameters())
+        constant = self.detached and not self.grads
+        learns = constant and any(p.requires_grad for p in module.parameters())
         if learns or (self.training is False and getattr(module, "training", False)):
             raise ValueError(
-                f"A view of {type(module).__name__} would change it, since a torch.jit.ScriptModule "
-                "has one mode for all; call .eval() and .requires_grad_(False) on it before"
+                "A view would change the torch.jit.ScriptModule in the network, which has one "
+                "mode for all; call .eval() and .requires_grad_(False) on it before"
             )
         return module
 
