@@ -310,7 +310,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
         written(out)
     )
     net = TIENet.load(out / "network.safetensors")
-    assert load_network(out).classes == net.class_names
+    assert load_network(out).class_names == net.class_names
     capsys.readouterr()
     assert (
         main(["score", str(out / "combined"), *paths]) == 0
@@ -408,7 +408,7 @@ def test_other_architectures_are_made_again_from_the_record(
 def test_the_range_is_what_normalising_makes_of_black_and_white(
     folder, weights, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "processed", lambda x, rng: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "corrupt", lambda x, rng: x)
     assert main(attach(folder, weights, tmp_path / "run", *MEAN, *STD)) == 0
     net = TIENet.load(tmp_path / "run" / "network.safetensors")
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])

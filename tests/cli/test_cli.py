@@ -529,7 +529,7 @@ def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_ask
     out = tmp_path / "run"
     assert main(train(folder, out, "--epochs", "1")) == 0
     record = json.loads((out / "run.json").read_text())
-    assert (record["settings"]["recipe"]["garbage"], record["settings"]["recipe"]["prior"]) == (
+    assert (record["settings"]["recipe"]["head"], record["settings"]["recipe"]["prior"]) == (
         "multilayer",
         ["procedural"],
     )
@@ -542,7 +542,7 @@ def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_ask
     assert "Expected a prior for the garbage head" in capsys.readouterr().err
     assert main(train(folder, tmp_path / "paper", "--head", "linear", "--epochs", "1")) == 0
     recipe = json.loads((tmp_path / "paper" / "run.json").read_text())["settings"]["recipe"]
-    assert (recipe["garbage"], recipe["prior"]) == ("linear", ["multiscale"])
+    assert (recipe["head"], recipe["prior"]) == ("linear", ["multiscale"])
 
 
 def test_a_pool_that_stays_empty_is_no_trouble(folder, tmp_path):
