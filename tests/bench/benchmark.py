@@ -158,7 +158,7 @@ def main() -> None:
         "MSP": MaxSoftmax(net),
         "energy": EnergyBased(net),
         "TIEDetector": TIEDetector(net),
-        "Combined": combine(net, training, held_out),
+        "Combined": combine(net, train_loader=training, calibration_loader=held_out),
     }
     rows = evaluated(benchmark, detectors, loader)
     print(shown(rows))

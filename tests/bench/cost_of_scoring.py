@@ -41,7 +41,9 @@ def made(backbone: nn.Module, size: int, device: str) -> tuple[TIENet, Combined]
     x = torch.rand(40, 3, size, size)
     batches = [(part, torch.arange(len(part)) % 10) for part in x.split(20)]
     net = attach(backbone.to(device), batches, 10)
-    combined = combine(net, batches, list(batches), 0.2)
+    combined = combine(
+        net, train_loader=batches, calibration_loader=list(batches), false_alarm=0.2
+    )
     knn = combined.detectors[1]
     knn.k, rows = (
         50,

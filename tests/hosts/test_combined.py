@@ -87,28 +87,35 @@ def three(net: TIENet | None = None, **settings) -> Combined:
 def test_combine_is_the_garbage_class_gen_and_knn_of_the_training_images(rule):
     net = trained().eval()
     training, held, x = loader(300, seed=1), loader(40, seed=2), images()[0]
-    found = combine(net, training, held, 0.1, rule)
+    found = combine(
+        net, train_loader=training, calibration_loader=held, false_alarm=0.1, rule=rule
+    )
     knn = theirs.KNN(net.features, k=3).fit(training)  # one in a hundred
     expected = Combined([TIEDetector(net), knn, theirs.GEN(net)], 0.1, rule).fit(held)
     torch.testing.assert_close(found(x), expected(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-3, atol=1e-3)
-    assert combine(net, training, held, None).threshold is None
+    assert (
+        combine(
+            net, train_loader=training, calibration_loader=held, false_alarm=None
+        ).threshold
+        is None
+    )
 
 
 def test_few_training_images_give_finite_scores_and_one_is_refused():
     net = trained().eval()
-    assert combine(net, loader(4), loader(40))(images()[0]).isfinite().all()
+    assert combine(net, train_loader=loader(4), calibration_loader=loader(40))(images()[0]).isfinite().all()
     with pytest.raises(
         ValueError, match="Expected at least two training images for KNN, but got 1"
     ):
-        combine(net, loader(1), loader(40))
+        combine(net, train_loader=loader(1), calibration_loader=loader(40))
     with pytest.raises(
         ValueError,
         match="Expected held-out images that the network was not trained on, but got the training images again",
     ):
-        combine(net, both := loader(40), both)
+        combine(net, train_loader=(both := loader(40)), calibration_loader=both)
     with pytest.raises(ValueError, match="Expected a rule"):
-        combine(net, None, loader(40), rule="sum")  # type: ignore[arg-type]
+        combine(net, train_loader=None, calibration_loader=loader(40), rule="sum")  # type: ignore[arg-type]
 
 
 # One network, run once.

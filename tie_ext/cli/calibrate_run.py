@@ -45,7 +45,12 @@ def combined_scores(
         return {}, {}
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     scaling, judging = (test.take(rows) for rows in order.chunk(2))
-    detector = combine(net, _batches(images, net), _batches(scaling, net), false_alarm=None)
+    detector = combine(
+        net,
+        train_loader=_batches(images, net),
+        calibration_loader=_batches(scaling, net),
+        false_alarm=None,
+    )
     scores = {
         name: torch.cat([detector.predict(x).cpu() for x, _ in _batches(of, net)])
         for name, of in {"id": judging, **ood}.items()

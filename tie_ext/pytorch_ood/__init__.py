@@ -5,6 +5,7 @@ from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import ExportModule, TIEDetector
 from tie_ext.pytorch_ood.iodin import IODIN
 from tie_ext.pytorch_ood.knn import SampledKNN
+from tie_ext.pytorch_ood.load import load_detector
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.rejection import RejectionNetwork
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
@@ -19,4 +20,5 @@ __all__ = [
     "TIEDetector",
     "UncertaintyEstimate",
     "combine",
+    "load_detector",
 ]

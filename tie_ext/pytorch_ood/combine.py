@@ -17,8 +17,9 @@ from tie_ext.utils.reservoir import Reservoir
 @torch.no_grad()
 def combine(
     net: TIENet,
-    training: Batches,
-    held_out: Batches,
+    *,
+    train_loader: Batches,
+    calibration_loader: Batches,
     false_alarm: float | None = 0.05,
     rule: str = "zsum",
 ) -> Combined:
@@ -27,8 +28,8 @@ def combine(
 
     Arguments:
         net: A network that has learned a garbage class, as :func:`tie_ext.attach` gives it.
-        training: Batches ``(x, y)`` of the ID images that the classifier was trained on; KNN keeps the features of a sample of them.
-        held_out: Batches ``(x, y)`` of ID images that it was not trained on: half of them set the scale of the scores, half draw the line.
+        train_loader: Batches ``(x, y)`` of the ID images that the classifier was trained on; KNN keeps the features of a sample of them.
+        calibration_loader: Batches ``(x, y)`` of ID images that it was not trained on: half of them set the scale of the scores, half draw the line.
         false_alarm: Reject ID images with at most this probability; None for scores without a line.
         rule: Of :data:`tie_ext.scores.combination.RULES`. ``max`` is harder to get through for somebody who searches, as all members have to be fooled at
             once (docs/research/fooling.md).
@@ -37,17 +38,17 @@ def combine(
         ValueError: If there are fewer than two training images, too few held-out ones, or the same loader twice, or the rule is unknown.
     """
     check_rule(rule)  # before any image is read
-    if held_out is training:
+    if calibration_loader is train_loader:
         raise ValueError(
             "Expected held-out images that the network was not trained on, but got the training images again"
         )
     features = FeatureSample()
     with evaluating(net):
-        for x, _ in training:
+        for x, _ in train_loader:
             features.add(net.features(x.to(net.low.device)).float())
     knn = fit_knn(features.rows)
     knn.encoder = net.features
-    return Combined([TIEDetector(net), knn, GEN(net)], false_alarm, rule).fit(held_out)
+    return Combined([TIEDetector(net), knn, GEN(net)], false_alarm, rule).fit(calibration_loader)
 
 
 class FeatureSample(Reservoir):

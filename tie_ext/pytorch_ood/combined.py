@@ -118,6 +118,7 @@ class Combined(Detector):
         self.threshold: Tensor | None = (
             None  #: largest score of an accepted input, once fitted to a false-alarm rate
         )
+        self.calibration_scores: Tensor | None = None  #: ``(M,)``, those that set the threshold
         self._fitted_here: set[int] = (
             set()
         )  # members that `fit` has fitted, and fits anew: they know images of the last calibration
@@ -188,9 +189,8 @@ class Combined(Detector):
         scaling, calibrating = scaling.to(scores.device), calibrating.to(scores.device)
         self.threshold, self.reference = None, reference(scores[scaling])
         if self.false_alarm is not None:
-            self.threshold = conformal_threshold(
-                self.predict_scores(scores[calibrating]), self.false_alarm
-            )
+            self.calibration_scores = self.predict_scores(scores[calibrating])
+            self.threshold = conformal_threshold(self.calibration_scores, self.false_alarm)
         return self
 
     def _parts(self, count: int, fitting: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,6 +91,7 @@ class TIEDetector(LogitsDetector):
         self.tau: Tensor | None = (
             None  #: largest UE of an accepted input, once fitted by the paper's rule
         )
+        self.calibration_scores: Tensor | None = None  #: ``(M,)``, those that set the threshold
         self.threshold: Tensor | None = (
             None  #: largest score of an accepted input, once fitted to a false-alarm rate
         )
@@ -144,9 +145,8 @@ class TIEDetector(LogitsDetector):
                 exclusion_threshold(uncertainty(logits.softmax(dim=1)), self.lam), device=device
             )
         else:
-            self.threshold = conformal_threshold(self.predict_logits(logits), self.false_alarm).to(
-                device
-            )
+            self.calibration_scores = self.predict_logits(logits).to(device)
+            self.threshold = conformal_threshold(self.calibration_scores, self.false_alarm)
         return self
 
     def predict(self, x: Tensor) -> Tensor:
