@@ -18,10 +18,10 @@ from conftest import Small, make_net
 from torch import nn
 
 from tie_ext import Combined, Conv3, TIEDetector, TIENet
-from tie_ext.cli import attach_run, data, registry
-from tie_ext.cli import main as cli
+from tie_ext.cli import attach as command
+from tie_ext.cli import data, evaluation, registry
 from tie_ext.cli.folder import load_network, written
-from tie_ext.cli.main import main
+from tie_ext.cli.main import COMMANDS, main
 from tie_ext.cli.snapshots import load_snapshots
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.utils.files import load_state, locked
@@ -162,7 +162,7 @@ def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(
         net.garbage.network[-1].bias.data.fill_(1e6)
         return net
 
-    monkeypatch.setattr(attach_run, "attach", all_garbage)
+    monkeypatch.setattr(command, "attach", all_garbage)
     assert main(attach(folder, weights, tmp_path / "run")) == 0
     numbers, test = (
         json.loads((tmp_path / "run" / "run.json").read_text())["numbers"],
@@ -196,14 +196,14 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False), (1.0, 2, 4, False)],
 )
 def test_chance_is_what_guessing_could_reach(accuracy, classes, images, guessed):
-    assert attach_run._by_chance(accuracy, classes, images) == guessed
+    assert command.guesses(accuracy, classes, images) == guessed
 
 
 def test_too_few_test_images_for_a_threshold_are_said_before_the_work(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        attach_run, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
+        command, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
     )
     with pytest.raises(
         pytest.fail.Exception,
@@ -216,7 +216,7 @@ def test_how_test_images_were_come_by_is_said_before_the_work(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        attach_run, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
+        command, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
     )
     with pytest.raises(
         pytest.fail.Exception,
@@ -267,7 +267,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     out, test = tmp_path / "run", data.load(f"folder:{many}", "test", shape=(3, 28, 28))
     assert main(attach(many, weights, out, *MEAN, *STD)) == 0
     assert "| attached, combined | noise | " in capsys.readouterr().out
-    detector = Combined.load(out / "combined")
+    detector = Combined.load(out)
     assert detector.false_alarm == 0.05
     assert [type(member).__name__ for member in detector.detectors] == [
         "TIEDetector",
@@ -313,12 +313,12 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     assert load_network(out).class_names == net.class_names
     capsys.readouterr()
     assert (
-        main(["score", str(out / "combined"), *paths]) == 0
+        main(["score", str(out), *paths]) == 0
     )  # a saved detector decides as it does in Python
     alone = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert main(["score", str(out), *paths]) == 0
     assert alone == list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    assert main(["score", str(out / "combined"), paths[0], "--false-alarm", "0.25"]) == 1
+    assert main(["score", str(out), paths[0], "--false-alarm", "0.25"]) == 1
     assert "a saved detector, which has its own threshold" in capsys.readouterr().err
     x = net.scaled(test.x.float() / 255)
     single = TIEDetector(net.eval(), false_alarm=0.25).fit([(x, test.y)])
@@ -328,14 +328,14 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     assert [row["level"] != "accepted" for row in rows] == [
         level > 0 for level in _by_path(test, single.decide(x).level)
     ]
-    for unfitted in (Combined.load(out / "combined"), TIEDetector(net)):  # one over the other
+    for unfitted in (Combined.load(out), TIEDetector(net)):  # one over the other
         if isinstance(unfitted, Combined):
             unfitted.threshold = None
         net.tau.fill_(math.inf)
         unfitted.save(tmp_path / "single")
         assert main(["score", str(tmp_path / "single"), paths[0]]) == 1
         assert "Expected a detector with a threshold in" in capsys.readouterr().err
-    (out / "combined" / "members.safetensors").write_bytes(b"{}")
+    (out / "members.safetensors").write_bytes(b"{}")
     assert main(["score", str(out), paths[0]]) == 1
     assert "members" in capsys.readouterr().err
 
@@ -362,7 +362,7 @@ def test_a_report_shows_what_there_is(run, capsys):
     }
     assert page.count("<figure>") == 5
     assert "<td>attached</td>" in page
-    assert "outliers that the garbage class was taught with" in page
+    assert "outliers that the garbage class was fitted to" in page
     assert "weights_sha256" in page
     assert {path for path in run.rglob("*") if path.is_file()} - {run / ".lock"} == set(
         written(run)
@@ -574,7 +574,7 @@ BAD = {
 def test_weights_that_are_none_are_refused_in_one_line_before_any_work(
     what, folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(attach_run, "attach", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(command, "attach", lambda *_, **__: pytest.fail("the work began"))
     file, (put, message) = tmp_path / "weights", BAD[what]
     put(file)
     assert main(attach(folder, file, tmp_path / "new")) == 1
@@ -745,15 +745,15 @@ def test_a_folder_that_holds_a_run_is_refused_before_any_work(
 def test_a_run_that_came_while_images_were_read_is_refused(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
-    load, out = attach_run.load_images, tmp_path / "run"
+    load, out = command.load_images, tmp_path / "run"
 
     def meanwhile(*args):
         out.mkdir()
         (out / "training.safetensors").write_text("another's")
         return load(*args)
 
-    monkeypatch.setattr(attach_run, "load_images", meanwhile)
-    monkeypatch.setattr(attach_run, "attach", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(command, "load_images", meanwhile)
+    monkeypatch.setattr(command, "attach", lambda *_, **__: pytest.fail("the work began"))
     assert main(attach(folder, weights, out)) == 1
     assert (
         f"Expected a new folder, but got {out}, which holds training.safetensors of a run"
@@ -772,7 +772,7 @@ def test_neither_command_writes_over_a_finished_attached_run(run, folder, weight
     assert "which holds a run of tie-ext attach; give another --out" in capsys.readouterr().err
     assert main(["train", "--resume", str(run)]) == 1
     assert (
-        "but got one of tie-ext attach, which has nothing to go on with" in capsys.readouterr().err
+        "but got one of tie-ext attach, which has nothing to continue" in capsys.readouterr().err
     )
     assert before == {
         path: path.read_bytes()
@@ -784,13 +784,13 @@ def test_neither_command_writes_over_a_finished_attached_run(run, folder, weight
 def test_the_folder_is_locked_while_the_work_goes_on(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
-    out, work, seen = tmp_path / "run", attach_run.attach, []
+    out, work, seen = tmp_path / "run", command.attach, []
 
     def busy(*args, **how):
         seen.append(main(attach(folder, weights, out)) if not seen else 0)
         return work(*args, **how)
 
-    monkeypatch.setattr(attach_run, "attach", busy)
+    monkeypatch.setattr(command, "attach", busy)
     assert main(attach(folder, weights, out)) == 0
     assert seen == [1]
     assert (
@@ -812,8 +812,8 @@ def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(
     with monkeypatch.context() as patched:
         {
             "network": lambda: patched.setattr(TIENet, "save", stop),
-            "pictures": lambda: patched.setattr("tie_ext.cli.attach_run.save_snapshot", stop),
-            "scores": lambda: patched.setattr(attach_run, "save_state", stop),
+            "pictures": lambda: patched.setattr("tie_ext.cli.attach.save_snapshot", stop),
+            "scores": lambda: patched.setattr(evaluation, "save_state", stop),
         }[when]()
         assert main(attach(folder, weights, out)) == 130
     assert written(out)
@@ -914,7 +914,7 @@ def test_the_demos_images_can_be_attached_to_and_trained_on_with_every_flag(
 
 
 def test_every_command_has_its_work():
-    assert set(cli.COMMANDS) == {
+    assert set(COMMANDS) == {
         "demo",
         "train",
         "attach",

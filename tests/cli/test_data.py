@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tie_ext.cli import data
-from tie_ext.cli.data import ImageBatches, ImageFiles, ImageSet, training_batches
+from tie_ext.cli import batches, data, images
+from tie_ext.cli.batches import ImageBatches, training_batches
+from tie_ext.cli.images import ImageFiles, ImageSet
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -230,7 +231,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert train.classes == test.classes == ("bus", "train")
     with pytest.raises(
         ValueError,
-        match=r"Expected images in folders, one a class, below .*/flat/train, but got none",
+        match=r"Expected images in folders, one per class, below .*/flat/train, but got none",
     ):
         parts(write(tmp_path / "flat", {"train": 5, "test": 5}))
 
@@ -273,7 +274,7 @@ GREY16 = np.array([[0, 257 * 10], [257 * 200 + 128, 65535]], dtype=np.uint16)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_become_eight(kind, suffix, channels, tmp_path):
     Image.fromarray(GREY16.astype(kind)).save(tmp_path / f"x.{suffix}")
-    x = data.read_image(tmp_path / f"x.{suffix}", channels, 2)
+    x = images.read_image(tmp_path / f"x.{suffix}", channels, 2)
     assert x.dtype == torch.uint8
     assert x.tolist() == [[[0, 10], [200, 255]]] * channels
 
@@ -283,7 +284,7 @@ def test_every_mode_that_sixteen_bits_are_opened_in_is_known(mode, tmp_path, mon
     image = Image.fromarray(GREY16.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]))
     assert image.mode == mode
     monkeypatch.setattr(Image, "open", lambda _: image)
-    assert data.read_image("x.png", 1, 2).flatten().tolist() == [0, 10, 200, 255]
+    assert images.read_image("x.png", 1, 2).flatten().tolist() == [0, 10, 200, 255]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_pixels_of_no_known_range_are_refused(values, reason, tmp_path):
     with pytest.raises(
         ValueError, match=rf"Expected an image file at .*x\.tif, but got: {reason}"
     ):
-        data.read_image(tmp_path / "x.tif", 3, 2)
+        images.read_image(tmp_path / "x.tif", 3, 2)
 
 
 def palette(alpha: int | bytes) -> tuple:
@@ -341,9 +342,9 @@ def test_every_kind_of_image_keeps_its_colour_and_loses_its_transparency(
     image, suffix, options, colour, tmp_path
 ):
     image.save(tmp_path / f"x.{suffix}", **options)
-    assert data.read_image(tmp_path / f"x.{suffix}", 3, 2)[:, 0, 0].tolist() == list(colour)
+    assert images.read_image(tmp_path / f"x.{suffix}", 3, 2)[:, 0, 0].tolist() == list(colour)
     grey = round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
-    assert data.read_image(tmp_path / f"x.{suffix}", 1, 2)[0, 0, 0].item() == pytest.approx(
+    assert images.read_image(tmp_path / f"x.{suffix}", 1, 2)[0, 0, 0].item() == pytest.approx(
         grey, abs=1
     )
 
@@ -366,7 +367,7 @@ def test_an_empty_class_is_named(tmp_path):
     (tmp_path / "c" / ".DS_Store").write_bytes(b"")
     with pytest.raises(
         ValueError,
-        match=r"Expected images in .*/c, one folder a class, but got none \(.*\); add some, or take the folder away",
+        match=r"Expected images in .*/c, one folder per class, but got none \(.*\); add some, or remove the folder",
     ):
         data.load(f"folder:{tmp_path}", "train")
 
@@ -388,14 +389,14 @@ def test_a_broken_image_is_named(tmp_path):
         with pytest.raises(
             ValueError, match=f"Expected an image file at {tmp_path / name}, but got: ."
         ):
-            data.read_image(tmp_path / name, 3, 8)
+            images.read_image(tmp_path / name, 3, 8)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_moved_images_keep_the_memory_layout_that_backbones_expect(channels):
     x = torch.randint(0, 256, (5, channels, 28, 28), dtype=torch.uint8)
-    assert data.moved(x, 2).is_contiguous()
-    assert data.moved(x, 0) is x
+    assert batches.shifted(x, 2).is_contiguous()
+    assert batches.shifted(x, 0) is x
 
 
 @pytest.fixture
@@ -460,12 +461,13 @@ def test_a_broken_image_on_disk_is_named_by_the_worker_that_finds_it(drawn):
 GROWTH = """
 import sys, torch
 from tie_ext.cli import data
+from tie_ext.cli.batches import training_batches
 from tie_ext.utils.provenance import peak_memory
 
 images = data.load(f"folder:{sys.argv[1]}", "train", shape=(3, 224, 224), in_memory="auto")
 peaks = []
 for some in (images.first(300), images):
-    seen = sum(float(x[0, 0, 0, 0]) >= 0 for x, _ in data.training_batches(some, 64))
+    seen = sum(float(x[0, 0, 0, 0]) >= 0 for x, _ in training_batches(some, 64))
     peaks.append(peak_memory())
 print(peaks[1] - peaks[0])
 """

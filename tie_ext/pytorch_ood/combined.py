@@ -325,6 +325,24 @@ class Combined(Detector):
                 isinstance(net, TIENet),
             )
 
+    def recalibrate(self, false_alarm: float, scores: Tensor | None = None) -> "Combined":
+        """Set the threshold for another false-alarm rate.
+
+        Arguments:
+            false_alarm: Reject ID inputs with at most this probability, in (0, 1].
+            scores: Scores ``(M,)`` of held-out ID images; None for :attr:`calibration_scores`.
+
+        Raises:
+            RequiresFittingException: If there are no calibration scores.
+            ValueError: If there are too few for such a rate.
+        """
+        scores = self.calibration_scores if scores is None else scores
+        if scores is None:
+            raise RequiresFittingException("Expected calibration scores, but got none; call fit")
+        self.threshold = conformal_threshold(scores, false_alarm).to(self.device)
+        self.calibration_scores, self.false_alarm = scores, false_alarm
+        return self
+
     def export_module(self) -> nn.Module:
         """Network, members and decision as one module, images ``(B, C, H, W)`` to :class:`tie_ext.Decision`, for ``torch.export`` and ONNX.
 
