@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tie_ext import Conv3, TIENet
-from tie_ext.cli.data import ImageSet
+from tie_ext.cli.images import ImageSet
 
 pytest.importorskip("pytorch_ood")
 sys.path.append(str(Path(__file__).parent / "bench"))

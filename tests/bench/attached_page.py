@@ -10,7 +10,7 @@ from statistics import mean
 from page import percent
 from processed import PROCESSED
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 from tie_ext.utils.files import read_json_lines
 
 AS_THEY_ARE = "head, images as they are"

@@ -37,9 +37,10 @@ from tie_ext import (
     attach,
 )
 from tie_ext.cli import data
-from tie_ext.cli.data import ImageBatches, ImageSet, training_batches
+from tie_ext.cli.batches import ImageBatches, training_batches
+from tie_ext.cli.classifier import classifier, train_plain
 from tie_ext.cli.evaluation import ood_metrics
-from tie_ext.cli.reproduce.comparison import classifier, train_plain
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import HEADS
 from tie_ext.outliers.base import Domain

@@ -18,7 +18,7 @@ from conftest import Small, make_net
 from torch import nn
 
 from tie_ext import Combined, Conv3, TIEDetector, TIENet
-from tie_ext.cli import attach as command
+from tie_ext.cli import attach as attach_command
 from tie_ext.cli import data, evaluation, registry
 from tie_ext.cli.folder import load_network, written
 from tie_ext.cli.main import COMMANDS, main
@@ -162,7 +162,7 @@ def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(
         net.garbage.network[-1].bias.data.fill_(1e6)
         return net
 
-    monkeypatch.setattr(command, "attach", all_garbage)
+    monkeypatch.setattr(attach_command, "attach", all_garbage)
     assert main(attach(folder, weights, tmp_path / "run")) == 0
     numbers, test = (
         json.loads((tmp_path / "run" / "run.json").read_text())["numbers"],
@@ -196,14 +196,14 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False), (1.0, 2, 4, False)],
 )
 def test_chance_is_what_guessing_could_reach(accuracy, classes, images, guessed):
-    assert command.guesses(accuracy, classes, images) == guessed
+    assert attach_command.guesses(accuracy, classes, images) == guessed
 
 
 def test_too_few_test_images_for_a_threshold_are_said_before_the_work(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        command, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
+        attach_command, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
     )
     with pytest.raises(
         pytest.fail.Exception,
@@ -216,7 +216,7 @@ def test_how_test_images_were_come_by_is_said_before_the_work(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        command, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
+        attach_command, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
     )
     with pytest.raises(
         pytest.fail.Exception,
@@ -574,7 +574,7 @@ BAD = {
 def test_weights_that_are_none_are_refused_in_one_line_before_any_work(
     what, folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(command, "attach", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(attach_command, "attach", lambda *_, **__: pytest.fail("the work began"))
     file, (put, message) = tmp_path / "weights", BAD[what]
     put(file)
     assert main(attach(folder, file, tmp_path / "new")) == 1
@@ -745,15 +745,15 @@ def test_a_folder_that_holds_a_run_is_refused_before_any_work(
 def test_a_run_that_came_while_images_were_read_is_refused(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
-    load, out = command.load_images, tmp_path / "run"
+    load, out = attach_command.load_images, tmp_path / "run"
 
     def meanwhile(*args):
         out.mkdir()
         (out / "training.safetensors").write_text("another's")
         return load(*args)
 
-    monkeypatch.setattr(command, "load_images", meanwhile)
-    monkeypatch.setattr(command, "attach", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(attach_command, "load_images", meanwhile)
+    monkeypatch.setattr(attach_command, "attach", lambda *_, **__: pytest.fail("the work began"))
     assert main(attach(folder, weights, out)) == 1
     assert (
         f"Expected a new folder, but got {out}, which holds training.safetensors of a run"
@@ -784,13 +784,13 @@ def test_neither_command_writes_over_a_finished_attached_run(run, folder, weight
 def test_the_folder_is_locked_while_the_work_goes_on(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
-    out, work, seen = tmp_path / "run", command.attach, []
+    out, work, seen = tmp_path / "run", attach_command.attach, []
 
     def busy(*args, **how):
         seen.append(main(attach(folder, weights, out)) if not seen else 0)
         return work(*args, **how)
 
-    monkeypatch.setattr(command, "attach", busy)
+    monkeypatch.setattr(attach_command, "attach", busy)
     assert main(attach(folder, weights, out)) == 0
     assert seen == [1]
     assert (

@@ -23,10 +23,10 @@ from conftest import make_net
 
 from tie_ext import EpochLog, TIEDetector, TIENet, TIETrainer, __version__
 from tie_ext.cli import data, demo, demo_images, explain, figures, registry, report, tables
+from tie_ext.cli.demo import RECIPE
 from tie_ext.cli.flags import make_parser
 from tie_ext.cli.folder import load_network, written
-from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.demo import RECIPE
+from tie_ext.cli.images import ImageFiles, ImageSet, RunImages
 from tie_ext.cli.main import main
 from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.snapshots import load_examples, save_examples
@@ -282,12 +282,12 @@ def test_a_report_shows_what_was_accepted_and_what_was_rejected():
 
 
 def test_a_report_shows_images_from_all_over_a_set_that_is_sorted_by_class(tmp_path):
-    images = data.ImageSet(
+    images = ImageSet(
         torch.arange(250, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4),
         torch.arange(250) // 25,
         tuple("abcdefghij"),
     )
-    save_examples(tmp_path, images, {"val:a": images, "b": images.first(3)})
+    save_examples(tmp_path, RunImages(images, images, {"val:a": images, "b": images.first(3)}))
     kept = load_examples(tmp_path)
     assert list(kept) == ["id", "b"]
     assert set((kept["id"][:, 0, 0, 0] // 25).tolist()) == set(range(10))
@@ -1072,8 +1072,8 @@ def small_demo(monkeypatch):
         demo_images,
         "demo",
         lambda: (
-            data.ImageSet(x[:24], y[:24], tuple("abc")),
-            data.ImageSet(x[24:], y[24:], tuple("abc")),
+            ImageSet(x[:24], y[:24], tuple("abc")),
+            ImageSet(x[24:], y[24:], tuple("abc")),
             sets,
         ),
     )

@@ -1,8 +1,9 @@
-"""``tie-ext attach``: weights in a file and images on disk become a run folder with a garbage class."""
+"""``tie-ext attach``: weights in a file and images on disk become a run folder with a garbage
+class.
+"""
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 
 from tie_ext.cli import data, registry, tables
@@ -10,7 +11,7 @@ from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
 from tie_ext.cli.flags import check_flags, interactive, settings_of, usage
 from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
-from tie_ext.cli.images import Images
+from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import AttachSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
 from tie_ext.models.network import TIENet
@@ -36,11 +37,11 @@ def run(flags: Namespace) -> None:
     weights = registry.read_weights(settings.weights)
     channels = registry.channels_of(settings.backbone, weights, settings.weights)
     bounds = settings.bounds(channels)
-    images, test, ood = load_images(settings, settings.seed, channels)
-    n = len(images.classes)
+    images = load_images(settings, settings.seed, channels)
+    test, classes = images.test, images.train.classes
+    n = len(classes)
     model = registry.load(settings.backbone, channels, n, weights, settings.weights)
-    for each in (test, *ood.values()):
-        each.check()
+    images.check()
     for note in (test.note + (SEEN if data.HELD_OUT in test.note else ""), too_few(len(test))):
         if note:
             print(note)
@@ -48,16 +49,16 @@ def run(flags: Namespace) -> None:
         _refuse_a_run(folder)  # again: another process may have started one meanwhile
         net = attach(
             model.to(flags.device),
-            ImageBatches(images, settings.batch_size, scale=bounds),
+            ImageBatches(images.train, settings.batch_size, scale=bounds),
             n,
             bounds.low.flatten().tolist(),
             bounds.high.flatten().tolist(),
-            images.classes,
+            classes,
             seed=settings.seed,
             progress=interactive(),
             autocast_dtype=settings.autocast_dtype,
         )
-        numbers = _save(folder, settings, flags.device, net, images, test, ood)
+        numbers = _save(folder, settings, flags.device, net, images)
     if guesses(numbers["accuracy"], n, len(test)):
         print(
             f"ID accuracy is {numbers['accuracy']:.1%}, which guessing among {n} classes could "
@@ -71,25 +72,19 @@ def run(flags: Namespace) -> None:
 
 
 def _save(
-    folder: Path,
-    settings: AttachSettings,
-    device: str,
-    net: TIENet,
-    images: Images,
-    test: Images,
-    ood: Mapping[str, Images],
+    folder: Path, settings: AttachSettings, device: str, net: TIENet, images: RunImages
 ) -> dict:
     """Score the test images, and write all files of the run; gives the numbers of ``run.json``."""
     record = {"settings": settings.record(), "weights_sha256": sha256(settings.weights)}
-    record |= ({"test_images": test.note} if test.note else {}) | provenance(device)
+    record |= ({"test_images": note} if (note := images.test.note) else {}) | provenance(device)
     clear(folder)  # of a run that was stopped while it wrote
     write_json(folder / "run.json", record)  # first, as it says whose the others are
     net.save(folder / "network.safetensors")
-    procedural = Procedural(net).to(device)
+    procedural, shape = Procedural(net).to(device), images.train.shape
     save_snapshot(
-        folder, 0, net, [procedural], lambda count: procedural.draw((count, *images.shape)), test
+        folder, 0, net, [procedural], lambda n: procedural.draw((n, *shape)), images.test
     )
-    numbers = evaluate_run(folder, OWN[True], net, images, test, ood)
+    numbers = evaluate_run(folder, OWN[True], net, images)
     write_json(folder / "run.json", {**record, "numbers": numbers})
     return numbers
 
@@ -105,6 +100,6 @@ def _refuse_a_run(folder: Path) -> None:
     files = written(folder)
     if files and not (holds_attached(folder) and "numbers" not in read_record(folder)):
         raise ValueError(
-            f"Expected a new folder, but got {folder}, which holds {files[-1].name} of a run; give "
-            "another --out"
+            f"Expected a new folder, but got {folder}, which holds {files[-1].name} of a run; "
+            "give another --out"
         )

@@ -42,8 +42,8 @@ def make_network(
 def train_plain(
     net: TIENet, batches: ImageBatches, config: TIEConfig, progress: bool = False
 ) -> None:
-    """Train the n ID logits alone, by cross-entropy; with the optimiser, learning rates, epochs and
-    seeds of TIE.
+    """Train the n ID logits alone, by cross-entropy; with the optimiser, learning rates, epochs
+    and seeds of TIE.
     """
     net.train()
     device = net.fc.weight.device

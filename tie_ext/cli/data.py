@@ -27,7 +27,9 @@ BUDGET = 2**28
 """Most bytes of an image set in memory by ``auto``: 20 000 colour images of 64 pixels."""
 HELD_OUT = "held out"
 """In the note of a test set whose images were split off the training images."""
-_TORCHVISION = dict(zip(NAMES, ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100"), strict=False))
+_TORCHVISION = dict(
+    zip(NAMES, ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100"), strict=False)
+)
 _FOLDERS = {"tinyimagenet": ("tinyimagenet", "tin", "tiny-imagenet-200")}
 _CLASSES = {
     "fashionmnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot",
@@ -51,8 +53,9 @@ def load(
 ) -> Images:
     """A named set, or ``folder:PATH``, brought to a shape.
 
-    A folder without ``test/`` is tested on its ``val/`` (``valid/``, ``validation/``); without that
-    too, one image in five of each class is held out of training. The note of the test set says so.
+    A folder without ``test/`` is tested on its ``val/`` (``valid/``, ``validation/``); without
+    that too, one image in five of each class is held out of training. The note of the test set
+    says so.
 
     Arguments:
         name: One of :data:`NAMES`, any folder ``root/NAME/SPLIT/CLASS/*.png``, or ``folder:PATH``
@@ -66,11 +69,12 @@ def load(
         download: Let torchvision download what is missing.
         seed: Chooses the images held out of a folder without test images; the same seed and file
             names give the same images.
-        in_memory: One of :data:`IN_MEMORY`; sets that torchvision keeps in one file are read whole.
+        in_memory: One of :data:`IN_MEMORY`; sets that torchvision keeps in one file are read
+            whole.
 
     Raises:
-        ValueError: If the name is unknown, a file is no image, or there are no images, saying where
-            they were looked for.
+        ValueError: If the name is unknown, a file is no image, or there are no images, saying
+            where they were looked for.
     """
     if split not in _SPLITS:
         raise ValueError(
@@ -231,8 +235,8 @@ def _split_note(
     """How many images were held out, and of which classes there are none."""
     lacks = "no train/ and test/" if source == path else "train/ and no test/"
     note = (
-        f"{path} has {lacks}: {len(listed) - len(held)} images to train on, {len(held)} {HELD_OUT} "
-        f"(one in five of each class, seed {seed})"
+        f"{path} has {lacks}: {len(listed) - len(held)} images to train on, {len(held)} "
+        f"{HELD_OUT} (one in five of each class, seed {seed})"
     )
     tested = {label for _, label in held}
     none = [name for label, name in enumerate(classes) if label not in tested]

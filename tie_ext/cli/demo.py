@@ -1,4 +1,6 @@
-"""``tie-ext demo``: TIE, a plain network, and a garbage class attached to it, on built-in images."""
+"""``tie-ext demo``: TIE, a plain network, and a garbage class attached to it, on built-in
+images.
+"""
 
 import time
 from argparse import Namespace
@@ -10,6 +12,7 @@ from tie_ext.cli.classifier import attached, plain_network
 from tie_ext.cli.evaluation import evaluate, metrics, score_combination
 from tie_ext.cli.flags import check_flags, interactive
 from tie_ext.cli.folder import clear, read_record, read_settings, written
+from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
 from tie_ext.cli.train import train_in
 from tie_ext.models.backbones import BACKBONES
@@ -18,8 +21,8 @@ from tie_ext.training.recipe import Recipe
 from tie_ext.utils.files import load_state, locked, save_state, write_json
 
 # For 1348 small images. Digits of 8x8 pixels fill the image, so they are not shifted; without the
-# shift, garbage of full weight costs ID accuracy, and tau, which comes from training images learned
-# by heart, needs a larger lambda (docs/research/ledger.md).
+# shift, garbage of full weight costs ID accuracy, and tau, which comes from training images that
+# are learned by heart, needs a larger lambda (docs/research/ledger.md).
 RECIPE = Recipe(
     TIEConfig(epochs=10, lam=5.0, garbage_weight=0.1, candidates=1100, pool_size=1000),
     {"inversion": {"steps": 40, "width": 16}},
@@ -34,17 +37,18 @@ def run(flags: Namespace) -> None:
     start, folder = time.perf_counter(), flags.out
     recipe = replace(RECIPE, config=replace(RECIPE.config, seed=flags.seed))
     settings = TrainSettings(data="demo", batch_size=BATCH_SIZE, shift=0, recipe=recipe)
-    images, test, ood = load_images(settings, flags.seed)
+    images = load_images(settings, flags.seed)
     _check_folder(folder, settings)
-    sets = ", ".join(f"{len(x)} {name}" for name, x in ood.items())
-    print(f"{len(images)} digits to train on, {len(test)} to test; OOD: {sets}")
+    sets = ", ".join(f"{len(x)} {name}" for name, x in images.ood.items())
+    count = f"{len(images.train)} digits to train on, {len(images.test)} to test"
+    print(f"{count}; OOD: {sets}")
     with locked(folder):
         _check_folder(folder, settings)  # again: another process may have used it meanwhile
         clear(folder)
         print("1 of 2: TIE, a network trained with its garbage class", flush=True)
-        record = train_in(folder, settings, images, test, ood, progress=interactive())
+        record = train_in(folder, settings, images, progress=interactive())
         print("2 of 2: a plain network, and a garbage class attached to it", flush=True)
-        numbers, scores = _compare(settings, images, test, ood)
+        numbers, scores = _compare(settings, images)
         numbers = {"TIE": record["numbers"], **numbers}
         path = folder / "scores.safetensors"
         save_state(path, "scores", load_state(path, "scores") | scores)
@@ -55,19 +59,19 @@ def run(flags: Namespace) -> None:
     print(f"report: {report.write_report(folder)}\ndetector: {folder / 'network.safetensors'}")
 
 
-def _compare(settings: TrainSettings, images, test, ood) -> tuple[dict, dict]:
+def _compare(settings: TrainSettings, images: RunImages) -> tuple[dict, dict]:
     """Numbers and scores of a plain network, and of a garbage class attached to it."""
     config = settings.recipe.config
     plain = plain_network(
-        BACKBONES["conv3"], images, config, BATCH_SIZE, shift=0, progress=interactive()
+        BACKBONES["conv3"], images.train, config, BATCH_SIZE, shift=0, progress=interactive()
     )
-    net = attached(plain, images, config.seed, interactive())
+    net = attached(plain, images.train, config.seed, interactive())
     numbers, scores = {}, {}
-    numbers[ATTACH], found = evaluate(net, test, ood, images)
+    numbers[ATTACH], found = evaluate(net, images)
     scores[ATTACH] = found["score"]
-    combined = score_combination(net, images, test, ood)
+    combined = score_combination(net, images)
     numbers[ATTACH]["scores"] |= metrics(combined)
-    numbers[PLAIN], found = evaluate(plain, test, ood, images, garbage=False)
+    numbers[PLAIN], found = evaluate(plain, images, garbage=False)
     return numbers, scores | combined | found
 
 

@@ -10,10 +10,15 @@ from torch import Tensor
 from tie_ext.cli.data import noise, reshape
 from tie_ext.cli.images import ImageSet
 
-FONTS = (
-    "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif DejaVuSerif-Italic "
-    "STIXGeneral"
-).split()
+FONTS = [
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSerif",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+]
 LETTERS = "ACEFHJKLMNPRTUVWXYadehkmnprtuvwxy"
 """Letters that look like no digit."""
 

@@ -1,6 +1,5 @@
 """How well a network tells OOD images from ID ones, by pytorch-ood's metrics; OOD is positive."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tie_ext.cli.batches import ImageBatches
-from tie_ext.cli.images import Images
+from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.snapshots import save_examples
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
@@ -37,15 +36,15 @@ def all_logits(net: TIENet, images: Images) -> Tensor:
     return torch.cat(parts)
 
 
-def _tie_scores(net: TIENet, sets: Mapping[str, Images]) -> tuple[Scores, dict]:
+def _tie_scores(net: TIENet, images: RunImages) -> tuple[Scores, dict]:
     """The score of an (n+1)-class network, and what it decides.
 
-    ID accuracy is over the n+1 outputs that were trained together; a head on every layer leaves the
-    classifier as it is, and accuracy is over its n outputs, whatever the garbage class takes.
+    ID accuracy is over the n+1 outputs that were trained together; a head on every layer leaves
+    the classifier as it is, and accuracy is over its n outputs, whatever the garbage class takes.
     """
     scores, numbers = {}, {"garbage_rate": {}, "rejected": {}}
-    for name, images in sets.items():
-        logits = all_logits(net, images)
+    for name, of in images.sets.items():
+        logits = all_logits(net, of)
         decision = decide(logits, net.tau.cpu())
         scores[name] = decision.score
         rates = {"garbage_rate": _mean(decision.level == 1), "rejected": _mean(decision.level > 0)}
@@ -53,16 +52,14 @@ def _tie_scores(net: TIENet, sets: Mapping[str, Images]) -> tuple[Scores, dict]:
             apart = isinstance(net.garbage, GarbageHead)
             label = decision.label if apart else logits.argmax(1)
             numbers |= {f"id_{rate}": value for rate, value in rates.items()}
-            numbers["accuracy"] = _mean(label == images.y)
+            numbers["accuracy"] = _mean(label == of.y)
         else:
             for rate, value in rates.items():
                 numbers[rate][name] = value
     return {"score": scores}, numbers
 
 
-def _posthoc_scores(
-    net: TIENet, sets: Mapping[str, Images], fit_on: Images
-) -> tuple[Scores, dict]:
+def _posthoc_scores(net: TIENet, images: RunImages) -> tuple[Scores, dict]:
     """Scores by pytorch-ood's MSP, energy and Mahalanobis on the n logits and features, and the ID
     accuracy over the n outputs.
     """
@@ -74,15 +71,19 @@ def _posthoc_scores(
         "energy": EnergyBased(view),
         "Mahalanobis": Mahalanobis(view.features),  # type: ignore[arg-type]
     }
-    detectors["Mahalanobis"].to(net.low.device).fit(ImageBatches(fit_on, scale=net))
+    detectors["Mahalanobis"].to(net.low.device).fit(ImageBatches(images.train, scale=net))
     scores: Scores = {label: {} for label in detectors}
     with torch.no_grad():
         for label, detector in detectors.items():
-            for name, images in sets.items():
-                parts = [detector.predict(x).cpu() for x, _ in ImageBatches(images, scale=net)]
-                scores[label][name] = torch.cat(parts)
-    label = all_logits(net, sets["id"])[:, :-1].argmax(1)
-    return scores, {"accuracy": _mean(label == sets["id"].y)}
+            for name, of in images.sets.items():
+                scores[label][name] = _predict(detector, of, net)
+    predicted = all_logits(net, images.test)[:, :-1].argmax(1)
+    return scores, {"accuracy": _mean(predicted == images.test.y)}
+
+
+def _predict(detector, images: Images, net: TIENet) -> Tensor:
+    """Scores ``(N,)`` of images by a detector of a network, on the CPU."""
+    return torch.cat([detector.predict(x).cpu() for x, _ in ImageBatches(images, scale=net)])
 
 
 def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
@@ -116,16 +117,12 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
     }
 
 
-def evaluate(
-    net: TIENet, test: Images, ood: Mapping[str, Images], fit_on: Images, garbage: bool = True
-) -> tuple[dict, Scores]:
+def evaluate(net: TIENet, images: RunImages, garbage: bool = True) -> tuple[dict, Scores]:
     """All numbers of a trained network.
 
     Arguments:
         net: The network.
-        test: ID test images.
-        ood: OOD image sets by name.
-        fit_on: ID training images.
+        images: The images; training images fit pytorch-ood's detectors.
         garbage: Whether it has a garbage class; else pytorch-ood's detectors read its n logits.
 
     Returns:
@@ -133,8 +130,7 @@ def evaluate(
         ``id_garbage_rate`` (rejected at level 1), ``id_rejected`` (at either level), and
         ``garbage_rate`` and ``rejected`` by set, all in [0, 1]; and the scores themselves.
     """
-    sets = {"id": test, **ood}
-    scores, numbers = _tie_scores(net, sets) if garbage else _posthoc_scores(net, sets, fit_on)
+    scores, numbers = _tie_scores(net, images) if garbage else _posthoc_scores(net, images)
     return {**numbers, "scores": metrics(scores)}, scores
 
 
@@ -146,63 +142,47 @@ def metrics(scores: Scores) -> dict:
     }
 
 
-def score_combination(
-    net: TIENet,
-    images: Images,
-    test: Images,
-    ood: Mapping[str, Images],
-    folder: Path | None = None,
-) -> Scores:
+def score_combination(net: TIENet, images: RunImages, folder: Path | None = None) -> Scores:
     """Fit the combination of a network with a head, and score.
 
     Its threshold rejects at most :data:`FALSE_ALARM` of new ID images.
 
     Arguments:
         net: The network, on its device.
-        images: ID training images.
-        test: ID test images; half of them set the scale of the scores and are used for nothing
-            else, half set the threshold.
-        ood: OOD image sets by name.
+        images: The images; half of the ID test images set the scale of the scores and are used for
+            nothing else, half set the threshold.
         folder: Where the detector is saved; None for nowhere.
 
     Returns:
         The scores, under :data:`COMBINED`; ``id`` are those that set the threshold. None where
         there are fewer test images than :data:`NEEDED`, or no head.
     """
-    if len(test) < NEEDED or not isinstance(net.garbage, GarbageHead):
+    if len(images.test) < NEEDED or not isinstance(net.garbage, GarbageHead):
         return {}
     detector = combine(
         net,
-        train_loader=ImageBatches(images, scale=net),
-        calibration_loader=ImageBatches(test, scale=net),
+        train_loader=ImageBatches(images.train, scale=net),
+        calibration_loader=ImageBatches(images.test, scale=net),
         false_alarm=FALSE_ALARM,
     )
     scores = {"id": cast(Tensor, detector.calibration_scores).cpu()}
-    for name, of in ood.items():
-        parts = [detector.predict(x).cpu() for x, _ in ImageBatches(of, scale=net)]
-        scores[name] = torch.cat(parts)
+    for name, of in images.ood.items():
+        scores[name] = _predict(detector, of, net)
     if folder is not None:
         detector.save(folder)
     return {COMBINED: scores}
 
 
-def evaluate_run(
-    folder: Path,
-    label: str,
-    net: TIENet,
-    images: Images,
-    test: Images,
-    ood: Mapping[str, Images],
-) -> dict:
+def evaluate_run(folder: Path, label: str, net: TIENet, images: RunImages) -> dict:
     """Score the test images of a run, and save its detector, scores and examples.
 
     Returns:
         The numbers of ``run.json``.
     """
-    numbers, scores = evaluate(net, test, ood, images)
-    combined = score_combination(net, images, test, ood, folder)
+    numbers, scores = evaluate(net, images)
+    combined = score_combination(net, images, folder)
     numbers["scores"] |= metrics(combined)
-    save_examples(folder, test, ood)
+    save_examples(folder, images)
     save_state(folder / "scores.safetensors", "scores", {label: scores["score"], **combined})
     return numbers
 

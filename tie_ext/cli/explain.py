@@ -8,7 +8,6 @@ RUN/figures/explain_layers.png    rejected images, and how far from ID images ea
 import html
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -47,8 +46,8 @@ def run(flags: Namespace) -> None:
         )
     if not examples:
         raise ValueError(
-            f"Expected a run with examples.safetensors, which a run writes at its end, at {folder}, "
-            "but got none"
+            f"Expected a run with examples.safetensors, which a run writes at its end, at "
+            f"{folder}, but got none"
         )
     with reading(f"the settings of a run in {folder / 'run.json'}"):
         known = record["settings"]

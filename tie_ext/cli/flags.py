@@ -77,7 +77,9 @@ def _demo(commands) -> None:
     demo = _command(commands, "demo", "train and compare on built-in images, in a minute or two")
     output = demo.add_argument_group("output")
     _path(output, "--out", "FOLDER", "folder for table, figures and detector", Path("demo"))
-    output.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    output.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed (default: 0)"
+    )
 
 
 def _train(commands) -> None:
@@ -235,7 +237,9 @@ def _options(parser, settings: type[ImageSettings], needed: bool = True) -> dict
             how |= {"required": needed and f.default is MISSING, "type": about["kind"]}
             how["nargs"] = about["several"]
             how |= (
-                {"choices": about["choices"]} if about["choices"] else {"metavar": about["metavar"]}
+                {"choices": about["choices"]}
+                if about["choices"]
+                else {"metavar": about["metavar"]}
             )
         groups[about["group"]].add_argument(f"--{f.name.replace('_', '-')}", **how)
     return groups

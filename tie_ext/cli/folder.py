@@ -34,13 +34,31 @@ from tie_ext.training.recipe import Recipe
 from tie_ext.utils.checks import check_number, check_shape, describe
 from tie_ext.utils.files import load_state, read_json, reading
 
-FILES = """run.json report.html explain.html detector.json combined/detector.json
-training.safetensors network.safetensors members.safetensors scores.safetensors
-examples.safetensors combined/network.safetensors combined/members.safetensors
-process-*-[0-9][0-9][0-9][0-9].safetensors epochs/[0-9][0-9][0-9][0-9].safetensors
-figures/inversions.png figures/inversion_grid.png figures/outliers_*.png figures/metrics.png
-figures/features.png figures/curves_*.png figures/scores_*.png figures/examples.png
-figures/explain_*.png""".split()
+FILES = [
+    "run.json",
+    "report.html",
+    "explain.html",
+    "detector.json",
+    "combined/detector.json",
+    "training.safetensors",
+    "network.safetensors",
+    "members.safetensors",
+    "scores.safetensors",
+    "examples.safetensors",
+    "combined/network.safetensors",
+    "combined/members.safetensors",
+    "process-*-[0-9][0-9][0-9][0-9].safetensors",
+    "epochs/[0-9][0-9][0-9][0-9].safetensors",
+    "figures/inversions.png",
+    "figures/inversion_grid.png",
+    "figures/outliers_*.png",
+    "figures/metrics.png",
+    "figures/features.png",
+    "figures/curves_*.png",
+    "figures/scores_*.png",
+    "figures/examples.png",
+    "figures/explain_*.png",
+]
 """What a run and its report write; ``combined/`` is of runs of 0.2.0."""
 OWN = {True: "attached", False: "TIE"}
 """What tables and scores call the network of a run, by whether a head was attached to it."""
@@ -230,8 +248,8 @@ def _id_scores(folder: Path, labels: Sequence[str]) -> Tensor:
 def _with_architecture(
     load: Callable[..., Loaded], path: Path, file: Path, folder: Path
 ) -> Loaded:
-    """What ``load`` makes of a path whose network is in a file; an architecture that is not ours is
-    built as ``run.json`` in the folder says.
+    """What ``load`` makes of a path whose network is in a file; an architecture that is not ours
+    is built as ``run.json`` in the folder says.
     """
     about = load_state(file, "network", ("backbone", "image_shape", "num_classes"))
     if about.get("backbone") is not None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -154,7 +154,8 @@ class ImageFiles(Images):
     """Images on disk, decoded by worker processes when they are read.
 
     Arguments:
-        files: Path of each, bytes ``(N,)``: paths as objects would take more memory than a network.
+        files: Path of each, bytes ``(N,)``: paths as objects would take more memory than a
+            network.
         y: Their labels ``(N,)``, int64.
         channels: C, 1 or 3.
         size: S, the side to which images are resized.
@@ -238,6 +239,31 @@ class ImageFiles(Images):
                 x[start : start + PIECE] = torch.from_numpy(piece)
                 broken |= {start + place: error for place, error in errors.items()}
             yield x, broken
+
+
+class RunImages(NamedTuple):
+    """The images of a run."""
+
+    train: Images
+    """ID training images."""
+    test: Images
+    """ID test images."""
+    ood: dict[str, Images]
+    """OOD image sets by name."""
+
+    @property
+    def sets(self) -> dict[str, Images]:
+        """The sets to score by name; the ID set is ``id``."""
+        return {"id": self.test, **self.ood}
+
+    def check(self) -> None:
+        """Read every image to score once, so that a broken one is reported before any work.
+
+        Raises:
+            ValueError: If one cannot be read.
+        """
+        for images in self.sets.values():
+            images.check()
 
 
 class _Decoder(Dataset):

@@ -166,13 +166,14 @@ def write_page(path: Path, title: str, body: Sequence[str]) -> Path:
 EXAMPLES = (
     "Test images and the run's decisions: accepted ones at the left, rejected ones at the right, "
     "with the nearest class, the decision (garbage: level 1; uncertain: level 2, or above the "
-    "threshold) and the score. Red: an OOD image that is accepted, or an ID image that is rejected."
+    "threshold) and the score. Red: an OOD image that is accepted, or an ID image that is "
+    "rejected."
 )
 PAGE_STYLE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>TIE: {title}</title><style>
 :root{{color-scheme:light dark}}
-body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;display:block;overflow-x:auto}}
+body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0
+1rem;color:#222}} table{{border-collapse:collapse;display:block;overflow-x:auto}}
 td,th{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}}
 td:nth-child(-n+2),th:nth-child(-n+2){{text-align:left}}
 figure{{margin:1.5rem 0}}img{{max-width:100%}}figcaption{{color:#555}}

@@ -111,8 +111,8 @@ def score(
         progress: Show a progress bar.
 
     Returns:
-        For each file its row, of :data:`COLUMNS`, and what is wrong with it, or None. An unreadable
-        file has a level alone, :data:`UNREADABLE`.
+        For each file its row, of :data:`COLUMNS`, and what is wrong with it, or None. An
+        unreadable file has a level alone, :data:`UNREADABLE`.
     """
     images = ImageFiles.of(files, *net.image_shape[:2])  # type: ignore[index]
     parts = torch.arange(len(images)).split(BATCH)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tie_ext.cli import data
 from tie_ext.cli.data import IN_MEMORY, NAMES
-from tie_ext.cli.images import Images
+from tie_ext.cli.images import Images, RunImages
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.training.recipe import Recipe
@@ -197,10 +197,8 @@ class AttachSettings(ImageSettings):
     )
 
 
-def load_images(
-    settings: ImageSettings, seed: int, channels: int | None = None
-) -> tuple[Images, Images, dict[str, Images]]:
-    """ID training set, ID test set and OOD sets of a run.
+def load_images(settings: ImageSettings, seed: int, channels: int | None = None) -> RunImages:
+    """The images of a run.
 
     Arguments:
         settings: The settings of the run.
@@ -213,23 +211,21 @@ def load_images(
     own = data.own_shape(settings.data)
     C, S = channels or own[0], settings.size or own[1]
     try:
-        train, test, ood = _load(settings, seed, (C, S, S))
+        images = _load(settings, seed, (C, S, S))
     except OSError as error:
         raise ValueError(
             f"Expected to read the images of {shorten(settings.data, 80)}, but got: "
             f"{error.strerror or error}"
         ) from error
-    if test.classes != train.classes:
+    if images.test.classes != images.train.classes:
         raise ValueError(
             "Expected the same classes in training and test images, but got "
-            f"{train.classes} and {test.classes}"
+            f"{images.train.classes} and {images.test.classes}"
         )
-    return train, test, ood
+    return images
 
 
-def _load(
-    settings: ImageSettings, seed: int, shape: tuple[int, int, int]
-) -> tuple[Images, Images, dict[str, Images]]:
+def _load(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> RunImages:
     def read(name: str, split: str, count: int | None = None) -> Images:
         root, download = settings.root, settings.download
         images = data.load(name, split, root, shape, download, seed, in_memory="no")
@@ -251,4 +247,5 @@ def _load(
         train, test = read(settings.data, "train", settings.images), read(settings.data, "test")
         others = {"noise": data.noise("gaussian", min(len(test), NOISE_IMAGES), shape)}
     validation = {f"val:{name}": read(name, "val") for name in settings.val_ood}
-    return train, test, validation | {name: read(name, "ood") for name in settings.ood} | others
+    ood = {name: read(name, "ood") for name in settings.ood}
+    return RunImages(train, test, validation | ood | others)

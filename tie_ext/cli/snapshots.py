@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tie_ext.cli.batches import scaled
-from tie_ext.cli.images import Images
+from tie_ext.cli.images import Images, RunImages
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Synthesizer
 from tie_ext.outliers.inversion import Inversion
@@ -104,12 +104,12 @@ def _check_features(path: Path, h: Tensor, y: Tensor) -> None:
         )
 
 
-def save_examples(folder: Path, test: Images, ood: Mapping[str, Images]) -> None:
+def save_examples(folder: Path, run: RunImages) -> None:
     """Save some test images of each set that settings are not chosen by, from all over it, as sets
     may be sorted by class.
     """
     examples = {}
-    for name, images in {"id": test, **ood}.items():
+    for name, images in run.sets.items():
         if not name.startswith("val:"):
             count = min(EXAMPLES, len(images))
             rows = torch.linspace(0, len(images) - 1, count).long()

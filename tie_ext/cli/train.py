@@ -16,7 +16,7 @@ from tie_ext.cli.batches import training_batches
 from tie_ext.cli.evaluation import evaluate_run, too_few
 from tie_ext.cli.flags import UsageError, check_flags, interactive, recipe_of, settings_of, usage
 from tie_ext.cli.folder import OWN, holds_attached, read_record, read_settings
-from tie_ext.cli.images import Images
+from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
 from tie_ext.models.network import TIENet
@@ -80,17 +80,17 @@ def _run(folder: Path, settings: TrainSettings | None, device: str, first: bool)
         weights = registry.read_weights(settings.weights)
         channels = registry.channels_of(settings.backbone, weights, settings.weights)
     settings.bounds(channels or data.own_shape(settings.data)[0])  # refuses a wrong number
-    images, test, ood = load_images(settings, settings.recipe.config.seed, channels)
+    images = load_images(settings, settings.recipe.config.seed, channels)
     if first:
-        for each in (test, *ood.values()) if new else ():
-            each.check()
-        few = too_few(len(test)) if settings.recipe.head == "multilayer" else ""
-        for note in filter(None, (test.note, few)):
+        if new:
+            images.check()
+        few = too_few(len(images.test)) if settings.recipe.head == "multilayer" else ""
+        for note in filter(None, (images.test.note, few)):
             print(note)
     with locked(folder) if first else nullcontext():
         if new:
             _refuse_a_run(folder)  # again: another process may have started one meanwhile
-        return train_in(folder, settings, images, test, ood, device, first and interactive())
+        return train_in(folder, settings, images, device, first and interactive())
 
 
 def _refuse_a_run(folder: Path) -> None:
@@ -104,9 +104,7 @@ def _refuse_a_run(folder: Path) -> None:
 def train_in(
     folder: Path,
     settings: TrainSettings,
-    images: Images,
-    test: Images,
-    ood: Mapping[str, Images],
+    images: RunImages,
     device: str = "cpu",
     progress: bool = False,
 ) -> dict:
@@ -120,19 +118,19 @@ def train_in(
     resumed = os.path.lexists(folder / STATE)  # a link to nowhere is no reason to start again
     if resumed:
         check_settings(folder / STATE, config, methods)
-    net = _network(settings, images, folder / STATE if resumed else None).to(device)
+    net = _network(settings, images.train, folder / STATE if resumed else None).to(device)
     trainer = settings.recipe.trainer(net, progress)
     if resumed:
         processes.load(folder, trainer)
     elif processes.first():
         processes.clear(folder)  # of a run that was stopped in its first epoch
     batches = training_batches(  # checks the settings, before anything is written
-        processes.share_of(images, config.seed),
+        processes.share_of(images.train, config.seed),
         share(settings.batch_size),
         settings.shift,
-        settings.bounds(images.shape[0]) if settings.mean else None,
+        settings.bounds(images.train.shape[0]) if settings.mean else None,
     )
-    about = _about(folder, settings, test, resumed)
+    about = _about(folder, settings, images.test, resumed)
     if processes.first():
         # So that a run that is killed in its first epoch can be resumed.
         record = {"settings": settings.record(), **about, **provenance(trainer.device)}
@@ -144,13 +142,14 @@ def train_in(
     while len(trainer.log) < config.epochs:
         trainer.epoch(batches)
         if processes.first():
-            save_snapshot(folder, len(trainer.log), net, trainer.synthesizers, garbage, test)
+            epoch, test = len(trainer.log), images.test
+            save_snapshot(folder, epoch, net, trainer.synthesizers, garbage, test)
             net.save(folder / "network.safetensors")
         processes.save(folder, trainer)
     processes.clear(folder)
     if not processes.first():
         return {}
-    numbers = evaluate_run(folder, OWN[False], net.eval(), images, test, ood)
+    numbers = evaluate_run(folder, OWN[False], net.eval(), images)
     return finish(folder, settings, trainer, numbers, about)
 
 

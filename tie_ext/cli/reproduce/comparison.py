@@ -1,13 +1,13 @@
-"""TIE and the methods it is compared with, on the same data, backbone, initial weights and order of
-batches.
+"""TIE and the methods it is compared with, on the same data, backbone, initial weights and order
+of batches.
 
 Methods: ``tie``; ``layers``, the same with a head on every layer and procedural images, as
 ``tie-ext train`` has it; ``predecessor``, which excludes every inversion; ``multiscale`` and
 ``white``, the (n+1)-class network whose garbage class stays the noise it began with (no TIE);
 ``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``attach``, a
 garbage head on that network, which stays as it is; ``vernekar`` and ``ascood``, those papers' own
-training; ``openood:logitnorm`` and ``openood:ascood``, OpenOOD's own; and any synthesizers in TIE's
-loop, by name, separated by commas.
+training; ``openood:logitnorm`` and ``openood:ascood``, OpenOOD's own; and any synthesizers in
+TIE's loop, by name, separated by commas.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import nn
 from tie_ext.cli.batches import training_batches
 from tie_ext.cli.classifier import attached, make_network, train_plain
 from tie_ext.cli.evaluation import evaluate
-from tie_ext.cli.images import Images
+from tie_ext.cli.images import Images, RunImages
 from tie_ext.models.network import TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import Standardized
@@ -167,9 +167,7 @@ def train_method(
 def cell(
     method: str,
     backbone: Callable[[], nn.Module],
-    images: Images,
-    test: Images,
-    ood: Mapping[str, Images],
+    images: RunImages,
     recipe: Recipe,
     about: Mapping[str, object],
     batch_size: int = 128,
@@ -181,10 +179,10 @@ def cell(
     """Train and evaluate one method.
 
     Arguments:
+        images: The images to train and to score.
         about: Facts about the data to record (names, counts).
 
-    The other arguments are those of :func:`train_method` and
-    :func:`tie_ext.cli.evaluation.evaluate`.
+    The other arguments are those of :func:`train_method`.
 
     Returns:
         A record for JSON (numbers, log, seconds, peak memory after each epoch in MB, command,
@@ -199,17 +197,17 @@ def cell(
         after_epoch(trainer)
 
     net, log = train_method(
-        method, backbone, images, recipe, batch_size, device, progress, measure, state=state
+        method, backbone, images.train, recipe, batch_size, device, progress, measure, state=state
     )
     before = log[: len(log) - len(memory)]
     seconds = time.perf_counter() - start + sum(sum(entry.seconds.values()) for entry in before)
-    numbers, _ = evaluate(net, test, ood, images, has_garbage(method))
+    numbers, _ = evaluate(net, images, has_garbage(method))
     return {
         "method": method,
         **about,
-        "images": len(images),
-        "test_images": len(test),
-        "ood_images": {name: len(s) for name, s in ood.items()},
+        "images": len(images.train),
+        "test_images": len(images.test),
+        "ood_images": {name: len(s) for name, s in images.ood.items()},
         "batch_size": batch_size,
         **recipe_of(method, recipe).record(),
         "numbers": numbers,

@@ -21,7 +21,7 @@ from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import all_logits, ood_metrics
 from tie_ext.cli.flags import check_flags, interactive, recipe_of, usage
-from tie_ext.cli.images import Images, ImageSet
+from tie_ext.cli.images import Images, ImageSet, RunImages
 from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.reproduce.comparison import cell, check_method, has_garbage
 from tie_ext.cli.reproduce.tables import CELLS, read_cells, tables
@@ -133,7 +133,7 @@ def run_plan(plan: Plan, out: Path, device: str = "cpu", progress: bool = False)
         if stem in read_cells(path):  # read again: another process may have run it
             continue
         try:
-            images, test, ood = image_sets(name, seed, plan.images, plan.root, plan.download)
+            images = image_sets(name, seed, plan.images, plan.root, plan.download)
         except ValueError as error:
             missing[name] = str(error)
             continue
@@ -141,10 +141,10 @@ def run_plan(plan: Plan, out: Path, device: str = "cpu", progress: bool = False)
         state = out / "states" / f"{stem}.safetensors"
         record, net = cell(
             method,
-            partial(BACKBONES[about["backbone"]], images.shape[0], len(images.classes)),
+            partial(
+                BACKBONES[about["backbone"]], images.train.shape[0], len(images.train.classes)
+            ),
             images,
-            test,
-            ood,
             plan.recipe_for(seed),
             about,
             device=device,
@@ -152,7 +152,7 @@ def run_plan(plan: Plan, out: Path, device: str = "cpu", progress: bool = False)
             after_epoch=partial(_keep_inversions, out / "inversions" / f"{stem}.safetensors"),
             state=state,
         )
-        record["level2"] = level_2(net, {"id": test, **ood}, images, garbage=has_garbage(method))
+        record["level2"] = level_2(net, images, garbage=has_garbage(method))
         net.save(out / "networks" / f"{stem}.safetensors")
         add_json_line(path, record, "cell")
         state.unlink(missing_ok=True)
@@ -173,8 +173,8 @@ def _check_settings(path: Path, record: Mapping, method: str, recipe: Recipe) ->
     ]
     if other:
         raise ValueError(
-            f"Expected {record['cell']} in {path} to be a cell of these settings, but got one with "
-            f"{', '.join(other)}; give another --out"
+            f"Expected {record['cell']} in {path} to be a cell of these settings, but got one "
+            f"with {', '.join(other)}; give another --out"
         )
 
 
@@ -200,7 +200,9 @@ def _note_missing(path: Path, tried: Sequence[str], missing: Mapping[str, str]) 
 
 
 def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> None:
-    """Save inversions of each ID class, asked for as in training, over those of the epoch before."""
+    """Save inversions of each ID class, asked for as in training, over those of the epoch
+    before.
+    """
     for synthesizer in trainer.synthesizers:
         if isinstance(synthesizer, Inversion):
             asked = torch.arange(trainer.net.num_classes).repeat_interleave(per_class)
@@ -240,8 +242,8 @@ def _whole(name: str) -> str:
 
 def image_sets(
     name: str, seed: int, count: int | None = None, root: str = "data", download: bool = False
-) -> tuple[Images, Images, dict[str, Images]]:
-    """The images of a cell.
+) -> RunImages:
+    """The images of a cell: all OOD sets that are found.
 
     Arguments:
         name: ID set.
@@ -249,9 +251,6 @@ def image_sets(
         count: Training images, and a tenth as many of each OOD set; None for all.
         root: Where the sets are.
         download: Let torchvision download what is missing.
-
-    Returns:
-        ID training images, ID test images, and every OOD set that is found, by name.
 
     Raises:
         ValueError: If the ID set is not there.
@@ -271,27 +270,27 @@ def image_sets(
     for label, kind in NOISE.items():
         ood[label] = data.noise(kind, min(len(test), 10_000), images.shape)
     few = None if count is None else max(1, count // 10)
-    return images.first(count, seed), test, {label: of.first(few) for label, of in ood.items()}
+    ood = {label: of.first(few) for label, of in ood.items()}
+    return RunImages(images.first(count, seed), test, ood)
 
 
-def level_2(net: TIENet, sets: Mapping[str, Images], fit_on: Images, garbage: bool = True) -> dict:
+def level_2(net: TIENet, images: RunImages, garbage: bool = True) -> dict:
     """The paper's Table 2: detectors on the n ID logits, over the OOD images that level 1 let
     through, and over all of them.
 
     Arguments:
         net: The network.
-        sets: Test images by name; the ID ones are called ``id``.
-        fit_on: ID training images, for Mahalanobis and ViM.
+        images: The images; training images fit Mahalanobis and ViM.
         garbage: Whether the network has a garbage class; else level 1 lets everything through.
 
     Returns:
         ``{set: {"through": count, score: {"through": metrics or None, "all": metrics}}}``; None
-        where fewer than two images came through. ``score`` is ours, ``max ID probability`` is minus
-        the largest of the n ID probabilities among n+1 (Vernekar et al.).
-        For the predecessor's claim, the largest of the n+1 probabilities: ``least_confident_id`` of
-        ID images that level 1 accepts, and ``most_confident_through`` of each set.
+        where fewer than two images came through. ``score`` is ours, ``max ID probability`` is
+        minus the largest of the n ID probabilities among n+1 (Vernekar et al.).
+        For the predecessor's claim, the largest of the n+1 probabilities: ``least_confident_id``
+        of ID images that level 1 accepts, and ``most_confident_through`` of each set.
     """
-    scores = _level_2_scores(net, sets, fit_on, garbage)
+    scores = _level_2_scores(net, images, garbage)
     known = scores.pop("id")
     found: dict = {}
     for name, of in scores.items():
@@ -312,9 +311,7 @@ def level_2(net: TIENet, sets: Mapping[str, Images], fit_on: Images, garbage: bo
     return found
 
 
-def _level_2_scores(
-    net: TIENet, sets: Mapping[str, Images], fit_on: Images, garbage: bool
-) -> dict[str, dict[str, Tensor]]:
+def _level_2_scores(net: TIENet, images: RunImages, garbage: bool) -> dict[str, dict[str, Tensor]]:
     """Scores ``(N,)`` of each set on the CPU, which images level 1 lets ``through``, and their
     ``confidence``.
     """
@@ -324,13 +321,13 @@ def _level_2_scores(
     odin, mahalanobis = ODIN(view), Mahalanobis(None).to(device)
     vim = ViM(None, net.feature_size // 2, net.fc.weight, net.fc.bias).to(device)
     with torch.no_grad():
-        h = torch.cat([view.features(x.to(device)) for x, _ in ImageBatches(fit_on)])
+        h = torch.cat([view.features(x.to(device)) for x, _ in ImageBatches(images.train)])
     for detector in (mahalanobis, vim):
-        detector.fit_features(h, fit_on.y.to(device))
+        detector.fit_features(h, images.train.y.to(device))
     found = {}
-    for name, images in sets.items():
+    for name, of_set in images.sets.items():
         parts = []
-        for x, _ in ImageBatches(images):
+        for x, _ in ImageBatches(of_set):
             x = x.to(device)
             with torch.no_grad():
                 logits, h = view.outputs(x)

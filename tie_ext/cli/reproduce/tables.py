@@ -75,12 +75,15 @@ def tables(out: Path) -> str:
         groups[key][record["method"]].append(record)
     parts = [
         "# The paper's tables, measured\n\nWritten by `tie-ext reproduce` from the cells beside "
-        "it, which hold settings, commit and versions. Percent; mean ± standard deviation over the "
-        "seeds. OOD is the positive class; larger scores are more OOD.\n"
+        "it, which hold settings, commit and versions. Percent; mean ± standard deviation over "
+        "the seeds. OOD is the positive class; larger scores are more OOD.\n"
     ]
     for (name, images, epochs), methods in sorted(groups.items()):
         group = Group(name, methods)
-        parts += [group.title(images, epochs), *(f"    {line}" for line in commands(group.records))]
+        parts += [
+            group.title(images, epochs),
+            *(f"    {line}" for line in commands(group.records)),
+        ]
         for title, rows in group.tables(_json(out / "inversions.json")).items():
             parts += [f"\n### {title}\n", table(rows)]
         parts.append("")
@@ -165,7 +168,9 @@ class Group:
             for column, key in (keys | {"ID rejected": "id_rejected"}).items():
                 row[column] = _spread(n[key] for n in numbers if key in n)
             rates = [n.get("garbage_rate", {}) for n in numbers]
-            rows.append(row | self._by_column(lambda o, r=rates: _spread(n[o] for n in r if o in n)))
+            rows.append(
+                row | self._by_column(lambda o, r=rates: _spread(n[o] for n in r if o in n))
+            )
         if self.name in PAPER_1:
             paper = dict(zip(NAMES, PAPER_1[self.name], strict=True))
             accuracy = paper.pop(self.name)
