@@ -8,8 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tie_ext import decide, ood_score, uncertainty
-from tie_ext.scores.decision import decide_at, upcast
+from tie_ext.scores.decision import decide, decide_by_score, ood_score, uncertainty, upcast
 from tie_ext.scores.threshold import conformal_threshold
 
 logit_rows = hnp.arrays(
@@ -131,8 +130,8 @@ def test_an_input_as_uncertain_as_tau_is_accepted():
 def test_an_input_that_scores_as_much_as_the_threshold_is_accepted():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 5.0]])
     score = ood_score(logits)
-    assert decide_at(logits, score).level.tolist() == [0, 0]
-    assert decide_at(logits, score - 1e-3).level.tolist() == [2, 1]
+    assert decide_by_score(logits, score, score).level.tolist() == [0, 0]
+    assert decide_by_score(logits, score, score - 1e-3).level.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -146,7 +145,7 @@ def test_half_precision_is_decided_in_float32(dtype):
 
 @given(logit_rows, st.floats(-20, 20))
 def test_a_threshold_decides_by_the_score_alone_and_the_level_says_which_it_is(logits, threshold):
-    decision = decide_at(logits, threshold, 2.0)
+    decision = decide_by_score(logits, ood_score(logits, 2.0), threshold)
     plain = decide(logits, t=2.0)
     rejected = ood_score(logits, 2.0) > threshold
     garbage = logits.argmax(1) == logits.shape[1] - 1

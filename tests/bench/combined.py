@@ -21,7 +21,8 @@ from processed import PROCESSED
 from torch import Tensor
 
 from tie_ext.cli.evaluation import ood_metrics
-from tie_ext.scores.combination import RULES, reference
+from tie_ext.scores.combination import FORMULAS as RULES
+from tie_ext.scores.combination import reference
 from tie_ext.scores.threshold import conformal_threshold
 from tie_ext.utils.files import load_state, write_json
 from tie_ext.utils.provenance import provenance

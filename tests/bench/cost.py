@@ -26,16 +26,7 @@ from statistics import median
 
 import torch
 
-from tie_ext import (
-    Inversion,
-    InversionSettings,
-    Noise,
-    Procedural,
-    TIEConfig,
-    TIENet,
-    TIETrainer,
-    attach,
-)
+from tie_ext import TIEConfig, TIENet, TIETrainer, attach
 from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches, training_batches
 from tie_ext.cli.classifier import classifier, train_plain
@@ -43,6 +34,7 @@ from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import HEADS
+from tie_ext.outliers import Inversion, InversionSettings, Noise, Procedural
 from tie_ext.outliers.base import Domain
 from tie_ext.outliers.primitives import Rng
 from tie_ext.training.recipe import Recipe

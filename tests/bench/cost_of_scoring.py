@@ -16,8 +16,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from tie_ext import Combined, ResNet20, TIENet, attach
+from tie_ext import Combined, TIENet, attach
 from tie_ext.cli import registry
+from tie_ext.models.backbones import ResNet20
 from tie_ext.pytorch_ood import combine
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
@@ -47,7 +48,7 @@ def made(backbone: nn.Module, size: int, device: str) -> tuple[TIENet, Combined]
     knn = combined.detectors[1]
     knn.k, rows = (
         50,
-        torch.rand(knn.most, net.feature_size, device=device),
+        torch.rand(knn.max_samples, net.feature_size, device=device),
     )  # as many as it keeps of a real training set
     knn.fit_features(rows, torch.zeros(len(rows), dtype=torch.long))
     return net, combined

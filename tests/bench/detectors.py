@@ -41,7 +41,7 @@ from tie_ext.pytorch_ood import (
     TIEDetector,
     UncertaintyEstimate,
 )
-from tie_ext.pytorch_ood.combine import fit_knn
+from tie_ext.pytorch_ood.combine import chosen_members
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 from tie_ext.utils.random import seeded
@@ -143,9 +143,7 @@ def makers(net: TIENet, seen: dict[str, Seen]) -> dict[str, Callable[[], Detecto
 @torch.no_grad()
 def combination(net: TIENet, seen: dict[str, Seen]) -> Combined:
     """What :func:`tie_ext.pytorch_ood.combine` gives, of a pass that has been made."""
-    knn = fit_knn(seen["train"].features)
-    knn.encoder = net.features
-    detector = Combined([TIEDetector(net), knn, theirs.GEN(net)])
+    detector = Combined(chosen_members(seen["train"].features, net))
     return detector.fit_scores(member_scores(detector, seen["held"]))
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tie_ext import GarbageHead, Procedural, TIENet
+from tie_ext import TIENet
 from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.images import ImageSet
@@ -33,6 +33,8 @@ from tie_ext.cli.reproduce.adversarial_inputs import (
     verdict,
     with_threshold,
 )
+from tie_ext.models.head import GarbageHead
+from tie_ext.outliers import Procedural
 from tie_ext.outliers.base import Candidates
 from tie_ext.scores.combination import largest
 from tie_ext.utils.files import load_state, save_state, write_json

@@ -13,7 +13,7 @@ from pytorch_ood.api import (
     ModelNotSetException,
     RequiresFittingException,
 )
-from pytorch_ood.detector import ODIN, EnergyBased
+from pytorch_ood.detector import ODIN
 
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
 from tie_ext.pytorch_ood import (
@@ -34,7 +34,7 @@ def rejection(net):
 
 def combined(net):
     return Combined(
-        [TIEDetector(net), MahalanobisPlusPlus(net.features), EnergyBased(net), IODIN(net)],
+        [TIEDetector(net), MahalanobisPlusPlus(net.features).fit(loader()), IODIN(net)],
         false_alarm=0.2,
     )
 
@@ -98,7 +98,7 @@ def test_without_a_model_or_before_fit_it_says_so():
     for make in list(MAKERS.values())[1:]:
         with pytest.raises(RequiresFittingException):
             make(make_net().eval()).predict(images()[0])
-    with pytest.raises(ValueError, match="none from the loader"):
+    with pytest.raises(ValueError, match="Expected ID images in data_loader"):
         rejection(make_net().eval()).fit([(images()[0], torch.full((24,), -1))])
     with pytest.raises(ValueError, match="outliers"):
         RejectionNetwork(None).fit_features(torch.zeros(3, 2), torch.zeros(3))

@@ -4,7 +4,9 @@ A checkout is looked for as an importable ``openood``, else at $OPENOOD_ROOT (de
 imports, these tests are skipped and say so.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tie_ext import ood_score, uncertainty
+from tie_ext.models.head import GarbageHead
+from tie_ext.scores.decision import ood_score, uncertainty
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = Path(__file__).parents[2] / "openood_configs"
@@ -46,7 +49,8 @@ def openood(root, monkeypatch):
 def network_config(**changes):
     from openood.utils.config import Config
 
-    inner = {"name": "lenet", "num_classes": 10, "num_gpus": 1, "pretrained": False}
+    count = changes.get("num_classes", 10)
+    inner = {"name": "lenet", "num_classes": count, "num_gpus": 1, "pretrained": False}
     whole = {
         "name": "tie_net",
         "num_classes": 10,
@@ -220,8 +224,6 @@ def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, 
     ("backbone", "size", "layers"), [("lenet", 28, 2), ("resnet18_32x32", 32, 16)]
 )
 def test_a_config_asks_for_a_head_on_every_layer(openood, backbone, size, layers):
-    from tie_ext import GarbageHead
-
     net = build(backbone=backbone, image_size=size, head="multilayer").eval()
     assert isinstance(net.garbage, GarbageHead)
     assert len(net.garbage.layers) == layers
@@ -259,6 +261,46 @@ def test_a_checkpoint_is_read_without_running_code(openood, tmp_path):
     (tmp_path / "hostile.ckpt").write_bytes(pickle.dumps({"x": print}))
     with pytest.raises(pickle.UnpicklingError):
         build(pretrained=True, checkpoint=str(tmp_path / "hostile.ckpt"))
+
+
+def test_a_checkpoint_of_0_2_0_scores_as_before(openood):
+    saved = Path(__file__).parents[1] / "data" / "saved_by_0.2.0" / "openood_tie_net.ckpt"
+    net = build(num_classes=3, head="multilayer", pretrained=True, checkpoint=str(saved))
+    logits = torch.tensor(json.loads(saved.with_suffix(".json").read_text())["logits"])
+    x = torch.linspace(-1, 1, 2 * 3 * 28 * 28).view(2, 3, 28, 28).sin()
+    torch.testing.assert_close(net.eval()(x, garbage=True), logits)
+    assert (net.tau, net.autocast_dtype) == (0.25, "float32")
+
+
+def test_configs_of_0_2_0_mean_what_they_meant(openood):
+    from openood.utils.config import Config
+
+    from tie_ext.openood import CombinedPostprocessor
+    from tie_ext.openood.trainers import recipe_of_config
+
+    for old, new in (("layers", GarbageHead), ("linear", nn.Linear)):
+        assert isinstance(build(garbage=old, head="multilayer").garbage, new)
+    assert recipe_of_config(trainer_config(objective="uniform")).criterion == "uniform"
+    named = {"name": "tie_combined", "postprocessor_args": {"rule": "stouffer"}}
+    assert CombinedPostprocessor(Config({"postprocessor": named})).rule == "zsum"
+
+
+def test_features_are_clipped_at_the_threshold_of_react(openood):
+    net, x = build().eval(), torch.rand(2, 3, 28, 28)
+    clipped = net.fc(net.features(x).clamp(max=0.01))
+    torch.testing.assert_close(net.forward_threshold(x, 0.01), clipped)
+    assert not torch.equal(clipped, net(x))
+
+
+def test_a_classifier_without_bias_has_a_bias_of_zeros(openood):
+    from openood.networks.lenet import LeNet
+
+    from tie_ext.openood import OpenOODTIENet
+
+    backbone = LeNet(3)
+    backbone.fc = nn.Linear(84, 3, bias=False)
+    weight, bias = OpenOODTIENet(backbone, 3, (3, 28, 28)).get_fc()
+    assert (weight.tolist(), bias.tolist()) == (backbone.fc.weight.tolist(), [0, 0, 0])
 
 
 # Postprocessors.
@@ -396,7 +438,8 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
     net, x = LeNet(3), torch.rand(4, 3, 28, 28)
     post = CombinedPostprocessor()
     post.setup(net, id_loaders(), Unread())
-    assert not net.training
+    assert net.training  # its mode is the caller's
+    net.eval()
     conf = post.postprocess(net, x)[1]
     post.setup(net, {}, {})
     assert torch.equal(post.postprocess(net, x)[1], conf)
@@ -414,10 +457,106 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
         CombinedPostprocessor().setup(net, without, Unread())
 
 
+class Prepared(torch.utils.data.Dataset):
+    """150 images; ``data`` is augmented at random where the transform of the data set says so."""
+
+    def __init__(self, augmented: bool, transform: object):
+        self.augmented, self.preprocessor = augmented, transform
+
+    def __len__(self):
+        return 150
+
+    def __getitem__(self, i):
+        x = torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(i))
+        x = x * (1 + i % 3) / 3
+        noise = torch.rand(()) if self.augmented else torch.zeros(())
+        return {"data": (x + noise).clamp(0, 1), "data_aux": x, "label": i // 50}
+
+
+def prepared(augmented: bool) -> dict:
+    """ID loaders as ``main.py`` has them, or as the evaluation API has them."""
+    train, val = (object(), object()) if augmented else (None, None)
+    data = Prepared(augmented, train), Prepared(False, val)
+    sizes = [{"batch_size": 40, "shuffle": True}, {"batch_size": 40}]
+    if not augmented:
+        sizes = [{"batch_size": 50}, {"batch_size": 50}]
+    loaders = [torch.utils.data.DataLoader(of, **how) for of, how in zip(data, sizes, strict=True)]
+    return dict(zip(("train", "val"), loaders, strict=True))
+
+
+def test_images_are_read_alike_from_every_loader(openood):
+    from tie_ext.openood.loaders import PlainImages
+
+    read = []
+    for augmented in (True, False):
+        loaders = prepared(augmented)
+        batches = list(PlainImages(loaders["train"], loaders["val"]))
+        read.append([torch.cat(parts) for parts in zip(*batches, strict=True)])
+    assert all(torch.equal(a, b) for a, b in zip(*read, strict=True))
+    x, y = read[0]
+    assert y.bincount().tolist() == [50, 50, 50]
+    assert (y[1:] != y[:-1]).sum() > 50  # not sorted by class
+    inside = {tuple(image.flatten()[:3].tolist()) for image in x}
+    expected = (Prepared(False, None)[i]["data"] for i in range(150))
+    assert inside == {tuple(image.flatten()[:3].tolist()) for image in expected}
+
+
+@pytest.mark.parametrize("name", ["tie_combined", "dmr"])
+def test_a_postprocessor_is_fitted_alike_in_every_script(openood, monkeypatch, name):
+    import tie_ext.openood.combined as combined
+    from tie_ext.openood.registry import POSTPROCESSORS
+    from tie_ext.utils.reservoir import Reservoir
+
+    monkeypatch.setattr(combined, "FeatureSample", lambda: Reservoir(40))  # fewer than the images
+    net, x = build(num_classes=3).eval(), torch.rand(9, 3, 28, 28)
+    found = []
+    for seed, augmented in enumerate((True, True, False)):
+        torch.manual_seed(seed)
+        post = POSTPROCESSORS[name]()
+        post.setup(net, prepared(augmented), Unread())
+        found.append(post.postprocess(net, x)[1])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_combined_says_that_a_network_has_no_garbage_class(openood, capsys):
+    from openood.networks.lenet import LeNet
+
+    from tie_ext.openood import CombinedPostprocessor
+
+    CombinedPostprocessor().setup(build(), id_loaders(), Unread())
+    assert capsys.readouterr().out == ""
+    CombinedPostprocessor().setup(LeNet(3), id_loaders(), Unread())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.search("LeNet has no garbage class.*trainer attach", line)
+
+
+@pytest.mark.parametrize("name", ["tie_combined", "tie_ue", "dmr"])
+def test_nothing_is_searched_for_and_a_line_says_so(openood, capsys, name):
+    import pickle
+
+    from openood.evaluators.ood_evaluator import OODEvaluator
+    from openood.utils.config import Config
+
+    from tie_ext.openood.registry import POSTPROCESSORS
+
+    net, loaders, x = build(num_classes=3).eval(), id_loaders(), torch.rand(4, 3, 28, 28)
+    ood = [{"data": torch.rand(20, 3, 28, 28), "label": -torch.ones(20).long()}]
+    post = POSTPROCESSORS[name](Config({"postprocessor": {"name": name, "APS_mode": True}}))
+    post.setup(net, loaders, Unread())
+    before = post.postprocess(net, x)[1]
+    OODEvaluator(Config({})).hyperparam_search(net, loaders["val"], ood, post)
+    assert capsys.readouterr().out.count(f"{name} has nothing to search for") == 2
+    again = pickle.loads(pickle.dumps(post))  # OpenOOD keeps what it has searched
+    for of in (post, again):
+        assert torch.equal(of.postprocess(net, x)[1], before)
+
+
 @pytest.mark.parametrize("name", ["logitnorm", "ascood"])
 def test_its_own_training_methods_train_the_id_logits_alone(openood, name):
-    from tie_ext import Conv3, TIENet
+    from tie_ext import TIENet
     from tie_ext.cli.reproduce.openood_baselines import train_baseline
+    from tie_ext.models.backbones import Conv3
     from tie_ext.outliers.saliency import Standardized
 
     torch.manual_seed(0)
@@ -638,17 +777,12 @@ def test_sgd_is_that_of_the_baseline_trainer(openood, root):
 # Attach.
 
 
-class Prepared(Images):
+class WithAux(Images):
     """What a loader of OpenOOD's gives beside the images that are trained on: the same, prepared as in tests."""
 
     def __getitem__(self, i):
         item = super().__getitem__(i)
         return {**item, "data": -item["data"], "data_aux": item["data"]}
-
-
-class PreparedPairs(Pairs):
-    def __iter__(self):
-        return ((batch["data_aux"], batch["label"]) for batch in self.loader)
 
 
 def attach_config(checkpoint) -> object:
@@ -666,27 +800,29 @@ def test_trainer_attach_is_the_cores(openood, tmp_path):
     from openood.trainers import get_trainer
 
     from tie_ext import attach
+    from tie_ext.openood.loaders import PlainImages
 
     plain = LeNet(10).eval()
     torch.save(plain.state_dict(), tmp_path / "lenet.ckpt")
-    loader = torch.utils.data.DataLoader(Prepared(), batch_size=20)
+    loader = torch.utils.data.DataLoader(WithAux(), batch_size=20)
     net, metrics = get_trainer(
         build(head="multilayer"), loader, None, attach_config(tmp_path / "lenet.ckpt")
     ).train_epoch(1)
     assert metrics["epoch_idx"] == 1
-    expected = attach(plain, PreparedPairs(loader), 10, [-1.0] * 3, [1.0] * 3, seed=5).state_dict()
+    expected = attach(plain, PlainImages(loader), 10, [-1.0] * 3, [1.0] * 3, seed=5)
+    expected = expected.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("garbage", "checkpoint", "message"),
+    ("head", "checkpoint", "message"),
     [
-        ("linear", "lenet.ckpt", "network.head layers"),
-        ("multilayer", "none", r"best\.ckpt .* got none"),
+        ("linear", "lenet.ckpt", "network.head multilayer"),
+        ("multilayer", "none", r"best\.ckpt"),
         ("multilayer", "other.ckpt", "name lenet for"),
     ],
 )
-def test_trainer_attach_says_what_it_wants(openood, tmp_path, garbage, checkpoint, message):
+def test_trainer_attach_says_what_it_wants(openood, tmp_path, head, checkpoint, message):
     from openood.networks.lenet import LeNet
     from openood.trainers import get_trainer
 
@@ -696,7 +832,7 @@ def test_trainer_attach_says_what_it_wants(openood, tmp_path, garbage, checkpoin
     )  # OpenOOD itself would say nothing, and go on with random weights
     config = attach_config("none" if checkpoint == "none" else tmp_path / checkpoint)
     with pytest.raises(ValueError, match=message):
-        get_trainer(build(garbage=garbage), torch.utils.data.DataLoader(Prepared()), None, config)
+        get_trainer(build(head=head), torch.utils.data.DataLoader(WithAux()), None, config)
 
 
 # Configs.
@@ -709,7 +845,7 @@ def test_a_postprocessor_without_a_config_has_that_of_its_file(openood, tmp_path
     from tie_ext.openood import DMRPostprocessor, TIEPostprocessor, TIEUEPostprocessor
 
     assert TIEPostprocessor().t == 1.0
-    assert DMRPostprocessor().settings == {"k": 5, "vae_epochs": 10, "epochs": 10}
+    assert DMRPostprocessor().parameters == {"k": 5, "vae_epochs": 10, "epochs": 10}
     assert not TIEUEPostprocessor().APS_mode
     shutil.copytree(CONFIGS / "postprocessors", tmp_path / "postprocessors")
     monkeypatch.setattr(ours, "configs", lambda: tmp_path)
@@ -722,7 +858,7 @@ def test_the_training_file_holds_the_defaults_but_for_sgd_and_what_a_head_is_tau
     from openood.utils.config import Config
 
     from tie_ext import TIEConfig
-    from tie_ext.openood.trainer import recipe_of_config
+    from tie_ext.openood.trainers import recipe_of_config
     from tie_ext.training.recipe import Recipe
 
     defaults = Recipe(TIEConfig(lr=0.05), prior=("procedural",))
@@ -871,7 +1007,7 @@ def checkpoint(root, workplace) -> Path:
         root, workplace, str(root / "main.py"), "--config", *map(str, configs), *small, *less
     )
     assert "Training Completed!" in said
-    assert said.count("expelled") == 25
+    assert said.count("excluded") == 25
     return workplace / "results" / "mnist_tie_net_tie_e25_lr0.1_default" / "s0" / "best.ckpt"
 
 
@@ -880,8 +1016,6 @@ def test_training_leaves_a_checkpoint_with_tau(checkpoint):
 
 
 def test_its_postprocessors_score_the_checkpoint(root, workplace, checkpoint):
-    import json
-
     theirs, ours = root / "configs", CONFIGS
 
     def arguments(name):

@@ -51,7 +51,7 @@ def test_whatever_the_plug_in_imports_is_looked_for_and_in_the_extra():
     assert {
         "tie_ext.openood.combined",
         "tie_ext.openood.cpu",
-        "tie_ext.pytorch_ood.neighbours",
+        "tie_ext.pytorch_ood.knn",
         "tie_ext.training",
     } <= ours
     assert {"openood", "pytorch_ood", "torch"} <= packages(others)

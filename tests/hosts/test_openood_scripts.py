@@ -1,12 +1,15 @@
 """OpenOOD's multi-seed path on our checkpoints: its ``scripts/eval_ood*.py`` and its evaluation API, run on stand-ins for its data."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tie_ext import Conv3
+from tie_ext.models.backbones import Conv3
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LISTED = {"cifar10": ["cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365"]}
@@ -209,6 +212,90 @@ def test_eval_ood_scores_every_seed(openood, place, seeds, name):
         for rows in zip(mean, std, strict=True)
     ]
     assert std[:, 1].max() > 0  # three networks, not one
+
+
+MAIN = """
+import json, runpy, sys
+import torch
+main, *runs = json.load(open("runs.json"))
+for seed, run in enumerate(runs):
+    torch.manual_seed(seed)
+    sys.argv = [main, *run]
+    runpy.run_path(main, run_name="__main__")
+"""
+SETS = {"cifar100": "near", "tin": "near", "mnist": "far", "svhn": "far", "texture": "far"}
+
+
+@pytest.fixture
+def by_main(openood_root, openood, place, seeds, monkeypatch):
+    """The scores that ``main.py`` saves of the first checkpoint, by postprocessor and seed."""
+    theirs, ours = openood_root / "configs", openood.configs()
+    files = [theirs / "datasets/cifar10/cifar10.yml", theirs / "datasets/cifar10/cifar10_ood.yml"]
+    files += [ours / "networks/tie_net.yml", theirs / "pipelines/test/test_ood.yml"]
+    files += [theirs / "preprocessors/base_preprocessor.yml"]
+    options = [
+        "--network.backbone.name",
+        "conv3",
+        "--network.head",
+        "linear",
+        "--num_workers",
+        "0",
+    ]
+    options += ["--network.checkpoint", str(seeds / "s0" / "best.ckpt"), "--merge_option", "merge"]
+    options += ["--output_dir", str(seeds / "results")]
+    names = [(name, seed) for name in ("tie_combined", "dmr") for seed in (0, 1)]
+    runs = [
+        ["--config", *map(str, files), str(ours / "postprocessors" / f"{name}.yml"), *options]
+        + ["--seed", str(seed)]
+        for name, seed in names
+    ]
+    (place / "runs.json").write_text(json.dumps([str(openood_root / "main.py"), *runs]))
+    (place / "runs.py").write_text(MAIN)
+    command = [sys.executable, "-W", "ignore", "-m", "tie_ext.openood", "runs.py"]
+    path = os.pathsep.join([str(openood_root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = seeds / "results" / "cifar10_tie_net_test_ood_ood_{}_default" / "s{}" / "ood"
+    return {key: Path(str(folder).format(*key)) for key in names}
+
+
+def test_all_scripts_give_the_same_numbers(openood, place, seeds, by_main):
+    import numpy as np
+    import pandas as pd
+    from openood.evaluation_api import Evaluator
+    from openood.networks import ResNet18_32x32
+
+    for name in ("tie_combined", "dmr"):
+        net = ResNet18_32x32(num_classes=10)
+        net.load_state_dict(torch.load(seeds / "s0" / "best.ckpt", weights_only=True))
+        evaluator = Evaluator(
+            net.eval(),
+            id_name="cifar10",
+            data_root=str(place / "data"),
+            config_root="nowhere",
+            postprocessor_name=name,
+            num_workers=0,
+        )
+        api = evaluator.eval_ood(progress=False).round(2)
+        for seed in (0, 1):
+            saved = by_main[name, seed]
+            table = pd.read_csv(saved / "ood.csv", index_col=0)
+            for row in SETS:
+                columns = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT"]
+                assert table.loc[row, columns].tolist() == api.loc[row, columns].tolist()
+                conf = np.load(saved / "scores" / f"{row}.npz")["conf"]
+                assert (conf == evaluator.scores["ood"][SETS[row]][row][1]).all()
+            conf = np.load(saved / "scores" / "cifar10.npz")["conf"]
+            assert (conf == evaluator.scores["id"]["test"][1]).all()
+        (seeds / "one").mkdir(exist_ok=True)
+        if not (seeds / "one" / "s0").exists():
+            (seeds / "one" / "s0").symlink_to(seeds / "s0")
+        arguments = ["--id-data", "cifar10", "--root", str(seeds / "one"), "--save-csv"]
+        run(place / "scripts" / "eval_ood.py", *arguments, "--postprocessor", name)
+        table = pd.read_csv(seeds / "one" / "ood" / f"{name}.csv", index_col=0)
+        rows = [[f"{value:.2f} ± 0.00" for value in row] for row in api.to_numpy()]
+        assert table.to_numpy().tolist() == rows
 
 
 def test_eval_ood_imagenet_scores_an_attached_network(openood, place, tmp_path):

@@ -28,7 +28,6 @@ from tie_ext.cli.settings import TrainSettings
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import Combined, TIEDetector, load_detector
-from tie_ext.pytorch_ood.members import network_of
 from tie_ext.scores.decision import Decision
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.checks import check_number, check_shape, describe
@@ -211,7 +210,7 @@ def load_decision(
         detector = _with_architecture(load_detector, home, home / "network.safetensors", folder)
     else:
         detector = TIEDetector(_with_architecture(TIENet.load, place, place, folder))
-    net = network_of([detector]) if isinstance(detector, TIEDetector) else detector.network
+    net = detector.network
     assert isinstance(net, TIENet)
     if false_alarm is not None:
         known = detector.calibration_scores

@@ -1,4 +1,7 @@
-"""``python -m tie_ext.openood main.py --config ...``: one of OpenOOD's own scripts with TIE registered, with or without a GPU."""
+"""One of OpenOOD's scripts with TIE registered, with or without a GPU.
+
+``python -m tie_ext.openood main.py --config ...``
+"""
 
 import os
 import re
@@ -9,19 +12,20 @@ from tie_ext.openood.requirements import check_requirements
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a script of OpenOOD's.
+    """Run one of OpenOOD's scripts.
 
     Arguments:
         arguments: The script and its arguments; None for those of this process.
 
     Raises:
-        SystemExit: If there is no script, or a package is missing or unfit, saying which line installs it.
+        SystemExit: If there is no script, or a package is missing or of an unfit version, with the
+            line that installs it.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or not os.path.isfile(arguments[0]):
-        got = arguments[0] if arguments else "nothing"
         raise SystemExit(
-            f"Expected one of OpenOOD's scripts, as in `python -m tie_ext.openood main.py --config ...`, but got {got}"
+            "Expected one of OpenOOD's scripts, as in `python -m tie_ext.openood main.py --config "
+            f"...`, but got {arguments[0] if arguments else 'nothing'}"
         )
     sys.argv = list(arguments)
     sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))

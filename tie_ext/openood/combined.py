@@ -1,82 +1,114 @@
-"""Garbage class, KNN and GEN combined, as an OpenOOD postprocessor: larger conf = more ID, the negative of the combined score."""
+"""Garbage class, KNN and GEN combined, as an OpenOOD postprocessor: larger conf = more ID."""
+
+from collections.abc import Iterator
 
 import torch
-from openood.postprocessors import BasePostprocessor
 from openood.utils.config import Config
 from pytorch_ood.detector import GEN
 from torch import Tensor, nn, no_grad
+from tqdm import tqdm
 
 from tie_ext.models.network import TIENet
-from tie_ext.openood.postprocessors import arguments, shipped
-from tie_ext.openood.trainer import Pairs
+from tie_ext.openood.loaders import PlainImages
+from tie_ext.openood.postprocessors import Postprocessor
 from tie_ext.pytorch_ood.combine import FeatureSample, fit_knn
-from tie_ext.pytorch_ood.knn import SampledKNN
-from tie_ext.scores.combination import RULES, Reference, check_rule, reference
-from tie_ext.scores.decision import ood_score
+from tie_ext.pytorch_ood.combined import Combined
+from tie_ext.pytorch_ood.detector import TIEDetector
+from tie_ext.scores.combination import check_rule
+from tie_ext.utils.loader import BatchReader
+from tie_ext.utils.random import seeded
+from tie_ext.utils.views import eval_view
 
 
-class CombinedPostprocessor(BasePostprocessor):
-    """Postprocessor ``tie_combined``: the score of a ``tie_net``'s garbage class, KNN and GEN as one, by one forward pass.
+class CombinedPostprocessor(Postprocessor):
+    """Postprocessor ``tie_combined``: the members of :func:`tie_ext.combine` by one forward pass.
 
-    Of any other network, which has no garbage class, it combines the latter two. Its parameter is the ``rule``, a name in
-    :data:`tie_ext.scores.combination.RULES`. Set up on ID images alone: KNN keeps features of training images, and the validation images set the scale of
-    each score. The members are those of :func:`tie_ext.combine`.
+    These are the garbage class of a ``tie_net``, KNN and GEN; of any other network the latter two.
+    Its parameter is the ``rule``, a name in :data:`tie_ext.scores.combination.RULES`. It is set up
+    on ID images alone: KNN keeps features of training images, and validation images set the scale
+    of each score. They are read in the same way in every script, and no seed changes the result.
     """
 
+    name = "tie_combined"
+
     def __init__(self, config: Config | None = None):
-        super().__init__(config or shipped("tie_combined"))
-        self.APS_mode, self.hyperparam_search_done = False, False
-        self.rule = check_rule(arguments("tie_combined", self.config)["rule"])
-        self.knn: SampledKNN | None = None
-        self.reference: Reference | None = None
+        super().__init__(config)
+        rule = self.parameters["rule"]
+        self.rule = check_rule("zsum" if rule == "stouffer" else rule)  # as configs of 0.2.0 say
+        self.combined: Combined | None = None
 
     @no_grad()
     def setup(self, net: nn.Module, id_loader_dict: dict, ood_loader_dict: dict) -> None:
-        """Learn ``id_loader_dict["train"]``, and the scale of each score on ``id_loader_dict["val"]``; no OOD loader is read.
+        """Fit KNN on ``id_loader_dict["train"]`` and the scales on ``id_loader_dict["val"]``.
+
+        No OOD image is read.
 
         Raises:
-            ValueError: If there are fewer than two training images, or a score is the same for all validation images.
+            ValueError: If there are fewer than two training images, or a score is the same for all
+                validation images.
         """
-        if self.reference is not None:
+        if self.combined is not None:
             return
-        device = next(net.parameters()).device
-        net.eval()
-        features = FeatureSample()
-        for x, _ in Pairs(id_loader_dict["train"]):
-            features.add(_seen(net, x.to(device))[1].float())
-        self.knn = fit_knn(features.rows)
-        self.reference = reference(
-            torch.cat(
-                [self._scores(*_seen(net, x.to(device))) for x, _ in Pairs(id_loader_dict["val"])]
+        inner = getattr(net, "module", net)
+        if not isinstance(inner, TIENet):
+            tqdm.write(
+                f"{type(inner).__name__} has no garbage class, so that {self.name} combines KNN "
+                "and GEN alone; trainer attach would give it one"
             )
+        train, val = (
+            BatchReader(
+                PlainImages(id_loader_dict[split], id_loader_dict["val"]),
+                id_only=True,
+                name=f"OpenOOD's {split} loader",
+            )
+            for split in ("train", "val")
         )
+        view, features = eval_view(inner), FeatureSample()
+        with seeded(0):
+            for _, h, _ in _outputs(view, train):
+                features.add(h.float())
+        members = [fit_knn(features.rows), GEN(None)]
+        if isinstance(inner, TIENet):
+            members.insert(0, TIEDetector(None))
+        combined = Combined(members, None, self.rule)
+        scores = [_scores(combined, *outputs) for outputs in _outputs(view, val)]
+        self.combined = combined.fit_scores(torch.cat(scores))
 
     @no_grad()
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
-        """ID label ``(B,)`` and conf ``(B,)``, minus the combined score, of images ``(B, 3, S, S)``.
+        """ID label ``(B,)`` and conf ``(B,)`` of images ``(B, 3, S, S)``.
 
         Raises:
             RuntimeError: If it has not been set up.
         """
-        if self.reference is None:
-            raise RuntimeError(
-                "Expected postprocessor tie_combined to be set up on ID training and validation images, but got none; call setup first"
-            )
-        logits, h, garbage = _seen(net, data)
-        return logits.argmax(dim=1), -RULES[self.rule](
-            self.reference, self._scores(logits, h, garbage)
-        )
-
-    def _scores(self, logits: Tensor, h: Tensor, garbage: Tensor | None) -> Tensor:
-        """Scores ``(B, k)``, larger = more OOD."""
-        scores = [self.knn.predict_features(h), GEN.score(logits)]  # type: ignore[union-attr]  # both who call have fitted it
-        return torch.stack(scores if garbage is None else [garbage, *scores], dim=1)
+        if self.combined is None:
+            raise self.needs_setup()
+        outputs = _read(getattr(net, "module", net), data)
+        scores = _scores(self.combined, *outputs)
+        return outputs[0].argmax(dim=1), -self.combined.predict_scores(scores)
 
 
-def _seen(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """ID logits ``(B, n)``, features ``(B, F)`` and, of a network that has a garbage class, its score ``(B,)``; by one forward pass."""
-    if not isinstance(getattr(net, "module", net), TIENet):
-        logits, h = net(x, return_feature=True)
-        return logits, h.flatten(1), None
-    logits, h = net.outputs(x)
-    return logits[:, :-1], h, ood_score(logits)
+Outputs = tuple[Tensor, Tensor, Tensor | None]
+"""ID logits ``(B, n)``, features ``(B, F)`` and, of a network with a garbage class, all logits
+``(B, n+1)``."""
+
+
+def _read(net: nn.Module, x: Tensor) -> Outputs:
+    """What members read of images ``(B, 3, S, S)``, by one forward pass."""
+    if isinstance(net, TIENet):
+        every, h = net.outputs(x)
+        return every[:, :-1], h, every
+    logits, h = net(x, return_feature=True)
+    return logits, h.flatten(1), None
+
+
+def _outputs(net: nn.Module, reader: BatchReader) -> Iterator[Outputs]:
+    device = next(net.parameters()).device
+    return (_read(net, batch.images.to(device)) for batch in reader)
+
+
+def _scores(combined: Combined, logits: Tensor, h: Tensor, every: Tensor | None) -> Tensor:
+    """Scores ``(B, k)`` by each member, larger = more OOD."""
+    *tie, knn, gen = combined.detectors
+    scores = [knn.predict_features(h), gen.predict_logits(logits)]  # type: ignore[attr-defined]
+    return torch.stack([*(member.predict_logits(every) for member in tie), *scores], dim=1)

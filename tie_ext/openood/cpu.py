@@ -1,63 +1,57 @@
-"""OpenOOD on a machine without a GPU: its code calls ``.cuda()`` everywhere, and names the device ``cuda`` here and there."""
+"""OpenOOD on a machine without a GPU.
+
+Its code calls ``.cuda()`` everywhere, and names the device ``cuda`` in a few places.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-class _Here(TorchFunctionMode):
+class _OnCPU(TorchFunctionMode):
     """Inside, what is asked for on a device ``cuda`` is made on the CPU."""
 
     def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
-        if func is torch.device:  # whose own name torch itself goes by, as fork_rng does
-            return func(*args, **(kwargs or {}))
-        return func(
-            *map(_on_cpu, args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()}
-        )
+        kwargs = kwargs or {}
+        if func is not torch.device:  # which torch itself calls by its name, as fork_rng does
+            args, kwargs = map(_on_cpu, args), {key: _on_cpu(kwargs[key]) for key in kwargs}
+        return func(*args, **kwargs)
 
 
-def _on_cpu(value):
-    return (
-        "cpu"
-        if isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda"
-        else value
-    )
+def _on_cpu(value: Any) -> Any:
+    named = isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda"
+    return "cpu" if named else value
+
+
+def _stay(self, *_, **__):
+    """In place of ``.cuda()``."""
+    return self
 
 
 @contextmanager
 def without_cuda(wanted: bool) -> Iterator[None]:
-    """Inside, tensors and modules stay on the CPU, whatever device they are sent to, and ``torch.load`` reads onto it; outside, all is as before.
+    """Keep tensors and modules on the CPU, whatever device they are sent to.
 
-    What is loaded so runs no code: tensors and plain containers alone are read, as torch from 2.6 on does by itself, unless a caller says otherwise.
+    ``torch.load`` reads onto the CPU too, and runs no code unless a caller asks for it: it reads
+    tensors and plain containers alone, as torch from 2.6 on does by default.
 
     Arguments:
-        wanted: Whether a GPU was asked for. Nothing is changed where one is there and was asked for.
+        wanted: Whether a GPU was asked for. Nothing changes where one is there and was asked for.
     """
     if wanted and torch.cuda.is_available():
         yield
         return
-    load = torch.load
-    stand_ins = [
-        (Tensor, "cuda", lambda self, *_, **__: self),
-        (nn.Module, "cuda", lambda self, *_, **__: self),
-        (torch.cuda, "FloatTensor", torch.FloatTensor),
-        (
-            torch,
-            "load",
-            lambda *args, **kwargs: load(
-                *args, **{"map_location": "cpu", "weights_only": True, **kwargs}
-            ),
-        ),
-    ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
-    for owner, name, stand_in in stand_ins:
-        setattr(owner, name, stand_in)
-    try:
-        with _Here():
-            yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+    load, safe = torch.load, {"map_location": "cpu", "weights_only": True}
+    with (
+        patch.object(Tensor, "cuda", _stay),
+        patch.object(nn.Module, "cuda", _stay),
+        patch.object(torch.cuda, "FloatTensor", torch.FloatTensor),
+        patch.object(torch, "load", lambda *args, **kwargs: load(*args, **{**safe, **kwargs})),
+        _OnCPU(),
+    ):
+        yield

@@ -1,6 +1,7 @@
-"""Image lists for OpenOOD, from folders: ``python -m tie_ext.openood.lists LIST FOLDER [FOLDER ...]``.
+"""Image lists for OpenOOD, from folders.
 
-A line of a list is an image's path below OpenOOD's ``data_dir`` (``data/images_classic/`` and its like), a space and a label.
+``python -m tie_ext.openood.lists LIST FOLDER [FOLDER ...]`` writes one. A line of a list is an
+image's path below OpenOOD's ``data_dir`` (such as ``data/images_classic/``), a space and a label.
 """
 
 import os
@@ -11,24 +12,26 @@ from pathlib import Path
 from tie_ext.utils.files import write_atomically
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-"""How the names of images end."""
+"""File name extensions of images."""
 
 
 def write_list(path: str | os.PathLike, *folders: str | os.PathLike) -> int:
     """Write the list of all images in folders.
 
-    A folder with subfolders has a class in each; label 0 is the first of their names, numbers being in the order of numbers. In a folder without,
-    every image has label -1, as OpenOOD has it for OOD images.
+    A folder with subfolders has one class in each; label 0 is the first of their names, and names
+    that are numbers are sorted as numbers. In a folder without subfolders every image has label
+    -1, as OOD images have in OpenOOD.
 
     Arguments:
-        path: The list, for instance ``data/benchmark_imglist/svhn/train_svhn.txt``; folders on the way are made.
-        folders: The folders, each in one whose name begins with ``images_``, OpenOOD's ``data_dir``.
+        path: The list, such as ``data/benchmark_imglist/svhn/train_svhn.txt``; its folder is made.
+        folders: The folders, each below one whose name begins with ``images_``, the ``data_dir``.
 
     Returns:
         The number of images.
 
     Raises:
-        ValueError: If a folder is not there, has no image, or is in no ``images_...``, or a name has a space, at which OpenOOD ends the path.
+        ValueError: If a folder does not exist, has no image or is not below ``images_...``, or a
+            path has a space, where OpenOOD ends it.
     """
     lines = [line for folder in folders for line in _lines(Path(os.path.abspath(folder)))]
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
@@ -37,31 +40,30 @@ def write_list(path: str | os.PathLike, *folders: str | os.PathLike) -> int:
 
 def _lines(folder: Path) -> list[str]:
     """``path label`` of each image in a folder."""
-    above = next((parent for parent in folder.parents if parent.name.startswith("images_")), None)
-    if not folder.is_dir() or above is None:
+    data_dir = next((p for p in folder.parents if p.name.startswith("images_")), None)
+    if not folder.is_dir() or data_dir is None:
         raise ValueError(
-            f"Expected a folder of images below OpenOOD's data_dir, as data/images_classic/svhn/train, but got {folder}"
+            "Expected a folder of images below OpenOOD's data_dir, as "
+            f"data/images_classic/svhn/train, but got {folder}"
         )
     classes = sorted((sub for sub in folder.iterdir() if sub.is_dir()), key=_rank)
-    labelled = (
-        [(label, image) for label, sub in enumerate(classes) for image in _images(sub)]
-        if classes
-        else [(-1, i) for i in _images(folder)]
-    )
+    groups = enumerate(classes) if classes else [(-1, folder)]
+    labelled = [(label, image) for label, group in groups for image in _images(group)]
     if not labelled:
         raise ValueError(
             f"Expected images in {folder}, or in a subfolder for each class, but got none"
         )
     for _, image in labelled:
-        if re.search(r"\s", str(image.relative_to(above))):
+        if re.search(r"\s", str(image.relative_to(data_dir))):
             raise ValueError(
-                f"Expected names without spaces, at which OpenOOD ends an image's path, but got {image}; rename it"
+                f"Expected paths without spaces, where OpenOOD ends a path, but got {image}; "
+                "rename it"
             )
-    return [f"{image.relative_to(above).as_posix()} {label}" for label, image in labelled]
+    return [f"{image.relative_to(data_dir).as_posix()} {label}" for label, image in labelled]
 
 
 def _rank(path: Path) -> tuple:
-    """Order of names: numbers first, as numbers, then letters."""
+    """Sort key of names: numbers first, by value, then all others."""
     return (0, int(path.name), "") if path.name.isdecimal() else (1, 0, path.name)
 
 
@@ -76,12 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: The list and its folders; None for those of this process.
 
     Raises:
-        SystemExit: If it cannot be written, saying why.
+        SystemExit: If it cannot be written, with the reason.
     """
     path, *folders = (sys.argv[1:] if arguments is None else arguments) or [""]
     if not folders:
         raise SystemExit(
-            "Expected a list and folders, as in `python -m tie_ext.openood.lists LIST FOLDER [FOLDER ...]`"
+            "Expected a list and folders, as in "
+            "`python -m tie_ext.openood.lists LIST FOLDER [FOLDER ...]`"
         )
     try:
         count = write_list(path, *folders)

@@ -1,4 +1,4 @@
-"""TIE's network around any of OpenOOD's backbones, with what its postprocessors ask of a network."""
+"""TIE's network around any of OpenOOD's backbones, with the calls that its postprocessors make."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,12 +10,15 @@ from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
 
+OTHERS = (*BACKBONES, "wrn", "densenet")
+"""Backbones that a checkpoint may be of where it does not fit the network of OpenOOD's script."""
+
 
 class OpenOODTIENet(TIENet):
-    """A :class:`tie_ext.TIENet` that answers OpenOOD's calls; every one of them sees n classes, as the count in its configs says.
+    """A :class:`tie_ext.TIENet` that answers OpenOOD's calls; each of them sees n classes.
 
-    Beside those of TIENet (``forward(x)``, ``return_feature=True``, ``forward_threshold``, ``get_fc``, ``get_fc_layer``, ``fc``,
-    ``feature_size``) these are ``return_feature_list=True``, ``intermediate_forward`` and the backbone's own layers (``net.layer4``, ``avgpool``).
+    The layers and methods of the backbone are attributes of the network too (``net.layer4``,
+    ``net.avgpool``).
     """
 
     def forward(
@@ -26,12 +29,12 @@ class OpenOODTIENet(TIENet):
         *,
         garbage: bool = False,
     ):
-        """Logits, and features where asked.
+        """Logits, and features where asked for.
 
         Arguments:
             x: Images ``(B, 3, S, S)``, normalised.
             return_feature: Give ``(logits, features (B, F))``.
-            return_feature_list: Give ``(logits, [the backbone's maps, the penultimate ones last])``.
+            return_feature_list: Give ``(logits, [maps of the backbone, penultimate last])``.
             garbage: Give n+1 logits, the garbage class last, instead of n.
         """
         if return_feature_list:
@@ -53,7 +56,7 @@ class OpenOODTIENet(TIENet):
         return self.all_logits(h, self.garbage.statistics(found, h) if multilayer else h), maps
 
     def forward_threshold(self, x: Tensor, threshold: float) -> Tensor:
-        """ID logits ``(B, n)`` of features cut off above ``threshold``, as ReAct asks for."""
+        """ID logits ``(B, n)`` of features clipped at ``threshold``, as ReAct asks for."""
         return self.fc(self.features(x).clip(max=threshold))
 
     def get_fc(self) -> tuple:
@@ -79,41 +82,43 @@ class OpenOODTIENet(TIENet):
             return getattr(super().__getattr__("backbone"), name)
 
 
-def tie_net(network_config) -> OpenOODTIENet:
-    """The network of a config: ``num_classes``, ``image_size``, ``normalization_type``, ``backbone`` and, where it is there, ``head`` (``linear``
-    or ``multilayer``) are read; no checkpoint is.
+def tie_net(config: Config) -> OpenOODTIENet:
+    """The network of a config, without weights.
 
-    Images have three channels and are normalised, so that 0 becomes ``-mean / std`` and 1 ``(1 - mean) / std``.
+    Images have three channels and are normalised: ``-mean / std`` stands for 0, and
+    ``(1 - mean) / std`` for 1.
+
+    Arguments:
+        config: OpenOOD's config of the network: ``num_classes``, ``image_size``,
+            ``normalization_type``, ``backbone`` and, where it is given, ``head`` (``linear`` or
+            ``multilayer``).
     """
-    backbone = backbone_of(network_config.backbone)
-    mean, std = normalization_dict.get(network_config.normalization_type, ([0.5] * 3, [0.5] * 3))
-    low = [-m / s for m, s in zip(mean, std, strict=True)]
-    high = [(1 - m) / s for m, s in zip(mean, std, strict=True)]
-    size = network_config.image_size
+    old = config.garbage  # as configs of 0.2.0 say: linear or layers
+    head = {"layers": "multilayer"}.get(old, old) or config.head or "linear"
+    mean, std = normalization_dict.get(config.normalization_type, ([0.5] * 3, [0.5] * 3))
     return OpenOODTIENet(
-        backbone,
-        network_config.num_classes,
-        (3, size, size),
-        low,
-        high,
-        head=network_config.head or "linear",
+        backbone_of(config.backbone),
+        config.num_classes,
+        (3, config.image_size, config.image_size),
+        [-m / s for m, s in zip(mean, std, strict=True)],
+        [(1 - m) / s for m, s in zip(mean, std, strict=True)],
+        head=head,
     )
 
 
-def backbone_of(backbone_config: Config) -> nn.Module:
-    """The classifier of a config, on the CPU: one of OpenOOD's networks, or of :data:`tie_ext.BACKBONES` for images of three channels."""
-    from openood.networks.utils import (
-        get_network,  # at the time of the call: it may be one that knows more backbones
-    )
+def backbone_of(config: Config) -> nn.Module:
+    """The classifier of a config, on the CPU.
 
-    if backbone_config.name in BACKBONES:
-        return BACKBONES[backbone_config.name](3, backbone_config.num_classes)
-    backbone_config.num_gpus = 0  # moved to its device as a part of the whole
-    return get_network(backbone_config)
+    It is one of OpenOOD's networks, or of :data:`tie_ext.models.backbones.BACKBONES` for images of
+    three channels.
+    """
+    # At the time of the call, as it may have been replaced by one that knows more networks.
+    from openood.networks.utils import get_network
 
-
-OTHERS = (*BACKBONES, "wrn", "densenet")
-"""Backbones that a checkpoint may be of where it is not of the network that a script of OpenOOD's has built."""
+    if config.name in BACKBONES:
+        return BACKBONES[config.name](3, config.num_classes)
+    config.num_gpus = 0  # moved to its device as a part of the whole
+    return get_network(config)
 
 
 def tie_net_of(checkpoint: Mapping[str, Tensor], network: nn.Module, size: int) -> OpenOODTIENet:
@@ -121,31 +126,15 @@ def tie_net_of(checkpoint: Mapping[str, Tensor], network: nn.Module, size: int) 
 
     Arguments:
         checkpoint: The ``state_dict`` of a ``tie_net``, or of what :func:`tie_ext.attach` gives.
-        network: The classifier that it is taken to be around, which is copied; where it is around another one of :data:`OTHERS`, that is found.
+        network: The classifier that it is expected to be around, which is copied. Where it is
+            around one of :data:`OTHERS` instead, that is found.
         size: S of its images ``(3, S, S)``.
 
     Raises:
-        ValueError: If it is around no network that is known here, or its garbage head is for images of another size.
+        ValueError: If it is around another network, or its head is for images of another size.
     """
     num_classes = len(checkpoint["fc.weight"])
-    shapes = {
-        name.removeprefix("backbone."): value.shape
-        for name, value in checkpoint.items()
-        if name.startswith("backbone.")
-    }
-    backbone = next(
-        (
-            candidate
-            for candidate in _candidates(network, num_classes)
-            if shapes.items() <= _shapes(candidate).items()
-        ),
-        None,
-    )
-    if backbone is None:
-        known = ", ".join([type(network).__name__, *OTHERS])
-        raise ValueError(
-            f"Expected a checkpoint of a tie_net around one of {known}, but got one around another network; score it by main.py"
-        )
+    backbone = _backbone_in(checkpoint, network, num_classes)
     low, high = (checkpoint[name].flatten().tolist() for name in ("low", "high"))
     head = "multilayer" if "garbage.mean" in checkpoint else "linear"
     net = OpenOODTIENet(backbone, num_classes, (3, size, size), low, high, head=head)
@@ -153,16 +142,34 @@ def tie_net_of(checkpoint: Mapping[str, Tensor], network: nn.Module, size: int) 
         net.load_state_dict(dict(checkpoint))
     except RuntimeError as error:
         raise ValueError(
-            f"Expected a checkpoint of a tie_net around {type(backbone).__name__} for {size} pixels, but got another: {error}"
+            f"Expected a checkpoint of a tie_net around {type(backbone).__name__} for {size} "
+            f"pixels, but got another: {error}"
         ) from None
     return net
+
+
+def _backbone_in(
+    checkpoint: Mapping[str, Tensor], network: nn.Module, num_classes: int
+) -> nn.Module:
+    """The first candidate that has all weights of the checkpoint's backbone."""
+    prefix = "backbone."
+    shapes = {
+        name.removeprefix(prefix): value.shape
+        for name, value in checkpoint.items()
+        if name.startswith(prefix)
+    }
+    for candidate in _candidates(network, num_classes):
+        state = candidate.state_dict()
+        if shapes.items() <= {name: value.shape for name, value in state.items()}.items():
+            return candidate
+    raise ValueError(
+        "Expected a checkpoint of a tie_net around one of "
+        f"{', '.join([type(network).__name__, *OTHERS])}, but got one around another network; "
+        "score it by main.py"
+    )
 
 
 def _candidates(network: nn.Module, num_classes: int) -> Iterator[nn.Module]:
     yield network
     for name in OTHERS:
         yield backbone_of(Config(name=name, num_classes=num_classes, pretrained=False))
-
-
-def _shapes(network: nn.Module) -> dict:
-    return {name: value.shape for name, value in network.state_dict().items()}

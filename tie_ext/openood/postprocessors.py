@@ -1,36 +1,64 @@
 """TIE's scores as OpenOOD postprocessors: larger conf = more ID, the negative of the score."""
 
+from typing import ClassVar
+
 from openood.postprocessors import BasePostprocessor
 from openood.utils.config import Config
 from torch import Tensor, nn, no_grad
+from tqdm import tqdm
 
 from tie_ext.models.network import TIENet
 from tie_ext.openood import configs
 from tie_ext.scores.decision import ood_score, uncertainty
 
 
-def shipped(name: str) -> Config:
-    """The config of one of these postprocessors, as :func:`tie_ext.openood.configs` has it."""
-    return Config(str(configs() / "postprocessors" / f"{name}.yml"))
+class Postprocessor(BasePostprocessor):
+    """What ours have in common: the config that is shipped, and no search for parameters.
 
+    OpenOOD searches for parameters on OOD images where a config has ``APS_mode: True``. Here it
+    finds one candidate, the parameters as they are, and a line says so.
 
-def arguments(name: str, config: Config) -> dict:
-    """``postprocessor_args`` of a config for one of these postprocessors; what it does not say is as shipped."""
-    return {
-        **shipped(name).postprocessor.postprocessor_args,
-        **(config.postprocessor.postprocessor_args or {}),
-    }
+    Arguments:
+        config: OpenOOD's config; None for the one that is shipped, which also gives the
+            ``postprocessor_args`` that a config leaves out.
+    """
 
-
-class TIEPostprocessor(BasePostprocessor):
-    """Postprocessor ``tie``: the two levels in one score, :func:`tie_ext.ood_score`. Its parameter is the temperature ``t``."""
+    name: ClassVar[str]
+    args_dict: ClassVar[dict[str, list]] = {"none": [None]}
 
     def __init__(self, config: Config | None = None):
-        super().__init__(config or shipped("tie"))
-        settings = self.config.postprocessor
-        self.APS_mode, self.hyperparam_search_done = bool(settings.APS_mode), False
-        self.args_dict = settings.postprocessor_sweep
-        self.t = float(arguments("tie", self.config)["t"])
+        shipped = Config(str(configs() / "postprocessors" / f"{self.name}.yml"))
+        super().__init__(config or shipped)
+        given = self.config.postprocessor
+        self.APS_mode, self.hyperparam_search_done = bool(given.APS_mode), False
+        parts = (shipped.postprocessor.postprocessor_args, given.postprocessor_args)
+        self.parameters = {name: value for part in parts for name, value in (part or {}).items()}
+
+    def set_hyperparam(self, hyperparam: list) -> None:
+        """Say that there is nothing to search for."""
+        tqdm.write(f"Postprocessor {self.name} has nothing to search for (APS_mode)")
+
+    def get_hyperparam(self) -> dict | float:
+        """The parameters."""
+        return self.parameters
+
+    def needs_setup(self) -> RuntimeError:
+        """The error of a postprocessor that has not been set up."""
+        return RuntimeError(f"Postprocessor {self.name} is not set up; call its setup first")
+
+
+class TIEPostprocessor(Postprocessor):
+    """Postprocessor ``tie``: both levels in one score, :func:`tie_ext.ood_score`.
+
+    Its parameter is the temperature ``t``, which OpenOOD can search for.
+    """
+
+    name = "tie"
+
+    def __init__(self, config: Config | None = None):
+        super().__init__(config)
+        self.args_dict = self.config.postprocessor.postprocessor_sweep  # type: ignore[misc]
+        self.t = float(self.parameters["t"])
 
     @no_grad()
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +69,8 @@ class TIEPostprocessor(BasePostprocessor):
         """
         if not isinstance(getattr(net, "module", net), TIENet):
             raise TypeError(
-                f"Expected network tie_net for postprocessor tie, but got {type(net).__name__}; postprocessor tie_ue takes any network"
+                f"Expected network tie_net for postprocessor tie, but got {type(net).__name__}; "
+                "postprocessors tie_ue and tie_combined take any network"
             )
         logits = net(data, garbage=True)
         return logits[:, :-1].argmax(dim=1), -ood_score(logits, self.t)
@@ -55,15 +84,14 @@ class TIEPostprocessor(BasePostprocessor):
         return self.t
 
 
-class TIEUEPostprocessor(BasePostprocessor):
-    """Postprocessor ``tie_ue``: the paper's uncertainty estimate UE over the n ID outputs (Table 2), of any network.
+class TIEUEPostprocessor(Postprocessor):
+    """Postprocessor ``tie_ue``: the paper's uncertainty estimate UE over n outputs (Table 2).
 
-    It ranks as OpenOOD's ``gen`` with gamma 1 and M = n: UE is n / (n - 1) times that generalised entropy.
+    It takes any network, and ranks as OpenOOD's ``gen`` with gamma 1 and M = n: UE is n / (n - 1)
+    times that generalised entropy.
     """
 
-    def __init__(self, config: Config | None = None):
-        super().__init__(config or shipped("tie_ue"))
-        self.APS_mode, self.hyperparam_search_done = False, False
+    name = "tie_ue"
 
     @no_grad()
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Putting TIE's names where OpenOOD looks names up, and taking them away again.
 
-OpenOOD keeps its tables inside functions, and its modules hold their own reference to those functions. So each function is wrapped once, and the
-wrapper is put wherever the original has been copied to; modules imported later copy the wrapper themselves.
+OpenOOD keeps its tables inside functions, and its modules hold references to those functions. So
+each function is wrapped once, and the wrapper is put wherever the original has been copied to;
+modules imported later copy the wrapper themselves.
 """
 
 import sys
@@ -27,47 +28,42 @@ from torch import nn
 
 from tie_ext.models.network import TIENet
 from tie_ext.openood import configs
-from tie_ext.openood.attach_trainer import OpenOODAttachTrainer
 from tie_ext.openood.combined import CombinedPostprocessor
 from tie_ext.openood.network import tie_net, tie_net_of
-from tie_ext.openood.postprocessors import TIEPostprocessor, TIEUEPostprocessor
+from tie_ext.openood.postprocessors import Postprocessor, TIEPostprocessor, TIEUEPostprocessor
 from tie_ext.openood.recorder import LastRecorder
 from tie_ext.openood.rejection import DMRPostprocessor
-from tie_ext.openood.trainer import OpenOODTIETrainer
+from tie_ext.openood.trainers import OpenOODAttachTrainer, OpenOODTIETrainer
 
-POSTPROCESSORS: dict[
-    str,
-    type[TIEPostprocessor]
-    | type[TIEUEPostprocessor]
-    | type[CombinedPostprocessor]
-    | type[DMRPostprocessor],
-] = {
-    "tie": TIEPostprocessor,
-    "tie_ue": TIEUEPostprocessor,
-    "tie_combined": CombinedPostprocessor,
-    "dmr": DMRPostprocessor,
+POSTPROCESSORS: dict[str, type[Postprocessor]] = {
+    cls.name: cls
+    for cls in (TIEPostprocessor, TIEUEPostprocessor, CombinedPostprocessor, DMRPostprocessor)
 }
 TRAINERS: dict[str, type[OpenOODTIETrainer] | type[OpenOODAttachTrainer]] = {
     "tie": OpenOODTIETrainer,
     "attach": OpenOODAttachTrainer,
 }
 CLASSES = {"mnist": 10, "fashionmnist": 10, "svhn": 10, "tinyimagenet": 200}
-"""Class counts that MDS, RMDS, KLM, SHE, Gram and OpenMax look up by the data set's name and OpenOOD does not have."""
+"""Class counts that MDS, RMDS, KLM, SHE, Gram and OpenMax look up by the name of the data set, and
+that OpenOOD does not have."""
 SHAPED = {"ash": ASHNet, "scale": ScaleNet, "adascale_a": AdaScaleANet, "adascale_l": AdaScaleLNet}
-"""Networks that these postprocessors need; OpenOOD's evaluation API puts them around the user's network, its pipelines do not."""
-
+"""Networks that these postprocessors need around the user's; OpenOOD's evaluation API adds them,
+its pipelines do not."""
 SIZES = {"ResNet18_32x32": 32, "ResNet18_224x224": 224, "ResNet50": 224}
-"""The networks that OpenOOD's ``scripts/eval_ood*.py`` build, and the side of their images in pixels."""
+"""Networks that OpenOOD's ``scripts/eval_ood*.py`` build, and the side of their images in pixels.
+"""
 
-_wrapped: dict[Callable, Callable] = {}  # wrapper by original, while registered
+# While registered:
+_wrapped: dict[Callable, Callable] = {}  # wrapper by original
+_networks: dict[str, type[nn.Module]] = {}  # originals by name
+_counts: dict[str, int] = {}  # class counts that were added
 
 
 def register() -> None:
-    """Make trainers ``tie`` and ``attach``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue``, ``tie_combined`` and ``dmr`` known to
-    OpenOOD; ``best.ckpt`` of these trainers is the last epoch's.
+    """Make TIE's trainers, network, postprocessors and recorder known to OpenOOD.
 
-    The networks that its scripts build, :data:`SIZES`, become a ``tie_net`` when they are given a checkpoint of one. Calling it again changes
-    nothing.
+    The networks that its scripts build, :data:`SIZES`, become a ``tie_net`` when they load a
+    checkpoint of one. Calling it again changes nothing.
     """
     if _wrapped:
         return
@@ -85,26 +81,22 @@ def register() -> None:
         _networks[name] = getattr(openood.networks, name)
         setattr(openood.networks, name, _with_checkpoints(_networks[name], size))
     api.postprocessors.update(POSTPROCESSORS)
-    _missing.update({name: n for name, n in CLASSES.items() if name not in info.num_classes_dict})
-    info.num_classes_dict.update(_missing)
-
-
-_missing: dict[str, int] = {}
-_networks: dict[str, type[nn.Module]] = {}  # the originals, while registered
+    _counts.update({name: n for name, n in CLASSES.items() if name not in info.num_classes_dict})
+    info.num_classes_dict.update(_counts)
 
 
 def unregister() -> None:
     """Leave OpenOOD as it was before :func:`register`."""
+    if not _wrapped:
+        return
     _swap({wrapper: original for original, wrapper in _wrapped.items()})
-    _wrapped.clear()
     for name, network in _networks.items():
         setattr(openood.networks, name, network)
-    _networks.clear()
-    for name in POSTPROCESSORS:
-        api.postprocessors.pop(name, None)
-    for name in _missing:
-        info.num_classes_dict.pop(name, None)
-    _missing.clear()
+    for table, names in ((api.postprocessors, POSTPROCESSORS), (info.num_classes_dict, _counts)):
+        for name in names:
+            del table[name]
+    for kept in (_wrapped, _networks, _counts):
+        kept.clear()
 
 
 def registered() -> bool:
@@ -121,7 +113,7 @@ def _swap(functions: dict[Callable, Callable]) -> None:
 
 
 class Registered:
-    """A function of OpenOOD's that is to run in a process of its own, where nothing is registered yet.
+    """A function of OpenOOD's that is called in a new process, where nothing is registered yet.
 
     Arguments:
         function: The function; found by its name there.
@@ -160,39 +152,34 @@ def _with_recorder(original: Callable) -> Callable:
 
 
 def _with_checkpoints(original: type[nn.Module], size: int) -> type[nn.Module]:
-    """A network's class whose ``load_state_dict`` takes the checkpoint of a ``tie_net`` too: its scripts build the network, then fill it."""
+    """A network's class whose ``load_state_dict`` also takes the checkpoint of a ``tie_net``."""
 
     class Network(original):  # type: ignore[misc, valid-type]
         def load_state_dict(self, state_dict, *args, **kwargs):
             if not {"tau", "low", "high"} <= set(state_dict):
                 return super().load_state_dict(state_dict, *args, **kwargs)
             net = tie_net_of(state_dict, self, size)
-            # The script holds this very object, and asks for no other.
+            # OpenOOD's script holds this very object, so it becomes the other one.
             self.__class__, self.__dict__ = type(net), vars(net)  # type: ignore[assignment, misc]
             return self.load_state_dict(state_dict)
 
-    Network.__name__, Network.__qualname__, Network.__doc__ = (
-        original.__name__,
-        original.__qualname__,
-        original.__doc__,
-    )
+    for name in ("__name__", "__qualname__", "__doc__"):
+        setattr(Network, name, getattr(original, name))
     Network.__module__ = openood.networks.__name__  # where it can be found again by name
     return Network
 
 
 def _with_network(original: Callable) -> Callable:
-    def get_network(network_config):
-        if network_config.name != "tie_net":
-            return original(network_config)
-        net = tie_net(network_config)
-        if network_config.pretrained:
+    def get_network(config):
+        if config.name != "tie_net":
+            return original(config)
+        net = tie_net(config)
+        if config.pretrained:
             net.load_state_dict(
-                torch.load(network_config.checkpoint, map_location="cpu", weights_only=True)
+                torch.load(config.checkpoint, map_location="cpu", weights_only=True)
             )
-        # Not wrapped in DistributedDataParallel: TIE's trainer keeps the processes in step itself (tie_ext.utils.distributed).
-        return net.to(
-            "cuda" if network_config.num_gpus > 0 and torch.cuda.is_available() else "cpu"
-        )
+        # Not wrapped in DistributedDataParallel: TIE's trainer synchronises the processes itself.
+        return net.to("cuda" if config.num_gpus > 0 and torch.cuda.is_available() else "cpu")
 
     return get_network
 
@@ -207,9 +194,8 @@ def _with_postprocessors(original: Callable) -> Callable:
         except KeyError:
             if name not in api.postprocessors:
                 raise
-            postprocessor = api.postprocessors[name](
-                config
-            )  # its pipelines know fewer names than its evaluation API
+            # OpenOOD's pipelines know fewer names than its evaluation API.
+            postprocessor = api.postprocessors[name](config)
         if name in SHAPED:
             score = postprocessor.postprocess
             postprocessor.postprocess = lambda net, data: score(
@@ -222,11 +208,10 @@ def _with_postprocessors(original: Callable) -> Callable:
 
 def _with_configs(original: Callable) -> Callable:
     def get_postprocessor(config_root, postprocessor_name, id_data_name):
-        # Where the user has no file of his own, OpenOOD would download one, of a name that it does not know.
-        own = (
-            postprocessor_name not in POSTPROCESSORS
-            or Path(config_root, "postprocessors", f"{postprocessor_name}.yml").exists()
-        )
-        return original(config_root if own else str(configs()), postprocessor_name, id_data_name)
+        # Where the user has no such file, OpenOOD would try to download one that it does not have.
+        own = Path(config_root, "postprocessors", f"{postprocessor_name}.yml").exists()
+        if postprocessor_name in POSTPROCESSORS and not own:
+            config_root = str(configs())
+        return original(config_root, postprocessor_name, id_data_name)
 
     return get_postprocessor

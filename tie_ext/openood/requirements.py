@@ -4,7 +4,6 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-# By the name that is imported: the distribution and the versions that work together (OpenOOD at 3c35632).
 PACKAGES = {
     "numpy": ("numpy", "<2"),  # imgaug 0.4.0 uses np.sctypes
     "torch": ("torch", ""),
@@ -13,15 +12,13 @@ PACKAGES = {
     "sklearn": ("scikit-learn", ""),
     "scipy": ("scipy", ""),
     "pandas": ("pandas", "<3"),
-    "cv2": (
-        "opencv-python",
-        "<4.12",
-    ),  # the one that imgaug brings, as two write the same folder; later ones need numpy 2
+    # imgaug brings this one, and two of them write the same folder; later ones need numpy 2.
+    "cv2": ("opencv-python", "<4.12"),
     "imgaug": ("imgaug", ""),
     "diffdist": ("diffdist", ""),
     "faiss": ("faiss-cpu", ""),
     "statsmodels": ("statsmodels", ""),
-    "pytorch_ood": ("pytorch-ood", ">=0.4"),  # the plug-in's own: KNN and GEN of tie_combined
+    "pytorch_ood": ("pytorch-ood", ">=0.4"),  # for the plug-in itself: KNN and GEN
     "timm": ("timm", ""),
     "foolbox": ("foolbox", ""),
     "gdown": ("gdown", ""),
@@ -29,31 +26,24 @@ PACKAGES = {
     "yaml": ("pyyaml", ""),
     "matplotlib": ("matplotlib", ""),
 }
+"""Distribution and bound of each package, by the name that is imported; these versions work
+together with OpenOOD at 3c35632."""
 OPENOOD = "pip install --no-deps git+https://github.com/Jingkang50/OpenOOD@3c35632"
 LIBMR = "pip install cython setuptools && pip install --no-build-isolation libmr"
 
 
 def check_requirements() -> None:
-    """Name everything that OpenOOD and its plug-in need and that cannot be had here, at once, before anything else happens.
+    """Name all packages that OpenOOD and its plug-in need and that are missing or unfit, at once.
 
     Raises:
-        ImportError: With each missing or incompatible package and the lines that install them.
+        ImportError: With each of them and the lines that install them.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
-    unfit = [
-        name
-        for name, (package, bound) in PACKAGES.items()
-        if name not in missing and bound and not _fits(package, bound)
-    ]
+    unfit = [name for name in PACKAGES if name not in missing and not _fits(*PACKAGES[name])]
     lines = []
     if missing or unfit:
-        lines.append(
-            "pip install "
-            + " ".join(
-                f"'{package}{bound}'"
-                for package, bound in (PACKAGES[name] for name in [*missing, *unfit])
-            )
-        )
+        needed = ("".join(PACKAGES[name]) for name in (*missing, *unfit))
+        lines.append(f"pip install {' '.join(map(repr, needed))}")
     if find_spec("libmr") is None:
         missing.append("libmr")
         lines.append(LIBMR)
@@ -61,22 +51,23 @@ def check_requirements() -> None:
         missing.append("openood")
         lines.append(f"{OPENOOD}  # or run from the folder of a checkout, or put it on PYTHONPATH")
     if lines:
-        found = [
-            f"{name} {version(PACKAGES[name][0])} where {name}{PACKAGES[name][1]} is needed"
-            for name in unfit
-        ]
-        what = "; ".join(filter(None, [f"no {', '.join(missing)}" if missing else "", *found]))
-        said = f"Expected the packages that OpenOOD and its plug-in import, but got {what}. Install them with"
-        raise ImportError("\n    ".join([said, *lines]))
+        found = [f"no {', '.join(missing)}"] if missing else []
+        for name in unfit:
+            package, bound = PACKAGES[name]
+            found.append(f"{name} {version(package)} where {name}{bound} is needed")
+        expected = "Expected the packages that OpenOOD and its plug-in import"
+        raise ImportError(
+            "\n    ".join([f"{expected}, but got {'; '.join(found)}. Install them with", *lines])
+        )
 
 
 def _fits(package: str, bound: str) -> bool:
-    """Whether the installed version keeps a bound, ``<`` or ``>=`` and a version."""
+    """Whether the installed version keeps a bound: none, or ``<`` or ``>=`` and a version."""
+    if not bound:
+        return True
     try:
         found = version(package)
-    except (
-        PackageNotFoundError
-    ):  # under another name (opencv-python-headless, faiss-gpu): its import decides
-        return True
+    except PackageNotFoundError:
+        return True  # under another name (opencv-python-headless, faiss-gpu); its import decides
     at, limit = ([int(part) for part in re.findall(r"\d+", text)[:3]] for text in (found, bound))
     return at >= limit if bound.startswith(">=") else at < limit

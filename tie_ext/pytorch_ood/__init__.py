@@ -1,4 +1,6 @@
-"""TIE and the other papers' post-hoc detectors inside pytorch-ood: larger score = more OOD, labels < 0 are OOD."""
+"""Post-hoc detectors of TIE and other papers for pytorch-ood: larger score = more OOD, labels < 0
+are OOD.
+"""
 
 from tie_ext.pytorch_ood.combine import combine
 from tie_ext.pytorch_ood.combined import Combined

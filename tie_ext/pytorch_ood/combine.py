@@ -1,65 +1,99 @@
 """The combination that validation chose, in one call. Larger score = more OOD."""
 
+from collections.abc import Iterable
+
 import torch
+from pytorch_ood.api import Detector
 from pytorch_ood.detector import GEN
 from torch import Tensor
 
 from tie_ext.models.network import TIENet
-from tie_ext.outliers.base import Batches
+from tie_ext.pytorch_ood.base import id_reader
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector
 from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.scores.combination import check_rule
-from tie_ext.utils.modules import evaluating
 from tie_ext.utils.reservoir import Reservoir
+from tie_ext.utils.views import eval_view
 
 
 @torch.no_grad()
 def combine(
     net: TIENet,
     *,
-    train_loader: Batches,
-    calibration_loader: Batches,
+    train_loader: Iterable,
+    calibration_loader: Iterable,
     false_alarm: float | None = 0.05,
     rule: str = "zsum",
 ) -> Combined:
-    """The garbage class of a network, KNN and GEN as one detector, with one line: the members and the rule that validation sets chose by their
-    worst column (docs/research/attached.md). Each finds what the others miss: what looks like nothing known, odd features, odd logits.
+    """The garbage class of a network, KNN and GEN as one detector with one threshold.
+
+    Members and rule were chosen on validation sets by their worst column
+    (docs/research/attached.md). Each finds what the others miss: unfamiliar images, unfamiliar
+    features, unfamiliar logits.
 
     Arguments:
-        net: A network that has learned a garbage class, as :func:`tie_ext.attach` gives it.
-        train_loader: Batches ``(x, y)`` of the ID images that the classifier was trained on; KNN keeps the features of a sample of them.
-        calibration_loader: Batches ``(x, y)`` of ID images that it was not trained on: half of them set the scale of the scores, half draw the line.
-        false_alarm: Reject ID images with at most this probability; None for scores without a line.
-        rule: Of :data:`tie_ext.scores.combination.RULES`. ``max`` is harder to get through for somebody who searches, as all members have to be fooled at
-            once (docs/research/fooling.md).
+        net: A network with a garbage class, as :func:`tie_ext.attach` gives it.
+        train_loader: ID images on which the classifier was trained, with or without labels; KNN
+            keeps the features of a sample of them.
+        calibration_loader: ID images on which it was not trained, with or without labels: half of
+            them set the scale of the scores, half the threshold. In both loaders images with labels
+            < 0 are left out.
+        false_alarm: Share of new ID images that may be rejected, in (0, 1]; None for scores without
+            a threshold.
+        rule: How the scores are combined, one of :data:`tie_ext.scores.combination.RULES`. ``max``
+            resists adversarially optimised inputs better, as all members have to be fooled at once
+            (docs/research/fooling.md).
+
+    Returns:
+        The fitted detector.
 
     Raises:
-        ValueError: If there are fewer than two training images, too few held-out ones, or the same loader twice, or the rule is unknown.
+        TypeError: If the network is no TIENet.
+        ValueError: If there are fewer than two training images, too few for calibration, or the
+            same loader twice, if images or labels are not those of the network, or the rule is
+            unknown.
     """
     check_rule(rule)  # before any image is read
+    device = TIEDetector(net).device  # a TypeError where it has no garbage class
     if calibration_loader is train_loader:
         raise ValueError(
-            "Expected held-out images that the network was not trained on, but got the training images again"
+            "Expected calibration images that the network was not trained on, "
+            "but got the training images again"
         )
-    features = FeatureSample()
-    with evaluating(net):
-        for x, _ in train_loader:
-            features.add(net.features(x.to(net.low.device)).float())
-    knn = fit_knn(features.rows)
-    knn.encoder = net.features
-    return Combined([TIEDetector(net), knn, GEN(net)], false_alarm, rule).fit(calibration_loader)
+    view, batches = eval_view(net), id_reader(net, train_loader, "train_loader")
+    features = sample_features(view.features(x.to(device)) for x, _ in batches)
+    return Combined(chosen_members(features, net), false_alarm, rule).fit(calibration_loader)
 
 
-class FeatureSample(Reservoir):
-    """A uniform random sample of features ``(N, F)``, as many as :class:`SampledKNN` keeps."""
+def chosen_members(
+    features: Tensor, net: TIENet | None = None, garbage: bool = True
+) -> list[Detector]:
+    """The members of the combination: garbage class, KNN and GEN.
 
-    def __init__(self) -> None:
-        super().__init__(SampledKNN(None).most)
+    Arguments:
+        features: Features ``(N, F)`` of training images, N >= 2.
+        net: Their network; None to score its outputs alone (:meth:`Combined.score_outputs`).
+        garbage: Whether the network has a garbage class; the other two are left where not.
+    """
+    knn = fit_knn(features)
+    knn.encoder = None if net is None else net.features
+    return [*([TIEDetector(net)] if garbage else []), knn, GEN(net)]
+
+
+def sample_features(batches: Iterable[Tensor]) -> Tensor:
+    """A uniform random sample of features ``(N, F)``, at most as many as :class:`SampledKNN` keeps,
+    from batches ``(B, F)``.
+    """
+    sample = Reservoir(SampledKNN(None).max_samples)
+    for features in batches:
+        sample.add(features.float())
+    return sample.rows
 
 
 def fit_knn(features: Tensor) -> SampledKNN:
-    """KNN of training features alone: the 50th neighbour of 5000 images, and one in a hundred of fewer, as k has to grow with their number.
+    """KNN of training features: the 50th neighbour of 5000 images, and one in a hundred of fewer,
+    as k has to grow with their number.
 
     Arguments:
         features: ``(N, F)``, N >= 2.
@@ -70,5 +104,5 @@ def fit_knn(features: Tensor) -> SampledKNN:
     if len(features) < 2:
         raise ValueError(f"Expected at least two training images for KNN, but got {len(features)}")
     knn = SampledKNN(None)
-    knn.k = max(1, min(knn.most, len(features)) * knn.k // knn.most)
-    return knn.fit_features(features, torch.zeros(len(features), dtype=torch.long))
+    knn.k = max(1, min(knn.max_samples, len(features)) * knn.k // knn.max_samples)
+    return knn.fit_features(features)

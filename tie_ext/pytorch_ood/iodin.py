@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tie_ext.outliers.saliency import perturb
 from tie_ext.utils.checks import check_number
+from tie_ext.utils.views import frozen_view
 
 
 class IODIN(GradientDetector):
@@ -18,14 +19,17 @@ class IODIN(GradientDetector):
         model: A classifier ``(B, C, H, W) -> (B, n)``.
         eps: Step (OpenOOD's default).
         temperature: T of the softmax.
-        norm_std: Standard deviation of each channel that the images were normalised by; the step is divided by it.
-        values: How many of the C*H*W values move, those of the largest gradients (OpenOOD's implementation: 1).
+        norm_std: Standard deviation of each channel that the images were normalised by; the step is
+            divided by it.
+        values: Values of the C*H*W that change, those of the largest gradients (OpenOOD's
+            implementation: 1).
 
     Raises:
         ValueError: If a number is out of range.
 
     References:
-        S. Regmi. *Image-based Outlier Synthesis With Training Data* (ASCOOD), section B; score as in ODIN (S. Liang et al., ICLR 2018).
+        S. Regmi. *Image-based Outlier Synthesis With Training Data* (ASCOOD), section B; score as
+        in ODIN (S. Liang et al., ICLR 2018).
     """
 
     info: ClassVar = DetectorInfo(
@@ -53,29 +57,26 @@ class IODIN(GradientDetector):
         check_number("eps", eps, 0, 1e6)
         check_number("temperature", temperature, 0, 1e6, above=True)
         check_number("values", values, 1, 10**9, integer=True)
-        self.model, self.eps, self.temperature, self.norm_std, self.values = (
-            model,
-            eps,
-            temperature,
-            norm_std,
-            values,
-        )
+        self.model, self.eps, self.temperature = model, eps, temperature
+        self.norm_std, self.values = norm_std, values
 
     def predict(self, x: Tensor) -> Tensor:
-        """Negative largest softmax probability ``(B,)`` in [-1, -1/n] of the perturbed images; larger = more OOD.
+        """Negative largest softmax probability ``(B,)`` in [-1, -1/n] of the perturbed images;
+        larger = more OOD.
 
         Raises:
             ModelNotSetException: If there is no model.
         """
         if self.model is None:
             raise ModelNotSetException
+        net = frozen_view(self.model)
         if self.device is not None:
             x = x.to(self.device)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            logits = self.model(x) / self.temperature
+            logits = net(x) / self.temperature
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), x)
         std = x.new_tensor(self.norm_std or [1.0]).view(1, -1, 1, 1)
         with torch.no_grad():
-            logits = self.model(perturb(x.detach(), gradient, self.eps / std, self.values))
+            logits = net(perturb(x.detach(), gradient, self.eps / std, self.values))
         return -(logits / self.temperature).softmax(1).amax(1)

@@ -1,12 +1,24 @@
-"""The members of a combination: what of their network they read, so that it is run once for all, and how they are written down."""
+"""The registry of members: the detectors that a combination can save and export.
+
+To add a score to the combination, write it as a pytorch-ood detector with ``predict_logits`` or
+``predict_features`` (larger = more OOD), and give it one entry in :data:`MEMBERS`. Detectors without
+an entry can be members too; they are neither saved nor exported.
+
+One forward pass of the network serves all members that read its logits or features. Members that
+read something else, such as ODIN, run by themselves.
+"""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from pytorch_ood.api import Detector, FeaturesDetector, LogitsDetector
+from pytorch_ood.api import (
+    Detector,
+    FeaturesDetector,
+    LogitsDetector,
+    RequiresFittingException,
+)
 from pytorch_ood.detector import (
     GEN,
     KNN,
@@ -25,229 +37,259 @@ from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
 from tie_ext.scores.mahalanobis import Gaussians
+from tie_ext.utils.views import holder_view, hook_view
 
-ALL, LOGITS, FEATURES, ITSELF = "n+1 logits", "n logits", "penultimate features", "images"
-"""What a member reads of the network; ``ITSELF``, if it runs by itself."""
-
-
-def network_of(members: Sequence[Detector]) -> nn.Module | None:
-    """The network of the first member that has one, TIE's before others; None if none has."""
-    found: list[Any] = [
-        member.model.net
-        for member in members
-        if isinstance(member, TIEDetector) and member.model is not None
-    ]
-    found += [
-        getattr(member, "model", None) for member in members if not isinstance(member, TIEDetector)
-    ]
-    found += [getattr(getattr(member, "encoder", None), "__self__", None) for member in members]
-    return next((net for net in found if isinstance(net, nn.Module)), None)
+# The registry.
 
 
-def reads(member: Detector, net: nn.Module | None) -> str:
-    """What a member reads of a network, :data:`ITSELF` where its score is no function of one forward pass's logits or features."""
-    model, encoder = getattr(member, "model", None), getattr(member, "encoder", None)
-    if isinstance(member, TIEDetector):
-        return ALL if model is not None and model.net is net else ITSELF
-    if isinstance(member, LogitsDetector) and net is not None and model is net:
-        return LOGITS
-    features = (
-        inspect.ismethod(encoder)
-        and encoder.__self__ is net
-        and encoder.__func__ is getattr(type(net), "features", None)
-    )
-    return FEATURES if isinstance(member, FeaturesDetector) and features else ITSELF
-
-
-class Outputs(NamedTuple):
-    """What one forward pass gives."""
-
-    logits: Tensor
-    """``(B, n+1)`` of a TIENet that was asked for all, ``(B, n)`` else."""
-    features: Tensor
-    """``(B, F)``; ``(B, 0)`` where nobody asked for them."""
-
-    def read(self, kind: str, net: nn.Module) -> Tensor:
-        """What a member reads."""
-        if kind == FEATURES:
-            return self.features
-        return (
-            self.logits[:, : net.num_classes]
-            if kind == LOGITS and isinstance(net, TIENet)
-            else self.logits
-        )
-
-
-def outputs(net: nn.Module, x: Tensor, kinds: Sequence[str]) -> Outputs:
-    """What members read of images ``(B, C, H, W)``, by one forward pass.
-
-    Of a network that is no TIENet the features are noted where its ``forward`` asks its ``features`` for them; where it does not, they take a
-    second pass.
-    """
-    if isinstance(net, TIENet):
-        if ALL in kinds:
-            return Outputs(*net.outputs(x))
-        h = net.features(x)
-        return Outputs(net.fc(h), h)
-    if FEATURES not in kinds:
-        logits = net(x)
-        return Outputs(logits, logits[:, :0])
-    with _noted(net, x) as features:
-        logits = net(x)
-    return Outputs(logits, features[0] if features else net.features(x))  # type: ignore[operator]
-
-
-@contextmanager
-def _noted(net: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
-    """Inside, what ``net.features`` gives for these images is put in a list."""
-    found, own = [], net.features
-
-    def features(y: Tensor, *args, **kwargs):
-        z = own(y, *args, **kwargs)  # type: ignore[operator]
-        if y is x:  # else it is one of other images, such as normalised ones
-            found.append(z)
-        return z
-
-    net.features = features  # type: ignore[assignment]
-    try:
-        yield found
-    finally:
-        del net.features
-
-
-def predictor(member: Detector) -> Callable[[Tensor], Tensor]:
+def predictor(member: Any) -> Callable[[Tensor], Tensor]:
     """Scores ``(B,)`` of what a member reads, larger = more OOD."""
-    return (
-        member.predict_features if isinstance(member, FeaturesDetector) else member.predict_logits
-    )  # type: ignore[attr-defined]
+    if isinstance(member, FeaturesDetector):
+        return member.predict_features
+    return member.predict_logits
 
 
 class MemberSpec(NamedTuple):
-    """How a detector is written down and read again; nothing of it runs code."""
+    """How a detector is saved, loaded and exported. Its file holds numbers and tensors, no code."""
 
-    make: Callable[[TIENet, dict[str, Any]], Detector]
-    """The detector on a network, from its state."""
     settings: tuple[str, ...] = ()
     """Attributes that are numbers or None."""
     tensors: tuple[str, ...] = ()
     """Attributes that are tensors or None."""
-    traced: Callable[[Any], Callable[[Tensor], Tensor]] | None = predictor
-    """As :func:`predictor`, for ``torch.export``; None if it cannot be traced."""
-
-
-def _knn(net: TIENet, state: dict[str, Any]) -> KNN:
-    member = KNN(net.features, state["k"], state["normalize"])
-    member.knn.fit(state["images"].numpy())  # normalised already, where they are to be
-    member._is_fitted = True
-    return member
+    make: Callable[[TIENet, dict[str, Any]], Detector] | None = None
+    """The detector on a network, from its saved attributes, which are set on it afterwards; None
+    for ``cls(net)``, or ``cls(net.features)`` of a detector on features.
+    """
+    exported: Callable[[Any], Callable[[Tensor], Tensor]] | None = predictor
+    """The score as a function that ``torch.export`` can trace; None where there is none."""
+    read: Callable[[Any, str], Any] = getattr
+    """Reads a setting or tensor of the detector by name."""
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """What pytorch-ood's Entropy gives."""
     p = logits.softmax(dim=1).clamp_min(1e-7)
     return -(p.log() * p).sum(dim=1)
 
 
+def _make_knn(net: TIENet, saved: dict[str, Any]) -> KNN:
+    member = KNN(net.features, saved["k"], saved["normalize"])
+    member.knn.fit(saved["images"].numpy())  # of length 1 already, where they are to be
+    member._is_fitted = True
+    return member
+
+
+def _read_knn(member: KNN, name: str) -> Any:
+    return torch.from_numpy(member.knn._fit_X) if name == "images" else getattr(member, name)
+
+
 MEMBERS: dict[type[Detector], MemberSpec] = {
     TIEDetector: MemberSpec(
-        lambda net, s: TIEDetector(net, s["false_alarm"], s["lam"], s["t"]),
-        ("false_alarm", "lam", "t"),
-        ("tau", "threshold"),
+        settings=("false_alarm", "lam", "t"),
+        tensors=("tau", "threshold"),
+        make=lambda net, saved: TIEDetector(net, saved["false_alarm"], saved["lam"], saved["t"]),
     ),
-    UncertaintyEstimate: MemberSpec(lambda net, s: UncertaintyEstimate(net)),
-    EnergyBased: MemberSpec(lambda net, s: EnergyBased(net), ("t",)),
-    MaxSoftmax: MemberSpec(lambda net, s: MaxSoftmax(net), ("t",)),
-    MaxLogit: MemberSpec(lambda net, s: MaxLogit(net)),
+    UncertaintyEstimate: MemberSpec(),
+    EnergyBased: MemberSpec(settings=("t",)),
+    MaxSoftmax: MemberSpec(settings=("t",)),
+    MaxLogit: MemberSpec(),
     # Its own clamps between a float and an int, which ONNX does not follow.
-    Entropy: MemberSpec(lambda net, s: Entropy(net), traced=lambda member: _entropy),
-    GEN: MemberSpec(lambda net, s: GEN(net), ("gamma", "M")),
-    # Its own reads `.data`, which torch.export does not follow.
+    Entropy: MemberSpec(exported=lambda member: _entropy),
+    GEN: MemberSpec(settings=("gamma", "M")),
     Mahalanobis: MemberSpec(
-        lambda net, s: Mahalanobis(net.features),
-        (),
-        ("mu", "cov", "precision"),
-        lambda member: Gaussians(member.mu, member.precision).distance,
+        tensors=("mu", "cov", "precision"),
+        # Its own reads `.data`, which torch.export does not follow.
+        exported=lambda member: Gaussians(member.mu, member.precision).distance,
     ),
-    MahalanobisPlusPlus: MemberSpec(
-        lambda net, s: MahalanobisPlusPlus(net.features), (), ("mu", "precision")
-    ),
+    MahalanobisPlusPlus: MemberSpec(tensors=("mu", "precision")),
     ViM: MemberSpec(
-        lambda net, s: ViM(net.features, s["d"], s["w"], s["b"]),
-        ("d", "alpha"),
-        ("w", "b", "u", "principal_subspace"),
+        settings=("d", "alpha"),
+        tensors=("w", "b", "u", "principal_subspace"),
+        make=lambda net, saved: ViM(net.features, saved["d"], saved["w"], saved["b"]),
     ),
     SampledKNN: MemberSpec(
-        lambda net, s: SampledKNN(net.features, s["k"], s["most"]), ("k", "most"), ("sample",)
+        settings=("k", "max_samples"),
+        tensors=("sample",),
+        make=lambda net, saved: SampledKNN(net.features, saved["k"], saved["max_samples"]),
     ),
-    KNN: MemberSpec(_knn, ("k", "normalize"), ("images",), traced=None),
+    KNN: MemberSpec(
+        settings=("k", "normalize"),
+        tensors=("images",),
+        make=_make_knn,
+        exported=None,
+        read=_read_knn,
+    ),
 }
-"""Detectors whose state is plain numbers and tensors."""
+"""One entry a detector."""
 _NAMES = {cls.__name__: cls for cls in MEMBERS}
+_RENAMED = {"most": "max_samples"}
+"""Attributes that 0.2.0 and its snapshots called otherwise."""
 
 
-def check_spec(member: Detector, kind: str) -> MemberSpec:
-    """How a member is written down.
+def check_spec(member: Detector, net: nn.Module | None) -> MemberSpec:
+    """How a member is saved and exported.
 
     Raises:
-        TypeError: If there is no telling, or it stands on another network than the combination.
+        TypeError: If it has no entry, or reads another network than the combination.
     """
-    name = type(member).__name__
-    if type(member) not in MEMBERS or (
-        type(member) is KNN and member.knn.get_params() != KNN(None).knn.get_params()
-    ):
+    name, spec = type(member).__name__, MEMBERS.get(type(member))
+    # scikit-learn's settings are not saved.
+    other = type(member) is KNN and member.knn.get_params() != KNN(None).knn.get_params()
+    if spec is None or other:
         raise TypeError(
-            f"Expected members out of {', '.join(_NAMES)}, with their default settings inside, but got {name}"
+            f"Expected members out of {', '.join(_NAMES)}, with their default settings inside, "
+            f"but got {name}"
         )
-    if kind == ITSELF:
+    if reads(member, net) is None:
         raise TypeError(
-            f"Expected members that read the network of the combination or its `features`, but got {name} on something else"
+            "Expected members that read the network of the combination or its `features`, "
+            f"but got {name} on something else"
         )
-    return MEMBERS[type(member)]
+    return spec
 
 
-def state_of(member: Detector, kind: str) -> dict[str, Any]:
+def state_of(member: Detector, net: nn.Module | None) -> dict[str, Any]:
     """Name and state of a member, as :func:`member_of` reads it.
 
     Raises:
-        TypeError: If it cannot be written down.
+        TypeError: If it cannot be saved.
     """
-    kept = check_spec(member, kind)
-    state = {
-        name: getattr(member, name) for name in (*kept.settings, *kept.tensors) if name != "images"
-    }
-    if type(member) is KNN:
-        state["images"] = torch.from_numpy(member.knn._fit_X)
-    return {"name": type(member).__name__, **state}
+    spec = check_spec(member, net)
+    values = {name: spec.read(member, name) for name in (*spec.settings, *spec.tensors)}
+    return {"name": type(member).__name__, **values}
 
 
 def member_of(net: TIENet, state: dict[str, Any]) -> Detector:
-    """The member that :func:`state_of` wrote down, on a network.
+    """The member that :func:`state_of` gave the state of, on a network.
 
     Raises:
-        LookupError: If its name is not one of :data:`MEMBERS`, or a part is missing.
+        LookupError: If its name is not in :data:`MEMBERS`, or a part is missing.
         ValueError: If a part is of another type.
     """
-    kept = MEMBERS[_NAMES[state["name"]]]
-    for name in kept.settings:
-        if not isinstance(state[name], int | float | None):
+    saved = {_RENAMED.get(name, name): value for name, value in state.items()}
+    cls = _NAMES[saved["name"]]
+    spec = MEMBERS[cls]
+    for name in spec.settings:
+        if not isinstance(saved[name], int | float | None):
             raise ValueError(
-                f"Expected {name} of {state['name']} to be a number, but got {state[name]!r}"
+                f"Expected {name} of {cls.__name__} to be a number, but got {saved[name]!r}"
             )
-    for name in kept.tensors:
-        value = state[name]
-        if not (
-            value is None
-            or (
-                isinstance(value, Tensor)
-                and value.is_floating_point()
-                and bool(value.isfinite().all())
-            )
-        ):
+    for name in spec.tensors:
+        if not _finite(saved[name]):
             raise ValueError(
-                f"Expected {name} of {state['name']} to be finite numbers, but got {value!r:.100}"
+                f"Expected {name} of {cls.__name__} to be finite numbers, "
+                f"but got {saved[name]!r:.100}"
             )
-    member = kept.make(net, state)
-    for name in (*kept.settings, *kept.tensors):
-        if name != "images":
-            setattr(member, name, state[name])
+    own = net.features if issubclass(cls, FeaturesDetector) else net
+    member = cls(own) if spec.make is None else spec.make(net, saved)  # type: ignore[call-arg]
+    for name in (*spec.settings, *spec.tensors):
+        if hasattr(member, name):
+            setattr(member, name, saved[name])
     return member
+
+
+def _finite(value: Any) -> bool:
+    if value is None:
+        return True
+    good = isinstance(value, Tensor) and value.is_floating_point()
+    return good and bool(value.isfinite().all())
+
+
+# One forward pass for all.
+
+
+class Outputs(NamedTuple):
+    """What one forward pass gives the members."""
+
+    logits: Tensor
+    """``(B, n)``."""
+    features: Tensor | None = None
+    """``(B, F)``; None where no member reads them."""
+    all_logits: Tensor | None = None
+    """``(B, n+1)`` of a TIENet, garbage last; None where no member reads them."""
+
+
+def network_of(members: Sequence[Detector]) -> nn.Module | None:
+    """The network of the first member that has one, TIE's before others; None if none has."""
+    found: list[Any] = [m.network for m in members if isinstance(m, TIEDetector)]
+    found += [getattr(m, "model", None) for m in members if not isinstance(m, TIEDetector)]
+    found += [getattr(getattr(m, "encoder", None), "__self__", None) for m in members]
+    return next((net for net in found if isinstance(net, nn.Module)), None)
+
+
+def reads(member: Detector, net: nn.Module | None) -> str | None:
+    """The field of :class:`Outputs` that a member scores; None where its score is no function of
+    the logits or features of this network. A member without a network reads this one.
+    """
+    if isinstance(member, TIEDetector):
+        field, own = "all_logits", member.network
+    elif isinstance(member, LogitsDetector):
+        field, own = "logits", getattr(member, "model", None)
+    elif isinstance(member, FeaturesDetector):
+        field, own = "features", _owner(getattr(member, "encoder", None))
+    else:
+        return None
+    return field if own is None or own is net else None
+
+
+def _owner(encoder: Any) -> Any:
+    """The network whose ``features`` an encoder is; any other encoder itself."""
+    if inspect.ismethod(encoder) and encoder.__name__ == "features":
+        return encoder.__self__
+    return encoder
+
+
+def forward(net: nn.Module, x: Tensor, fields: Collection[str | None]) -> Outputs:
+    """What members read of images ``(B, C, H, W)``, by one forward pass.
+
+    Of a network that is no TIENet, the features are noted where ``forward`` calls ``features`` on
+    the images; where it does not, they take a second pass.
+
+    Arguments:
+        net: The network, in evaluation mode; it is left as it is.
+        x: Images.
+        fields: Fields of :class:`Outputs` that are needed beside the logits.
+    """
+    if isinstance(net, TIENet):
+        if "all_logits" in fields:
+            every, h = net.outputs(x)
+            return Outputs(every[:, :-1], h, every)
+        h = net.features(x)
+        return Outputs(net.fc(h), h)
+    if "features" not in fields:
+        return Outputs(net(x))
+    view, noted = hook_view(net), []  # a view of this call, on which `features` can be replaced
+
+    def features(y: Tensor, *args, **kwargs) -> Tensor:
+        z = net_features(y, *args, **kwargs)
+        if y is x:  # not of other images, such as normalised ones
+            noted.append(z)
+        return z
+
+    net_features: Any = view.features
+    view.features = features  # type: ignore[assignment]
+    logits = view(x)
+    return Outputs(logits, noted[0] if noted else net_features(x))
+
+
+def member_score(member: Detector, net: nn.Module | None, outputs: Outputs, x: Tensor) -> Tensor:
+    """Scores ``(B,)`` of one member, larger = more OOD.
+
+    Arguments:
+        member: The member.
+        net: The network of the combination.
+        outputs: What it gave for the images.
+        x: The images ``(B, C, H, W)``, which a member that runs by itself scores.
+
+    Raises:
+        RequiresFittingException: If the member has not been fitted.
+    """
+    try:
+        if (field := reads(member, net)) is None:
+            return holder_view(member).predict(x)
+        return predictor(member)(getattr(outputs, field))
+    except RequiresFittingException as error:
+        name = type(member).__name__
+        raise RequiresFittingException(
+            f"Expected fitted members, but got {name}, which is not; fit it on training images "
+            f"first: {name}(...).fit(train_loader)"
+        ) from error

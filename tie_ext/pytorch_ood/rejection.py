@@ -1,6 +1,6 @@
 """DMR's rejection network as a pytorch-ood detector. Larger score = more OOD."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
@@ -13,17 +13,22 @@ from pytorch_ood.api import (
 )
 from torch import Tensor, nn
 
-from tie_ext.outliers.base import Batches, Synthesizer
+from tie_ext.outliers.base import Synthesizer
 from tie_ext.outliers.marginal import fit_rejection, marginal_features
+from tie_ext.pytorch_ood.base import id_reader
 from tie_ext.utils.checks import check_number
+from tie_ext.utils.views import holder_view
 
 
 class RejectionNetwork(FeaturesDetector):
-    """DMR's rejection network B: a small network on the frozen features of a classifier tells ID images from synthesized outliers.
+    """DMR's rejection network B: a small network on the frozen features of a classifier, trained to
+    tell ID images from synthesized outliers.
 
     Arguments:
-        encoder: Penultimate features ``(B, C, H, W) -> (B, F)`` of the classifier, in evaluation mode; None to use features alone.
-        synthesizer: Who proposes the outliers, such as :class:`tie_ext.outliers.marginal.MarginalRepresentations`; None to use features alone.
+        encoder: Penultimate features ``(B, C, H, W) -> (B, F)`` of the classifier; None to use
+            features alone.
+        synthesizer: Synthesizes the outliers, such as
+            :class:`tie_ext.outliers.marginal.MarginalRepresentations`; None to use features alone.
         hidden: Width of the hidden layer.
         epochs: Passes over the ID data (the paper: 10).
         lr: Learning rate of SGD with momentum 0.9 (the paper: 0.01).
@@ -51,25 +56,24 @@ class RejectionNetwork(FeaturesDetector):
         self.hidden, self.epochs, self.lr = hidden, epochs, lr
         self.network: nn.Module | None = None  #: B, once fitted
 
-    def fit(self, data_loader: Batches) -> "RejectionNetwork":
-        """Fit the synthesizer, draw one outlier for each ID image, and train B on the features of both.
+    def fit(self, data_loader: Iterable) -> "RejectionNetwork":
+        """Fit the synthesizer, sample one outlier for each ID image, and train B on the features of
+        both.
 
         Arguments:
             data_loader: Batches ``(x, y)`` of ID images; those with y < 0 are left out.
 
         Raises:
             ModelNotSetException: If there is no encoder or no synthesizer.
-            ValueError: If the loader has no ID images.
+            ValueError: If the loader has no ID images or no labels, or one that the network does
+                not take.
         """
         if self.encoder is None or self.synthesizer is None:
             raise ModelNotSetException
-        device = self.device or torch.device("cpu")
-        batches = [(x[y >= 0], y[y >= 0]) for x, y in data_loader]
-        if not sum(len(x) for x, _ in batches):
-            raise ValueError(
-                "Expected ID images (labels >= 0) to fit on, but got none from the loader"
-            )
-        features, outlier = marginal_features(self.encoder, self.synthesizer, batches, device)
+        net = getattr(self.encoder, "__self__", None)
+        batches = list(id_reader(net, data_loader, "data_loader", labelled=True))
+        device, encoder = self.device or torch.device("cpu"), holder_view(self).encoder
+        features, outlier = marginal_features(encoder, self.synthesizer, batches, device)  # type: ignore[arg-type]
         return self.fit_features(features, -outlier.long())
 
     def fit_features(self, x: Tensor, y: Tensor) -> "RejectionNetwork":
@@ -81,14 +85,13 @@ class RejectionNetwork(FeaturesDetector):
         self.network = fit_rejection(x, y < 0, self.hidden, self.epochs, self.lr)
         return self
 
+    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Scores ``(B,)`` of images; see :meth:`predict_features`."""
+        """Scores ``(B,)`` of images ``(B, C, H, W)``; see :meth:`predict_features`."""
         if self.encoder is None:
             raise ModelNotSetException
-        with torch.no_grad():
-            return self.predict_features(
-                self.encoder(x if self.device is None else x.to(self.device))
-            )
+        x = x if self.device is None else x.to(self.device)
+        return self.predict_features(holder_view(self).encoder(x))  # type: ignore[misc]
 
     def predict_features(self, x: Tensor) -> Tensor:
         """Log-odds ``(B,)`` of being an outlier, of features ``(B, F)``; larger = more OOD.

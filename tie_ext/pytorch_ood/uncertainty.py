@@ -5,15 +5,18 @@ from typing import ClassVar
 from pytorch_ood.api import DetectorInfo, LogitsDetector, Task
 from torch import Tensor, nn
 
+from tie_ext.pytorch_ood.base import OnViews
 from tie_ext.pytorch_ood.detector import PAPER
 from tie_ext.scores.decision import uncertainty
 from tie_ext.utils.checks import describe
 
 
-class UncertaintyEstimate(LogitsDetector):
-    """The paper's uncertainty estimate (UE) of any n-class network: how far its softmax is from one-hot, in [0, 1].
+class UncertaintyEstimate(OnViews, LogitsDetector):
+    """The paper's uncertainty estimate (UE) of any n-class network: the distance of its softmax
+    from one-hot, in [0, 1].
 
-    On a :class:`tie_ext.TIENet` this is UE over the n ID outputs, the garbage logit left out, as the paper's Table 2 has it.
+    On a :class:`tie_ext.TIENet` this is UE over the n ID outputs, the garbage logit left out, as in
+    the paper's Table 2.
 
     Arguments:
         model: A classifier ``(B, ...) -> (B, n)``; None to use :meth:`predict_logits` alone.
@@ -41,6 +44,7 @@ class UncertaintyEstimate(LogitsDetector):
             or not logits.is_floating_point()
         ):
             raise ValueError(
-                f"Expected floating-point logits of shape (B, n) with n >= 2, but got {describe(logits)}"
+                "Expected floating-point logits of shape (B, n) with n >= 2, "
+                f"but got {describe(logits)}"
             )
         return uncertainty(logits.softmax(dim=1))

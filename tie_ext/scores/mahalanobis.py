@@ -1,9 +1,8 @@
-"""One Gaussian a class with one covariance for all, on penultimate features ``(N, F)``: Mahalanobis and Mahalanobis++."""
+"""Mahalanobis distance of features ``(N, F)``: a Gaussian for each class, one covariance for all."""
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.utils.checks import check_finite, check_labels, describe
@@ -18,31 +17,37 @@ class Gaussians(NamedTuple):
     """``(F, F)`` inverse of the covariance within classes."""
 
     def distance(self, z: Tensor) -> Tensor:
-        """Half the squared Mahalanobis distance ``(B,)`` of features ``(B, F)`` to the nearest mean; larger = more OOD."""
-        # Class by class, as all differences at once are (B, C, F), and the expanded square loses its digits.
-        return (
-            torch.stack(
-                [((z - mu) @ self.precision * (z - mu)).sum(dim=1) for mu in self.mu], dim=1
-            ).amin(dim=1)
-            / 2
-        )
+        """Half the squared Mahalanobis distance to the nearest mean.
+
+        Arguments:
+            z: Features ``(B, F)``.
+
+        Returns:
+            Score ``(B,)``, >= 0, larger = more OOD.
+        """
+        # Class by class: all differences at once are (B, C, F), and the expanded square loses
+        # digits.
+        squares = [((z - mu) @ self.precision * (z - mu)).sum(dim=1) for mu in self.mu]
+        return torch.stack(squares, dim=1).amin(dim=1) / 2
 
 
 def fit_gaussians(z: Tensor, y: Tensor) -> Gaussians:
     """Means and common covariance of labelled features.
 
-    The covariance is pseudo-inverted: directions in which the features never vary, such as dead units, do not count. It takes more images
-    than features to be estimated well.
+    The covariance is pseudo-inverted, so that directions in which the features never vary, such as
+    dead units, do not count. It takes more images than features to be estimated well.
 
     Arguments:
         z: Features ``(N, F)``.
         y: Labels ``(N,)`` in [0, C), each with an image.
 
     Raises:
-        ValueError: If the features are not a finite floating-point matrix, or a label is negative or has no image.
+        ValueError: If the features are not a finite floating-point matrix, or a label is negative
+            or has no image.
 
     References:
-        K. Lee et al. *A simple unified framework for detecting out-of-distribution samples and adversarial attacks*. NeurIPS 2018.
+        K. Lee et al. *A simple unified framework for detecting out-of-distribution samples and
+        adversarial attacks*. NeurIPS 2018.
     """
     if not isinstance(z, Tensor) or z.ndim != 2 or not z.is_floating_point() or not len(z):
         raise ValueError(
@@ -53,24 +58,12 @@ def fit_gaussians(z: Tensor, y: Tensor) -> Gaussians:
     counts = torch.bincount(y)
     if (counts == 0).any():
         raise ValueError(
-            f"Expected images of every class in [0, {len(counts)}), but got none of class {int((counts == 0).nonzero()[0])}"
+            f"Expected images of every class in [0, {len(counts)}), "
+            f"but got none of class {int((counts == 0).nonzero()[0])}"
         )
     y, wide = y.to(z.device), z.double()
-    mu = (
-        torch.zeros(len(counts), z.shape[1], dtype=wide.dtype, device=z.device).index_add_(
-            0, y, wide
-        )
-        / counts.to(z.device)[:, None]
-    )
+    sums = wide.new_zeros(len(counts), z.shape[1]).index_add_(0, y, wide)
+    mu = sums / counts.to(z.device)[:, None]
     centred = wide - mu[y]
     precision = torch.linalg.pinv(centred.T @ centred / len(z), rtol=1e-10, hermitian=True)
     return Gaussians(mu.to(z.dtype), precision.to(z.dtype))
-
-
-def unit(z: Tensor) -> Tensor:
-    """Features ``(B, F)`` brought to length 1, as Mahalanobis++ takes them; zeros stay zeros.
-
-    References:
-        M. Müller, M. Hein. *Mahalanobis++: Improving OOD detection via feature normalization*. ICML 2025, arXiv:2505.18032.
-    """
-    return F.normalize(z, dim=1)

@@ -29,7 +29,7 @@ from tie_ext.outliers.base import Candidates
 from tie_ext.outliers.inversion import CLEAR, loss_terms, soft_code
 from tie_ext.scores.combination import Reference, reference, zsum
 from tie_ext.scores.decision import ood_score
-from tie_ext.scores.mahalanobis import Gaussians, fit_gaussians, unit
+from tie_ext.scores.mahalanobis import Gaussians, fit_gaussians
 from tie_ext.scores.threshold import conformal_threshold
 from tie_ext.utils.random import seeded
 from tie_ext.utils.views import eval_view, frozen_view
@@ -85,7 +85,7 @@ def host_scores(net: TIENet, h: Tensor, y: Tensor) -> dict[str, Score]:
         h: Features ``(N, F)`` of its training images.
         y: Their labels ``(N,)``.
     """
-    fitted, plus = Mahalanobis(None).fit_features(h, y), fit_gaussians(unit(h), y)
+    fitted, plus = Mahalanobis(None).fit_features(h, y), fit_gaussians(F.normalize(h), y)
     gaussians = Gaussians(fitted.mu, fitted.precision)
     vim = ViM(None, d=net.feature_size // 2, w=net.fc.weight, b=net.fc.bias).fit_features(h, y)
 
@@ -98,7 +98,7 @@ def host_scores(net: TIENet, h: Tensor, y: Tensor) -> dict[str, Score]:
         "energy": lambda logits, h: EnergyBased.score(logits[:, :-1]),
         "GEN": lambda logits, h: GEN.score(logits[:, :-1]),
         "Mahalanobis": lambda logits, h: gaussians.distance(h),
-        "Mahalanobis++": lambda logits, h: plus.distance(unit(h)),
+        "Mahalanobis++": lambda logits, h: plus.distance(F.normalize(h)),
         "ViM": vim_score,
     }
 

@@ -1,0 +1,124 @@
+"""What the detectors share: reading loaders, scoring by views, and a threshold on the score."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from pytorch_ood.api import ModelNotSetException, RequiresFittingException
+from torch import Tensor
+
+from tie_ext.models.network import TIENet
+from tie_ext.pytorch_ood.files import saved_number, saved_scores
+from tie_ext.scores.threshold import conformal_threshold
+from tie_ext.utils.loader import BatchReader
+from tie_ext.utils.views import holder_view
+
+Fitted = TypeVar("Fitted", bound="Thresholded")
+
+
+def id_reader(net: Any, loader: Iterable, name: str, labelled: bool = False) -> BatchReader:
+    """The ID images of a loader, those with labels < 0 left out; checked where the network, a
+    :class:`tie_ext.TIENet`, says what they have to be.
+    """
+    about = (
+        (net.num_classes, net.image_shape, net.low, net.high) if isinstance(net, TIENet) else ()
+    )
+    return BatchReader(
+        loader, *about, labelled=labelled, id_only=True, name=name, rereadable=False
+    )
+
+
+class OnViews:
+    """Scores by a view of the network in evaluation mode, and leaves the network as it is: put it
+    before a pytorch-ood detector.
+    """
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores ``(B,)`` of images ``(B, C, H, W)``, larger = more OOD.
+
+        Raises:
+            ModelNotSetException: If there is no network.
+            RequiresFittingException: If it has not been fitted.
+        """
+        return super(OnViews, holder_view(self)).predict(x)  # type: ignore[misc]
+
+
+class OnFeatures(OnViews):
+    """The same for a detector on penultimate features: put it before a ``FeaturesDetector``."""
+
+    encoder: Callable[[Tensor], Tensor] | None
+    device: torch.device | None
+    fit_features: Callable[..., Any]
+    labelled = False
+    """Whether it needs labels to be fitted."""
+
+    @torch.no_grad()
+    def fit(self, data_loader: Iterable) -> Any:
+        """Fit on the features of ID images.
+
+        Arguments:
+            data_loader: Batches of training images ``(x, y)``; those with y < 0 are left out.
+
+        Returns:
+            The detector.
+
+        Raises:
+            ModelNotSetException: If there is no encoder.
+            ValueError: If the loader has no ID images, or one that the network does not take.
+        """
+        if self.encoder is None:
+            raise ModelNotSetException
+        net = getattr(self.encoder, "__self__", None)
+        encoder = holder_view(self).encoder
+        z, y = [], []
+        for images, labels in id_reader(net, data_loader, "data_loader", self.labelled):
+            z.append(encoder(images.to(self.device)).flatten(1))  # type: ignore[misc]
+            y.append(torch.zeros(len(images)).long() if labels is None else labels)
+        return self.fit_features(torch.cat(z), torch.cat(y))
+
+
+class Thresholded:
+    """A threshold on the score, and the scores of held-out ID images that set it."""
+
+    false_alarm: float | None
+    device: torch.device | None
+
+    def _forget_threshold(self) -> None:
+        self.threshold: Tensor | None = None  #: largest score of an accepted input
+        self.calibration_scores: Tensor | None = None  #: ``(M,)`` scores that set the threshold
+
+    def recalibrate(self: Fitted, false_alarm: float, scores: Tensor | None = None) -> Fitted:
+        """Set the threshold for another false-alarm rate.
+
+        Arguments:
+            false_alarm: Share of new ID images that may be rejected, in (0, 1].
+            scores: Scores ``(M,)`` of held-out ID images, larger = more OOD; None for
+                :attr:`calibration_scores`.
+
+        Raises:
+            RequiresFittingException: If there are no calibration scores.
+            ValueError: If ``false_alarm`` is out of range, there are too few scores for it, or one
+                is not finite.
+        """
+        scores = self.calibration_scores if scores is None else scores
+        if scores is None:
+            raise RequiresFittingException("Expected calibration scores, but got none; call fit")
+        threshold = conformal_threshold(scores, false_alarm)
+        device = self.device or scores.device
+        self.calibration_scores, self.threshold = scores.to(device), threshold.to(device)
+        self.false_alarm = false_alarm
+        return self
+
+    def _fitted_threshold(self) -> Tensor:
+        if self.threshold is None:
+            raise RequiresFittingException(
+                "Expected a threshold to decide by, but got none yet: "
+                "give false_alarm, and call fit(loader)"
+            )
+        return self.threshold
+
+    def _restore_threshold(self, settings: dict[str, Any], state: dict[str, Any]) -> None:
+        self.threshold, self.calibration_scores = (
+            saved_number(settings, "threshold"),
+            saved_scores(state),
+        )
