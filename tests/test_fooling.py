@@ -54,7 +54,8 @@ def toy() -> tuple[TIENet, dict]:
         [scores["Mahalanobis++"], scores["ViM"]], logits[:120], h[:120]
     )
     return net, {
-        name: adversarial_inputs.with_threshold(score, logits[120:], h[120:]) for name, score in scores.items()
+        name: adversarial_inputs.with_threshold(score, logits[120:], h[120:])
+        for name, score in scores.items()
     }
 
 
@@ -109,9 +110,9 @@ def test_who_sees_the_detector_is_accepted_more_often(toy, name):
     net, detectors = toy
     start, y, detector = torch.rand(30, 1, 28, 28), asked(30), detectors[name]
     blind, adaptive = (
-        adversarial_inputs.verdict(net, detector, Candidates(climbed(net, start, y, 100, seen), y))[0][
-            "found"
-        ]
+        adversarial_inputs.verdict(
+            net, detector, Candidates(climbed(net, start, y, 100, seen), y)
+        )[0]["found"]
         for seen in (None, detector)
     )
     assert adaptive > blind + 0.5
@@ -122,7 +123,9 @@ def test_a_generator_that_sees_the_detector_is_accepted_more_often(toy, monkeypa
     net, detectors = toy
     y, detector = asked(60), detectors["ViM"]
     found = [adversarial_inputs.invert(net, y, 60, 0, seen) for seen in (None, detector)]
-    blind, adaptive = (adversarial_inputs.verdict(net, detector, Candidates(x, y))[0]["found"] for x in found)
+    blind, adaptive = (
+        adversarial_inputs.verdict(net, detector, Candidates(x, y))[0]["found"] for x in found
+    )
     assert adaptive > blind + 0.3
     assert all(0 <= x.min() < x.max() <= 1 for x in found)
 
@@ -132,7 +135,8 @@ def test_the_same_seed_finds_the_same_images_and_another_does_not(toy, monkeypat
     net, detectors = toy
     before = torch.random.get_rng_state()
     first, again, other = (
-        adversarial_inputs.invert(net, asked(6), 3, seed, detectors["energy"]) for seed in (0, 0, 1)
+        adversarial_inputs.invert(net, asked(6), 3, seed, detectors["energy"])
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -216,7 +220,8 @@ def test_a_head_is_seen_through_every_layer(toy):
     )  # which one of 30 passes without seeing it
     adaptive = climbed(with_head, start, y, 60, strict)
     shares = [
-        adversarial_inputs.verdict(with_head, strict, Candidates(x, y))[0]["found"] for x in (blind, adaptive)
+        adversarial_inputs.verdict(with_head, strict, Candidates(x, y))[0]["found"]
+        for x in (blind, adaptive)
     ]
     assert shares[0] < 0.1
     assert shares[1] > 0.5
@@ -260,10 +265,15 @@ def test_the_combination_ranks_as_combined_does(toy, rule):
     vim = ViM(net.features, net.feature_size // 2, net.fc.weight, net.fc.bias).fit([train])
     theirs = Combined([TIEDetector(net), vim, GEN(net)], rule=rule).fit([held]).decide(x).score
     logits, h = adversarial_inputs.outputs(net, [held[0]])
-    hosts = adversarial_inputs.host_scores(net, adversarial_inputs.outputs(net, [train[0]])[1], train[1])
+    hosts = adversarial_inputs.host_scores(
+        net, adversarial_inputs.outputs(net, [train[0]])[1], train[1]
+    )
     rows = torch.randperm(240, generator=torch.Generator().manual_seed(SPLIT))[:120]
     mine = adversarial_inputs.combined(
-        [adversarial_inputs.garbage_score, hosts["ViM"], hosts["GEN"]], logits[rows], h[rows], RULES[rule]
+        [adversarial_inputs.garbage_score, hosts["ViM"], hosts["GEN"]],
+        logits[rows],
+        h[rows],
+        RULES[rule],
     )(*adversarial_inputs.outputs(net, [x]))
     assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
 
@@ -314,7 +324,9 @@ def test_the_objective_is_the_formula_and_lets_go_of_what_is_accepted():
         torch.tensor([[1.0], [2.0], [7.0]]),
         torch.tensor([0, 2, 1]),
     )
-    detector = adversarial_inputs.Detector(lambda logits, h: h[:, 0], torch.tensor(2.0), torch.tensor(0.5))
+    detector = adversarial_inputs.Detector(
+        lambda logits, h: h[:, 0], torch.tensor(2.0), torch.tensor(0.5)
+    )
     ce = -logits[:, :N].log_softmax(1)[torch.arange(3), y]
     assert torch.allclose(adversarial_inputs.criterion(logits, h, y, None), ce)
     assert torch.allclose(
@@ -326,7 +338,9 @@ def test_the_objective_is_the_formula_and_lets_go_of_what_is_accepted():
 
 def test_garbage_is_scored_by_its_log_odds():
     logits = torch.randn(4, N + 1)
-    assert torch.equal(adversarial_inputs.garbage_score(logits, torch.zeros(4, 1)), ood_score(logits))
+    assert torch.equal(
+        adversarial_inputs.garbage_score(logits, torch.zeros(4, 1)), ood_score(logits)
+    )
 
 
 def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -118,7 +118,9 @@ def test_a_cell_of_other_settings_is_not_taken_for_one_of_these(done, monkeypatc
         match=r"Expected mnist-allx1-tie-seed0 in .*cells.jsonl to be .*, but got one with lam 0.5 instead of 3.0",
     ):
         run.run_plan(replace(plan, methods=("predecessor", "tie"), recipe=changed(lam=3.0)), out)
-    run.run_plan(replace(plan, methods=("plain",), recipe=changed(lam=3.0)), out)  # which has no lambda
+    run.run_plan(
+        replace(plan, methods=("plain",), recipe=changed(lam=3.0)), out
+    )  # which has no lambda
 
 
 def test_a_cell_is_not_run_twice(done, monkeypatch):

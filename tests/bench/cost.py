@@ -28,7 +28,7 @@ import torch
 
 from tie_ext import TIEConfig, TIENet, TIETrainer, attach
 from tie_ext.cli import data
-from tie_ext.cli.batches import ImageBatches, training_batches
+from tie_ext.cli.batches import ImageBatches, shifted, training_batches
 from tie_ext.cli.classifier import classifier, train_plain
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.images import ImageSet
@@ -140,7 +140,7 @@ def many(count: int, size: int, each: int) -> ImageSet:
     with seeded(0):
         one = (Procedural(domain).draw((count, 3, size, size)) * 255).round().to(torch.uint8)
         x = torch.cat(
-            [data.moved(part, size // 8) for part in one.repeat_interleave(each, 0).split(1000)]
+            [shifted(part, size // 8) for part in one.repeat_interleave(each, 0).split(1000)]
         )
         x = torch.cat(
             [

@@ -312,9 +312,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     net = TIENet.load(out / "network.safetensors")
     assert load_network(out).class_names == net.class_names
     capsys.readouterr()
-    assert (
-        main(["score", str(out), *paths]) == 0
-    )  # a saved detector decides as it does in Python
+    assert main(["score", str(out), *paths]) == 0  # a saved detector decides as it does in Python
     alone = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert main(["score", str(out), *paths]) == 0
     assert alone == list(csv.DictReader(capsys.readouterr().out.splitlines()))

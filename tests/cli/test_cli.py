@@ -332,9 +332,7 @@ def test_curves_begin_at_one_id_image_and_no_legend_covers_them():
 
 def test_bars_of_two_rejected_images_have_one_scale():
     times = torch.tensor([[0.5, 3.0], [0.2, 0.9]])
-    figure = figures.layer_bars(
-        torch.zeros(2, 1, 8, 8), ["a", "b"], times, ["conv.1", "features"]
-    )
+    figure = figures.layer_bars(torch.zeros(2, 1, 8, 8), ["a", "b"], times, ["conv.1", "features"])
     bars = figure.axes[1::2]
     assert [ax.get_xlim() for ax in bars] == [(0, pytest.approx(3.15))] * 2
     assert [[patch.get_facecolor()[0] > 0.8 for patch in ax.patches] for ax in bars] == [

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +92,9 @@ def load(
     places = [base / n for base in (Path(root), Path(root, "images_classic")) for n in folders]
     # OpenOOD keeps SVHN's test images as a folder beside torchvision's training images.
     wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *_TEST)
-    place = next((p for p in places if any(_is_split(p, part) for part in wanted)), None)
-    if place or split == "val":
-        images = keep(_of_folder(places, place, split, seed, channels, size), in_memory)
+    found = next((p for p in places if any(_is_split(p, part) for part in wanted)), None)
+    if found or split == "val":
+        images = keep(_of_folder(places, found, split, seed, channels, size), in_memory)
         by_number = name in _CLASSES and images.classes == tuple(map(str, range(10)))
         return images.labelled(images.y, tuple(_CLASSES[name].split(","))) if by_number else images
     train = "train" if split == "train" else "test"
@@ -298,8 +299,8 @@ def reshape(x: Tensor, channels: int, size: int) -> Tensor:
     elif x.shape[1] == 1 and channels == 3:
         x = x.expand(-1, 3, -1, -1)
     if x.shape[-2:] != (size, size):
-        how = {"mode": "bilinear", "align_corners": False, "antialias": True}
-        parts = [F.interpolate(part.float(), (size, size), **how) for part in x.split(4096)]
+        resize = partial(F.interpolate, mode="bilinear", align_corners=False, antialias=True)
+        parts = [resize(part.float(), (size, size)) for part in x.split(4096)]
         x = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
     return x.contiguous()
 

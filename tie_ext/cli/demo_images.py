@@ -87,7 +87,7 @@ def _letter(letter: str, font) -> Tensor:
 
     page, canvas = Image.new("L", (128, 128)), Image.new("L", (64, 64))
     ImageDraw.Draw(page).text((32, 24), letter, fill=255, font=font)
-    left, top, right, bottom = page.getbbox()
+    left, top, right, bottom = page.getbbox() or (0, 0, 1, 1)
     width = max(1, round(64 * (right - left) / (bottom - top)))
     mark = page.crop((left, top, right, bottom)).resize((width, 64)).resize((min(64, width), 64))
     canvas.paste(mark, (max(0, (64 - width) // 2), 0))

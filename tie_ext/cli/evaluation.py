@@ -1,7 +1,7 @@
 """How well a network tells OOD images from ID ones, by pytorch-ood's metrics; OOD is positive."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ def _tie_scores(net: TIENet, images: RunImages) -> tuple[Scores, dict]:
     ID accuracy is over the n+1 outputs that were trained together; a head on every layer leaves
     the classifier as it is, and accuracy is over its n outputs, whatever the garbage class takes.
     """
-    scores, numbers = {}, {"garbage_rate": {}, "rejected": {}}
+    scores: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {"garbage_rate": {}, "rejected": {}}
     for name, of in images.sets.items():
         logits = all_logits(net, of)
         decision = decide(logits, net.tau.cpu())

@@ -92,8 +92,8 @@ def rejected(
         count = SHOWN // len(others) + (place < SHOWN % len(others))
         for row in spread((level > 0).nonzero().flatten(), count):
             found.append(x[row])
-            decision = f"{LEVELS[level[row]]}, score {score[row]:.1f}"
-            captions.append(f"{name}: {decision}, nearest class {names[label[row]]}")
+            decision = f"{LEVELS[int(level[row])]}, score {score[row]:.1f}"
+            captions.append(f"{name}: {decision}, nearest class {names[int(label[row])]}")
     return torch.stack(found) if found else torch.empty(0), captions
 
 

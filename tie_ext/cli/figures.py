@@ -194,7 +194,7 @@ def decision_grid(
             colour = "tab:red" if (name == "id") == bool(side) else "k"
             for ax, row in zip(axes, spread(rows, columns), strict=False):
                 show(ax, x[row])
-                title = f"{names[label[row]]}\n{LEVELS[level[row]]}, {score[row]:.1f}"
+                title = f"{names[int(label[row])]}\n{LEVELS[int(level[row])]}, {score[row]:.1f}"
                 ax.set_title(title, fontsize=6, color=colour)
             if not len(rows):
                 centre = {"ha": "center", "va": "center", "fontsize": 6, "color": "gray"}

@@ -248,12 +248,12 @@ def _options(parser, settings: type[ImageSettings], needed: bool = True) -> dict
 def _method(parser, without: Collection[str] = ()):
     """Every setting of the method as a flag, with the help that its field carries."""
     group = parser.add_argument_group("method")
-    parts = {"": (group, TIEConfig)}
+    parts: dict[str, tuple[Any, type]] = {"": (group, TIEConfig)}
     for name, settings in METHODS.items():
         title = f"method: --synthesizer {name}"
         parts[f"{name}-"] = parser.add_argument_group(title), settings
-    for prefix, (part, settings) in parts.items():
-        for f in (f for f in fields(settings) if f.name not in without):
+    for prefix, (part, cls) in parts.items():
+        for f in (f for f in fields(cls) if f.name not in without):
             about = f"{_brief(f.metadata['help'])} (default: {f.default})".replace("%", "%%")
             how: dict[str, Any] = {"help": about, "default": argparse.SUPPRESS}
             if f.metadata["choices"]:

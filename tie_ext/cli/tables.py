@@ -27,7 +27,7 @@ def id_rows(methods: Mapping[str, Mapping]) -> list[dict[str, object]]:
     """What each method does to ID test images, in percent."""
     keys = {"ID accuracy": "accuracy", "ID in garbage": "id_garbage_rate"}
     keys["ID rejected"] = "id_rejected"
-    rows = []
+    rows: list[dict[str, object]] = []
     for label, numbers in methods.items():
         shares = {k: f"{100 * numbers[v]:.2f}" if v in numbers else "-" for k, v in keys.items()}
         rows.append({"method": label, **shares})
@@ -36,7 +36,7 @@ def id_rows(methods: Mapping[str, Mapping]) -> list[dict[str, object]]:
 
 def ood_rows(methods: Mapping[str, Mapping]) -> list[dict[str, object]]:
     """Metrics of each method, score and OOD set, in percent."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for label, numbers in methods.items():
         rate = numbers.get("garbage_rate")
         for score, sets in numbers["scores"].items():

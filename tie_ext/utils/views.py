@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 Holder = TypeVar("Holder")
+Module = TypeVar("Module", bound=nn.Module)
 
 _HOOKS = (
     "_forward_hooks",
@@ -23,19 +24,19 @@ _HOOKS = (
 )
 
 
-def hook_view(module: nn.Module) -> nn.Module:
+def hook_view(module: Module) -> Module:
     """A view in the mode of the module; hooks that are registered on it are its own."""
-    return _View(None, False).of(module)
+    return _View(None, False).of(module)  # type: ignore[return-value]
 
 
-def eval_view(module: nn.Module) -> nn.Module:
+def eval_view(module: Module) -> Module:
     """A view in evaluation mode; gradients reach the weights of the module."""
-    return _View(False, False).of(module)
+    return _View(False, False).of(module)  # type: ignore[return-value]
 
 
-def frozen_view(module: nn.Module) -> nn.Module:
+def frozen_view(module: Module) -> Module:
     """A view in evaluation mode; gradients flow through it to its input, and reach no weight."""
-    return _View(False, True).of(module)
+    return _View(False, True).of(module)  # type: ignore[return-value]
 
 
 def holder_view(holder: Holder) -> Holder:

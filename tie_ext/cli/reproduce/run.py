@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def run(flags: Namespace) -> None:
     """Run the plan that the flags give, and print what could not be run."""
     check_flags(vars(flags))
     given = {"sets": flags.data, "methods": flags.methods, "seeds": flags.seeds}
-    chosen = {name: tuple(value) for name, value in given.items() if value}
+    chosen: dict[str, Any] = {name: tuple(value) for name, value in given.items() if value}
     chosen |= {"root": flags.root, "images": flags.images, "download": flags.download}
     with usage():
         plan = Plan(recipe=recipe_of(vars(flags)), **chosen)

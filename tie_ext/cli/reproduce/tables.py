@@ -168,9 +168,11 @@ class Group:
             for column, key in (keys | {"ID rejected": "id_rejected"}).items():
                 row[column] = _spread(n[key] for n in numbers if key in n)
             rates = [n.get("garbage_rate", {}) for n in numbers]
-            rows.append(
-                row | self._by_column(lambda o, r=rates: _spread(n[o] for n in r if o in n))
-            )
+
+            def cell(other: str, rates=rates) -> str:
+                return _spread(rate[other] for rate in rates if other in rate)
+
+            rows.append(row | self._by_column(cell))
         if self.name in PAPER_1:
             paper = dict(zip(NAMES, PAPER_1[self.name], strict=True))
             accuracy = paper.pop(self.name)
