@@ -1006,7 +1006,10 @@ def test_images_are_held_out_of_a_folder_without_splits_and_the_same_on_resume(
                 tmp_path / "images" / label / f"{i}.png"
             )
     path, epoch = tmp_path / "images", TIETrainer.epoch
-    line = f"{path} has no train/ and test/: 16 images to train on, 4 held out (one in five of each class, seed 3)"
+    line = (
+        f"{path} has no train/ and test/: 16 images to train on, 4 held out (one in five of "
+        f"each class, seed 3)"
+    )
     assert main(train(path, tmp_path / "whole", "--seed", "3")) == 0
     said = capsys.readouterr().out
     assert said.splitlines().count(line) == 1
@@ -1192,7 +1195,8 @@ def test_a_demo_touches_no_folder_of_anything_else(content, small_demo, run, tmp
     assert small_demo(out) == 1
     error = capsys.readouterr().err
     assert (
-        f"Expected a folder for the demo, but got {out}, which holds {'network.safetensors' if content == 'no run' else 'run.json'}"
+        f"Expected a folder for the demo, but got {out}, which holds {'network.safetensors' if "
+        f"content == 'no run' else 'run.json'}"
         in error
     )
     assert error.count("\n") == 1
@@ -1270,7 +1274,10 @@ def test_one_process_at_a_time_is_at_a_run(run, folder, tmp_path, capsys):
                 time.sleep(0.01)
             for attempt in attempts:
                 assert main(attempt) == 1
-                said = f"Expected {out} to be free, but got a folder that another process is writing a run to; wait for it, or stop it"
+                said = (
+                    f"Expected {out} to be free, but got a folder that another process is "
+                    f"writing a run to; wait for it, or stop it"
+                )
                 assert capsys.readouterr().err == f"tie-ext: {said}\n"
             (gate / f"go {done}").touch()
         printed, _ = first.communicate(timeout=120)
@@ -1340,7 +1347,8 @@ def test_a_run_of_an_earlier_version_is_read_and_not_gone_on_with(run, folder, t
     assert main(["train", "--resume", str(old)]) == 1
     error = capsys.readouterr().err
     assert (
-        "but got one that an earlier version made; finish it with that version, or start again in another folder"
+        "but got one that an earlier version made; finish it with that version, or start again "
+        "in another folder"
         in error
     )
     assert error.count("\n") == 1

@@ -98,7 +98,8 @@ def test_some_classes_of_a_named_set(tmp_path):
 def test_a_set_that_is_known_and_not_there_is_told_from_one_that_is_not_known(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"Expected train images of tinyimagenet, which torchvision does not have, in a folder, one of .*/tin/train",
+        match=r"Expected train images of tinyimagenet, which torchvision does not have, in a "
+        r"folder, one of .*/tin/train",
     ):
         data.load("tinyimagenet", "train", tmp_path)
     with pytest.raises(
@@ -156,7 +157,10 @@ def test_a_folder_without_splits_is_split_one_in_five_of_each_class(tmp_path):
     assert train.y.bincount().tolist() == [40, 9, 1]
     assert test.y.bincount().tolist() == [10, 2, 1]
     assert sorted(values(train) + values(test)) == list(range(63))
-    said = f"{tmp_path / 'set'} has no train/ and test/: 50 images to train on, 13 held out (one in five of each class, seed 0)"
+    said = (
+        f"{tmp_path / 'set'} has no train/ and test/: 50 images to train on, 13 held out "
+        f"(one in five of each class, seed 0)"
+    )
     assert (train.note, test.note) == ("", said)
 
 
@@ -183,7 +187,8 @@ def test_a_class_of_one_image_is_trained_on_and_said(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"Expected a class of two images or more below .*, to hold one out, but got one image of each",
+        match=r"Expected a class of two images or more below .*, to hold one out, but got one "
+        r"image of each",
     ):
         parts(write(tmp_path / "ones", {"a": 1, "b": 1}))
 
@@ -221,7 +226,8 @@ def test_test_images_alone_cannot_be_trained_on(place, tmp_path):
     assert len(data.load(called, "test", tmp_path)) == 4
     with pytest.raises(
         ValueError,
-        match=r"Expected training images in .*birds/train, beside .*birds/test, but got no such folder",
+        match=r"Expected training images in .*birds/train, beside .*birds/test, but got no such "
+        r"folder",
     ):
         data.load(called, "train", tmp_path)
 
@@ -365,7 +371,8 @@ def test_an_empty_class_is_named(tmp_path):
     (tmp_path / "c" / ".DS_Store").write_bytes(b"")
     with pytest.raises(
         ValueError,
-        match=r"Expected images in .*/c, one folder per class, but got none \(.*\); add some, or remove the folder",
+        match=r"Expected images in .*/c, one folder per class, but got none \(.*\); add some, "
+        r"or remove the folder",
     ):
         data.load(f"folder:{tmp_path}", "train")
 

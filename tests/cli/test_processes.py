@@ -1,4 +1,4 @@
-"""``torchrun ... tie-ext train``: two processes, one run folder, killed and gone on with; its figures are as one process's."""
+"""``torchrun ... tie-ext train``: two processes, one run folder, killed and resumed."""
 
 import json
 import os

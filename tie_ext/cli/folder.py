@@ -2,7 +2,7 @@
 
 RUN/run.json               settings, versions, log, results
 RUN/network.safetensors    the network with its tau
-RUN/members.safetensors    with detector.json: the combination that ``tie-ext score`` decides by,
+RUN/detector.safetensors   with detector.json: the combination that ``tie-ext score`` decides by,
 RUN/detector.json          where there are enough test images to fit one
 RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead
 RUN/process-1-0001.safetensors ...  the same of each further process (:mod:`.processes`)
@@ -41,7 +41,7 @@ FILES = [
     "combined/detector.json",
     "training.safetensors",
     "network.safetensors",
-    "members.safetensors",
+    "detector.safetensors",
     "scores.safetensors",
     "examples.safetensors",
     "combined/network.safetensors",
