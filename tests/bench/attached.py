@@ -436,7 +436,7 @@ def main() -> None:
     net.save(a.work / f"{stem}.safetensors")
     start = time.perf_counter()
     scores = host_scores(net, sets)
-    seconds["hosts' scores"] = time.perf_counter() - start
+    seconds["host_scores"] = time.perf_counter() - start
     garbage: dict[str, dict[str, float]] = {}
     for label in a.heads:
         start = time.perf_counter()
@@ -452,8 +452,8 @@ def main() -> None:
         "backbone": a.backbone,
         "epochs": a.epochs,
         "seed": a.seed,
-        "precision of training": a.autocast_dtype,
-        "precision of scores": a.scores_in,
+        "training_dtype": a.autocast_dtype,
+        "scoring_dtype": a.scores_in,
         "images": {name: len(of) for name, of in sets.items()},
         "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),
         "seconds": seconds,

@@ -98,7 +98,7 @@ def main() -> None:
             {
                 "round": number_of,
                 "kept": len(found),
-                "false alarms": alarms,
+                "false_alarms": alarms,
                 "ID in garbage": garbage,
                 "found": shares,
             }

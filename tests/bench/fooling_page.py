@@ -406,7 +406,7 @@ def _hunted() -> list[str]:
             {
                 "round": str(row["round"]) if row["round"] else "0: attach",
                 "images kept": row["kept"],
-                "false alarms": percent([row["false alarms"]]),
+                "false alarms": percent([row["false_alarms"]]),
                 **{
                     kind: " / ".join(percent([found[mark]], 0) for mark in HUNTED)
                     for kind, found in row["found"].items()

@@ -171,13 +171,13 @@ def main() -> None:
                 }
             line = scores["held"].quantile(0.999)
             result = {
-                "held in garbage": (scores["held"] > 0).double().mean().item(),
+                "held_in_garbage": (scores["held"] > 0).double().mean().item(),
                 "seconds": seconds,
             }
-            result["held, processed, in garbage"] = (
+            result["held_corrupted_in_garbage"] = (
                 (scores["held, processed"] > 0).double().mean().item()
             )
-            result |= {name: {"in garbage": (of > 0).double().mean().item(), "above 1 in 1000 of ID": (of > line).double().mean().item()}
+            result |= {name: {"in_garbage": (of > 0).double().mean().item(), "above_1_in_1000_of_id": (of > line).double().mean().item()}
                        for name, of in scores.items() if name.startswith("val:")}  # fmt: skip
             results[label].append(result)
             rates = ", ".join(

@@ -101,7 +101,7 @@ def judged(plain: TIENet, sets: dict[str, ImageSet], seed: int) -> dict:
         name: {key: of[key] for key in ("auroc", "fpr95_id")} for name, of in metrics.items()
     }
     return {
-        "held accuracy": right / len(sets["held"]),
+        "held_accuracy": right / len(sets["held"]),
         "garbage_rate": garbage,
         "validation": metrics,
     }

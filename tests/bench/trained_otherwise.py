@@ -227,7 +227,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             net = train(name, fresh, images, a.epochs, a.seed, Path(folder))
         seconds = time.perf_counter() - start
-        networks[name] = {**measured(net, sets, a.seed), "seconds of training": seconds}
+        networks[name] = {**measured(net, sets, a.seed), "training_seconds": seconds}
         about = {
             "data": DATA,
             "backbone": a.backbone,

@@ -18,6 +18,7 @@ from tie_ext.models.network import TIENet
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.training.attach import attach
 from tie_ext.utils.files import locked, sha256, write_json
+from tie_ext.utils.modules import Bounded
 from tie_ext.utils.provenance import provenance
 
 SEEN = (
@@ -36,7 +37,7 @@ def run(flags: Namespace) -> None:
     _refuse_a_run(folder)
     weights = registry.read_weights(settings.weights)
     channels = registry.channels_of(settings.backbone, weights, settings.weights)
-    bounds = settings.bounds(channels)
+    low, high = settings.bounds(channels)
     images = load_images(settings, settings.seed, channels)
     test, classes = images.test, images.train.classes
     n = len(classes)
@@ -49,10 +50,10 @@ def run(flags: Namespace) -> None:
         _refuse_a_run(folder)  # again: another process may have started one meanwhile
         net = attach(
             model.to(flags.device),
-            ImageBatches(images.train, settings.batch_size, scale=bounds),
+            ImageBatches(images.train, settings.batch_size, scale=Bounded(low, high)),
             n,
-            bounds.low.flatten().tolist(),
-            bounds.high.flatten().tolist(),
+            low,
+            high,
             classes,
             seed=settings.seed,
             progress=interactive(),

@@ -22,6 +22,7 @@ def make_network(
     config: TIEConfig,
     device: str | torch.device = "cpu",
     head: str = "linear",
+    bounds: tuple = (0.0, 1.0),
 ) -> TIENet:
     """A network for the classes and the shape of some images, with the initial weights of a seed.
 
@@ -31,10 +32,11 @@ def make_network(
         config: Holds the seed, and the arithmetic of the backbone.
         device: Where it is to be.
         head: What gives the garbage logit, one of :data:`tie_ext.models.network.HEADS`.
+        bounds: Smallest and largest value of the images, numbers or one per channel.
     """
-    classes = images.classes
+    names = images.classes
     with seeded(config.seed):
-        net = TIENet(backbone(), len(classes), images.shape, class_names=classes, head=head)
+        net = TIENet(backbone(), len(names), images.shape, *bounds, names, head)
     net.autocast_dtype = config.autocast_dtype
     return net.to(device)
 

@@ -107,15 +107,15 @@ def read_record(folder: Path) -> dict:
     record = read_json(path, "the record of a run")
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"Expected the record of a run with its settings in {path}, but got none")
-    return {**record, "settings": _renamed(record["settings"])}
+    return {**record, "settings": renamed(record["settings"])}
 
 
-def _renamed(settings: Mapping) -> dict:
+def renamed(settings: Mapping) -> dict:
     """Settings by the names of today; 0.2.0 called a head on every layer ``layers``."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if key in ("recipe", "config") and isinstance(value, Mapping):
-            value = _renamed(value)
+            value = renamed(value)
         if (key, value) == ("garbage", "layers"):
             value = "multilayer"
         found[RENAMED.get(key, key)] = value

@@ -12,7 +12,6 @@ from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.modules import Bounded
 
 LARGEST_SIDE = 2048
 """In pixels."""
@@ -113,8 +112,8 @@ class ImageSettings:
         """The settings as JSON has them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def bounds(self, channels: int) -> Bounded:
-        """The values of black and white after normalisation.
+    def bounds(self, channels: int) -> tuple[list[float], list[float]]:
+        """The values of black and white after normalisation, one for each of mean and std.
 
         Raises:
             ValueError: If mean and std are of another number of channels.
@@ -126,7 +125,7 @@ class ImageSettings:
             )
         pairs = list(zip(self.mean, self.std, strict=True)) or [(0.0, 1.0)]
         low, high = ([(value - mean) / std for mean, std in pairs] for value in (0, 1))
-        return Bounded(low, high)
+        return low, high
 
 
 def _check(name: str, value: Any, f: Any) -> None:

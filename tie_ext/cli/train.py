@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ from torch import Tensor, nn
 
 from tie_ext.cli import data, processes, registry, tables
 from tie_ext.cli.batches import training_batches
+from tie_ext.cli.classifier import make_network
 from tie_ext.cli.evaluation import evaluate_run, too_few
 from tie_ext.cli.flags import UsageError, check_flags, interactive, recipe_of, settings_of, usage
 from tie_ext.cli.folder import OWN, holds_attached, read_record, read_settings
 from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
-from tie_ext.models.network import TIENet
 from tie_ext.training.checkpoint import check_settings
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.distributed import share, world
 from tie_ext.utils.files import locked, sha256, write_json
+from tie_ext.utils.modules import Bounded
 from tie_ext.utils.provenance import provenance
-from tie_ext.utils.random import seeded
 
 STATE = "training.safetensors"
 
@@ -118,7 +119,9 @@ def train_in(
     resumed = os.path.lexists(folder / STATE)  # a link to nowhere is no reason to start again
     if resumed:
         check_settings(folder / STATE, config, methods)
-    net = _network(settings, images.train, folder / STATE if resumed else None).to(device)
+    bounds = settings.bounds(images.train.shape[0])
+    backbone = partial(_backbone, settings, images.train, folder / STATE if resumed else None)
+    net = make_network(backbone, images.train, config, device, settings.recipe.head, bounds)
     trainer = settings.recipe.trainer(net, progress)
     if resumed:
         processes.load(folder, trainer)
@@ -128,7 +131,7 @@ def train_in(
         processes.share_of(images.train, config.seed),
         share(settings.batch_size),
         settings.shift,
-        settings.bounds(images.train.shape[0]) if settings.mean else None,
+        Bounded(*bounds) if settings.mean else None,
     )
     about = _about(folder, settings, images.test, resumed)
     if processes.first():
@@ -153,23 +156,9 @@ def train_in(
     return finish(folder, settings, trainer, numbers, about)
 
 
-def _network(settings: TrainSettings, images: Images, resumed: Path | None) -> TIENet:
-    """The network of a run; of one that is resumed, without its weights, which the file has."""
-    bounds = settings.bounds(images.shape[0])
-    with seeded(settings.recipe.config.seed):
-        return TIENet(
-            _backbone(settings, images.shape[0], len(images.classes), resumed),
-            len(images.classes),
-            images.shape,
-            bounds.low.flatten().tolist(),
-            bounds.high.flatten().tolist(),
-            images.classes,
-            settings.recipe.head,
-        )
-
-
-def _backbone(settings: TrainSettings, channels: int, n: int, resumed: Path | None) -> nn.Module:
-    name = settings.backbone
+def _backbone(settings: TrainSettings, images: Images, resumed: Path | None) -> nn.Module:
+    """The backbone of a run; of one that is resumed, without its weights, which the file has."""
+    name, channels, n = settings.backbone, images.shape[0], len(images.classes)
     if resumed is not None:
         return registry.build_for(name, channels, n, resumed.stat().st_size)
     if settings.weights is None:

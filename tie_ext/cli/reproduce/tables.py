@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from tie_ext.cli.data import NAMES
+from tie_ext.cli.folder import renamed
 from tie_ext.cli.reproduce.comparison import METHODS, has_garbage, label
 from tie_ext.cli.tables import table
 from tie_ext.utils.files import read_json_lines, reading
@@ -63,7 +64,7 @@ def read_cells(path: Path) -> dict[str, dict]:
     for number, record in enumerate(read_json_lines(path, "a cell of `tie-ext reproduce`"), 1):
         with reading(f"a cell of `tie-ext reproduce` in line {number} of {path}"):
             record["data"], record["images"], record["method"], record["config"]["epochs"]
-            cells[record["cell"]] = record
+            cells[record["cell"]] = renamed(record)
     return cells
 
 
