@@ -34,9 +34,9 @@ def make_network(
         head: What gives the garbage logit, one of :data:`tie_ext.models.network.HEADS`.
         bounds: Smallest and largest value of the images, numbers or one per channel.
     """
-    names = images.classes
+    names, (low, high) = images.classes, bounds
     with seeded(config.seed):
-        net = TIENet(backbone(), len(names), images.shape, *bounds, names, head)
+        net = TIENet(backbone(), len(names), images.shape, low, high, names, head)
     net.autocast_dtype = config.autocast_dtype
     return net.to(device)
 
