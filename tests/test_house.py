@@ -444,7 +444,8 @@ def test_the_changelog_sends_to_what_exists():
 
 
 def room_file(module: str) -> str:
-    return project_file(f"{module.replace('.', '/')}.py")
+    path = HOUSE.parent / module.replace(".", "/")
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
 def test_the_rooms_in_contributing_are_those_there_are():

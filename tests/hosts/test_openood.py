@@ -1,7 +1,7 @@
 """TIE in a real OpenOOD: names, training, scoring, configs, and what surrounds them.
 
-A checkout is looked for as an importable ``openood``, else at $OPENOOD_ROOT (default ~/OpenOOD); without one, or without the packages it
-imports, these tests are skipped and say so.
+A checkout is looked for as an importable ``openood``, else at $OPENOOD_ROOT (default ~/OpenOOD);
+without one, or without the packages it imports, these tests are skipped and say so.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -505,9 +506,9 @@ def test_images_are_read_alike_from_every_loader(openood):
 def test_a_postprocessor_is_fitted_alike_in_every_script(openood, monkeypatch, name):
     import tie_ext.openood.combined as combined
     from tie_ext.openood.registry import POSTPROCESSORS
-    from tie_ext.utils.reservoir import Reservoir
 
-    monkeypatch.setattr(combined, "FeatureSample", lambda: Reservoir(40))  # fewer than the images
+    few = partial(combined.sample_features, max_samples=40)  # fewer than the images
+    monkeypatch.setattr(combined, "sample_features", few)
     net, x = build(num_classes=3).eval(), torch.rand(9, 3, 28, 28)
     found = []
     for seed, augmented in enumerate((True, True, False)):
@@ -671,7 +672,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class Pairs(list):
-    """A loader's dictionaries as pairs, read anew each time, as a DataLoader draws a random number at each start."""
+    """A loader's dictionaries as pairs, read anew each time: a start draws a random number."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -778,7 +779,7 @@ def test_sgd_is_that_of_the_baseline_trainer(openood, root):
 
 
 class WithAux(Images):
-    """What a loader of OpenOOD's gives beside the images that are trained on: the same, prepared as in tests."""
+    """With ``data_aux``, the images without augmentation, beside those to train on."""
 
     def __getitem__(self, i):
         item = super().__getitem__(i)
@@ -931,7 +932,7 @@ def test_every_config_builds(openood, root, tmp_path, monkeypatch, name):
 
 # Its own main.py, as a user runs it.
 
-METHODS = [  # with what ten pixels' worth of training images and the 84 features of a LeNet call for
+METHODS = [
     *(
         "tie",
         "tie_ue",
@@ -984,9 +985,9 @@ def run_openood(root: Path, place: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(root, workplace) -> Path:
-    """A tie_net around OpenOOD's LeNet, trained through its own main.py, pipeline, recorder and evaluator."""
+    """A tie_net around OpenOOD's LeNet, trained by its own main.py."""
     configs = training_configs(root)
-    # Enough for every class to be right sometimes: SHE averages over the correctly predicted images of a class.
+    # Enough for every class to be right sometimes: SHE averages over the correct images of each.
     small = [
         "--optimizer.num_epochs",
         "25",
@@ -1299,7 +1300,8 @@ def worker(local_rank, main_func, world_size, num_gpus, machine_rank, dist_url, 
     main_func(*args)
 
 if __name__ == "__main__":
-    sys.modules["openood.utils.launch"]._distributed_worker = worker  # the real one asks for two GPUs
+    # The real one asks for two GPUs.
+    sys.modules["openood.utils.launch"]._distributed_worker = worker
     launch(main, 2, dist_url="auto", args=("process",))
 """
 

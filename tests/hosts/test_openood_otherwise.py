@@ -1,4 +1,6 @@
-"""Networks of OpenOOD's LogitNorm, RotPred and PixMix, beside which tests/bench/trained_otherwise.py has a garbage head."""
+"""Networks of OpenOOD's LogitNorm, RotPred and PixMix, as tests/bench/trained_otherwise.py has
+them beside a garbage head.
+"""
 
 import math
 from importlib import import_module

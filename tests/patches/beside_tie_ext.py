@@ -1,9 +1,12 @@
-"""Two epochs of the patched OpenOOD's trainer, and of tie_ext's, from the same weights, images and seed; what differs is said, and ends it.
+"""Two epochs of the patched OpenOOD's trainer and of tie_ext's, all else being equal.
 
-python beside_tie_ext.py BACKBONE, where ``openood`` is the patched one. tie_ext draws each epoch and its kept sample from streams of their own and
-keeps its generator in another memory layout, so that it may resume and be fast; here it does neither, as OpenOOD does not. In the first epoch of
-one process it weighs classes by what it has seen of the data; here it looks at all of it before, as among several processes, since OpenOOD has a
-list. Both keep few ID images, a few at a time, so that the sampling of them shows. All else is as both ship it.
+``python beside_tie_ext.py BACKBONE`` prints what is equal; ``openood`` is the patched one.
+
+tie_ext has separate random streams, so that a run can be resumed, and keeps its generator in
+another memory layout, which is faster; here it does neither, as OpenOOD does not. In its first
+epoch it weighs classes by the images that it has seen; here it counts all of them before, as it
+does among several processes, since OpenOOD has a list. Both keep few ID images, a few at a time,
+so that their sampling shows. All else is as both ship it.
 """
 
 import json
@@ -41,7 +44,7 @@ EPOCHS = 2
 
 
 class Run(NamedTuple):
-    """A network of OpenOOD's, and settings by which some of what it is offered is excluded, and some is not."""
+    """A network of OpenOOD's, and settings by which some candidates are excluded, others not."""
 
     network: type
     size: int
@@ -174,7 +177,7 @@ def main(run: Run) -> None:
 
 
 def of_many_classes() -> bool:
-    """Whether codes of 100 classes and garbage, and what a generator makes of them, are the same; the networks here have but ten."""
+    """Whether codes of 100 classes, and their images, are the same; the networks have ten."""
     target, bounds = torch.arange(8) * 14, ([0.0] * 3, [1.0] * 3)
     ours = (
         Generator((3, 28, 28), 101, width=16, low=bounds[0], high=bounds[1])
