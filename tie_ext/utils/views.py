@@ -34,17 +34,17 @@ _OWN -= {"_modules", "_parameters"}
 
 def hook_view(module: Module) -> Module:
     """A view in the mode of the module; hooks that are registered on it are its own."""
-    return _View(None, False).of(module)
+    return _View(None, False).of(module)  # type: ignore[return-value]
 
 
 def eval_view(module: Module) -> Module:
     """A view in evaluation mode; gradients reach the weights of the module."""
-    return _View(False, False).of(module)
+    return _View(False, False).of(module)  # type: ignore[return-value]
 
 
 def frozen_view(module: Module) -> Module:
     """A view in evaluation mode; gradients flow through it to its input, and reach no weight."""
-    return _View(False, True).of(module)
+    return _View(False, True).of(module)  # type: ignore[return-value]
 
 
 def holder_view(holder: Holder) -> Holder:
