@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -502,11 +503,11 @@ def test_images_are_read_alike_from_every_loader(openood):
 
 @pytest.mark.parametrize("name", ["tie_combined", "dmr"])
 def test_a_postprocessor_is_fitted_alike_in_every_script(openood, monkeypatch, name):
-    import tie_ext.openood.combined as combined
     from tie_ext.openood.registry import POSTPROCESSORS
     from tie_ext.utils.reservoir import Reservoir
 
-    monkeypatch.setattr(combined, "FeatureSample", lambda: Reservoir(40))  # fewer than the images
+    combine = import_module("tie_ext.pytorch_ood.combine")
+    monkeypatch.setattr(combine, "Reservoir", lambda most: Reservoir(40))  # not all of the images
     net, x = build(num_classes=3).eval(), torch.rand(9, 3, 28, 28)
     found = []
     for seed, augmented in enumerate((True, True, False)):
@@ -942,7 +943,7 @@ METHODS = [
         "klm",
         "gen",
         "react",
-        "rng",
+        "dice",
         "ash",
         "scale",
         "mds",
