@@ -15,7 +15,9 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from tie_ext import Conv3, Domain, Inversion, InversionSettings, TIEConfig, TIENet, TIETrainer
+from tie_ext import TIEConfig, TIENet, TIETrainer
+from tie_ext.models.backbones import Conv3
+from tie_ext.outliers import Domain, Inversion, InversionSettings
 
 settings.register_profile("slow machines are fine", deadline=None)
 settings.load_profile("slow machines are fine")

@@ -9,21 +9,12 @@ from conftest import SHAPE, Small, make_batches
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from tie_ext import (
-    Conv3,
-    Conv5,
-    GarbageHead,
-    MarginalRepresentations,
-    MarginalSettings,
-    Noise,
-    ResidualCNN,
-    ResNet20,
-    TIENet,
-    attach,
-)
+from tie_ext import TIENet, attach
+from tie_ext.models.backbones import Conv3, Conv5, ResidualCNN, ResNet20
+from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import MAX_LAYERS, find_layers
 from tie_ext.models.statistics import FLAT, MAX_CHANNELS, PIECE, pool_statistics
-from tie_ext.outliers import make
+from tie_ext.outliers import MarginalRepresentations, MarginalSettings, Noise, make
 from tie_ext.scores.decision import uncertainty, upcast
 from tie_ext.scores.threshold import exclusion_threshold
 from tie_ext.utils.reservoir import Reservoir

@@ -180,7 +180,7 @@ def test_the_network_is_left_as_it_was(toy, detector):
 def test_scores_are_the_hosts_own_and_carry_a_gradient(toy):
     from pytorch_ood.detector import GEN, EnergyBased, Mahalanobis, MaxSoftmax, ViM
 
-    from tie_ext import MahalanobisPlusPlus
+    from tie_ext.pytorch_ood import MahalanobisPlusPlus
 
     net, _ = toy
     x, y = stripes(240, 0)
@@ -333,8 +333,8 @@ def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monke
     pytest.importorskip("PIL")
     import fooling as script
 
-    from tie_ext import Conv3
     from tie_ext.cli.data import ImageSet
+    from tie_ext.models.backbones import Conv3
 
     def images(name: str, split: str, root: str, shape: object = None) -> ImageSet:
         x, y = stripes(240, len(name) + len(split))

@@ -7,17 +7,12 @@ import torch
 from conftest import SHAPE, Small, make_net
 from torch import nn
 
-from tie_ext import (
-    Conv3,
-    Conv5,
-    GarbageHead,
-    Generator,
-    ResidualCNN,
-    ResNet20,
-    TIENet,
-    uncertainty,
-)
+from tie_ext import TIENet
+from tie_ext.models.backbones import Conv3, Conv5, ResidualCNN, ResNet20
+from tie_ext.models.generator import Generator
+from tie_ext.models.head import GarbageHead
 from tie_ext.outliers.saliency import Standardized
+from tie_ext.scores.decision import uncertainty
 from tie_ext.utils.files import load_state, save_state
 
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tie_ext import Conv3, attach
+from tie_ext import attach
+from tie_ext.models.backbones import Conv3
 from tie_ext.outliers.primitives import CHUNK, Rng
 from tie_ext.training.augmentation import TONE, blurred, corrupt, warped
 

@@ -13,13 +13,16 @@ from conftest import TINY, make_batches, make_net, make_trainer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tie_ext import Conv3, GarbageHead, Inversion, TIETrainer
+from tie_ext import TIETrainer
 from tie_ext.cli import main as cli
 from tie_ext.cli.data import ImageBatches
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.main import main
 from tie_ext.cli.reproduce import run, tables
 from tie_ext.cli.reproduce.comparison import recipe_of, train_method
+from tie_ext.models.backbones import Conv3
+from tie_ext.models.head import GarbageHead
+from tie_ext.outliers import Inversion
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.provenance import peak_memory, provenance
 

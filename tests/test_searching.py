@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import SHAPE, TINY, Small, make_batches, make_small
 
-from tie_ext import Noise, TIEConfig, TIENet, TIETrainer
+from tie_ext import TIEConfig, TIENet, TIETrainer
+from tie_ext.outliers import Noise
 from tie_ext.training.adversarial import RADIUS, max_log_prob, pgd
 
 

@@ -14,24 +14,22 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from tie_ext import (
+from tie_ext import TIEConfig, TIENet, TIETrainer
+from tie_ext.models.backbones import Conv3
+from tie_ext.models.head import GarbageHead
+from tie_ext.outliers import (
+    SYNTHESIZERS,
     Candidates,
-    Conv3,
-    GarbageHead,
-    GarbagePool,
     Inversion,
     InversionSettings,
     Noise,
     NoiseSettings,
     Synthesizer,
-    TIEConfig,
-    TIENet,
-    TIETrainer,
-    uncertainty,
 )
-from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import uniform_criterion
+from tie_ext.scores.decision import uncertainty
 from tie_ext.training.fit_head import fit_head
+from tie_ext.training.pool import GarbagePool
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.trainer import GARBAGE_SHARE
 from tie_ext.utils.files import load_state, save_state

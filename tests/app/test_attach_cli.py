@@ -17,13 +17,13 @@ import torch
 from conftest import Small, make_net
 from torch import nn
 
-from tie_ext import Combined, Conv3, TIEDetector, TIENet
+from tie_ext import Combined, TIEDetector, TIENet
 from tie_ext.cli import attach_run, data, registry
 from tie_ext.cli import main as cli
 from tie_ext.cli.folder import load_network, written
 from tie_ext.cli.main import main
 from tie_ext.cli.snapshots import load_snapshots
-from tie_ext.models.backbones import BACKBONES
+from tie_ext.models.backbones import BACKBONES, Conv3
 from tie_ext.utils.files import load_state, locked
 
 Image = pytest.importorskip("PIL.Image")

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import make_net
 
-from tie_ext import EpochLog, TIEDetector, TIENet, TIETrainer, __version__
+from tie_ext import TIEDetector, TIENet, TIETrainer, __version__
 from tie_ext.cli import data, explain_page, registry, report
 from tie_ext.cli import main as cli
 from tie_ext.cli.flags import make_parser
@@ -33,6 +33,7 @@ from tie_ext.cli.snapshots import load_examples, save_examples
 from tie_ext.scores.decision import Decision
 from tie_ext.scores.threshold import conformal_threshold
 from tie_ext.training.explain import Outside
+from tie_ext.training.log import EpochLog
 from tie_ext.utils import files
 from tie_ext.utils.files import load_state, locked, write_atomically
 

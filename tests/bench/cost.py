@@ -26,22 +26,14 @@ from statistics import median
 
 import torch
 
-from tie_ext import (
-    Inversion,
-    InversionSettings,
-    Noise,
-    Procedural,
-    TIEConfig,
-    TIENet,
-    TIETrainer,
-    attach,
-)
+from tie_ext import TIEConfig, TIENet, TIETrainer, attach
 from tie_ext.cli import data
 from tie_ext.cli.data import ImageBatches, ImageSet, training_batches
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.reproduce.comparison import classifier, train_plain
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import HEADS
+from tie_ext.outliers import Inversion, InversionSettings, Noise, Procedural
 from tie_ext.outliers.base import Domain
 from tie_ext.outliers.primitives import Rng
 from tie_ext.training.recipe import Recipe

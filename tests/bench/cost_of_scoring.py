@@ -16,8 +16,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from tie_ext import Combined, ResNet20, TIENet, attach
+from tie_ext import Combined, TIENet, attach
 from tie_ext.cli import registry
+from tie_ext.models.backbones import ResNet20
 from tie_ext.pytorch_ood import combine
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance

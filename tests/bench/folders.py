@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tie_ext import Conv5, TIENet
+from tie_ext import TIENet
 from tie_ext.cli import score
 from tie_ext.cli.data import scaled
 from tie_ext.cli.images import ImageFiles
+from tie_ext.models.backbones import Conv5
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 

@@ -21,11 +21,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tie_ext import GarbageHead, Procedural, TIENet
+from tie_ext import TIENet
 from tie_ext.cli import data
 from tie_ext.cli.data import ImageBatches, ImageSet
 from tie_ext.cli.reproduce import fooling
 from tie_ext.cli.reproduce.fooling import Detector, Score, outputs, verdict, with_line
+from tie_ext.models.head import GarbageHead
+from tie_ext.outliers import Procedural
 from tie_ext.outliers.base import Candidates
 from tie_ext.scores.combination import largest
 from tie_ext.utils.files import load_state, save_state, write_json

@@ -15,10 +15,12 @@ from attached import Trained, made_by, parser_of
 from fooling import OUT, id_sets, read
 from torch import Tensor
 
-from tie_ext import GarbageHead, Procedural, TIENet
+from tie_ext import TIENet
 from tie_ext.cli.data import ImageBatches
 from tie_ext.cli.reproduce import fooling
 from tie_ext.cli.reproduce.fooling import Detector, fooled, outputs, with_line
+from tie_ext.models.head import GarbageHead
+from tie_ext.outliers import Procedural
 from tie_ext.training.fit_head import OUTLIERS, WEIGHT, fit_head
 from tie_ext.utils.files import write_json
 from tie_ext.utils.random import seeded

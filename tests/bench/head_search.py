@@ -15,9 +15,10 @@ import torch
 from attached import OUT, Trained, image_sets, made_by, parser_of
 from torch import Tensor
 
-from tie_ext import GarbageHead, TIENet
+from tie_ext import TIENet
 from tie_ext.cli.data import ImageBatches
 from tie_ext.cli.reproduce.comparison import classifier
+from tie_ext.models.head import GarbageHead
 from tie_ext.models.statistics import STATISTICS
 from tie_ext.outliers.primitives import Rng
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles

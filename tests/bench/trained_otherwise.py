@@ -36,9 +36,10 @@ from combined import combined
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from tie_ext import Procedural, TIENet
+from tie_ext import TIENet
 from tie_ext.cli.data import ImageBatches, ImageSet
 from tie_ext.models.backbones import BACKBONES
+from tie_ext.outliers import Procedural
 from tie_ext.utils.files import write_json
 from tie_ext.utils.random import seeded
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tie_ext import GarbageHead, ood_score, uncertainty
+from tie_ext.models.head import GarbageHead
+from tie_ext.scores.decision import ood_score, uncertainty
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = Path(__file__).parents[2] / "openood_configs"
@@ -554,8 +555,9 @@ def test_nothing_is_searched_for_and_a_line_says_so(openood, capsys, name):
 
 @pytest.mark.parametrize("name", ["logitnorm", "ascood"])
 def test_its_own_training_methods_train_the_id_logits_alone(openood, name):
-    from tie_ext import Conv3, TIENet
+    from tie_ext import TIENet
     from tie_ext.cli.reproduce.openood_baselines import train_baseline
+    from tie_ext.models.backbones import Conv3
     from tie_ext.outliers.saliency import Standardized
 
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tie_ext import Conv3
+from tie_ext.models.backbones import Conv3
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LISTED = {"cifar10": ["cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365"]}

@@ -27,10 +27,12 @@ from openood.utils.config import Config
 from torch import nn
 
 import tie_ext.training.trainer
-from tie_ext import Inversion, InversionSettings, TIEConfig, TIENet, TIETrainer, ood_score
+from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.models.generator import Generator
 from tie_ext.openood.cpu import without_cuda
+from tie_ext.outliers import Inversion, InversionSettings
 from tie_ext.outliers.inversion import soft_code
+from tie_ext.scores.decision import ood_score
 from tie_ext.utils.reservoir import Reservoir
 
 tie_ext.training.trainer.seeded = lambda *key: nullcontext()

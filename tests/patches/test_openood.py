@@ -133,7 +133,8 @@ def test_its_formatters_have_nothing_to_say(patched, tool, arguments):
 def test_the_training_config_holds_the_defaults_of_tie_ext(patched):
     import yaml
 
-    from tie_ext import InversionSettings, TIEConfig
+    from tie_ext import TIEConfig
+    from tie_ext.outliers import InversionSettings
 
     config = yaml.safe_load((patched / "configs/pipelines/train/train_tie.yml").read_text())
     given, loop, inversion = config["trainer"]["trainer_args"], TIEConfig(), InversionSettings()

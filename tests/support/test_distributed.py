@@ -11,21 +11,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import SHAPE, TINY, Small, make_net, make_small
 
-from tie_ext import (
-    Inversion,
-    InversionSettings,
-    Noise,
-    Synthesizer,
-    TIENet,
-    TIETrainer,
-    uncertainty,
-)
+from tie_ext import TIENet, TIETrainer
 from tie_ext.outliers import (
     BoundarySettings,
+    Inversion,
+    InversionSettings,
     ManifoldBoundary,
     MarginalRepresentations,
     MarginalSettings,
+    Noise,
+    Synthesizer,
 )
+from tie_ext.scores.decision import uncertainty
 from tie_ext.scores.threshold import exclusion_threshold
 from tie_ext.utils.distributed import (
     average_gradients,
