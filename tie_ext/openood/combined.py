@@ -57,7 +57,7 @@ class CombinedPostprocessor(Postprocessor):
             )
         with seeded(0):
             train = _outputs(view, id_loader_dict, "train")
-            features = sample_features(outputs.features for outputs in train)
+            features = sample_features(outputs.features for outputs in train)  # type: ignore[misc]
         combined = Combined(chosen_members(features, garbage=garbage), None, self.rule)
         val = map(combined.score_outputs, _outputs(view, id_loader_dict, "val"))
         self.combined = combined.fit_scores(torch.cat(list(val)))
