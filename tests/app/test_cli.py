@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_net
+from conftest import make_net, set_head_defaults
 
 from tie_ext import TIEDetector, TIENet, TIETrainer, __version__
 from tie_ext.cli import data, explain_page, registry, report
@@ -32,7 +32,7 @@ from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.snapshots import load_examples, save_examples
 from tie_ext.scores.decision import Decision
 from tie_ext.scores.threshold import conformal_threshold
-from tie_ext.training.explain import Outside
+from tie_ext.training.explain import LayerDistances
 from tie_ext.training.log import EpochLog
 from tie_ext.utils import files
 from tie_ext.utils.files import load_state, locked, write_atomically
@@ -334,7 +334,7 @@ def test_curves_begin_at_one_id_image_and_no_legend_covers_them():
 def test_bars_of_two_rejected_images_have_one_scale():
     times = torch.tensor([[0.5, 3.0], [0.2, 0.9]])
     figure = explain_page.layer_figure(
-        torch.zeros(2, 1, 8, 8), ["a", "b"], Outside(times, times, times), ["conv.1", "features"]
+        torch.zeros(2, 1, 8, 8), ["a", "b"], LayerDistances(times, times, times), ["conv.1", "features"]
     )
     bars = figure.axes[1::2]
     assert [ax.get_xlim() for ax in bars] == [(0, pytest.approx(3.15))] * 2
@@ -526,7 +526,7 @@ def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_pa
 def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_asked_for(
     folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 20)
+    set_head_defaults(monkeypatch, steps=20)
     out = tmp_path / "run"
     assert main(train(folder, out, "--epochs", "1")) == 0
     record = json.loads((out / "run.json").read_text())
@@ -1086,7 +1086,7 @@ def small_demo(monkeypatch):
         replace(DEMO, config=config, synthesizers={"inversion": {"steps": 2, "width": 4}}),
     )
 
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 20)
+    set_head_defaults(monkeypatch, steps=20)
 
     def page(out):
         for name in ("figures/metrics.png", "report.html"):
@@ -1403,7 +1403,7 @@ def test_what_train_and_demo_leave_is_a_detector(run, folder, small_demo, tmp_pa
 def test_a_torchvision_network_trains_from_weights_of_other_classes_on_normalised_images(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 5)
+    set_head_defaults(monkeypatch, steps=5, epoch_steps=5)
     torch.manual_seed(0)
     before = registry.build("torchvision:resnet18", 3, 7)
     torch.save(before.state_dict(), tmp_path / "w.pt")

@@ -22,7 +22,7 @@ from tie_ext.cli.settings import ImageSettings, load_images
 from tie_ext.cli.snapshots import load_examples
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import Decision
-from tie_ext.training.explain import STEPS, Explanation, Outside, explain
+from tie_ext.training.explain import STEPS, Explanation, LayerDistances, explain
 from tie_ext.utils.files import locked, reading, write_atomically
 
 SHOWN = 8
@@ -73,7 +73,7 @@ def explain_run(
     found = explain(
         net, ImageBatches(images.first(MOST), 250, scale=net), steps=steps, progress=progress
     )
-    found.layers.hold(ImageBatches(test, 250, scale=net))
+    found.layers.calibrate(ImageBatches(test, 250, scale=net))
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decider(net, folder), examples, names)
     with locked(folder):
@@ -85,7 +85,7 @@ def explain_run(
                     "explain_layers",
                     LAYERS,
                     layer_figure(
-                        net.unit(x), captions, found.layers.outside(x), found.layers.names
+                        net.unit(x), captions, found.layers.compare(x), found.layers.names
                     ),
                 )
             )
@@ -142,16 +142,16 @@ def class_grid(found: Explanation, names: Sequence[str], most: int = 4) -> Figur
 
 
 def layer_figure(
-    x: Tensor, captions: Sequence[str], outside: Outside, layers: Sequence[str]
+    x: Tensor, captions: Sequence[str], distances: LayerDistances, layers: Sequence[str]
 ) -> Figure:
     """Each image ``(M, C, S, S)`` of [0, 1] beside a bar for each layer: how many times as far outside as all but 5 % of held-out ID images."""
     figure = Figure(figsize=(9, 0.4 + 0.22 * (len(layers) + 5) * len(x)), layout="constrained")
     axes = figure.subplots(len(x), 2, squeeze=False, width_ratios=(1, 4))
     farthest = 1.05 * max(
-        1.0, float(outside.times.max())
+        1.0, float(distances.relative_distance.max())
     )  # of all, so that bars of two images can be compared
     for (picture, bars), image, caption, times in zip(
-        axes, x, captions, outside.times, strict=True
+        axes, x, captions, distances.relative_distance, strict=True
     ):
         picture.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         picture.set(xticks=[], yticks=[])
