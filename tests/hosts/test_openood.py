@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -504,11 +504,11 @@ def test_images_are_read_alike_from_every_loader(openood):
 
 @pytest.mark.parametrize("name", ["tie_combined", "dmr"])
 def test_a_postprocessor_is_fitted_alike_in_every_script(openood, monkeypatch, name):
+    import tie_ext.openood.combined as combined
     from tie_ext.openood.registry import POSTPROCESSORS
-    from tie_ext.utils.reservoir import Reservoir
 
-    combine = import_module("tie_ext.pytorch_ood.combine")
-    monkeypatch.setattr(combine, "Reservoir", lambda most: Reservoir(40))  # not all of the images
+    few = partial(combined.sample_features, max_samples=40)  # fewer than the images
+    monkeypatch.setattr(combined, "sample_features", few)
     net, x = build(num_classes=3).eval(), torch.rand(9, 3, 28, 28)
     found = []
     for seed, augmented in enumerate((True, True, False)):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 Holder = TypeVar("Holder")
+Module = TypeVar("Module", bound=nn.Module)
 
 _HOOKS = (
     "_forward_hooks",
@@ -23,17 +24,17 @@ _HOOKS = (
 )
 
 
-def hook_view(module: nn.Module) -> nn.Module:
+def hook_view(module: Module) -> Module:
     """A view in the mode of the module; hooks that are registered on it are its own."""
     return _View(None, False).of(module)
 
 
-def eval_view(module: nn.Module) -> nn.Module:
+def eval_view(module: Module) -> Module:
     """A view in evaluation mode; gradients reach the weights of the module."""
     return _View(False, False).of(module)
 
 
-def frozen_view(module: nn.Module) -> nn.Module:
+def frozen_view(module: Module) -> Module:
     """A view in evaluation mode; gradients flow through it to its input, and reach no weight."""
     return _View(False, True).of(module)
 
@@ -66,9 +67,9 @@ class _View:
         self.training, self.detached, self.grads = training, detached, grads
         self.views: dict[int, nn.Module] = {}
 
-    def of(self, module: nn.Module) -> nn.Module:
+    def of(self, module: Module) -> Module:
         """The view of a module and of all below it."""
-        view = self.clone(module)
+        view: Any = self.clone(module)
         self.bind()
         return view
 
