@@ -11,9 +11,8 @@ from tie_ext.models.network import TIENet
 from tie_ext.openood.loaders import PlainImages
 from tie_ext.openood.postprocessors import Postprocessor
 from tie_ext.pytorch_ood.combine import chosen_members, sample_features
-from tie_ext.pytorch_ood.combined import Combined
+from tie_ext.pytorch_ood.combined import Combined, saved_rule
 from tie_ext.pytorch_ood.members import Outputs, forward
-from tie_ext.scores.combination import check_rule
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
 from tie_ext.utils.views import eval_view
@@ -32,8 +31,7 @@ class CombinedPostprocessor(Postprocessor):
 
     def __init__(self, config: Config | None = None):
         super().__init__(config)
-        rule = self.parameters["rule"]
-        self.rule = check_rule("zsum" if rule == "stouffer" else rule)  # as configs of 0.2.0 say
+        self.rule = saved_rule(self.parameters["rule"])  # configs of 0.2.0 name others too
         self.combined: Combined | None = None
 
     @no_grad()
@@ -58,7 +56,8 @@ class CombinedPostprocessor(Postprocessor):
         with seeded(0):
             train = _outputs(view, id_loader_dict, "train")
             features = sample_features(outputs.features for outputs in train)  # type: ignore[misc]
-        combined = Combined(chosen_members(features, garbage=garbage), None, self.rule)
+        combined = Combined(chosen_members(features, garbage=garbage), None)
+        combined.rule = self.rule
         val = map(combined.score_outputs, _outputs(view, id_loader_dict, "val"))
         self.combined = combined.fit_scores(torch.cat(list(val)))
 
