@@ -1194,9 +1194,9 @@ def test_a_demo_touches_no_folder_of_anything_else(content, small_demo, run, tmp
     before = listed(out)
     assert small_demo(out) == 1
     error = capsys.readouterr().err
+    held = "network.safetensors" if content == "no run" else "run.json"
     assert (
-        f"Expected a folder for the demo, but got {out}, which holds {'network.safetensors' if "
-        f"content == 'no run' else 'run.json'}"
+        f"Expected a folder for the demo, but got {out}, which holds {held}"
         in error
     )
     assert error.count("\n") == 1
