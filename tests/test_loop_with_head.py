@@ -8,7 +8,7 @@ import torch
 from conftest import FEW, SHAPE, TINY, Small, make_batches
 
 from tie_ext import TIEConfig, TIENet, TIETrainer
-from tie_ext.cli.reproduce.comparison import train_plain
+from tie_ext.cli.classifier import train_plain
 from tie_ext.models.head import GarbageHead
 from tie_ext.outliers import Inversion, Noise, Procedural
 from tie_ext.outliers.saliency import uniform_criterion

@@ -33,6 +33,23 @@ class WithFc(nn.Module):
         return self.fc(self.body(x.flatten(1)))
 
 
+def test_a_compiled_backbone_is_taken_as_it_was(tmp_path):
+    plain, x = Conv3(1, 3).eval(), torch.rand(4, *SHAPE)
+    net = TIENet(torch.compile(plain, backend="eager"), 3, SHAPE, head="multilayer").eval()
+    assert torch.equal(net(x), plain(x))
+    net.save(tmp_path / "net")
+    assert torch.equal(TIENet.load(tmp_path / "net")(x, garbage=True), net(x, garbage=True))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="older compilers have not been tried")
+def test_all_logits_compile_and_export_without_a_break():
+    net, x = TIENet(Small(3), 3, SHAPE, head="multilayer").eval(), torch.rand(4, *SHAPE)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    exported = torch.export.export(net, (x,), {"garbage": True}, strict=True).module()
+    for program in (compiled, exported):
+        torch.testing.assert_close(program(x, garbage=True), net(x, garbage=True))
+
+
 @pytest.mark.parametrize(
     "make",
     [

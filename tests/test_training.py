@@ -94,7 +94,7 @@ def test_the_learning_rate_falls_along_half_a_cosine():
 
 
 def test_the_plain_network_trains_at_the_same_rates(monkeypatch):
-    from tie_ext.cli.reproduce.comparison import train_plain
+    from tie_ext.cli.classifier import train_plain
 
     net, asked = make_net(), []
     before = net.fc.weight.clone()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from page import percent
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 
 DOCS = Path(__file__).parents[2] / "docs"
 RECORD = DOCS / "results" / "explained.json"

@@ -16,8 +16,8 @@ from attached import OUT, Trained, image_sets, made_by, parser_of
 from torch import Tensor
 
 from tie_ext import TIENet
-from tie_ext.cli.data import ImageBatches
-from tie_ext.cli.reproduce.comparison import classifier
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.classifier import classifier
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.statistics import STATISTICS
 from tie_ext.outliers.primitives import Rng
@@ -172,13 +172,13 @@ def main() -> None:
                 }
             line = scores["held"].quantile(0.999)
             result = {
-                "held in garbage": (scores["held"] > 0).double().mean().item(),
+                "held_in_garbage": (scores["held"] > 0).double().mean().item(),
                 "seconds": seconds,
             }
-            result["held, processed, in garbage"] = (
+            result["held_corrupted_in_garbage"] = (
                 (scores["held, processed"] > 0).double().mean().item()
             )
-            result |= {name: {"in garbage": (of > 0).double().mean().item(), "above 1 in 1000 of ID": (of > line).double().mean().item()}
+            result |= {name: {"in_garbage": (of > 0).double().mean().item(), "above_1_in_1000_of_id": (of > line).double().mean().item()}
                        for name, of in scores.items() if name.startswith("val:")}  # fmt: skip
             results[label].append(result)
             rates = ", ".join(
