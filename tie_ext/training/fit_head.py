@@ -5,6 +5,7 @@ outlier, 0 for an ID image.
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class StatisticsCollector:
 
     def __init__(self, net: TIENet, memory: int):
         self.net = frozen_view(net)
-        rows = max(2, memory // (4 * net.garbage.mean.numel()))
+        head = cast(GarbageHead, net.garbage)
+        rows = max(2, memory // (4 * head.mean.numel()))
         self.id, self.ood = Reservoir(2 * rows), Reservoir(rows)
 
     @torch.no_grad()
@@ -90,10 +92,10 @@ def fit_head(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    loss = float(torch.stack(losses).mean())
-    if not math.isfinite(loss):
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
         raise ValueError(
-            f"Expected a finite loss of the garbage head, but got {loss}, as the statistics of a "
+            f"Expected a finite loss of the garbage head, but got {mean}, as the statistics of a "
             "float16 network give it; give the network in float32 or bfloat16"
         )
-    return loss
+    return mean
