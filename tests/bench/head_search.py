@@ -101,7 +101,7 @@ def outliers(net: TIENet, images: ImageBatches, most: Mapping[str, int]) -> dict
             batches = (make(x, rng) for x, _ in images)
         else:
             batches = (
-                net.scaled(greyed(FAMILIES[name][1]((500, *shape), rng), rng))
+                net.from_unit(greyed(FAMILIES[name][1]((500, *shape), rng), rng))
                 for _ in range(math.ceil(count / 500))
             )
         found[name] = statistics(net, batches)[0][:count]

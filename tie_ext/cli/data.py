@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.cli.images import SUFFIXES, ImageFiles, Images, ImageSet, images_below, read_image
+from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.modules import Bounded
 
 __all__ = [
     "ImageBatches",
@@ -160,7 +160,9 @@ class ImageBatches:
 
 def scaled(x: Tensor, scale: Bounded | None) -> Tensor:
     """Images uint8 ``(B, C, S, S)`` as float in a network's value range, on its device; in [0, 1] where there is none."""
-    return x.float() / 255 if scale is None else scale.scaled(x.to(scale.low.device).float() / 255)
+    return (
+        x.float() / 255 if scale is None else scale.from_unit(x.to(scale.low.device).float() / 255)
+    )
 
 
 def training_batches(

@@ -19,7 +19,7 @@ def all_logits(net: TIENet, images: Images) -> Tensor:
     with frozen(net):
         return torch.cat(
             [
-                net(net.scaled(x.to(device)), garbage=True).cpu()
+                net(net.from_unit(x.to(device)), garbage=True).cpu()
                 for x, _ in ImageBatches(images, 500)
             ]
         )

@@ -85,7 +85,7 @@ def explain_run(
                     "explain_layers",
                     LAYERS,
                     layer_figure(
-                        net.unit(x), captions, found.layers.outside(x), found.layers.names
+                        net.to_unit(x), captions, found.layers.outside(x), found.layers.names
                     ),
                 )
             )
@@ -112,7 +112,7 @@ def rejected(
     found, captions = [], []
     others = {name: x for name, x in examples.items() if name != "id"}
     for place, (name, images) in enumerate(others.items()):
-        x = net.scaled(images.float() / 255)
+        x = net.from_unit(images.float() / 255)
         decision = decide(x)
         rows, most = (
             (decision.level > 0).nonzero().flatten(),
@@ -130,8 +130,8 @@ def class_grid(found: Explanation, names: Sequence[str], most: int = 4) -> Figur
     net, shown = found.layers.net, slice(None, most)
     gap = torch.full_like(found.inversions[:, :1], 1.0)
     pairs = [
-        net.unit(found.inversions[:, shown].flatten(0, 1)),
-        net.unit(found.nearest[:, shown].flatten(0, 1)),
+        net.to_unit(found.inversions[:, shown].flatten(0, 1)),
+        net.to_unit(found.nearest[:, shown].flatten(0, 1)),
     ]
     n, shape = len(found.inversions), found.inversions.shape[2:]
     left, right = (part.reshape(n, -1, *shape) for part in pairs)

@@ -471,7 +471,9 @@ def _figures(
     if (folder / "scores.safetensors").is_file():
         if examples := load_examples(folder):
             decide = decider(net, folder)
-            decisions = {name: decide(net.scaled(x.float() / 255)) for name, x in examples.items()}
+            decisions = {
+                name: decide(net.from_unit(x.float() / 255)) for name, x in examples.items()
+            }
             figures["examples"] = (EXAMPLES, decided(examples, decisions, names))
         for label, scores in load_scores(folder / "scores.safetensors").items():
             figures[f"curves_{label}"] = (

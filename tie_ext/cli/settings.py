@@ -6,8 +6,8 @@ from textwrap import shorten
 from tie_ext.cli import data
 from tie_ext.cli.data import Images
 from tie_ext.training.recipe import Recipe
+from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.modules import Bounded
 
 LARGEST = 2048
 """Pixels of a side."""

@@ -51,11 +51,14 @@ def save_snapshot(
                 x = synthesizer.invert(torch.arange(n + 1).repeat_interleave(per_class)).x
                 state["inversions"] = to_bytes(net, x).reshape(n + 1, per_class, *x.shape[1:])
             else:
-                x = net.scaled((some.x[: 2 * per_class].float() / 255).to(device))
+                x = net.from_unit((some.x[: 2 * per_class].float() / 255).to(device))
                 state[f"outliers_{i}"] = to_bytes(
                     net, synthesizer.sample(net, x, some.y[: 2 * per_class].to(device)).x
                 )
-        x, other = net.scaled((some.x.float() / 255).to(device)), garbage(points // 5).to(device)
+        x, other = (
+            net.from_unit((some.x.float() / 255).to(device)),
+            garbage(points // 5).to(device),
+        )
         state["features"] = net.features(torch.cat([x, other]))
         state["labels"] = torch.cat([some.y, torch.full((len(other),), n)])
     save_state(folder / "epochs" / f"{epoch:04d}.safetensors", "snapshot", dict(state))
@@ -63,7 +66,7 @@ def save_snapshot(
 
 def to_bytes(net: TIENet, x: Tensor) -> Tensor:
     """Images in the network's value range as uint8."""
-    return (net.unit(x) * 255).round().to(torch.uint8)
+    return (net.to_unit(x) * 255).round().to(torch.uint8)
 
 
 def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:

@@ -168,7 +168,7 @@ def _look(
             x, y = _pair(batch)
             check_images(x.cpu(), net.image_shape, low, high)
             x = x.to(device)
-            for images in (net.scaled(corrupt(net.unit(x), Rng(device))), x):
+            for images in (net.from_unit(corrupt(net.to_unit(x), Rng(device))), x):
                 h, s = net.statistics(images)
                 logits = net.fc(h)
                 inside.add(torch.cat([s, logits], dim=1))

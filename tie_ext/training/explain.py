@@ -26,7 +26,7 @@ from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import find_layers
 from tie_ext.models.network import TIENet
 from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
-from tie_ext.outliers.base import Batches
+from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.utils.checks import check_images, check_labels
 from tie_ext.utils.modules import evaluating, frozen
@@ -64,7 +64,7 @@ class Layers:
         ValueError: If the network has another garbage logit, an image is not as it takes them, or there are fewer than two of a class.
     """
 
-    def __init__(self, net: TIENet, batches: Batches):
+    def __init__(self, net: TIENet, batches: Loader):
         if not isinstance(net.garbage, GarbageHead):
             raise ValueError(
                 "Expected a network with a head on every layer, but got one with a linear garbage logit"
@@ -159,7 +159,7 @@ class Explanation(NamedTuple):
 
 def explain(
     model: nn.Module | TIENet,
-    batches: Batches,
+    batches: Loader,
     num_classes: int | None = None,
     low: float | Sequence[float] = 0.0,
     high: float | Sequence[float] = 1.0,
@@ -215,7 +215,7 @@ def _readable(
         net = copy.deepcopy(model)
         device = net.low.device
         net.garbage = GarbageHead(
-            find_layers(net.backbone, net.scaled(torch.full((1, *shape), 0.5, device=device))),
+            find_layers(net.backbone, net.from_unit(torch.full((1, *shape), 0.5, device=device))),
             net.feature_size,
         ).to(device)
         return net.eval()
@@ -276,7 +276,7 @@ def _moved(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _nearest(net: TIENet, x: Tensor, per_class: int, batches: Batches) -> Tensor:
+def _nearest(net: TIENet, x: Tensor, per_class: int, batches: Loader) -> Tensor:
     """For inversions ``(n k, C, S, S)``, class by class, the nearest training image of their class, ``(n, k, C, S, S)``."""
     device, n = net.low.device, net.num_classes
     with evaluating(net):

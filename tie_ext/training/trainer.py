@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
-from tie_ext.outliers.base import Batches, Prior, Synthesizer
+from tie_ext.outliers.base import Loader, Prior, Synthesizer
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.outliers.noise import Noise
 from tie_ext.outliers.primitives import Rng
@@ -187,7 +187,7 @@ class TIETrainer:
         """Whether this is the run's last epoch, whose network people will use: more images are kept, and the head learns as long as attach's."""
         return len(self.log) + 1 >= self.config.epochs
 
-    def epoch(self, batches: Batches) -> EpochLog:
+    def epoch(self, batches: Loader) -> EpochLog:
         """Train, invert, exclude.
 
         Arguments:
@@ -228,7 +228,7 @@ class TIETrainer:
 
     # Stage 1.
 
-    def _train(self, batches: Batches) -> tuple[dict[str, float], Pairs]:
+    def _train(self, batches: Loader) -> tuple[dict[str, float], Pairs]:
         """Weighted cross-entropy on the ID data and a draw from the garbage pool; its mean, and the ID images that were kept of those seen."""
         self._to_training_mode()
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
@@ -298,7 +298,10 @@ class TIETrainer:
         with frozen(self.net), torch.no_grad():
             for x, _ in self._bar(kept, "head"):
                 x = x.to(self.device)
-                for images in (x, self.net.scaled(corrupt(self.net.unit(x), Rng(self.device)))):
+                for images in (
+                    x,
+                    self.net.from_unit(corrupt(self.net.to_unit(x), Rng(self.device))),
+                ):
                     inside.add(self.net.statistics(images)[1])
             for part in (part for images in self._garbage(count) for part in images.split(BATCH)):
                 outside.add(self.net.statistics(part.to(self.device))[1])
@@ -342,7 +345,7 @@ class TIETrainer:
         weights[-1] *= self.config.garbage_weight * self.net.num_classes / CLASSES
         return weights.to(self.device)
 
-    def _with_garbage(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    def _with_garbage(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """ID batches, each with its share of the garbage pool once that holds any, on the device of the network."""
         # Asked of all processes, as one that skipped a batch alone would leave the others waiting for it.
         everywhere = not int(total(torch.tensor(int(not self._learns_garbage)), self.device))
@@ -362,7 +365,7 @@ class TIETrainer:
 
     # Stage 2.
 
-    def _invert(self, batches: Batches, progress: float) -> dict[str, float]:
+    def _invert(self, batches: Loader, progress: float) -> dict[str, float]:
         """Every synthesizer learns from the frozen classifier."""
         losses: dict[str, float] = {}
         for synthesizer in self.synthesizers:
@@ -419,7 +422,7 @@ class TIETrainer:
 
     # The data, looked at once by each process that trains: shapes, types, ranges, labels, and how many samples each class has ``(n,)``.
 
-    def _train_looking(self, batches: Batches) -> tuple[dict[str, float], Pairs]:
+    def _train_looking(self, batches: Loader) -> tuple[dict[str, float], Pairs]:
         """:meth:`_train`, each batch looked at before it is trained on; what is wrong with one leaves network and optimiser as they were."""
         before = copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict()))
         self._seen.zero_()
@@ -432,7 +435,7 @@ class TIETrainer:
             raise
         return trained
 
-    def _survey(self, batches: Batches) -> None:
+    def _survey(self, batches: Loader) -> None:
         """Look at all data before any work, as a process that found something wrong while others train would leave them waiting for it."""
         error, counts, steps = None, torch.zeros(self.net.num_classes, dtype=torch.long), [0, 0]
         try:
@@ -474,14 +477,14 @@ class TIETrainer:
             )
         self._surveyed = True
 
-    def _look(self, batches: Batches) -> tuple[Tensor, list[int]]:
+    def _look(self, batches: Loader) -> tuple[Tensor, list[int]]:
         """Samples of each class ``(n,)`` in this process's share, and its batches and those of one image."""
         counts, steps, singles = torch.zeros(self.net.num_classes, dtype=torch.long), 0, 0
         for x, _ in self._checked(self._bar(batches, "check"), counts):
             steps, singles = steps + 1, singles + (len(x) == 1)
         return counts, [steps, singles]
 
-    def _checked(self, batches: Batches, counts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _checked(self, batches: Loader, counts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The same batches, each refused if it is not as it should be, and else added to the samples of each class ``(n,)``."""
         n, low, high = self.net.num_classes, self.net.low.cpu(), self.net.high.cpu()
         for x, y in batches:
@@ -515,7 +518,7 @@ class _Uniform:
         ValueError: If the loader can be read only once.
     """
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: Loader):
         if isinstance(batches, Iterator):
             raise ValueError(
                 f"Expected batches that can be read again and again, such as a DataLoader or a list, but got {type(batches).__name__}"

@@ -1,8 +1,8 @@
 """What the rooms do to modules: modes, flags, BatchNorm's statistics and the value range of the data, each left or kept as it should be."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,58 +83,3 @@ def settle_statistics(module: nn.Module, inputs: Iterable[Tensor]) -> None:
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-
-
-class Bounded(nn.Module):
-    """A module that knows the value range of the data, as buffers ``low`` and ``high``, each ``(1 or C, 1, 1)``.
-
-    Arguments:
-        low: Smallest value of the data, a number or one a channel.
-        high: Largest value of the data.
-
-    Raises:
-        ValueError: If low is not below high, or they have different lengths.
-    """
-
-    low: Tensor
-    high: Tensor
-    exact: ClassVar[tuple[str, ...]] = ("low", "high")
-    """Buffers that stay float32 when the module is made ``.double()`` or ``.bfloat16()``: a rounded range refuses good images."""
-
-    def __init__(
-        self,
-        low: float | Sequence[float] | Tensor = 0.0,
-        high: float | Sequence[float] | Tensor = 1.0,
-    ):
-        super().__init__()
-        bounds = [
-            torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1).clone()
-            for value in (low, high)
-        ]
-        if bounds[0].shape != bounds[1].shape or not bool((bounds[0] < bounds[1]).all()):
-            raise ValueError(
-                f"Expected low < high, numbers or one for each channel, but got low={low!r}, high={high!r}"
-            )
-        self.register_buffer("low", bounds[0])
-        self.register_buffer("high", bounds[1])
-
-    def clip(self, x: Tensor) -> Tensor:
-        """Images ``(..., C, H, W)`` brought into the value range."""
-        return torch.minimum(torch.maximum(x, self.low), self.high)
-
-    def unit(self, x: Tensor) -> Tensor:
-        """Images ``(..., C, H, W)`` of the value range, in [0, 1]."""
-        return (x - self.low) / (self.high - self.low)
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """Images ``(..., C, H, W)`` in [0, 1], in the value range."""
-        return self.low + (self.high - self.low) * x
-
-    def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name) for name in self.exact}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = getattr(self, name)
-            if after.dtype != value.dtype and not value.is_meta:
-                setattr(self, name, value.to(after.device))
-        return self

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 Holder = TypeVar("Holder")
 
 _HOOKS = (
@@ -31,17 +32,17 @@ _OWN = {name for name, value in vars(nn.Module()).items() if isinstance(value, d
 _OWN -= {"_modules", "_parameters"}
 
 
-def hook_view(module: nn.Module) -> nn.Module:
+def hook_view(module: Module) -> Module:
     """A view in the mode of the module; hooks that are registered on it are its own."""
     return _View(None, False).of(module)
 
 
-def eval_view(module: nn.Module) -> nn.Module:
+def eval_view(module: Module) -> Module:
     """A view in evaluation mode; gradients reach the weights of the module."""
     return _View(False, False).of(module)
 
 
-def frozen_view(module: nn.Module) -> nn.Module:
+def frozen_view(module: Module) -> Module:
     """A view in evaluation mode; gradients flow through it to its input, and reach no weight."""
     return _View(False, True).of(module)
 
@@ -79,7 +80,7 @@ class _View:
         self.training, self.detached, self.grads = training, detached, grads
         self.views: dict[int, Any] = {}  # of modules and parameters, by the id of the original
 
-    def of(self, module: nn.Module) -> nn.Module:
+    def of(self, module: Module) -> Module:
         """The view of a module and of all below it.
 
         Raises:
@@ -98,7 +99,7 @@ class _View:
                     if isinstance(hook, MethodType) and id(hook.__self__) in self.views:
                         hooks[key] = self.inner(hook)
 
-    def _clone(self, module: nn.Module) -> nn.Module:
+    def _clone(self, module: Any) -> Any:
         if isinstance(module, torch.jit.ScriptModule):
             return self._shared(module)
         module = module._modules.get("_orig_mod") or module  # what torch.compile wraps

@@ -6,7 +6,7 @@ from openood.utils.config import Config
 
 from tie_ext.models.network import TIENet
 from tie_ext.openood import without_cuda
-from tie_ext.outliers.base import Batches
+from tie_ext.outliers.base import Loader
 from tie_ext.utils.random import seeded
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -32,9 +32,9 @@ BASELINES: dict[str, tuple[type, dict]] = {
 
 
 class Loader:
-    """Batches as OpenOOD's loaders give them; its trainers ask the loader and its iterator for their length."""
+    """Loader as OpenOOD's loaders give them; its trainers ask the loader and its iterator for their length."""
 
-    def __init__(self, batches: Batches, steps: int):
+    def __init__(self, batches: Loader, steps: int):
         self.batches, self.steps = batches, steps
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class Loader:
         return {"data": x, "label": y}
 
 
-def train_baseline(name: str, net: TIENet, batches: Batches, epochs: int, seed: int = 0) -> None:
+def train_baseline(name: str, net: TIENet, batches: Loader, epochs: int, seed: int = 0) -> None:
     """Train the n ID logits of a network with one of OpenOOD's trainers.
 
     Arguments:

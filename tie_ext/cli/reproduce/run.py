@@ -180,7 +180,7 @@ def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> N
             with seeded(len(trainer.log)):
                 x, y = synthesizer.invert(
                     torch.arange(trainer.net.num_classes).repeat_interleave(per_class),
-                    clearly=False,
+                    margin=0.0,
                 )
             save_state(path, "inversions", {"x": to_bytes(trainer.net, x).cpu(), "y": y.cpu()})
 
