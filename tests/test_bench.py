@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tie_ext import TIENet
-from tie_ext.cli.data import ImageSet
+from tie_ext.cli.images import ImageSet
 from tie_ext.cli.main import main
 from tie_ext.models.backbones import Conv3
 from tie_ext.scores.decision import Decision

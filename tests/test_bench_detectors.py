@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tie_ext import TIENet
-from tie_ext.cli.data import ImageSet
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import Conv3
 
 pytest.importorskip("pytorch_ood")

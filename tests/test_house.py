@@ -133,7 +133,7 @@ def test_no_room_pins_a_device_evaluates_text_or_prints(path):
         r"\.cuda\(|\bpickle\b|torch\.load\((?!.*weights_only=True)|(?<![\w.])eval\(|(?<![\w.])exec\(",
         text,
     )
-    assert name_of(path) == "cli.main" or not re.search(r"(?<![\w.])print\(", text)
+    assert name_of(path).startswith("cli.") or not re.search(r"(?<![\w.])print\(", text)
 
 
 def test_the_front_door():

@@ -1,5 +1,6 @@
 """What earlier versions saved still loads and scores as it did, as CHANGELOG.md promises."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,79 @@ def test_a_combination_scores_as_it_did():
     assert detector(RAMP).tolist() == pytest.approx(
         [32.87762, 13.96002, 13.94282, -38.60067], rel=1e-3
     )
+
+
+def load(folder: Path):
+    """The detector in a folder."""
+    pytest.importorskip("pytorch_ood")
+    from tie_ext.pytorch_ood import load_detector
+
+    return load_detector(folder, Small())
+
+
+def test_a_run_folder_is_a_detector_folder():
+    detector = load(DATA / "run_by_0.2.0")
+    assert [type(member).__name__ for member in detector.detectors] == [
+        "TIEDetector",
+        "SampledKNN",
+        "GEN",
+    ]
+    assert detector.threshold == pytest.approx(3.894331)
+    assert detector(RAMP).tolist() == pytest.approx(
+        [164.9135, 315.9383, 636.0538, 709.3142], rel=1e-3
+    )
+    assert detector.decide(RAMP).level.tolist() == [1, 1, 1, 1]
+    net = TIENet.load(DATA / "run_by_0.2.0" / "network.safetensors", Small())
+    assert net.decide(RAMP).score.tolist() == pytest.approx(
+        [8.921303, 13.11982, 26.38901, 31.38537], rel=1e-4
+    )
+
+
+def test_every_kind_of_member_and_a_rule_that_is_no_longer_offered():
+    detector = load(DATA / "members_by_0.2.0")
+    assert (detector.rule, len(detector.detectors)) == ("fisher", 12)
+    assert detector.threshold == pytest.approx(32.48936)
+    assert detector(RAMP).tolist() == pytest.approx(
+        [21.18664, 21.75953, 49.13498, 48.91253], rel=1e-4
+    )
+    assert detector.decide(RAMP).level.tolist() == [0, 0, 2, 2]
+    expected = [
+        [-1.11649, 0.98849, -1.32291, -0.40422, -0.41711, 1.08742, 0.74288, 0.31013, 1.18778],
+        [-1.20118, 0.99070, -1.36475, -0.39695, -0.44080, 1.08955, 0.74288, 0.08278, 3.08464],
+    ]
+    torch.testing.assert_close(
+        detector.scores(RAMP)[:2, :9], torch.tensor(expected), rtol=1e-3, atol=1e-4
+    )
+    assert detector.scores(RAMP)[:, 10:].tolist() == [
+        pytest.approx([value] * 2, rel=1e-3) for value in (0.104988, 0.042791, 0.297884, 0.372188)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "score", "threshold", "tau"),
+    [
+        ("threshold", [-1.11649, -1.20118, -1.30421, -1.39141], -1.105096, None),
+        ("tau", [-1.65442, -1.74128, -1.84507, -1.93188], None, 0.9807332),
+    ],
+)
+def test_a_threshold_and_a_tau(folder, score, threshold, tau):
+    detector = load(DATA / f"{folder}_by_0.2.0")
+    assert detector(RAMP).tolist() == pytest.approx(score, rel=1e-4)
+    assert detector.threshold == (None if threshold is None else pytest.approx(threshold))
+    assert detector.tau == (None if tau is None else pytest.approx(tau))
+    assert detector.decide(RAMP).level.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["saved_by_0.1.0", "saved_by_0.2.0", "run_by_0.2.0", "members_by_0.2.0", "threshold_by_0.2.0"],
+)
+def test_saved_again_it_scores_the_same(folder, tmp_path):
+    detector = load(DATA / folder)
+    detector.save(tmp_path)
+    again = load(tmp_path)
+    assert json.loads((tmp_path / "detector.json").read_text())["version"] == 3
+    assert torch.equal(again(RAMP), detector(RAMP))
+    assert torch.equal(again.threshold, detector.threshold)
+    assert again.calibration_scores is None
+    assert torch.equal(again.decide(RAMP).level, detector.decide(RAMP).level)

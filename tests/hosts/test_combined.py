@@ -16,6 +16,7 @@ from tie_ext import TIENet, attach
 from tie_ext.models.backbones import Conv3, Conv5
 from tie_ext.scores.combination import RULES, reference
 from tie_ext.scores.decision import uncertainty
+from tie_ext.scores.knn import knn_score, pairwise_distances
 from tie_ext.scores.threshold import conformal_threshold, split
 
 pytest.importorskip("pytorch_ood")
@@ -23,7 +24,12 @@ import pytorch_ood.detector as theirs
 from pytorch_ood.api import LogitsDetector, ModelNotSetException, RequiresFittingException
 
 from tie_ext import Combined, TIEDetector, combine
-from tie_ext.pytorch_ood import MahalanobisPlusPlus, SampledKNN, UncertaintyEstimate
+from tie_ext.pytorch_ood import (
+    MahalanobisPlusPlus,
+    SampledKNN,
+    UncertaintyEstimate,
+    load_detector,
+)
 from tie_ext.pytorch_ood.members import MEMBERS
 
 rules = pytest.mark.parametrize("rule", list(RULES))
@@ -685,6 +691,55 @@ def test_a_damaged_or_foreign_folder_is_refused(saved, change, message):
     assert str(error.value).startswith("Expected ")
 
 
+def test_a_saved_detector_has_room_for_what_comes_later(saved):
+    from tie_ext.utils.files import load_state
+
+    about = json.loads((saved / "detector.json").read_text())
+    assert (about["version"], about["guarantee"], about["transform"]) == (3, "average", None)
+    state = load_state(saved / "detector.safetensors", "detector")
+    assert state["training_features"] is None
+    assert state["calibration_scores"].shape == (40,)
+
+
+def test_calibration_scores_that_are_none_are_refused(saved):
+    for bad in (torch.full((3,), float("nan")), torch.zeros(2, 2), torch.zeros(3).long()):
+        rewrite(saved, lambda s, bad=bad: s.update(calibration_scores=bad))
+        with pytest.raises(ValueError, match="calibration scores"):
+            Combined.load(saved)
+
+
+def test_the_reader_of_every_folder(saved, tmp_path):
+    assert isinstance(load_detector(saved), Combined)
+    TIEDetector(trained(), 0.1).fit(loader()).save(tmp_path / "tie")
+    single = load_detector(tmp_path / "tie")
+    assert single.calibration_scores.shape == (24,)
+    assert single.recalibrate(0.2).threshold < load_detector(tmp_path / "tie").threshold
+    trained().save(tmp_path / "run" / "network.safetensors")
+    assert isinstance(load_detector(tmp_path / "run"), TIEDetector)
+    shutil.copytree(saved, tmp_path / "run" / "combined")  # as runs of 0.2.0 have it
+    assert isinstance(load_detector(tmp_path / "run"), Combined)
+    assert load_detector(tmp_path / "run", device="meta").device.type == "meta"
+    with pytest.raises(FileNotFoundError, match="network"):
+        load_detector(tmp_path)
+    edit(saved, format="other")
+    with pytest.raises(ValueError, match="format 'other'"):
+        load_detector(saved)
+
+
+def test_weights_are_read_once(saved, monkeypatch):
+    read, load = [], TIENet.load
+    monkeypatch.setattr(TIENet, "load", lambda *a, **k: read.append(a) or load(*a, **k))
+    detector = load_detector(saved)
+    assert len(read) == 1
+    assert detector.network is detector.detectors[0].network
+
+
+def test_saving_over_an_earlier_detector_leaves_none_of_its_files(saved):
+    (saved / "members.safetensors").write_bytes(b"features of other images")
+    Combined.load(saved).save(saved)
+    assert not (saved / "members.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["network.safetensors", "detector.safetensors", "detector.json"])
 def test_a_file_that_is_missing_is_named(saved, name):
     (saved / name).unlink()
@@ -777,6 +832,18 @@ def test_what_cannot_be_exported_is_refused(make, message):
 
 
 # KNN on a sample.
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-3, 1e-4])
+def test_distances_of_features_that_lie_close_together(spread):
+    z = torch.nn.functional.normalize(
+        torch.randn(3, 64)[torch.arange(200) % 3] + spread * torch.randn(200, 64)
+    )
+    a, b = z[:40], z[40:]
+    expected = (a.double()[:, None] - b.double()).norm(dim=2)
+    torch.testing.assert_close(pairwise_distances(a, b).double(), expected, rtol=1e-5, atol=0)
+    expected = expected.sort(dim=1).values[:, 4]
+    torch.testing.assert_close(knn_score(3 * a, b, 5).double(), expected, rtol=1e-3, atol=1e-7)
 
 
 def test_sampled_knn_is_their_knn_on_the_features_it_keeps():

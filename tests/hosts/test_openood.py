@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -281,8 +282,11 @@ def test_configs_of_0_2_0_mean_what_they_meant(openood):
     for old, new in (("layers", GarbageHead), ("linear", nn.Linear)):
         assert isinstance(build(garbage=old, head="multilayer").garbage, new)
     assert recipe_of_config(trainer_config(objective="uniform")).criterion == "uniform"
-    named = {"name": "tie_combined", "postprocessor_args": {"rule": "stouffer"}}
-    assert CombinedPostprocessor(Config({"postprocessor": named})).rule == "zsum"
+    for old, new in (("stouffer", "zsum"), ("fisher", "fisher")):
+        named = {"name": "tie_combined", "postprocessor_args": {"rule": old}}
+        post = CombinedPostprocessor(Config({"postprocessor": named}))
+        post.setup(build(num_classes=3), id_loaders(), Unread())
+        assert post.combined.rule == new
 
 
 def test_features_are_clipped_at_the_threshold_of_react(openood):
@@ -505,9 +509,9 @@ def test_images_are_read_alike_from_every_loader(openood):
 def test_a_postprocessor_is_fitted_alike_in_every_script(openood, monkeypatch, name):
     import tie_ext.openood.combined as combined
     from tie_ext.openood.registry import POSTPROCESSORS
-    from tie_ext.utils.reservoir import Reservoir
 
-    monkeypatch.setattr(combined, "FeatureSample", lambda: Reservoir(40))  # fewer than the images
+    few = partial(combined.sample_features, max_samples=40)  # fewer than the images
+    monkeypatch.setattr(combined, "sample_features", few)
     net, x = build(num_classes=3).eval(), torch.rand(9, 3, 28, 28)
     found = []
     for seed, augmented in enumerate((True, True, False)):
@@ -944,7 +948,7 @@ METHODS = [
         "klm",
         "gen",
         "react",
-        "rng",
+        "dice",
         "ash",
         "scale",
         "mds",

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tie_ext import TIENet
-from tie_ext.cli.data import ImageSet
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import Conv3
 from tie_ext.utils.random import seeded
 

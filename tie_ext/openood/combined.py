@@ -4,17 +4,15 @@ from collections.abc import Iterator
 
 import torch
 from openood.utils.config import Config
-from pytorch_ood.detector import GEN
 from torch import Tensor, nn, no_grad
 from tqdm import tqdm
 
 from tie_ext.models.network import TIENet
 from tie_ext.openood.loaders import PlainImages
 from tie_ext.openood.postprocessors import Postprocessor
-from tie_ext.pytorch_ood.combine import FeatureSample, fit_knn
-from tie_ext.pytorch_ood.combined import Combined
-from tie_ext.pytorch_ood.detector import TIEDetector
-from tie_ext.scores.combination import check_rule
+from tie_ext.pytorch_ood.combine import chosen_members, sample_features
+from tie_ext.pytorch_ood.combined import Combined, saved_rule
+from tie_ext.pytorch_ood.members import Outputs, forward
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
 from tie_ext.utils.views import eval_view
@@ -33,8 +31,7 @@ class CombinedPostprocessor(Postprocessor):
 
     def __init__(self, config: Config | None = None):
         super().__init__(config)
-        rule = self.parameters["rule"]
-        self.rule = check_rule("zsum" if rule == "stouffer" else rule)  # as configs of 0.2.0 say
+        self.rule = saved_rule(self.parameters["rule"])  # configs of 0.2.0 name others too
         self.combined: Combined | None = None
 
     @no_grad()
@@ -50,29 +47,19 @@ class CombinedPostprocessor(Postprocessor):
         if self.combined is not None:
             return
         inner = getattr(net, "module", net)
-        if not isinstance(inner, TIENet):
+        garbage, view = isinstance(inner, TIENet), eval_view(inner)
+        if not garbage:
             tqdm.write(
                 f"{type(inner).__name__} has no garbage class, so that {self.name} combines KNN "
                 "and GEN alone; trainer attach would give it one"
             )
-        train, val = (
-            BatchReader(
-                PlainImages(id_loader_dict[split], id_loader_dict["val"]),
-                id_only=True,
-                name=f"OpenOOD's {split} loader",
-            )
-            for split in ("train", "val")
-        )
-        view, features = eval_view(inner), FeatureSample()
         with seeded(0):
-            for _, h, _ in _outputs(view, train):
-                features.add(h.float())
-        members = [fit_knn(features.rows), GEN(None)]
-        if isinstance(inner, TIENet):
-            members.insert(0, TIEDetector(None))
-        combined = Combined(members, None, self.rule)
-        scores = [_scores(combined, *outputs) for outputs in _outputs(view, val)]
-        self.combined = combined.fit_scores(torch.cat(scores))
+            train = _outputs(view, id_loader_dict, "train")
+            features = sample_features(outputs.features for outputs in train)  # type: ignore[misc]
+        combined = Combined(chosen_members(features, garbage=garbage), None)
+        combined.rule = self.rule
+        val = map(combined.score_outputs, _outputs(view, id_loader_dict, "val"))
+        self.combined = combined.fit_scores(torch.cat(list(val)))
 
     @no_grad()
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,31 +71,20 @@ class CombinedPostprocessor(Postprocessor):
         if self.combined is None:
             raise self.needs_setup()
         outputs = _read(getattr(net, "module", net), data)
-        scores = _scores(self.combined, *outputs)
-        return outputs[0].argmax(dim=1), -self.combined.predict_scores(scores)
-
-
-Outputs = tuple[Tensor, Tensor, Tensor | None]
-"""ID logits ``(B, n)``, features ``(B, F)`` and, of a network with a garbage class, all logits
-``(B, n+1)``."""
+        score = self.combined.predict_scores(self.combined.score_outputs(outputs))
+        return outputs.logits.argmax(dim=1), -score
 
 
 def _read(net: nn.Module, x: Tensor) -> Outputs:
     """What members read of images ``(B, 3, S, S)``, by one forward pass."""
     if isinstance(net, TIENet):
-        every, h = net.outputs(x)
-        return every[:, :-1], h, every
+        return forward(net, x, {"all_logits"})
     logits, h = net(x, return_feature=True)
-    return logits, h.flatten(1), None
+    return Outputs(logits, h.flatten(1))
 
 
-def _outputs(net: nn.Module, reader: BatchReader) -> Iterator[Outputs]:
-    device = next(net.parameters()).device
-    return (_read(net, batch.images.to(device)) for batch in reader)
-
-
-def _scores(combined: Combined, logits: Tensor, h: Tensor, every: Tensor | None) -> Tensor:
-    """Scores ``(B, k)`` by each member, larger = more OOD."""
-    *tie, knn, gen = combined.detectors
-    scores = [knn.predict_features(h), gen.predict_logits(logits)]  # type: ignore[attr-defined]
-    return torch.stack([*(member.predict_logits(every) for member in tie), *scores], dim=1)
+def _outputs(net: nn.Module, loaders: dict, split: str) -> Iterator[Outputs]:
+    """What members read of the ID images of a loader."""
+    images, device = PlainImages(loaders[split], loaders["val"]), next(net.parameters()).device
+    for batch in BatchReader(images, id_only=True, name=f"OpenOOD's {split} loader"):
+        yield _read(net, batch.images.to(device))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from pytorch_ood.api import ModelNotSetException, RequiresFittingException
+from pytorch_ood.api import Detector, ModelNotSetException, RequiresFittingException
 from torch import Tensor
 
 from tie_ext.models.network import TIENet
@@ -77,11 +77,10 @@ class OnFeatures(OnViews):
         return self.fit_features(torch.cat(z), torch.cat(y))
 
 
-class Thresholded:
+class Thresholded(Detector):
     """A threshold on the score, and the scores of held-out ID images that set it."""
 
     false_alarm: float | None
-    device: torch.device | None
 
     def _forget_threshold(self) -> None:
         self.threshold: Tensor | None = None  #: largest score of an accepted input

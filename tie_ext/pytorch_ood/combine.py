@@ -11,7 +11,7 @@ from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.base import id_reader
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector
-from tie_ext.pytorch_ood.knn import SampledKNN
+from tie_ext.pytorch_ood.knn import MAX_SAMPLES, K, SampledKNN
 from tie_ext.scores.combination import check_rule
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import eval_view
@@ -37,10 +37,10 @@ def combine(
         train_loader: ID images on which the classifier was trained, with or without labels; KNN
             keeps the features of a sample of them.
         calibration_loader: ID images on which it was not trained, with or without labels: half of
-            them set the scale of the scores, half the threshold. In both loaders images with labels
-            < 0 are left out.
-        false_alarm: Share of new ID images that may be rejected, in (0, 1]; None for scores without
-            a threshold.
+            them set the scale of the scores, half the threshold. In both loaders images with
+            labels < 0 are left out.
+        false_alarm: Share of new ID images that may be rejected, in (0, 1]; None for scores
+            without a threshold.
         rule: How the scores are combined, one of :data:`tie_ext.scores.combination.RULES`. ``max``
             resists adversarially optimised inputs better, as all members have to be fooled at once
             (docs/research/fooling.md).
@@ -81,11 +81,11 @@ def chosen_members(
     return [*([TIEDetector(net)] if garbage else []), knn, GEN(net)]
 
 
-def sample_features(batches: Iterable[Tensor]) -> Tensor:
-    """A uniform random sample of features ``(N, F)``, at most as many as :class:`SampledKNN` keeps,
-    from batches ``(B, F)``.
+def sample_features(batches: Iterable[Tensor], max_samples: int = MAX_SAMPLES) -> Tensor:
+    """A uniform random sample ``(N, F)`` of at most ``max_samples`` of the features ``(B, F)`` in
+    batches.
     """
-    sample = Reservoir(SampledKNN(None).max_samples)
+    sample = Reservoir(max_samples)
     for features in batches:
         sample.add(features.float())
     return sample.rows
@@ -103,6 +103,5 @@ def fit_knn(features: Tensor) -> SampledKNN:
     """
     if len(features) < 2:
         raise ValueError(f"Expected at least two training images for KNN, but got {len(features)}")
-    knn = SampledKNN(None)
-    knn.k = max(1, min(knn.max_samples, len(features)) * knn.k // knn.max_samples)
-    return knn.fit_features(features)
+    k = max(1, min(MAX_SAMPLES, len(features)) * K // MAX_SAMPLES)
+    return SampledKNN(None, k).fit_features(features)

@@ -54,10 +54,11 @@ class Combined(Thresholded, Detector):
     function that a member was given in the place of a network is called as it is.
 
     Arguments:
-        detectors: The members, each with its network, fitted on training images where they need it:
-            ``[TIEDetector(net), Mahalanobis(net.features).fit(train_loader), EnergyBased(net)]``.
-        false_alarm: Share of new ID inputs that may be rejected, in (0, 1]. None for scores without
-            a threshold: all held-out images then set the scale.
+        detectors: The members, each with its network, fitted on training images where they need
+            it: ``[TIEDetector(net), Mahalanobis(net.features).fit(train_loader),
+            EnergyBased(net)]``.
+        false_alarm: Share of new ID inputs that may be rejected, in (0, 1]. None for scores
+            without a threshold: all held-out images then set the scale.
         rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`.
 
     Raises:
@@ -141,8 +142,8 @@ class Combined(Thresholded, Detector):
 
     @torch.no_grad()
     def fit(self, calibration_loader: Iterable) -> "Combined":
-        """Learn the scale of the scores and set the threshold of :meth:`decide`; each image is read
-        once.
+        """Learn the scale of the scores and set the threshold of :meth:`decide`; each image is
+        read once.
 
         Arguments:
             calibration_loader: Batches of ID images that the network was not trained on, with or
@@ -183,8 +184,8 @@ class Combined(Thresholded, Detector):
         Raises:
             ModelNotSetException: If no member has a network.
             RequiresFittingException: If it has not been fitted.
-            ValueError: If a score is not finite; for a TIENet, if the images are not finite, or not
-                of the shape and value range of training.
+            ValueError: If a score is not finite; for a TIENet, if the images are not finite, or
+                not of the shape and value range of training.
         """
         self._net()
         if self.reference is None:
@@ -221,9 +222,9 @@ class Combined(Thresholded, Detector):
         """Label, uncertainty, score and level of images ``(B, C, H, W)``; those that score above
         the threshold are rejected.
 
-        Level 0 is accepted, 1 rejected with the garbage class the most likely of n+1 (of a TIENet),
-        2 rejected otherwise. Label and uncertainty are those of the network, over its n+1 outputs
-        where it is a TIENet.
+        Level 0 is accepted, 1 rejected with the garbage class the most likely of n+1 (of a
+        TIENet), 2 rejected otherwise. Label and uncertainty are those of the network, over its n+1
+        outputs where it is a TIENet.
 
         Raises:
             ModelNotSetException: If no member has a network.
@@ -257,7 +258,8 @@ class Combined(Thresholded, Detector):
         return CombinedExportModule(net, members, self.rule, self.reference, threshold)  # type: ignore[arg-type]
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write network, members and threshold to a folder; docs/file-format.md says what is in it.
+        """Write network, members and threshold to a folder; docs/file-format.md says what is in
+        it.
 
         Raises:
             ModelNotSetException: If no member has a network.
@@ -308,14 +310,14 @@ class Combined(Thresholded, Detector):
         with reading(f"a whole combined detector in {folder}"):
             members = [member_of(net, member) for member in state["members"]]
             detector = cls(members, saved["false_alarm"])
-            detector.rule = _saved_rule(saved["rule"])
+            detector.rule = saved_rule(saved["rule"])
             detector.network, detector.reference = net, _saved_reference(state, len(members))
             detector._restore_threshold(saved, state)
             detector._try_members(net)
         return detector.to(device)
 
     def _try_members(self, net: TIENet) -> None:
-        """Score zeros, so that parts which do not fit together are refused when they are loaded."""
+        """Score zeros: parts that do not fit together are refused when they are loaded."""
         zeros = net.fc.weight.new_zeros(1, net.num_classes + 1)
         features = net.fc.weight.new_zeros(1, net.feature_size)
         try:
@@ -414,7 +416,7 @@ def _stacked(columns: Sequence[Tensor]) -> Tensor:
     return torch.stack([column.float() for column in columns], dim=1)
 
 
-def _saved_rule(name: Any) -> str:
+def saved_rule(name: Any) -> str:
     """The rule of a file, which may be one that is no longer offered.
 
     Raises:

@@ -1,7 +1,7 @@
 """TIE as a pytorch-ood detector.
 
-Contract (pytorch-ood 0.4.0, the oldest whose detectors carry ``info`` records): larger score = more
-OOD; labels < 0 are OOD.
+Contract (pytorch-ood 0.4.0, the oldest whose detectors carry ``info`` records): larger score =
+more OOD; labels < 0 are OOD.
 """
 
 import os
@@ -60,8 +60,8 @@ class TIEDetector(Thresholded, LogitsDetector):
 
     Arguments:
         model: A trained network; None to use :meth:`predict_logits` and :meth:`fit_logits` alone.
-        false_alarm: Let ``fit`` find the threshold at which new ID inputs are rejected with at most
-            this probability, in (0, 1]
+        false_alarm: Let ``fit`` find the threshold at which new ID inputs are rejected with at
+            most this probability, in (0, 1]
             (:func:`tie_ext.scores.threshold.conformal_threshold`). None for the paper's rule,
             ``tau = mean + lam * std`` of the ID data's UE.
         lam: lambda of the paper's rule.
@@ -112,7 +112,8 @@ class TIEDetector(Thresholded, LogitsDetector):
         return None if self.model is None else self.model.net
 
     def set_hyperparameters(self, **kwargs: float) -> "TIEDetector":
-        """Set ``t``. A fitted threshold is forgotten, as it was one on the scores of the old ``t``.
+        """Set ``t``. A fitted threshold is forgotten, as it was one on the scores of the old
+        ``t``.
 
         Raises:
             ValueError: If a name is unknown or a value out of range.
@@ -200,8 +201,8 @@ class TIEDetector(Thresholded, LogitsDetector):
         return self.export_module()(x)
 
     def export_module(self) -> nn.Module:
-        """Network and decision as one module, images ``(B, C, H, W)`` to :class:`tie_ext.Decision`,
-        for ``torch.export`` and ONNX.
+        """Network and decision as one module, images ``(B, C, H, W)`` to
+        :class:`tie_ext.Decision`, for ``torch.export`` and ONNX.
 
         Torch 2.2 exports it for a fixed batch size only.
 

@@ -19,8 +19,8 @@ class IODIN(GradientDetector):
         model: A classifier ``(B, C, H, W) -> (B, n)``.
         eps: Step (OpenOOD's default).
         temperature: T of the softmax.
-        norm_std: Standard deviation of each channel that the images were normalised by; the step is
-            divided by it.
+        norm_std: Standard deviation of each channel that the images were normalised by; the step
+            is divided by it.
         values: Values of the C*H*W that change, those of the largest gradients (OpenOOD's
             implementation: 1).
 

@@ -13,6 +13,9 @@ from tie_ext.pytorch_ood.base import OnFeatures
 from tie_ext.scores.knn import knn_score
 from tie_ext.utils.checks import check_number, describe
 
+K, MAX_SAMPLES = 50, 5000
+"""Which neighbour counts, and features kept."""
+
 
 class SampledKNN(OnFeatures, KNN):
     """Distance of an image's features to the k-th nearest of those of training images, all of
@@ -23,8 +26,8 @@ class SampledKNN(OnFeatures, KNN):
     where the network is.
 
     Arguments:
-        encoder: Penultimate features ``(B, ...) -> (B, F)`` of the classifier; None to use features
-            alone.
+        encoder: Penultimate features ``(B, ...) -> (B, F)`` of the classifier; None to use
+            features alone.
         k: Which neighbour counts, >= 1.
         max_samples: Features kept, >= k.
 
@@ -41,8 +44,8 @@ class SampledKNN(OnFeatures, KNN):
     def __init__(
         self,
         encoder: Callable[[Tensor], Tensor] | None,
-        k: int = 50,
-        max_samples: int = 5000,
+        k: int = K,
+        max_samples: int = MAX_SAMPLES,
     ):
         # KNN's own would ask for scikit-learn, which is not needed here.
         check_number("k", k, 1, 10**9, integer=True)
@@ -75,8 +78,8 @@ class SampledKNN(OnFeatures, KNN):
 
     @torch.no_grad()
     def predict_features(self, z: Tensor) -> Tensor:
-        """Distance ``(B,)`` of features ``(B, F)`` to the k-th nearest of the sample; larger = more
-        OOD.
+        """Distance ``(B,)`` of features ``(B, F)`` to the k-th nearest of the sample; larger =
+        more OOD.
 
         Raises:
             RequiresFittingException: If it has not been fitted.

@@ -19,12 +19,12 @@ class MahalanobisPlusPlus(OnFeatures, Mahalanobis):
     assumption of one covariance for all classes.
 
     Arguments:
-        encoder: Penultimate features ``(B, ...) -> (B, F)`` of the classifier; None to use features
-            alone.
+        encoder: Penultimate features ``(B, ...) -> (B, F)`` of the classifier; None to use
+            features alone.
 
     References:
-        M. Müller, M. Hein. *Mahalanobis++: Improving OOD detection via feature normalization*. ICML
-        2025, arXiv:2505.18032.
+        M. Müller, M. Hein. *Mahalanobis++: Improving OOD detection via feature normalization*.
+        ICML 2025, arXiv:2505.18032.
     """
 
     info: ClassVar = DetectorInfo(

@@ -1,8 +1,8 @@
 """The registry of members: the detectors that a combination can save and export.
 
 To add a score to the combination, write it as a pytorch-ood detector with ``predict_logits`` or
-``predict_features`` (larger = more OOD), and give it one entry in :data:`MEMBERS`. Detectors without
-an entry can be members too; they are neither saved nor exported.
+``predict_features`` (larger = more OOD), and give it one entry in :data:`MEMBERS`. Detectors
+without an entry can be members too; they are neither saved nor exported.
 
 One forward pass of the network serves all members that read its logits or features. Members that
 read something else, such as ODIN, run by themselves.
@@ -50,7 +50,7 @@ def predictor(member: Any) -> Callable[[Tensor], Tensor]:
 
 
 class MemberSpec(NamedTuple):
-    """How a detector is saved, loaded and exported. Its file holds numbers and tensors, no code."""
+    """How a detector is saved, loaded and exported. Files hold numbers and tensors, no code."""
 
     settings: tuple[str, ...] = ()
     """Attributes that are numbers or None."""

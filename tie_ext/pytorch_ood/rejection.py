@@ -21,8 +21,8 @@ from tie_ext.utils.views import holder_view
 
 
 class RejectionNetwork(FeaturesDetector):
-    """DMR's rejection network B: a small network on the frozen features of a classifier, trained to
-    tell ID images from synthesized outliers.
+    """DMR's rejection network B: a small network on the frozen features of a classifier, trained
+    to tell ID images from synthesized outliers.
 
     Arguments:
         encoder: Penultimate features ``(B, C, H, W) -> (B, F)`` of the classifier; None to use
@@ -57,8 +57,8 @@ class RejectionNetwork(FeaturesDetector):
         self.network: nn.Module | None = None  #: B, once fitted
 
     def fit(self, data_loader: Iterable) -> "RejectionNetwork":
-        """Fit the synthesizer, sample one outlier for each ID image, and train B on the features of
-        both.
+        """Fit the synthesizer, sample one outlier for each ID image, and train B on the features
+        of both.
 
         Arguments:
             data_loader: Batches ``(x, y)`` of ID images; those with y < 0 are left out.

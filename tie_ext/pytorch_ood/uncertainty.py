@@ -15,8 +15,8 @@ class UncertaintyEstimate(OnViews, LogitsDetector):
     """The paper's uncertainty estimate (UE) of any n-class network: the distance of its softmax
     from one-hot, in [0, 1].
 
-    On a :class:`tie_ext.TIENet` this is UE over the n ID outputs, the garbage logit left out, as in
-    the paper's Table 2.
+    On a :class:`tie_ext.TIENet` this is UE over the n ID outputs, the garbage logit left out, as
+    in the paper's Table 2.
 
     Arguments:
         model: A classifier ``(B, ...) -> (B, n)``; None to use :meth:`predict_logits` alone.

@@ -35,8 +35,8 @@ class Reference(NamedTuple):
         """Share of ID images that score at least as high as each of the scores ``(B, k)``.
 
         Returns:
-            p ``(B, k)`` in [1 / (N+1), 1]; smaller = more OOD. The image itself is counted, so that
-            p <= a has probability at most a for an ID image. All scores above the N share one
+            p ``(B, k)`` in [1 / (N+1), 1]; smaller = more OOD. The image itself is counted, so
+            that p <= a has probability at most a for an ID image. All scores above the N share one
             p-value.
 
         References:

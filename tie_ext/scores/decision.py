@@ -51,9 +51,9 @@ def uncertainty(p: Tensor) -> Tensor:
 def ood_score(logits: Tensor, t: float = 1.0) -> Tensor:
     r"""Log-odds of the garbage class against all ID classes: one score for both levels.
 
-    ``logit_garbage - logsumexp(ID logits)`` = ``log(p_n / (1 - p_n))``: far above 0 for a confident
-    garbage prediction, far below for a confident ID prediction, between for an undecided one. A
-    difference of logits does not saturate where ``p_n`` rounds to 0 or 1, so that it ranks
+    ``logit_garbage - logsumexp(ID logits)`` = ``log(p_n / (1 - p_n))``: far above 0 for a
+    confident garbage prediction, far below for a confident ID prediction, between for an undecided
+    one. A difference of logits does not saturate where ``p_n`` rounds to 0 or 1, so that it ranks
     confident predictions too. How it was chosen: ``docs/research/score.md``.
 
     Arguments:

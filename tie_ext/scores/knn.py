@@ -1,6 +1,6 @@
 """Distance to the k-th nearest of a sample of training features, on the unit sphere.
 
-Symbols: ``z (B, F)`` features of images; ``sample (M, F)`` features of training images, of length 1.
+Symbols: ``z (B, F)`` features of images; ``sample (M, F)`` those of training images, of length 1.
 """
 
 import torch
@@ -30,9 +30,9 @@ def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances ``(A, B)`` of rows ``(A, F)`` and ``(B, F)``, in their type.
 
     By the expanded square in double precision: one matrix product, which also exports. In single
-    precision it loses its digits where rows lie close together: of clusters on the unit sphere with
-    a relative spread of 1e-3 the k-th distance was wrong by 13 %, here by 4e-8. Differences of rows
-    (``torch.cdist``) are as good, and took eight times as long.
+    precision it loses its digits where rows lie close together: of clusters on the unit sphere
+    with a relative spread of 1e-3 the k-th distance was wrong by 13 %, here by 4e-8. Differences
+    of rows (``torch.cdist``) are as good, and took eight times as long.
     """
     if a.device.type == "mps":  # which has no double precision
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,7 +1,7 @@
 r"""Thresholds from ID scores: the split-conformal one, and the paper's tau of exclusion.
 
-Symbols: ``scores (N,)`` of ID inputs, larger = more OOD; :math:`\alpha` = ``false_alarm``, the share
-of new ID inputs that may be rejected.
+Symbols: ``scores (N,)`` of ID inputs, larger = more OOD; :math:`\alpha` = ``false_alarm``, the
+share of new ID inputs that may be rejected.
 """
 
 from fractions import Fraction
@@ -31,8 +31,8 @@ class Calibration(NamedTuple):
 def calibrate(scores: Tensor, rule: str, false_alarm: float | None) -> Calibration:
     """Learn the scale of each score on one half of the ID images, and the threshold on the other.
 
-    As no image is in both halves, the false-alarm rate of the threshold holds whatever the rule and
-    the dependence between the scores. The split is random, with a fixed seed.
+    As no image is in both halves, the false-alarm rate of the threshold holds whatever the rule
+    and the dependence between the scores. The split is random, with a fixed seed.
 
     Arguments:
         scores: Scores ``(N, k)`` of held-out ID images by k detectors, larger = more OOD.
@@ -52,8 +52,8 @@ def calibrate(scores: Tensor, rule: str, false_alarm: float | None) -> Calibrati
 
 
 def split(count: int, false_alarm: float | None) -> tuple[Tensor, Tensor]:
-    """Rows of a scale half and of a threshold half, none in common; all set the scale where there is
-    no false-alarm rate.
+    """Rows of a scale half and of a threshold half, none in common; all set the scale where there
+    is no false-alarm rate.
 
     Raises:
         ValueError: If there are fewer than :func:`images_needed`.
@@ -78,11 +78,11 @@ def images_needed(false_alarm: float | None) -> int:
 
 
 def conformal_threshold(scores: Tensor, false_alarm: float) -> Tensor:
-    r"""Largest score of an accepted input, such that a new ID input is rejected with probability at
-    most ``false_alarm``.
+    r"""Largest score of an accepted input, such that a new ID input is rejected with probability
+    at most ``false_alarm``.
 
     The split-conformal quantile: the k-th smallest of N calibration scores,
-    :math:`k = \lceil (N+1)(1-\alpha) \rceil`. The bound holds for every :math:`N \geq 1/\alpha - 1`
+    :math:`k = \lceil (N+1)(1-\alpha) \rceil`. The bound holds for :math:`N \geq 1/\alpha - 1`
     and every distribution of scores, on average over calibration sets, as long as the input is
     exchangeable with the calibration inputs, on which the network must not have been trained.
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-Module = TypeVar("Module", bound=nn.Module)
 Holder = TypeVar("Holder")
+Module = TypeVar("Module", bound=nn.Module)
 
 _HOOKS = (
     "_forward_hooks",
@@ -34,17 +34,17 @@ _OWN -= {"_modules", "_parameters"}
 
 def hook_view(module: Module) -> Module:
     """A view in the mode of the module; hooks that are registered on it are its own."""
-    return _View(None, False).of(module)
+    return _View(None, False).of(module)  # type: ignore[return-value]
 
 
 def eval_view(module: Module) -> Module:
     """A view in evaluation mode; gradients reach the weights of the module."""
-    return _View(False, False).of(module)
+    return _View(False, False).of(module)  # type: ignore[return-value]
 
 
 def frozen_view(module: Module) -> Module:
     """A view in evaluation mode; gradients flow through it to its input, and reach no weight."""
-    return _View(False, True).of(module)
+    return _View(False, True).of(module)  # type: ignore[return-value]
 
 
 def holder_view(holder: Holder) -> Holder:
@@ -86,7 +86,7 @@ class _View:
         Raises:
             ValueError: If a part is a ScriptModule that is not in the mode of the view.
         """
-        view = self._clone(module)
+        view: Any = self.clone(module)
         self.bind_hooks()
         return view
 
@@ -99,7 +99,8 @@ class _View:
                     if isinstance(hook, MethodType) and id(hook.__self__) in self.views:
                         hooks[key] = self.inner(hook)
 
-    def _clone(self, module: Any) -> Any:
+    def clone(self, module: nn.Module) -> nn.Module:
+        """The view of a module and of all below it, before :meth:`bind_hooks`."""
         if isinstance(module, torch.jit.ScriptModule):
             return self._shared(module)
         module = module._modules.get("_orig_mod") or module  # what torch.compile wraps
@@ -126,7 +127,7 @@ class _View:
         if type(value) in _PLAIN:
             return value
         if isinstance(value, nn.Module):
-            return self._clone(value)
+            return self.clone(value)
         if self.detached and isinstance(value, nn.Parameter):
             return self._detached(value)
         if type(value) in (list, tuple):
@@ -142,7 +143,7 @@ class _View:
             value = getattr(value, "_torchdynamo_orig_callable", value)
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             # A method that was put on an instance would go on calling the module itself.
-            return MethodType(value.__func__, self._clone(value.__self__))
+            return MethodType(value.__func__, self.clone(value.__self__))
         return value
 
     def _rebuilt(self, value: Any, parts: Any, build: Callable[[list], Any]) -> Any:

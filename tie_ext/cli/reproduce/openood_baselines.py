@@ -1,4 +1,6 @@
-"""Training methods that OpenOOD ships, on any network and data: baselines of the same run, trained by its own code."""
+"""Training methods that OpenOOD ships, on any network and data: baselines of the same run,
+trained by its own code.
+"""
 
 from openood.trainers.ascood_trainer import ASCOODTrainer
 from openood.trainers.logitnorm_trainer import LogitNormTrainer
@@ -6,7 +8,7 @@ from openood.utils.config import Config
 
 from tie_ext.models.network import TIENet
 from tie_ext.openood import without_cuda
-from tie_ext.outliers.base import Loader
+from tie_ext.outliers.base import Loader as Batches
 from tie_ext.utils.random import seeded
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -32,9 +34,11 @@ BASELINES: dict[str, tuple[type, dict]] = {
 
 
 class Loader:
-    """Loader as OpenOOD's loaders give them; its trainers ask the loader and its iterator for their length."""
+    """Batches as OpenOOD's loaders give them; its trainers ask the loader and its iterator for
+    their length.
+    """
 
-    def __init__(self, batches: Loader, steps: int):
+    def __init__(self, batches: Batches, steps: int):
         self.batches, self.steps = batches, steps
 
     def __len__(self) -> int:
@@ -49,11 +53,12 @@ class Loader:
         return {"data": x, "label": y}
 
 
-def train_baseline(name: str, net: TIENet, batches: Loader, epochs: int, seed: int = 0) -> None:
+def train_baseline(name: str, net: TIENet, batches: Batches, epochs: int, seed: int = 0) -> None:
     """Train the n ID logits of a network with one of OpenOOD's trainers.
 
     Arguments:
-        name: One of :data:`BASELINES`; for ``ascood`` the network stands on :class:`tie_ext.outliers.saliency.Standardized`.
+        name: One of :data:`BASELINES`; for ``ascood`` the network stands on
+            :class:`tie_ext.outliers.saliency.Standardized`.
         net: The network, on its device.
         batches: The ID data.
         epochs: Passes over it.

@@ -1,0 +1,119 @@
+"""What a loader may give a detector: each kind of batch gives what plain batches give, the rest is
+refused by name.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, make_net
+from test_pytorch_ood import N, images, loader, trained
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("pytorch_ood")
+import pytorch_ood.detector as theirs
+
+from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, combine
+from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
+from tie_ext.pytorch_ood import RejectionNetwork, SampledKNN
+
+X, Y = images(60, seed=4)
+PARTS = list(zip(X.split(20), Y.split(20), strict=True))
+
+
+def with_ood() -> list:
+    """The same ID images, with others that are labelled -1 among them."""
+    other = torch.rand(7, *SHAPE)
+    mixed = [(torch.cat([other, x]), torch.cat([torch.full((7,), -1), y])) for x, y in PARTS]
+    return [(other, torch.full((7,), -1)), *mixed]
+
+
+LABELLED = {
+    "triples": [(x, y, torch.arange(len(x))) for x, y in PARTS],
+    "dicts": [{"pixel_values": x, "label": y, "path": ["a"] * len(x)} for x, y in PARTS],
+    "numpy": [(x.numpy(), y.numpy().astype(np.uint16)) for x, y in PARTS],
+    "one-hot": [(x, torch.eye(N)[y]) for x, y in PARTS],
+    "OOD among them": with_ood(),
+}
+UNLABELLED = {
+    "images alone": [x for x, _ in PARTS],
+    "dicts of images": [{"data": x} for x, _ in PARTS],
+}
+net = trained().eval()
+
+
+def combined(data) -> torch.Tensor:
+    detector = combine(net, train_loader=list(data), calibration_loader=data, false_alarm=0.2)
+    return torch.stack([detector.threshold, *detector.detectors[1].sample.mean(1)])
+
+
+FITS = {
+    "combine": combined,
+    "Combined": lambda data: (
+        Combined([TIEDetector(net), theirs.GEN(net)], 0.2).fit(data).threshold
+    ),
+    "TIEDetector": lambda data: TIEDetector(net, 0.2).fit(data).threshold,
+    "tau": lambda data: TIEDetector(net).fit(data).tau,
+    "SampledKNN": lambda data: SampledKNN(net.features, k=3).fit(data).sample,
+}
+
+
+@pytest.mark.parametrize("kind", [*LABELLED, *UNLABELLED])
+@pytest.mark.parametrize("name", list(FITS))
+def test_every_kind_of_batch_gives_the_same(name, kind):
+    torch.manual_seed(3)
+    torch.testing.assert_close(FITS[name]((LABELLED | UNLABELLED)[kind]), FITS[name](PARTS))
+
+
+@pytest.mark.parametrize("kind", list(LABELLED))
+def test_labelled_batches_of_every_kind(kind):
+    gaussians = [MahalanobisPlusPlus(net.features).fit(of).mu for of in (LABELLED[kind], PARTS)]
+    torch.testing.assert_close(*gaussians)
+    marginal = MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))
+    detector = RejectionNetwork(net.features, marginal, epochs=1).fit(LABELLED[kind])
+    assert detector(X).isfinite().all()
+
+
+REFUSED = {
+    "a dataset": (lambda: TensorDataset(X, Y), "DataLoader"),
+    "one image": (lambda: [(X[0], Y[0])], r"Expected batches \(B, C, H, W\)"),
+    "the range": (lambda: [(X * 255, Y)], "value range"),
+    "the shape": (lambda: [(torch.rand(4, 3, 28, 28), Y[:4])], r"\(B, 1, 28, 28\)"),
+    "a label": (lambda: [(X, Y + N)], r"labels in \[0, 3\)"),
+    "OOD alone": (lambda: [(X, Y - N)], r"Expected ID images in \w+, but got 60 with labels < 0"),
+    "nothing": (lambda: [], r"Expected ID images in \w+, but got an empty loader"),
+    "no number": (lambda: [(X * float("nan"), Y)], "Expected finite images"),
+}
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+@pytest.mark.parametrize("name", list(FITS))
+def test_what_is_no_batch_of_id_images_is_refused(name, kind):
+    make, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message):
+        FITS[name](make())
+
+
+@pytest.mark.parametrize("which", ["train_loader", "calibration_loader"])
+@pytest.mark.parametrize("kind", list(REFUSED))
+def test_combine_refuses_either_loader(which, kind):
+    loaders = {"train_loader": loader(60), "calibration_loader": loader(60, 8)}
+    make, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message):
+        combine(net, **{**loaders, which: make()})
+
+
+def test_labels_are_asked_for_where_they_are_needed():
+    marginal = MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))
+    for detector in (MahalanobisPlusPlus(net.features), RejectionNetwork(net.features, marginal)):
+        with pytest.raises(ValueError, match="Expected labels beside the images of data_loader"):
+            detector.fit(UNLABELLED["images alone"])
+
+
+def test_negative_labels_do_not_enter_the_neighbours():
+    detector = combine(
+        make_net().eval(),
+        train_loader=with_ood(),
+        calibration_loader=loader(60, 8),
+        false_alarm=0.2,
+    )
+    assert len(detector.detectors[1].sample) == 60
