@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.cli.images import Images
-from tie_ext.utils.checks import check_number
 from tie_ext.utils.bounded import Bounded
+from tie_ext.utils.checks import check_number
 
 SCORING = 500
 """Images per batch where nothing is trained."""

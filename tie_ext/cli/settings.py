@@ -11,7 +11,6 @@ from tie_ext.cli.images import Images, RunImages
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.training.recipe import Recipe
-from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_number
 
 LARGEST_SIDE = 2048

@@ -73,6 +73,7 @@ class MarginalRepresentations(Synthesizer):
     """
 
     settings_class: ClassVar = MarginalSettings
+    codec: Any
     mean: Tensor
 
     def __init__(
@@ -85,7 +86,7 @@ class MarginalRepresentations(Synthesizer):
         self.own = codec is None
         # Not conditional: a VAE that is given the class does not put it into the code, and
         # subtracting its mean would change nothing.
-        self.codec: Any = VAE(domain, 32, conditional=False) if codec is None else codec
+        self.codec = VAE(domain, 32, conditional=False) if codec is None else codec
         # mu_y; NaN until fit.
         size = (self.num_classes, int(self.codec.latent_size))
         self.register_buffer("mean", torch.full(size, torch.nan))
