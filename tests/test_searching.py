@@ -66,7 +66,7 @@ def test_direction_of_a_pgd_step(garbage, outputs):
 def test_pgd_keeps_the_range_of_each_channel():
     torch.manual_seed(0)
     net = TIENet(Small(3, 3), 3, (3, *SHAPE[1:]), low=(-2.0, 0.0, 1.0), high=(3.0, 1.0, 5.0))
-    x = net.scaled(torch.rand(12, 3, *SHAPE[1:]))
+    x = net.from_unit(torch.rand(12, 3, *SHAPE[1:]))
     moved = pgd(net, x, 3)
     for channel, (low, high) in enumerate(((-2, 3), (0, 1), (1, 5))):
         far, part = (moved - x)[:, channel].abs().max(), moved[:, channel]

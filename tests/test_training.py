@@ -34,8 +34,8 @@ from tie_ext.training.pool import GarbagePool
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.strategies import GARBAGE_SHARE, class_weights
 from tie_ext.training.survey import survey
+from tie_ext.utils.batchnorm import settle_statistics
 from tie_ext.utils.files import load_state, save_state
-from tie_ext.utils.modules import settle_statistics
 from tie_ext.utils.random import seeded
 
 

@@ -217,7 +217,7 @@ def _with_head(
     if isinstance(model, TIENet):
         net = copy.deepcopy(model).eval()
         if not isinstance(net.garbage, GarbageHead):
-            grey = net.scaled(torch.full((1, *shape), 0.5, device=net.low.device))
+            grey = net.from_unit(torch.full((1, *shape), 0.5, device=net.low.device))
             head = GarbageHead(find_layers(net.backbone, grey), net.feature_size)
             net.garbage = head.to(net.low.device)
         return net

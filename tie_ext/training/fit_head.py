@@ -40,7 +40,7 @@ class StatisticsCollector:
     def add_id(self, x: Tensor) -> Tensor:
         """Add ID images ``(B, C, S, S)``; returns their penultimate features ``(B, F)``."""
         net = self.net
-        corrupted = net.scaled(corrupt(net.unit(x), Rng(x.device)))
+        corrupted = net.from_unit(corrupt(net.to_unit(x), Rng(x.device)))
         for images in (corrupted, x):
             h, s = net.statistics(images)
             self.id.add(s)

@@ -25,8 +25,8 @@ from tie_ext.training.config import HeadConfig, SampleConfig, TIEConfig
 from tie_ext.training.exclusion import Pairs
 from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.training.pool import GarbagePool, draw
+from tie_ext.utils.batchnorm import settle_statistics
 from tie_ext.utils.distributed import average_statistics, gathered, total, world
-from tie_ext.utils.modules import settle_statistics
 from tie_ext.utils.random import seeded
 
 GARBAGE_SHARE = 1 / 4
