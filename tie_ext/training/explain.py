@@ -30,7 +30,7 @@ from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import find_layers
 from tie_ext.models.network import TIENet
 from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
-from tie_ext.outliers.base import Batches
+from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
@@ -202,8 +202,8 @@ def _reader(net: TIENet, loader: Iterable, labelled: bool = False) -> BatchReade
     return BatchReader(loader, *bounds, labelled=labelled, id_only=True, rereadable=False)
 
 
-def _labelled(net: TIENet, loader: Iterable) -> Batches:
-    return cast(Batches, _reader(net, loader, labelled=True))
+def _labelled(net: TIENet, loader: Iterable) -> Loader:
+    return cast(Loader, _reader(net, loader, labelled=True))
 
 
 def _with_head(

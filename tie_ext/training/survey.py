@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from tie_ext.outliers.base import Batches
+from tie_ext.outliers.base import Loader
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.distributed import gathered, total
 
 
-def survey(batches: Batches, num_classes: int, device: torch.device) -> Tensor:
+def survey(batches: Loader, num_classes: int, device: torch.device) -> Tensor:
     """Read all data before several processes train.
 
     A process that found bad data while others train would leave them waiting for it, so each reads

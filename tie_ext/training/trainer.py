@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
-from tie_ext.outliers.base import Batches, Prior, Synthesizer
+from tie_ext.outliers.base import Loader, Prior, Synthesizer
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.training.checkpoint import load_training, save_training
 from tie_ext.training.config import HeadConfig, SampleConfig, TIEConfig
@@ -154,7 +154,7 @@ class TIETrainer:
         t, n = len(self.log), self.net.num_classes
         bounds = self.image_shape, self.net.low, self.net.high
         reader = BatchReader(loader, n, *bounds, labelled=True, id_only=True)
-        batches = cast(Batches, reader)  # labelled
+        batches = cast(Loader, reader)  # labelled
         if world() > 1 and not self._counted:
             # A stream of its own, so that the survey does not change the order of any epoch.
             with seeded(self.config.seed, 0, rank(), 3):
@@ -177,7 +177,7 @@ class TIETrainer:
         self.log.append(log)
         return log
 
-    def _train(self, batches: Batches) -> tuple[dict[str, float], Pairs]:
+    def _train(self, batches: Loader) -> tuple[dict[str, float], Pairs]:
         """A step on each batch of ID images and garbage; losses by name, and the sample."""
         self.garbage.begin()
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
@@ -208,7 +208,7 @@ class TIETrainer:
             **self.garbage.finish(kept, len(self.log) + 1, self._last),
         }, kept
 
-    def _train_first(self, batches: Batches) -> tuple[dict[str, float], Pairs]:
+    def _train_first(self, batches: Loader) -> tuple[dict[str, float], Pairs]:
         """:meth:`_train`; bad data leaves network and optimiser as they were."""
         before = copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict()))
         try:
@@ -232,7 +232,7 @@ class TIETrainer:
         """Whether this is the last epoch, whose network will be used."""
         return len(self.log) + 1 >= self.config.epochs
 
-    def _counting(self, batches: Batches, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _counting(self, batches: Loader, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The same batches; their images of each class are added to ``seen (n,)``."""
         for x, y in self._bar(batches, "train"):
             seen += y.cpu().bincount(minlength=len(seen))
