@@ -335,7 +335,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
         unfitted.save(tmp_path / "single")
         assert main(["score", str(tmp_path / "single"), paths[0]]) == 1
         assert "Expected a detector with a threshold in" in capsys.readouterr().err
-    (out / "combined" / "members.safetensors").write_bytes(b"{}")
+    (out / "combined" / "detector.safetensors").write_bytes(b"{}")
     assert main(["score", str(out), paths[0]]) == 1
     assert "members" in capsys.readouterr().err
 

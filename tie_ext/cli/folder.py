@@ -60,7 +60,7 @@ _WRITTEN = (
     ),
     *(
         f"combined/{name}"
-        for name in ("network.safetensors", "members.safetensors", "detector.json")
+        for name in ("*.safetensors", "detector.json")
     ),
     "run.json",
 )
