@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 import tie_ext
+from tie_ext.models.backbones import Conv3
+from tie_ext.outliers import Inversion, InversionSettings
 
 EXTRAS = ("pytorch_ood", "openood", "torchvision", "matplotlib", "sklearn", "PIL")
 """Packages that the core does without."""
@@ -43,8 +45,8 @@ def main() -> None:
             f"Expected the rooms of the core, but got none of {', '.join(sorted(missing))}"
         )
     batches = [(torch.rand(8, 1, 28, 28), torch.arange(8) % 2)]
-    net = tie_ext.TIENet(tie_ext.Conv3(1, 2), 2, (1, 28, 28))
-    inversion = tie_ext.Inversion(net, tie_ext.InversionSettings(steps=2, width=4))
+    net = tie_ext.TIENet(Conv3(1, 2), 2, (1, 28, 28))
+    inversion = Inversion(net, InversionSettings(steps=2, width=4))
     tie_ext.TIETrainer(
         net, tie_ext.TIEConfig(epochs=1, candidates=12, pool_size=20), [inversion]
     ).epoch(batches)

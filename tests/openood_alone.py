@@ -1,4 +1,4 @@
-"""The extra ``openood`` alone: everything that the plug-in imports beside OpenOOD is there, and only OpenOOD is said to be missing.
+"""The extra ``openood`` installs everything that the plug-in imports, except OpenOOD itself.
 
 pip install '.[openood]' && pip install --no-build-isolation libmr && python tests/openood_alone.py
 """

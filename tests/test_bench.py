@@ -13,9 +13,10 @@ from conftest import SHAPE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext import Conv3, TIENet
-from tie_ext.cli.data import ImageSet
+from tie_ext import TIENet
+from tie_ext.cli.images import ImageSet
 from tie_ext.cli.main import main
+from tie_ext.models.backbones import Conv3
 from tie_ext.scores.decision import Decision
 
 sys.path.append(str(Path(__file__).parent / "bench"))
@@ -242,14 +243,14 @@ def test_a_quick_training_goes_on_where_it_was_stopped_and_learns(tmp_path, monk
         return made(*given)
 
     whole, stopped = fresh(), fresh()
-    airbench.train(whole, images, 4, 0, tmp_path / "whole.training")
+    airbench.train(whole, images, 8, 0, tmp_path / "whole.training")
     monkeypatch.setattr(airbench, "batches", until_the_third)
     with pytest.raises(KeyboardInterrupt):
-        airbench.train(stopped, images, 4, 0, tmp_path / "stopped.training")
+        airbench.train(stopped, images, 8, 0, tmp_path / "stopped.training")
     monkeypatch.undo()
     monkeypatch.setattr(airbench, "BATCH", 16)
     again = fresh()
-    airbench.train(again, images, 4, 0, tmp_path / "stopped.training")
+    airbench.train(again, images, 8, 0, tmp_path / "stopped.training")
     assert all(
         torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()
     )

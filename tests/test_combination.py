@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext.scores.combination import FORMULAS, RULES, check_rule, reference
+from tie_ext.scores.combination import FORMULAS, check_rule, reference
 from tie_ext.scores.threshold import conformal_threshold
 
 rules = pytest.mark.parametrize("rule", list(FORMULAS))

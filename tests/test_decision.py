@@ -8,8 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tie_ext import decide, ood_score, uncertainty
-from tie_ext.scores.decision import decide_by_score, upcast
+from tie_ext.scores.decision import decide, decide_by_score, ood_score, uncertainty, upcast
 from tie_ext.scores.threshold import conformal_threshold
 
 logit_rows = hnp.arrays(

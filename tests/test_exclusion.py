@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext import GarbagePool
 from tie_ext.scores.threshold import exclusion_threshold
+from tie_ext.training.pool import GarbagePool
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=50), st.floats(-2, 2))

@@ -10,14 +10,13 @@ import torch
 from conftest import Small, make_small
 
 pytest.importorskip("pytorch_ood")
-from tie_ext.cli.reproduce import fooling
-from tie_ext.cli.reproduce.comparison import classifier
+from tie_ext.cli.classifier import classifier
+from tie_ext.cli.reproduce import adversarial_inputs
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Candidates
 from tie_ext.outliers.noise import Noise
-from tie_ext.pytorch_ood.combined import SPLIT
 from tie_ext.scores.decision import decide, ood_score
-from tie_ext.scores.threshold import conformal_threshold
+from tie_ext.scores.threshold import SPLIT_SEED, conformal_threshold
 from tie_ext.training.attach import attach
 
 sys.path.append(str(Path(__file__).parent / "bench"))
@@ -47,14 +46,15 @@ def toy() -> tuple[TIENet, dict]:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
-    logits, h = fooling.outputs(net.eval(), [x])
-    scores = fooling.host_scores(net, h, y)
-    logits, h = fooling.outputs(net, [stripes(240, 1)[0]])
-    scores["two"] = fooling.combined(
+    logits, h = adversarial_inputs.outputs(net.eval(), [x])
+    scores = adversarial_inputs.host_scores(net, h, y)
+    logits, h = adversarial_inputs.outputs(net, [stripes(240, 1)[0]])
+    scores["two"] = adversarial_inputs.combined(
         [scores["Mahalanobis++"], scores["ViM"]], logits[:120], h[:120]
     )
     return net, {
-        name: fooling.with_line(score, logits[120:], h[120:]) for name, score in scores.items()
+        name: adversarial_inputs.with_threshold(score, logits[120:], h[120:])
+        for name, score in scores.items()
     }
 
 
@@ -64,7 +64,7 @@ def asked(count: int) -> torch.Tensor:
 
 def climbed(net, start, y, steps, detector=None):
     """Images after so many steps."""
-    return dict(fooling.climb(net, start, y, detector, marks=(steps,)))[steps]
+    return dict(adversarial_inputs.ascend(net, start, y, detector, marks=(steps,)))[steps]
 
 
 def probability(net: TIENet, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_no_step_leaves_images_where_they_started(toy):
     assert torch.equal(climbed(net, start, asked(6), 0), start)
     assert torch.equal(climbed(net, start, asked(6), 0, detectors["ViM"]), start)
     near = climbed(net, start, asked(6), 1) - start
-    assert near.abs().max() == pytest.approx(fooling.RATE)
+    assert near.abs().max() == pytest.approx(adversarial_inputs.RATE)
 
 
 @pytest.mark.parametrize("name", ["Mahalanobis", "Mahalanobis++", "ViM", "two"])
@@ -109,30 +109,33 @@ def test_who_sees_the_detector_is_accepted_more_often(toy, name):
     net, detectors = toy
     start, y, detector = torch.rand(30, 1, 28, 28), asked(30), detectors[name]
     blind, adaptive = (
-        fooling.verdict(net, detector, Candidates(climbed(net, start, y, 100, seen), y))[0][
-            "found"
-        ]
+        adversarial_inputs.verdict(
+            net, detector, Candidates(climbed(net, start, y, 100, seen), y)
+        )[0]["found"]
         for seen in (None, detector)
     )
     assert adaptive > blind + 0.5
 
 
 def test_a_generator_that_sees_the_detector_is_accepted_more_often(toy, monkeypatch):
-    monkeypatch.setattr(fooling, "BATCH", 16)
+    monkeypatch.setattr(adversarial_inputs, "BATCH", 16)
     net, detectors = toy
     y, detector = asked(60), detectors["ViM"]
-    found = [fooling.invert(net, y, 60, 0, seen) for seen in (None, detector)]
-    blind, adaptive = (fooling.verdict(net, detector, Candidates(x, y))[0]["found"] for x in found)
+    found = [adversarial_inputs.invert(net, y, 60, 0, seen) for seen in (None, detector)]
+    blind, adaptive = (
+        adversarial_inputs.verdict(net, detector, Candidates(x, y))[0]["found"] for x in found
+    )
     assert adaptive > blind + 0.3
     assert all(0 <= x.min() < x.max() <= 1 for x in found)
 
 
 def test_the_same_seed_finds_the_same_images_and_another_does_not(toy, monkeypatch):
-    monkeypatch.setattr(fooling, "BATCH", 4)
+    monkeypatch.setattr(adversarial_inputs, "BATCH", 4)
     net, detectors = toy
     before = torch.random.get_rng_state()
     first, again, other = (
-        fooling.invert(net, asked(6), 3, seed, detectors["energy"]) for seed in (0, 0, 1)
+        adversarial_inputs.invert(net, asked(6), 3, seed, detectors["energy"])
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -142,12 +145,12 @@ def test_the_same_seed_finds_the_same_images_and_another_does_not(toy, monkeypat
 
 
 def test_who_is_blind_sees_the_id_logits_alone(toy, monkeypatch):
-    monkeypatch.setattr(fooling, "BATCH", 4)
+    monkeypatch.setattr(adversarial_inputs, "BATCH", 4)
     net, _ = toy
     other, start = copy.deepcopy(net), torch.rand(4, 1, 28, 28)
     torch.nn.init.constant_(other.garbage.weight, 3.0)
     assert torch.equal(*(climbed(of, start, asked(4), 5) for of in (net, other)))
-    assert torch.equal(*(fooling.invert(of, asked(4), 3, 0) for of in (net, other)))
+    assert torch.equal(*(adversarial_inputs.invert(of, asked(4), 3, 0) for of in (net, other)))
 
 
 @pytest.mark.parametrize("detector", [None, "ViM"])
@@ -161,8 +164,8 @@ def test_the_network_is_left_as_it_was(toy, detector):
         start = torch.rand(6, 1, 28, 28)
         kept = start.clone()
         climbed(net, start, asked(6), 3, detectors.get(detector))
-        fooling.invert(net, asked(6), 3, 0, detectors.get(detector))
-        fooling.verdict(net, detectors["ViM"], Candidates(start, asked(6)))
+        adversarial_inputs.invert(net, asked(6), 3, 0, detectors.get(detector))
+        adversarial_inputs.verdict(net, detectors["ViM"], Candidates(start, asked(6)))
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
         assert flags == [parameter.requires_grad for parameter in net.parameters()]
         assert all(part.training for part in net.modules())
@@ -180,12 +183,12 @@ def test_the_network_is_left_as_it_was(toy, detector):
 def test_scores_are_the_hosts_own_and_carry_a_gradient(toy):
     from pytorch_ood.detector import GEN, EnergyBased, Mahalanobis, MaxSoftmax, ViM
 
-    from tie_ext import MahalanobisPlusPlus
+    from tie_ext.pytorch_ood import MahalanobisPlusPlus
 
     net, _ = toy
     x, y = stripes(240, 0)
-    logits, h = fooling.outputs(net, [x])
-    mine = fooling.host_scores(net, h, y)
+    logits, h = adversarial_inputs.outputs(net, [x])
+    mine = adversarial_inputs.host_scores(net, h, y)
     theirs = {
         "MSP": MaxSoftmax.score(logits[:, :N]),
         "energy": EnergyBased.score(logits[:, :N]),
@@ -207,16 +210,17 @@ def test_scores_are_the_hosts_own_and_carry_a_gradient(toy):
 def test_a_head_is_seen_through_every_layer(toy):
     net, _ = toy
     with_head = attach(classifier(net), [stripes(60, 0)], N, synthesizers=[Noise(net)])
-    logits, h = fooling.outputs(with_head, [stripes(240, 1)[0]])
-    detector = fooling.with_line(fooling.garbage_score, logits, h)
+    logits, h = adversarial_inputs.outputs(with_head, [stripes(240, 1)[0]])
+    detector = adversarial_inputs.with_threshold(adversarial_inputs.garbage_score, logits, h)
     start, y = torch.rand(30, 1, 28, 28), asked(30)
     blind = climbed(with_head, start, y, 60)
     strict = detector._replace(
-        line=detector.score(*fooling.outputs(with_head, [blind])).min()
+        threshold=detector.score(*adversarial_inputs.outputs(with_head, [blind])).min()
     )  # which one of 30 passes without seeing it
     adaptive = climbed(with_head, start, y, 60, strict)
     shares = [
-        fooling.verdict(with_head, strict, Candidates(x, y))[0]["found"] for x in (blind, adaptive)
+        adversarial_inputs.verdict(with_head, strict, Candidates(x, y))[0]["found"]
+        for x in (blind, adaptive)
     ]
     assert shares[0] < 0.1
     assert shares[1] > 0.5
@@ -226,8 +230,8 @@ def test_an_adaptive_searcher_stops_where_it_has_found_and_no_later_mark_has_les
     net, detectors = toy
     start, y = torch.rand(12, 1, 28, 28), asked(12)
     detector = detectors["energy"]
-    path = dict(fooling.climb(net, start, y, detector, marks=(0, 1, 2, 4, 8, 30)))
-    found = [fooling.verdict(net, detector, Candidates(x, y))[1] for x in path.values()]
+    path = dict(adversarial_inputs.ascend(net, start, y, detector, marks=(0, 1, 2, 4, 8, 30)))
+    found = [adversarial_inputs.verdict(net, detector, Candidates(x, y))[1] for x in path.values()]
     assert found[-1].any()
     assert not found[0].all()
     for before, after, x, later in zip(
@@ -236,14 +240,14 @@ def test_an_adaptive_searcher_stops_where_it_has_found_and_no_later_mark_has_les
         assert (after | ~before).all()
         assert torch.equal(x[before], later[before])
         assert (x[~before] != later[~before]).flatten(1).any(1).all()
-    blind = dict(fooling.climb(net, start, y, marks=(0, 30)))[30]
+    blind = dict(adversarial_inputs.ascend(net, start, y, marks=(0, 30)))[30]
     assert (blind != path[30]).flatten(1).any(1).any()
 
 
 def test_level_1_is_where_the_garbage_logit_leads():
     logits = torch.randn(50, N + 1)
     assert torch.equal(
-        fooling.level_1_score(logits, torch.zeros(50, 1)) > 0, decide(logits).level == 1
+        adversarial_inputs.level_1_score(logits, torch.zeros(50, 1)) > 0, decide(logits).level == 1
     )
 
 
@@ -259,26 +263,31 @@ def test_the_combination_ranks_as_combined_does(toy, rule):
     x = torch.cat([stripes(30, 2)[0], torch.rand(30, 1, 28, 28)])
     vim = ViM(net.features, net.feature_size // 2, net.fc.weight, net.fc.bias).fit([train])
     theirs = Combined([TIEDetector(net), vim, GEN(net)], rule=rule).fit([held]).decide(x).score
-    logits, h = fooling.outputs(net, [held[0]])
-    hosts = fooling.host_scores(net, fooling.outputs(net, [train[0]])[1], train[1])
-    rows = torch.randperm(240, generator=torch.Generator().manual_seed(SPLIT))[:120]
-    mine = fooling.combined(
-        [fooling.garbage_score, hosts["ViM"], hosts["GEN"]], logits[rows], h[rows], RULES[rule]
-    )(*fooling.outputs(net, [x]))
+    logits, h = adversarial_inputs.outputs(net, [held[0]])
+    hosts = adversarial_inputs.host_scores(
+        net, adversarial_inputs.outputs(net, [train[0]])[1], train[1]
+    )
+    rows = torch.randperm(240, generator=torch.Generator().manual_seed(SPLIT_SEED))[:120]
+    mine = adversarial_inputs.combined(
+        [adversarial_inputs.garbage_score, hosts["ViM"], hosts["GEN"]],
+        logits[rows],
+        h[rows],
+        RULES[rule],
+    )(*adversarial_inputs.outputs(net, [x]))
     assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_the_line_is_the_conformal_one_and_a_verdict_counts_by_it(toy):
     net, detectors = toy
-    logits, h = fooling.outputs(net, [stripes(240, 1)[0]])
+    logits, h = adversarial_inputs.outputs(net, [stripes(240, 1)[0]])
     score = detectors["energy"].score(logits[120:], h[120:])
-    assert detectors["energy"].line == conformal_threshold(score, 0.05)
+    assert detectors["energy"].threshold == conformal_threshold(score, 0.05)
     assert (
-        score > detectors["energy"].line
+        score > detectors["energy"].threshold
     ).sum() == 5  # of 120: with the next ID image 6 of 121 at most
     x, y = stripes(12, 2)
     x[:6] = 1.0
-    verdict, found = fooling.verdict(
+    verdict, found = adversarial_inputs.verdict(
         net, detectors["ViM"], Candidates(x, (y + (torch.arange(12) >= 9).long()) % N)
     )
     assert verdict["found"] == 0.25  # half are not accepted, a quarter is called another class
@@ -290,7 +299,7 @@ def test_the_line_is_the_conformal_one_and_a_verdict_counts_by_it(toy):
 def test_a_judge_counts_where_it_agrees_and_accepts(toy):
     net, detectors = toy
     everything, nothing = (
-        detectors["ViM"]._replace(line=torch.tensor(line)) for line in (1e9, -1e9)
+        detectors["ViM"]._replace(threshold=torch.tensor(line)) for line in (1e9, -1e9)
     )
     other = copy.deepcopy(net)
     other.fc.weight.data, other.fc.bias.data = (
@@ -304,8 +313,8 @@ def test_a_judge_counts_where_it_agrees_and_accepts(toy):
         0.5: [(net, everything), (other, everything)],
     }
     for share, chosen in judges.items():
-        assert fooling.verdict(net, everything, found, chosen)[0]["judged"] == share
-    assert fooling.verdict(net, nothing, found, judges[1.0])[0]["judged"] is None
+        assert adversarial_inputs.verdict(net, everything, found, chosen)[0]["judged"] == share
+    assert adversarial_inputs.verdict(net, nothing, found, judges[1.0])[0]["judged"] is None
 
 
 def test_the_objective_is_the_formula_and_lets_go_of_what_is_accepted():
@@ -314,11 +323,13 @@ def test_the_objective_is_the_formula_and_lets_go_of_what_is_accepted():
         torch.tensor([[1.0], [2.0], [7.0]]),
         torch.tensor([0, 2, 1]),
     )
-    detector = fooling.Detector(lambda logits, h: h[:, 0], torch.tensor(2.0), torch.tensor(0.5))
+    detector = adversarial_inputs.Detector(
+        lambda logits, h: h[:, 0], torch.tensor(2.0), torch.tensor(0.5)
+    )
     ce = -logits[:, :N].log_softmax(1)[torch.arange(3), y]
-    assert torch.allclose(fooling.criterion(logits, h, y, None), ce)
+    assert torch.allclose(adversarial_inputs.criterion(logits, h, y, None), ce)
     assert torch.allclose(
-        fooling.criterion(logits, h, y, detector) - ce,
+        adversarial_inputs.criterion(logits, h, y, detector) - ce,
         torch.tensor([0.0, 1.1, 11.1]).log().clamp_min(0),
         atol=1e-6,
     )
@@ -326,15 +337,17 @@ def test_the_objective_is_the_formula_and_lets_go_of_what_is_accepted():
 
 def test_garbage_is_scored_by_its_log_odds():
     logits = torch.randn(4, N + 1)
-    assert torch.equal(fooling.garbage_score(logits, torch.zeros(4, 1)), ood_score(logits))
+    assert torch.equal(
+        adversarial_inputs.garbage_score(logits, torch.zeros(4, 1)), ood_score(logits)
+    )
 
 
 def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     pytest.importorskip("PIL")
     import fooling as script
 
-    from tie_ext import Conv3
-    from tie_ext.cli.data import ImageSet
+    from tie_ext.cli.images import ImageSet
+    from tie_ext.models.backbones import Conv3
 
     def images(name: str, split: str, root: str, shape: object = None) -> ImageSet:
         x, y = stripes(240, len(name) + len(split))
@@ -362,7 +375,7 @@ def test_the_script_fills_the_table_and_goes_on_where_it_stopped(tmp_path, monke
     for name, value in settings.items():
         monkeypatch.setattr(script, name, value)
     for name, value in {"BATCH": 4, "MARKS": (0, 2)}.items():
-        monkeypatch.setattr(fooling, name, value)
+        monkeypatch.setattr(adversarial_inputs, name, value)
     monkeypatch.setattr(
         sys, "argv", ["fooling.py", str(tmp_path / "toy-120x1-conv3-seed0.safetensors")]
     )
@@ -544,11 +557,11 @@ def test_longer_searches_climb_from_every_start_and_see_the_detector(toy, seen):
     detector = detectors.get(seen)
     begun = torch.cat([Noise(net).draw((N, *net.image_shape)) for _ in range(2)])
     found = fooling_long.searched(net, y, begun, "ascent", 3, 0, detector)
-    ((_, wanted),) = fooling.climb(net, begun, torch.cat([y, y]), detector, (3,))
+    ((_, wanted),) = adversarial_inputs.ascend(net, begun, torch.cat([y, y]), detector, (3,))
     assert torch.equal(found.x, wanted)
     assert found.y.tolist() == [*y.tolist(), *y.tolist()]
     made = fooling_long.searched(net, y, begun, "generator", 2, 1, detector)
-    assert torch.equal(made.x, fooling.invert(net, y, 2, 1, detector))
+    assert torch.equal(made.x, adversarial_inputs.invert(net, y, 2, 1, detector))
     assert made.y.tolist() == y.tolist()
 
 

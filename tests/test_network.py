@@ -7,17 +7,12 @@ import torch
 from conftest import SHAPE, Small, make_net
 from torch import nn
 
-from tie_ext import (
-    Conv3,
-    Conv5,
-    GarbageHead,
-    Generator,
-    ResidualCNN,
-    ResNet20,
-    TIENet,
-    uncertainty,
-)
+from tie_ext import TIENet
+from tie_ext.models.backbones import Conv3, Conv5, ResidualCNN, ResNet20
+from tie_ext.models.generator import Generator
+from tie_ext.models.head import GarbageHead
 from tie_ext.outliers.saliency import Standardized
+from tie_ext.scores.decision import uncertainty
 from tie_ext.utils.files import load_state, save_state
 
 
@@ -36,6 +31,23 @@ class WithFc(nn.Module):
 
     def forward(self, x):
         return self.fc(self.body(x.flatten(1)))
+
+
+def test_a_compiled_backbone_is_taken_as_it_was(tmp_path):
+    plain, x = Conv3(1, 3).eval(), torch.rand(4, *SHAPE)
+    net = TIENet(torch.compile(plain, backend="eager"), 3, SHAPE, head="multilayer").eval()
+    assert torch.equal(net(x), plain(x))
+    net.save(tmp_path / "net")
+    assert torch.equal(TIENet.load(tmp_path / "net")(x, garbage=True), net(x, garbage=True))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="older compilers have not been tried")
+def test_all_logits_compile_and_export_without_a_break():
+    net, x = TIENet(Small(3), 3, SHAPE, head="multilayer").eval(), torch.rand(4, *SHAPE)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    exported = torch.export.export(net, (x,), {"garbage": True}, strict=True).module()
+    for program in (compiled, exported):
+        torch.testing.assert_close(program(x, garbage=True), net(x, garbage=True))
 
 
 @pytest.mark.parametrize(

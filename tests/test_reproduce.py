@@ -9,17 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_batches, make_net, make_trainer
+from conftest import TINY, make_batches, make_net, make_trainer, set_head_defaults
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tie_ext import Conv3, GarbageHead, Inversion, TIETrainer
+from tie_ext import TIETrainer
 from tie_ext.cli import main as cli
-from tie_ext.cli.data import ImageBatches
+from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.main import main
 from tie_ext.cli.reproduce import run, tables
 from tie_ext.cli.reproduce.comparison import recipe_of, train_method
+from tie_ext.models.backbones import Conv3
+from tie_ext.models.head import GarbageHead
+from tie_ext.outliers import Inversion
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.provenance import peak_memory, provenance
 
@@ -60,7 +63,7 @@ def done(root, tmp_path_factory):
         methods=("tie", "plain"),
         recipe=RECIPE,
     )
-    return out, plan, run.run(plan, out)
+    return out, plan, run.run_plan(plan, out)
 
 
 def test_every_cell_with_data_is_there_and_says_how_it_was_made(done):
@@ -96,7 +99,7 @@ def test_what_has_no_data_is_said(done):
 def test_what_was_not_run_stays_said_until_it_can_be(done, root, tmp_path):
     _, plan, _ = done
     for name in ("svhn", "mnist", "cifar10"):
-        run.run(replace(plan, sets=(name,), seeds=(0,), methods=("plain",)), tmp_path)
+        run.run_plan(replace(plan, sets=(name,), seeds=(0,), methods=("plain",)), tmp_path)
     assert list(json.loads((tmp_path / "not_run.json").read_text())) == ["svhn", "cifar10"]
     run._note_missing(tmp_path / "not_run.json", ("svhn",), {})
     assert "- cifar10: " in (text := tables.tables(tmp_path))
@@ -114,14 +117,16 @@ def test_a_cell_of_other_settings_is_not_taken_for_one_of_these(done, monkeypatc
         ValueError,
         match=r"Expected mnist-allx1-tie-seed0 in .*cells.jsonl to be .*, but got one with lam 0.5 instead of 3.0",
     ):
-        run.run(replace(plan, methods=("predecessor", "tie"), recipe=changed(lam=3.0)), out)
-    run.run(replace(plan, methods=("plain",), recipe=changed(lam=3.0)), out)  # which has no lambda
+        run.run_plan(replace(plan, methods=("predecessor", "tie"), recipe=changed(lam=3.0)), out)
+    run.run_plan(
+        replace(plan, methods=("plain",), recipe=changed(lam=3.0)), out
+    )  # which has no lambda
 
 
 def test_a_cell_is_not_run_twice(done, monkeypatch):
     out, plan, _ = done
     monkeypatch.setattr(run, "cell", lambda *_, **__: pytest.fail("a finished cell was run again"))
-    run.run(plan, out)
+    run.run_plan(plan, out)
 
 
 def test_level_two_counts_what_came_through_and_agrees_with_the_first_table(done):
@@ -191,7 +196,7 @@ def test_commands_that_differ_in_their_seeds_alone_stand_as_one():
         "tie-ext reproduce --epochs 5 --seeds 0",
         "tie-ext reproduce --methods tie --epochs 5 --seeds 0 1 2",
     ]
-    assert tables._commands([*records, other]) == expected
+    assert tables.commands([*records, other]) == expected
 
 
 def test_the_tables_set_two_levels_beside_one_threshold(done):
@@ -231,7 +236,7 @@ def test_what_was_judged_stays_when_networks_are_deleted(done, tmp_path):
     shutil.copytree(done[0], tmp_path / "out")
     before = json.loads((tmp_path / "out" / "inversions.json").read_text())
     (tmp_path / "out" / "networks" / "mnist-allx1-plain-seed0.safetensors").unlink()
-    run.run(done[1], tmp_path / "out")
+    run.run_plan(done[1], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "inversions.json").read_text()) == before
 
 
@@ -244,7 +249,7 @@ def test_some_classes_against_the_others_on_a_subset_by_another_synthesizer(root
         images=20,
         recipe=RECIPE,
     )
-    assert run.run(plan, tmp_path) == []
+    assert run.run_plan(plan, tmp_path) == []
     record = cells(tmp_path)["mnist_0-4-20x1-shuffle+multiscale-seed0"]
     assert list(record["synthesizers"]) == ["shuffle", "multiscale"]
     assert record["ood_images"] == dict.fromkeys(["other classes", "fashionmnist", *run.NOISE], 2)
@@ -257,7 +262,7 @@ def test_openoods_own_training_makes_a_cell(openood_root, root, tmp_path, name):
     plan = run.Plan(
         root=str(root), sets=("mnist",), seeds=(0,), methods=(f"openood:{name}",), recipe=RECIPE
     )
-    assert run.run(plan, tmp_path) == []
+    assert run.run_plan(plan, tmp_path) == []
     record = cells(tmp_path)[f"mnist-allx1-openood_{name}-seed0"]
     assert "garbage_rate" not in record["numbers"]
     assert set(record["level2"]["fashionmnist"]) == {*run.LEVEL_2, "through"}
@@ -374,7 +379,7 @@ def test_every_method_sees_the_first_epoch_in_the_same_order(done, monkeypatch):
 
 
 def test_attach_stands_on_the_plain_network(done, monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 5)
+    set_head_defaults(monkeypatch, steps=5)
     images, *_ = run.image_sets("mnist", 0, None, done[1].root)
     asked = (("plain", 1), ("attach", 1), ("attach", 2))
     plain, attached, other = (
@@ -388,7 +393,7 @@ def test_attach_stands_on_the_plain_network(done, monkeypatch):
 
 
 def test_layers_is_the_loop_of_tie_ext_train(done, monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.trainer"], "STEPS", 5)
+    set_head_defaults(monkeypatch, steps=5)
     images, *_ = run.image_sets("mnist", 0, None, done[1].root)
     net, log = train_method("layers", Conv3, images, RECIPE)
     assert isinstance(net.garbage, GarbageHead)
@@ -508,14 +513,14 @@ def test_a_cell_that_is_killed_goes_on_where_it_stood_and_ends_the_same(
         return epoch(self, batches)
 
     epoch = TIETrainer.epoch
-    run.run(plan(), tmp_path / "whole")
+    run.run_plan(plan(), tmp_path / "whole")
     with monkeypatch.context() as patched:
         patched.setattr(TIETrainer, "epoch", killed)
         with pytest.raises(KeyboardInterrupt):
-            run.run(plan(), tmp_path / "killed")
+            run.run_plan(plan(), tmp_path / "killed")
     with pytest.raises(ValueError, match=r"states.*, but got lr 0.001 instead of 0.1"):
-        run.run(plan(lr=0.1), tmp_path / "killed")
-    run.run(plan(), tmp_path / "killed")
+        run.run_plan(plan(lr=0.1), tmp_path / "killed")
+    run.run_plan(plan(), tmp_path / "killed")
     whole, gone_on = (next(iter(cells(tmp_path / name).values())) for name in ("whole", "killed"))
     assert gone_on["numbers"] == whole["numbers"]
     assert gone_on["level2"] == whole["level2"]

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tie_ext import TIENet, uncertainty
-from tie_ext.cli.data import ImageSet
+from tie_ext import TIENet
 from tie_ext.cli.evaluation import all_logits
 from tie_ext.cli.folder import read_settings
+from tie_ext.cli.images import ImageSet
 from tie_ext.cli.snapshots import to_bytes
 from tie_ext.outliers.inversion import CLEAR, soft_code
+from tie_ext.scores.decision import uncertainty
 from tie_ext.utils.files import write_json
 from tie_ext.utils.modules import frozen
 from tie_ext.utils.provenance import provenance

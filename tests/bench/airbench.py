@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tie_ext import TIENet
-from tie_ext.cli.data import ImageSet
+from tie_ext.cli.images import ImageSet
 from tie_ext.utils.random import seeded
 
 BATCH = 1024

@@ -43,9 +43,10 @@ from torch import Tensor, nn
 
 from tie_ext import TIENet, attach
 from tie_ext.cli import data
-from tie_ext.cli.data import ImageBatches, ImageSet, moved
+from tie_ext.cli.batches import ImageBatches, shifted
+from tie_ext.cli.classifier import classifier
 from tie_ext.cli.evaluation import ood_metrics
-from tie_ext.cli.reproduce.comparison import classifier
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.outliers import make
@@ -170,7 +171,7 @@ def image_sets(name: str, root: str, count: int | None, seed: int) -> dict[str, 
 def batches(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in a new order, images moved (colour ones also mirrored)."""
     for rows in torch.randperm(len(images)).split(BATCH):
-        x = moved(images.x[rows], images.shape[-1] // 8).float() / 255
+        x = shifted(images.x[rows], images.shape[-1] // 8).float() / 255
         if images.shape[0] == 3:
             x = torch.where((torch.rand(len(x), 1, 1, 1) < 0.5).to(x.device), x.flip(3), x)
         yield x, images.y[rows]
@@ -298,7 +299,7 @@ def headed(net: TIENet, images: ImageSet, label: str, seed: int) -> TIENet:
     classes, outliers = images.classes, [make(name, net) for name in HEADS[label]]
     # There is no setting for it: nobody should want it but for this comparison.
     unseen = (
-        patch("tie_ext.training.attach.processed", lambda x, rng: x)
+        patch("tie_ext.training.fit_head.corrupt", lambda x, rng: x)
         if label == AS_THEY_ARE
         else nullcontext()
     )
@@ -435,7 +436,7 @@ def main() -> None:
     net.save(a.work / f"{stem}.safetensors")
     start = time.perf_counter()
     scores = host_scores(net, sets)
-    seconds["hosts' scores"] = time.perf_counter() - start
+    seconds["host_scores"] = time.perf_counter() - start
     garbage: dict[str, dict[str, float]] = {}
     for label in a.heads:
         start = time.perf_counter()
@@ -451,8 +452,8 @@ def main() -> None:
         "backbone": a.backbone,
         "epochs": a.epochs,
         "seed": a.seed,
-        "precision of training": a.autocast_dtype,
-        "precision of scores": a.scores_in,
+        "training_dtype": a.autocast_dtype,
+        "scoring_dtype": a.scores_in,
         "images": {name: len(of) for name, of in sets.items()},
         "accuracy": (logits.argmax(1) == sets["id"].y).double().mean().item(),
         "seconds": seconds,

@@ -10,7 +10,7 @@ from statistics import mean
 from page import percent
 from processed import PROCESSED
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 from tie_ext.utils.files import read_json_lines
 
 AS_THEY_ARE = "head, images as they are"
@@ -211,7 +211,7 @@ def page() -> str:
         parts.append(
             f"ID accuracy {accuracy}, that of the plain network. ID images in garbage: {of_id}. The head took {seconds:.0f} s ({place}).\n"
         )
-        if all(record.get("precision of scores") == "bfloat16" for record in records):
+        if all(record.get("scoring_dtype") == "bfloat16" for record in records):
             parts.append("Backbones computed in bfloat16, for all detectors alike.\n")
         parts += [*(f"    python tests/bench/{record['command']}" for record in records), ""]
         parts += [
@@ -389,7 +389,7 @@ def _later() -> list[str]:
 
 def _near(record: dict) -> list[dict]:
     """A row for each near set of colour images: the combination, and the best one without the head."""
-    mine, without = record["judged"]["combine"]["runs"], record["best without the head"]
+    mine, without = record["judged"]["combine"]["runs"], record["best_without_head"]
     rows = []
     for (data, images, _, backbone), records in groups().items():
         stems = [stem for stem in (record["network"] for record in records) if stem in mine]
@@ -456,7 +456,7 @@ def _joint() -> list[str]:
                 {
                     "in-distribution": data,
                     "head": label,
-                    "held-out ID: accuracy": percent([result["held accuracy"] for result in of]),
+                    "held-out ID: accuracy": percent([result["held_accuracy"] for result in of]),
                     "held-out ID in garbage": percent(
                         [result["garbage_rate"]["held"] for result in of]
                     ),
@@ -485,7 +485,7 @@ def _search() -> list[str]:
             if not (tried := record["results"].get(label)):
                 continue
             sets = [name for name in tried[0] if name.startswith("val:")]
-            of = {name: mean(result[name]["in garbage"] for result in tried) for name in sets}
+            of = {name: mean(result[name]["in_garbage"] for result in tried) for name in sets}
             worst = min(
                 (
                     name
@@ -494,11 +494,11 @@ def _search() -> list[str]:
                 ),
                 key=of.__getitem__,
             )
-            held = percent([mean(result["held in garbage"] for result in tried)])
+            held = percent([mean(result["held_in_garbage"] for result in tried)])
             again = [
-                result["held, processed, in garbage"]
+                result["held_corrupted_in_garbage"]
                 for result in tried
-                if "held, processed, in garbage" in result
+                if "held_corrupted_in_garbage" in result
             ]
             garbage = f"{held}, {percent([mean(again)], 1)}" if again else held
             row[record["network"].partition("-")[0]] = (

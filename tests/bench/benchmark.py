@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from tie_ext import TIENet
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 from tie_ext.openood.lists import write_list
 from tie_ext.pytorch_ood import TIEDetector, combine
 from tie_ext.utils.files import write_json

@@ -177,7 +177,7 @@ def main() -> None:
         }
         best = {"combine": COMBINE, "combine before": BEFORE, **best}
         without = {run: best_without_head(scores) for run, scores in runs.items()}
-        write_json(LATER, {**record_of(runs, best, []), "best without the head": without})
+        write_json(LATER, {**record_of(runs, best, []), "best_without_head": without})
         return
     tried = {}
     for members, rule in every_combination(next(iter(runs.values()))):

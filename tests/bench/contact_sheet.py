@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
-from tie_ext import Domain, Procedural
+from tie_ext.outliers import Domain, Procedural
 from tie_ext.outliers.primitives import Rng
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
 from tie_ext.training.augmentation import corrupt

@@ -26,22 +26,15 @@ from statistics import median
 
 import torch
 
-from tie_ext import (
-    Inversion,
-    InversionSettings,
-    Noise,
-    Procedural,
-    TIEConfig,
-    TIENet,
-    TIETrainer,
-    attach,
-)
+from tie_ext import TIEConfig, TIENet, TIETrainer, attach
 from tie_ext.cli import data
-from tie_ext.cli.data import ImageBatches, ImageSet, training_batches
+from tie_ext.cli.batches import ImageBatches, shifted, training_batches
+from tie_ext.cli.classifier import classifier, train_plain
 from tie_ext.cli.evaluation import ood_metrics
-from tie_ext.cli.reproduce.comparison import classifier, train_plain
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import HEADS
+from tie_ext.outliers import Inversion, InversionSettings, Noise, Procedural
 from tie_ext.outliers.base import Domain
 from tie_ext.outliers.primitives import Rng
 from tie_ext.training.recipe import Recipe
@@ -147,7 +140,7 @@ def many(count: int, size: int, each: int) -> ImageSet:
     with seeded(0):
         one = (Procedural(domain).draw((count, 3, size, size)) * 255).round().to(torch.uint8)
         x = torch.cat(
-            [data.moved(part, size // 8) for part in one.repeat_interleave(each, 0).split(1000)]
+            [shifted(part, size // 8) for part in one.repeat_interleave(each, 0).split(1000)]
         )
         x = torch.cat(
             [

@@ -7,7 +7,7 @@ from statistics import mean, median, stdev
 
 from page import percent
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 from tie_ext.utils.files import read_json_lines
 
 DOCS = Path(__file__).parents[2] / "docs"

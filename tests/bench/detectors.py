@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from tie_ext import TIENet
 from tie_ext.cli import data
-from tie_ext.cli.data import ImageBatches, ImageSet
+from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import ood_metrics
+from tie_ext.cli.images import ImageSet
 from tie_ext.pytorch_ood import (
     IODIN,
     Combined,

@@ -8,7 +8,7 @@ from attached_page import CALLED, judged_rows
 from detectors import IMAGES, OURS, TIMED
 from page import percent
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "detectors"

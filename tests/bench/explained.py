@@ -15,8 +15,8 @@ from attached import Trained, made_by, other_seeds, parser_of
 from fooling import FIGURES, id_sets
 
 from tie_ext import TIENet, explain
-from tie_ext.cli.data import ImageBatches
-from tie_ext.cli.explain_page import class_grid
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.explain import class_grid
 from tie_ext.training.explain import STEPS
 from tie_ext.utils.files import write_json
 

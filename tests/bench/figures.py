@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from tie_ext.cli.report import write_report
-from tie_ext.cli.reproduce.tables import table
+from tie_ext.cli.tables import table
 
 DOCS = Path(__file__).parents[2] / "docs"
 SHOWN = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR@95"}

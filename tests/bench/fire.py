@@ -35,8 +35,8 @@ from PIL import Image
 from tie_ext.cli import report  # noqa: F401
 from tie_ext.cli.folder import read_settings
 from tie_ext.cli.main import main as cli
-from tie_ext.cli.report import table
 from tie_ext.cli.snapshots import load_snapshots
+from tie_ext.cli.tables import table
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import TIEDetector

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tie_ext import Conv5, TIENet
+from tie_ext import TIENet
 from tie_ext.cli import score
-from tie_ext.cli.data import scaled
+from tie_ext.cli.batches import scaled
 from tie_ext.cli.images import ImageFiles
+from tie_ext.models.backbones import Conv5
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 
@@ -107,7 +108,7 @@ def speed(images: int, pixels: int, device: str) -> dict:
     @torch.no_grad()
     def work(kind: str) -> None:
         if kind == "score":
-            for _ in score.scored(net, net.decide, files):
+            for _ in score.score(net, net.decide, files):
                 pass
             return
         for x in of.parts(torch.arange(images).split(score.BATCH)):
@@ -116,7 +117,7 @@ def speed(images: int, pixels: int, device: str) -> dict:
 
     clock = spent if device == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as place:
-        files = score.listed([draw(Path(place), images, pixels)])
+        files = score.list_images([draw(Path(place), images, pixels)])
         of = ImageFiles.of(files, 3, 32)
         for _ in range(5):
             for kind in rates:

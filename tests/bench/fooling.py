@@ -1,4 +1,4 @@
-"""Which images that were searched for does a detector take for a class? The searchers are those of tie_ext/cli/reproduce/fooling.py.
+"""Which images that were searched for does a detector take for a class? The searchers are those of tie_ext/cli/reproduce/adversarial_inputs.py.
 
     python tests/bench/fooling.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors
 
@@ -21,11 +21,20 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tie_ext import GarbageHead, Procedural, TIENet
+from tie_ext import TIENet
 from tie_ext.cli import data
-from tie_ext.cli.data import ImageBatches, ImageSet
-from tie_ext.cli.reproduce import fooling
-from tie_ext.cli.reproduce.fooling import Detector, Score, outputs, verdict, with_line
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.images import ImageSet
+from tie_ext.cli.reproduce import adversarial_inputs
+from tie_ext.cli.reproduce.adversarial_inputs import (
+    Detector,
+    Score,
+    outputs,
+    verdict,
+    with_threshold,
+)
+from tie_ext.models.head import GarbageHead
+from tie_ext.outliers import Procedural
 from tie_ext.outliers.base import Candidates
 from tie_ext.scores.combination import largest
 from tie_ext.utils.files import load_state, save_state, write_json
@@ -93,19 +102,19 @@ def detectors_of(
     """
     logits, h = read(net, sets["held"])
     half = len(h) // 2
-    scores: dict[str, Score] = {"garbage class": fooling.garbage_score}
+    scores: dict[str, Score] = {"garbage class": adversarial_inputs.garbage_score}
     if isinstance(net.garbage, GarbageHead):
-        hosts = fooling.host_scores(net, read(net, sets["train"])[1], sets["train"].y)
-        parts = [fooling.garbage_score, hosts["ViM"], hosts["GEN"]]
-        scores["combined"] = fooling.combined(parts, logits[:half], h[:half])
-        scores["combined, largest"] = fooling.combined(parts, logits[:half], h[:half], largest)
+        hosts = adversarial_inputs.host_scores(net, read(net, sets["train"])[1], sets["train"].y)
+        parts = [adversarial_inputs.garbage_score, hosts["ViM"], hosts["GEN"]]
+        scores["combined"] = adversarial_inputs.combined(parts, logits[:half], h[:half])
+        scores["combined, largest"] = adversarial_inputs.combined(parts, logits[:half], h[:half], largest)
         if with_hosts:
             scores = {
                 name: hosts[name] for name in ("MSP", "energy", "Mahalanobis", "ViM")
             } | scores
-    made = {name: with_line(score, logits[half:], h[half:]) for name, score in scores.items()}
-    level_1 = with_line(fooling.level_1_score, logits[half:], h[half:])
-    return made | {"level 1": level_1._replace(line=torch.tensor(0.0))}
+    made = {name: with_threshold(score, logits[half:], h[half:]) for name, score in scores.items()}
+    level_1 = with_threshold(adversarial_inputs.level_1_score, logits[half:], h[half:])
+    return made | {"level 1": level_1._replace(threshold=torch.tensor(0.0))}
 
 
 def judge(path: Path, root: str) -> tuple[TIENet, Detector]:
@@ -146,7 +155,7 @@ def search(
     }
     y = torch.arange(net.num_classes).repeat(PER_CLASS)
     if generator:
-        images = Candidates(fooling.invert(net, y, GENERATOR, 0, seen), y)
+        images = Candidates(adversarial_inputs.invert(net, y, GENERATOR, 0, seen), y)
         for name, detector in detectors.items():
             row, found = verdict(net, detector, images, () if forms[name] == "crossed" else judges)
             yield (
@@ -162,8 +171,8 @@ def search(
         return
     kinds = starts(net, sets, y)
     paths: dict[tuple[str, str], dict[int, float]] = {}
-    for step, x in fooling.climb(net, torch.cat(list(kinds.values())), y.repeat(len(kinds)), seen):
-        last = step == fooling.MARKS[-1]
+    for step, x in adversarial_inputs.ascend(net, torch.cat(list(kinds.values())), y.repeat(len(kinds)), seen):
+        last = step == adversarial_inputs.MARKS[-1]
         for kind, part in zip(kinds, x.split(len(y)), strict=True):
             for name, detector in detectors.items():
                 row, found = verdict(

@@ -15,11 +15,14 @@ from attached import Trained, made_by, parser_of
 from fooling import OUT, id_sets, read
 from torch import Tensor
 
-from tie_ext import GarbageHead, Procedural, TIENet
-from tie_ext.cli.data import ImageBatches
-from tie_ext.cli.reproduce import fooling
-from tie_ext.cli.reproduce.fooling import Detector, fooled, outputs, with_line
-from tie_ext.training.fit_head import OUTLIERS, WEIGHT, fit_head
+from tie_ext import TIENet
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.reproduce import adversarial_inputs
+from tie_ext.cli.reproduce.adversarial_inputs import Detector, outputs, with_threshold
+from tie_ext.models.head import GarbageHead
+from tie_ext.outliers import Procedural
+from tie_ext.training.config import HeadConfig
+from tie_ext.training.fit_head import fit_head
 from tie_ext.utils.files import write_json
 from tie_ext.utils.random import seeded
 
@@ -50,8 +53,8 @@ def starts(net: TIENet, count: int) -> dict[str, Tensor]:
 def path(net: TIENet, detector: Detector, x: Tensor, y: Tensor) -> dict[int, float]:
     """Share found after each of some steps by adaptive ascent."""
     return {
-        step: fooled(detector, *outputs(net, [images]), y).double().mean().item()
-        for step, images in fooling.climb(net, x, y, detector, (10, 20, 30, 50, 100))
+        step: detector.fooled(*outputs(net, [images]), y).double().mean().item()
+        for step, images in adversarial_inputs.ascend(net, x, y, detector, (10, 20, 30, 50, 100))
     }
 
 
@@ -67,7 +70,7 @@ def main() -> None:
         if isinstance(part, torch.nn.Linear):
             part.reset_parameters()
     inside = torch.cat([statistics(net, x) for x, _ in ImageBatches(sets["train"].first(ID), 250)])
-    outside = statistics(net, Procedural(net).draw((OUTLIERS * ID, *net.image_shape)))
+    outside = statistics(net, Procedural(net).draw((HeadConfig().outliers * ID, *net.image_shape)))
     held, test = sets["held"].first(HELD), sets["id"].first(HELD)
     found, rows, start = outside[:0], [], time.perf_counter()
     for number_of in range(ROUNDS + 1):
@@ -79,10 +82,9 @@ def main() -> None:
                     net.garbage,
                     inside,
                     torch.cat([outside, found.repeat(again, 1)]),
-                    TAUGHT,
-                    WEIGHT,
+                    HeadConfig(steps=TAUGHT),
                 )
-        detector = with_line(fooling.garbage_score, *read(net, held))
+        detector = with_threshold(adversarial_inputs.garbage_score, *read(net, held))
         logits, h = read(net, test)
         with seeded(1000):
             judged = starts(net, JUDGED)
@@ -96,7 +98,7 @@ def main() -> None:
             {
                 "round": number_of,
                 "kept": len(found),
-                "false alarms": alarms,
+                "false_alarms": alarms,
                 "ID in garbage": garbage,
                 "found": shares,
             }
@@ -116,7 +118,7 @@ def main() -> None:
             x = torch.cat(list(starts(net, SEARCHED // 2).values()))
             y = torch.randint(net.num_classes, (len(x),))
             images = [
-                images for _, images in fooling.climb(net, x, y, detector, (STEPS // 3, STEPS))
+                images for _, images in adversarial_inputs.ascend(net, x, y, detector, (STEPS // 3, STEPS))
             ]
             found = torch.cat([found, statistics(net, torch.cat(images))])
 

@@ -26,8 +26,8 @@ from fooling import (
 from torch import Tensor
 
 from tie_ext import TIENet
-from tie_ext.cli.reproduce import fooling
-from tie_ext.cli.reproduce.fooling import Detector, verdict
+from tie_ext.cli.reproduce import adversarial_inputs
+from tie_ext.cli.reproduce.adversarial_inputs import Detector, verdict
 from tie_ext.outliers.base import Candidates
 from tie_ext.utils.files import write_json
 
@@ -53,9 +53,9 @@ def searched(
 ) -> Candidates:
     """What a searcher finds, from ``begun`` ``(k * M, C, S, S)`` where it climbs, for the classes ``y (M,)``."""
     if searcher == "generator":
-        return Candidates(fooling.invert(net, y, steps, seed, seen), y)
+        return Candidates(adversarial_inputs.invert(net, y, steps, seed, seen), y)
     asked = y.repeat(len(begun) // len(y))
-    ((_, x),) = fooling.climb(net, begun, asked, seen, (steps,))
+    ((_, x),) = adversarial_inputs.ascend(net, begun, asked, seen, (steps,))
     return Candidates(x, asked)
 
 

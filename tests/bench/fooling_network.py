@@ -5,7 +5,7 @@ from statistics import mean
 
 from page import percent
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 
 SHOWN = ("10", "30", "100")
 """Steps of ascent in the tables; the figure has all."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fooling_network import MARKED, SHOWN, Who, joined, section, shares_found, stem_of, strongest
 from page import percent
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "fooling"
 HUNTED = ("20", "30", "50")
@@ -406,7 +406,7 @@ def _hunted() -> list[str]:
             {
                 "round": str(row["round"]) if row["round"] else "0: attach",
                 "images kept": row["kept"],
-                "false alarms": percent([row["false alarms"]]),
+                "false alarms": percent([row["false_alarms"]]),
                 **{
                     kind: " / ".join(percent([found[mark]], 0) for mark in HUNTED)
                     for kind, found in row["found"].items()

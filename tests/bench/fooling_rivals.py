@@ -17,8 +17,9 @@ from attached import Trained, batches, parser_of
 from fooling import OUT, id_sets
 
 from tie_ext import TIEConfig, TIENet
-from tie_ext.cli.data import ImageSet
-from tie_ext.cli.reproduce.comparison import attached, train_method
+from tie_ext.cli.classifier import attached
+from tie_ext.cli.images import ImageSet
+from tie_ext.cli.reproduce.comparison import train_method
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.outliers import make
 from tie_ext.training.adversarial import pgd

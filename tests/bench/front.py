@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tie_ext import TIEDetector, TIENet
-from tie_ext.cli.data import ImageBatches, ImageSet
-from tie_ext.cli.report import table
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.images import ImageSet
+from tie_ext.cli.tables import table
 from tie_ext.scores.decision import Decision
 from tie_ext.utils.files import write_atomically, write_json
 from tie_ext.utils.provenance import provenance

@@ -15,13 +15,15 @@ import torch
 from attached import OUT, Trained, image_sets, made_by, parser_of
 from torch import Tensor
 
-from tie_ext import GarbageHead, TIENet
-from tie_ext.cli.data import ImageBatches
-from tie_ext.cli.reproduce.comparison import classifier
+from tie_ext import TIENet
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.classifier import classifier
+from tie_ext.models.head import GarbageHead
 from tie_ext.models.statistics import STATISTICS
 from tie_ext.outliers.primitives import Rng
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
 from tie_ext.training.augmentation import corrupt
+from tie_ext.training.config import HeadConfig
 from tie_ext.training.fit_head import fit_head
 from tie_ext.utils.files import write_json
 from tie_ext.utils.modules import frozen
@@ -159,7 +161,7 @@ def main() -> None:
             start = time.perf_counter()
             with seeded(seed):
                 head = GarbageHead({}, len(kept))
-                fit_head(head, inside, rows, trial.get("steps", 1600), trial.get("weight", 1.0))
+                fit_head(head, inside, rows, HeadConfig(steps=trial.get("steps", 1600), weight=trial.get("weight", 1.0)))
             seconds = time.perf_counter() - start
             with (
                 torch.no_grad()
@@ -170,13 +172,13 @@ def main() -> None:
                 }
             line = scores["held"].quantile(0.999)
             result = {
-                "held in garbage": (scores["held"] > 0).double().mean().item(),
+                "held_in_garbage": (scores["held"] > 0).double().mean().item(),
                 "seconds": seconds,
             }
-            result["held, processed, in garbage"] = (
+            result["held_corrupted_in_garbage"] = (
                 (scores["held, processed"] > 0).double().mean().item()
             )
-            result |= {name: {"in garbage": (of > 0).double().mean().item(), "above 1 in 1000 of ID": (of > line).double().mean().item()}
+            result |= {name: {"in_garbage": (of > 0).double().mean().item(), "above_1_in_1000_of_id": (of > line).double().mean().item()}
                        for name, of in scores.items() if name.startswith("val:")}  # fmt: skip
             results[label].append(result)
             rates = ", ".join(

@@ -15,9 +15,10 @@ from attached import OUT, Trained, batches, image_sets, made_by, parser_of
 from torch import Tensor
 
 from tie_ext import TIENet, attach
-from tie_ext.cli.data import ImageBatches, ImageSet
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.classifier import classifier
 from tie_ext.cli.evaluation import ood_metrics
-from tie_ext.cli.reproduce.comparison import classifier
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.utils.files import write_json
@@ -100,7 +101,7 @@ def judged(plain: TIENet, sets: dict[str, ImageSet], seed: int) -> dict:
         name: {key: of[key] for key in ("auroc", "fpr95_id")} for name, of in metrics.items()
     }
     return {
-        "held accuracy": right / len(sets["held"]),
+        "held_accuracy": right / len(sets["held"]),
         "garbage_rate": garbage,
         "validation": metrics,
     }

@@ -15,7 +15,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 

@@ -19,11 +19,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tie_ext import Conv3, TIEConfig, TIENet, TIETrainer
+from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.cli import data
-from tie_ext.cli.data import ImageBatches, ImageSet, training_batches
-from tie_ext.cli.report import table
+from tie_ext.cli.batches import ImageBatches, training_batches
+from tie_ext.cli.images import ImageSet
 from tie_ext.cli.reproduce.tables import PAPER_1
+from tie_ext.cli.tables import table
+from tie_ext.models.backbones import Conv3
 from tie_ext.outliers import make
 from tie_ext.outliers.base import Prior
 from tie_ext.utils.files import write_json

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tie_ext.cli.report import table
+from tie_ext.cli.tables import table
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 

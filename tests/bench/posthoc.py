@@ -14,7 +14,7 @@ from pytorch_ood.detector import ODIN
 from torch import Tensor
 
 from tie_ext import TIENet
-from tie_ext.cli.data import ImageBatches, training_batches
+from tie_ext.cli.batches import ImageBatches, training_batches
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.reproduce.run import image_sets
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings

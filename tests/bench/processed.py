@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from tie_ext.cli.data import ImageSet
+from tie_ext.cli.images import ImageSet
 
 MANY = 1000
 """Images of each kind; the same for all."""

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tie_ext import Domain, Noise, TIENet, ood_score, uncertainty
+from tie_ext import TIENet
 from tie_ext.cli import data
-from tie_ext.cli.data import ImageSet
 from tie_ext.cli.evaluation import all_logits, ood_metrics
-from tie_ext.cli.report import table
+from tie_ext.cli.images import ImageSet
+from tie_ext.cli.tables import table
+from tie_ext.outliers import Domain, Noise
+from tie_ext.scores.decision import ood_score, uncertainty
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 

@@ -19,10 +19,10 @@ import no_tie
 from cost_page import cost
 from page import cells_in, fill, percent
 
-from tie_ext.cli.report import table
 from tie_ext.cli.reproduce.comparison import METHODS, OPENOOD, has_garbage, label
 from tie_ext.cli.reproduce.tables import CELLS
 from tie_ext.cli.reproduce.tables import tables as reproduced
+from tie_ext.cli.tables import table
 from tie_ext.utils.files import read_json_lines
 
 BENCH = Path(__file__).parent

@@ -18,13 +18,13 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from tie_ext import TIENet, decide, ood_score
+from tie_ext import TIENet
 from tie_ext.cli.data import NAMES
 from tie_ext.cli.evaluation import all_logits
 from tie_ext.cli.reproduce.comparison import has_garbage
 from tie_ext.cli.reproduce.run import image_sets
 from tie_ext.cli.reproduce.tables import PAPER_1
-from tie_ext.scores.decision import Decision, decide_by_score, ood_score
+from tie_ext.scores.decision import Decision, decide, decide_by_score, ood_score
 from tie_ext.scores.threshold import conformal_threshold
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance

@@ -36,9 +36,11 @@ from combined import combined
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from tie_ext import Procedural, TIENet
-from tie_ext.cli.data import ImageBatches, ImageSet
+from tie_ext import TIENet
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
+from tie_ext.outliers import Procedural
 from tie_ext.utils.files import write_json
 from tie_ext.utils.random import seeded
 
@@ -225,7 +227,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             net = train(name, fresh, images, a.epochs, a.seed, Path(folder))
         seconds = time.perf_counter() - start
-        networks[name] = {**measured(net, sets, a.seed), "seconds of training": seconds}
+        networks[name] = {**measured(net, sets, a.seed), "training_seconds": seconds}
         about = {
             "data": DATA,
             "backbone": a.backbone,

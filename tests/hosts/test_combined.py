@@ -12,8 +12,9 @@ from test_pytorch_ood import N, TwoSets, drop, edit, images, loader, trained
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tie_ext import Conv3, Conv5, TIENet, attach
-from tie_ext.scores.combination import FORMULAS, RULES, reference
+from tie_ext import TIENet, attach
+from tie_ext.models.backbones import Conv3, Conv5
+from tie_ext.scores.combination import RULES, reference
 from tie_ext.scores.decision import uncertainty
 from tie_ext.scores.knn import knn_score, pairwise_distances
 from tie_ext.scores.threshold import conformal_threshold, split
@@ -22,8 +23,13 @@ pytest.importorskip("pytorch_ood")
 import pytorch_ood.detector as theirs
 from pytorch_ood.api import LogitsDetector, ModelNotSetException, RequiresFittingException
 
-from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate, combine
-from tie_ext.pytorch_ood import SampledKNN, load_detector
+from tie_ext import Combined, TIEDetector, combine
+from tie_ext.pytorch_ood import (
+    MahalanobisPlusPlus,
+    SampledKNN,
+    UncertaintyEstimate,
+    load_detector,
+)
 from tie_ext.pytorch_ood.members import MEMBERS
 
 rules = pytest.mark.parametrize("rule", list(RULES))

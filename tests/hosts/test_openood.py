@@ -1,7 +1,7 @@
 """TIE in a real OpenOOD: names, training, scoring, configs, and what surrounds them.
 
-A checkout is looked for as an importable ``openood``, else at $OPENOOD_ROOT (default ~/OpenOOD); without one, or without the packages it
-imports, these tests are skipped and say so.
+A checkout is looked for as an importable ``openood``, else at $OPENOOD_ROOT (default ~/OpenOOD);
+without one, or without the packages it imports, these tests are skipped and say so.
 """
 
 import json
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tie_ext import GarbageHead, ood_score, uncertainty
+from tie_ext.models.head import GarbageHead
+from tie_ext.scores.decision import ood_score, uncertainty
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = Path(__file__).parents[2] / "openood_configs"
@@ -281,8 +282,11 @@ def test_configs_of_0_2_0_mean_what_they_meant(openood):
     for old, new in (("layers", GarbageHead), ("linear", nn.Linear)):
         assert isinstance(build(garbage=old, head="multilayer").garbage, new)
     assert recipe_of_config(trainer_config(objective="uniform")).criterion == "uniform"
-    named = {"name": "tie_combined", "postprocessor_args": {"rule": "stouffer"}}
-    assert CombinedPostprocessor(Config({"postprocessor": named})).rule == "zsum"
+    for old, new in (("stouffer", "zsum"), ("fisher", "fisher")):
+        named = {"name": "tie_combined", "postprocessor_args": {"rule": old}}
+        post = CombinedPostprocessor(Config({"postprocessor": named}))
+        post.setup(build(num_classes=3), id_loaders(), Unread())
+        assert post.combined.rule == new
 
 
 def test_features_are_clipped_at_the_threshold_of_react(openood):
@@ -554,8 +558,9 @@ def test_nothing_is_searched_for_and_a_line_says_so(openood, capsys, name):
 
 @pytest.mark.parametrize("name", ["logitnorm", "ascood"])
 def test_its_own_training_methods_train_the_id_logits_alone(openood, name):
-    from tie_ext import Conv3, TIENet
+    from tie_ext import TIENet
     from tie_ext.cli.reproduce.openood_baselines import train_baseline
+    from tie_ext.models.backbones import Conv3
     from tie_ext.outliers.saliency import Standardized
 
     torch.manual_seed(0)
@@ -670,7 +675,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class Pairs(list):
-    """A loader's dictionaries as pairs, read anew each time, as a DataLoader draws a random number at each start."""
+    """A loader's dictionaries as pairs, read anew each time: a start draws a random number."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -777,7 +782,7 @@ def test_sgd_is_that_of_the_baseline_trainer(openood, root):
 
 
 class WithAux(Images):
-    """What a loader of OpenOOD's gives beside the images that are trained on: the same, prepared as in tests."""
+    """With ``data_aux``, the images without augmentation, beside those to train on."""
 
     def __getitem__(self, i):
         item = super().__getitem__(i)
@@ -930,7 +935,7 @@ def test_every_config_builds(openood, root, tmp_path, monkeypatch, name):
 
 # Its own main.py, as a user runs it.
 
-METHODS = [  # with what ten pixels' worth of training images and the 84 features of a LeNet call for
+METHODS = [
     *(
         "tie",
         "tie_ue",
@@ -943,7 +948,7 @@ METHODS = [  # with what ten pixels' worth of training images and the 84 feature
         "klm",
         "gen",
         "react",
-        "rng",
+        "dice",
         "ash",
         "scale",
         "mds",
@@ -983,9 +988,9 @@ def run_openood(root: Path, place: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(root, workplace) -> Path:
-    """A tie_net around OpenOOD's LeNet, trained through its own main.py, pipeline, recorder and evaluator."""
+    """A tie_net around OpenOOD's LeNet, trained by its own main.py."""
     configs = training_configs(root)
-    # Enough for every class to be right sometimes: SHE averages over the correctly predicted images of a class.
+    # Enough for every class to be right sometimes: SHE averages over the correct images of each.
     small = [
         "--optimizer.num_epochs",
         "25",
@@ -1298,7 +1303,8 @@ def worker(local_rank, main_func, world_size, num_gpus, machine_rank, dist_url, 
     main_func(*args)
 
 if __name__ == "__main__":
-    sys.modules["openood.utils.launch"]._distributed_worker = worker  # the real one asks for two GPUs
+    # The real one asks for two GPUs.
+    sys.modules["openood.utils.launch"]._distributed_worker = worker
     launch(main, 2, dist_url="auto", args=("process",))
 """
 

@@ -1,4 +1,6 @@
-"""Networks of OpenOOD's LogitNorm, RotPred and PixMix, beside which tests/bench/trained_otherwise.py has a garbage head."""
+"""Networks of OpenOOD's LogitNorm, RotPred and PixMix, as tests/bench/trained_otherwise.py has
+them beside a garbage head.
+"""
 
 import math
 from importlib import import_module
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from tie_ext import TIENet
-from tie_ext.cli.data import ImageSet
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import Conv3
 from tie_ext.utils.random import seeded
 

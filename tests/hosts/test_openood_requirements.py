@@ -1,4 +1,6 @@
-"""The packages that OpenOOD and its plug-in import: all are named where they are missing, and the documented lines install them."""
+"""The packages that OpenOOD and its plug-in import: those that are missing are named, and the
+documented lines install them.
+"""
 
 import re
 import subprocess
@@ -32,7 +34,7 @@ def packages(modules: set[str]) -> set[str]:
 
 
 def lacking(monkeypatch, *names: str, **versions: str) -> str:
-    """What is said where some packages are missing, and all others there, in the versions given or else in fitting ones."""
+    """The error where some packages are missing, and others have the versions given."""
     fitting = {
         name: bound.removeprefix(">=") if bound.startswith(">=") else "0.1"
         for name, bound in PACKAGES.values()

@@ -1,7 +1,12 @@
-"""OpenOOD's multi-seed path on our checkpoints: its ``scripts/eval_ood*.py`` and its evaluation API, run on stand-ins for its data."""
+"""OpenOOD's multi-seed path on our checkpoints, run on stand-ins for its data.
+
+That is ``scripts/eval_ood*.py`` and the evaluation API.
+"""
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tie_ext import Conv3
+from tie_ext.models.backbones import Conv3
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LISTED = {"cifar10": ["cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365"]}
@@ -29,7 +34,7 @@ LISTED["imagenet"] = [
 
 @pytest.fixture
 def openood(openood_root, monkeypatch):
-    """OpenOOD with TIE registered, without CUDA, reading images in this process; all undone afterwards."""
+    """OpenOOD with TIE registered, without CUDA, reading images in this process."""
     import openood.evaluation_api.datasets as datasets
 
     import tie_ext.openood as ours
@@ -138,7 +143,7 @@ def seeds(openood, place, tmp_path) -> Path:
 
 @torch.no_grad()
 def learn(net, x, y) -> None:
-    """Least squares: every training image is right, which several postprocessors want of every class."""
+    """Least squares: every training image is right, as several postprocessors need."""
     h = net.features(x)
     weight = 20 * (torch.linalg.pinv(h - h.mean(0)) @ (torch.nn.functional.one_hot(y, 10) - 0.1)).T
     net.fc.weight.copy_(weight)
@@ -244,18 +249,13 @@ def by_main(openood_root, openood, place, seeds, monkeypatch):
     options += ["--network.checkpoint", str(seeds / "s0" / "best.ckpt"), "--merge_option", "merge"]
     options += ["--output_dir", str(seeds / "results")]
     names = [(name, seed) for name in ("tie_combined", "dmr") for seed in (0, 1)]
-    runs = [
-        ["--config", *map(str, files), str(ours / "postprocessors" / f"{name}.yml"), *options]
-        + ["--seed", str(seed)]
-        for name, seed in names
-    ]
+    runs = []
+    for name, seed in names:
+        post = ours / "postprocessors" / f"{name}.yml"
+        runs.append(["--config", *map(str, [*files, post]), *options, "--seed", str(seed)])
     (place / "runs.json").write_text(json.dumps([str(openood_root / "main.py"), *runs]))
     (place / "runs.py").write_text(MAIN)
-    command = [sys.executable, "-W", "ignore", "-m", "tie_ext.openood", "runs.py"]
-    path = os.pathsep.join([str(openood_root), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_a_process(openood_root, place, "runs.py")
     folder = seeds / "results" / "cifar10_tie_net_test_ood_ood_{}_default" / "s{}" / "ood"
     return {key: Path(str(folder).format(*key)) for key in names}
 
@@ -296,6 +296,40 @@ def test_all_scripts_give_the_same_numbers(openood, place, seeds, by_main):
         table = pd.read_csv(seeds / "one" / "ood" / f"{name}.csv", index_col=0)
         rows = [[f"{value:.2f} ± 0.00" for value in row] for row in api.to_numpy()]
         assert table.to_numpy().tolist() == rows
+
+
+def in_a_process(openood_root: Path, place: Path, *arguments: str) -> None:
+    """``python -m tie_ext.openood``, as a user runs it."""
+    command = [sys.executable, "-W", "ignore", "-m", "tie_ext.openood", *arguments]
+    path = os.pathsep.join([str(openood_root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_lines_of_the_page_attach_and_score(openood, openood_root, place, monkeypatch):
+    import pandas as pd
+    from openood.networks import ResNet18_32x32
+
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+    (lines,) = re.findall(r"^```\n(for s in 0 1 2; .*?)^```", page, re.M | re.S)
+    attach, score = lines.replace("$TIE", str(openood.configs())).splitlines()
+    attach = re.fullmatch("for s in 0 1 2; do (.*); done", attach)[1].replace("$s", "0")
+    checkpoint = place / re.search(r"--network.backbone.checkpoint (\S+)", attach)[1]
+    checkpoint.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(ResNet18_32x32(num_classes=10).state_dict(), checkpoint)
+    (place / "main.py").symlink_to(openood_root / "main.py")
+    begin = "python -m tie_ext.openood "
+    assert attach.startswith(begin)
+    in_a_process(
+        openood_root, place, *shlex.split(attach.removeprefix(begin)), "--num_workers", "0"
+    )
+    monkeypatch.chdir(place)
+    assert score.startswith(begin)
+    run(*shlex.split(score.removeprefix(begin)))
+    (table,) = (place / "results").glob("*/ood/tie_combined.csv")
+    assert pd.read_csv(table, index_col=0).index[-1] == "farood"
 
 
 def test_eval_ood_imagenet_scores_an_attached_network(openood, place, tmp_path):
@@ -395,7 +429,7 @@ def test_the_evaluation_api_reads_the_users_own_file(openood, tmp_path):
 
 
 class Loader(list):
-    """Batches of normalised images, as a loader of the evaluation API has them, or without a word on how."""
+    """Batches of normalised images, with the transform of the evaluation API or without."""
 
     def __init__(self, name: str | None):
         super().__init__([{"data": torch.rand(6, 3, 32, 32) - 0.5, "label": torch.arange(6) % 2}])

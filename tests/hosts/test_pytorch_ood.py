@@ -14,7 +14,8 @@ from conftest import SHAPE, Small, make_batches, make_net
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from tie_ext import Conv5, TIENet
+from tie_ext import TIENet
+from tie_ext.models.backbones import Conv5
 from tie_ext.scores.decision import ood_score, uncertainty
 
 pytest.importorskip("pytorch_ood")
@@ -31,8 +32,8 @@ from pytorch_ood.benchmark import Benchmark
 from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.utils import GridSearch
 
-from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate
-from tie_ext.pytorch_ood import SampledKNN
+from tie_ext import Combined, TIEDetector
+from tie_ext.pytorch_ood import MahalanobisPlusPlus, SampledKNN, UncertaintyEstimate
 
 N = 3
 OURS = {"TIEDetector": TIEDetector, "UncertaintyEstimate": UncertaintyEstimate}

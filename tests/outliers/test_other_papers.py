@@ -226,7 +226,7 @@ def test_mixed_images_are_of_different_classes():
 
 THOUSAND = """
 import torch
-from tie_ext import Domain
+from tie_ext.outliers import Domain
 from tie_ext.outliers.marginal import MarginalRepresentations
 from tie_ext.outliers.vae import VAE
 from tie_ext.utils.provenance import peak_memory

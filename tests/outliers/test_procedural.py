@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tie_ext import Procedural, ProceduralSettings
-from tie_ext.outliers import primitives
+from tie_ext.outliers import Procedural, ProceduralSettings, primitives
 from tie_ext.outliers.primitives import CHUNK, Rng, clouds, fills, multiscale, tones
 from tie_ext.outliers.procedural import (
     FAMILIES,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tie_ext import Inversion, InversionSettings, Noise, NoiseSettings, TIENet
-from tie_ext.outliers import SYNTHESIZERS
+from tie_ext import TIENet
+from tie_ext.outliers import SYNTHESIZERS, Inversion, InversionSettings, Noise, NoiseSettings
 from tie_ext.outliers import make as make_by_name
 from tie_ext.outliers.inversion import loss_terms, soft_code
 from tie_ext.utils.modules import frozen

@@ -1,9 +1,12 @@
-"""Two epochs of the patched OpenOOD's trainer, and of tie_ext's, from the same weights, images and seed; what differs is said, and ends it.
+"""Two epochs of the patched OpenOOD's trainer and of tie_ext's, all else being equal.
 
-python beside_tie_ext.py BACKBONE, where ``openood`` is the patched one. tie_ext draws each epoch and its kept sample from streams of their own and
-keeps its generator in another memory layout, so that it may resume and be fast; here it does neither, as OpenOOD does not. In the first epoch of
-one process it weighs classes by what it has seen of the data; here it looks at all of it before, as among several processes, since OpenOOD has a
-list. Both keep few ID images, a few at a time, so that the sampling of them shows. All else is as both ship it.
+``python beside_tie_ext.py BACKBONE`` prints what is equal; ``openood`` is the patched one.
+
+tie_ext has separate random streams, so that a run can be resumed, and keeps its generator in
+another memory layout, which is faster; here it does neither, as OpenOOD does not. In its first
+epoch it weighs classes by the images that it has seen; here it counts all of them before, as it
+does among several processes, since OpenOOD has a list. Both keep few ID images, a few at a time,
+so that their sampling shows. All else is as both ship it.
 """
 
 import json
@@ -24,22 +27,27 @@ from openood.utils.config import Config
 from torch import nn
 
 import tie_ext.training.trainer
-from tie_ext import Inversion, InversionSettings, TIEConfig, TIENet, TIETrainer, ood_score
+from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.models.generator import Generator
 from tie_ext.openood.cpu import without_cuda
+from tie_ext.outliers import Inversion, InversionSettings
 from tie_ext.outliers.inversion import soft_code
+from tie_ext.scores.decision import ood_score
+from tie_ext.training.config import SampleConfig
+from tie_ext.training.survey import survey
 from tie_ext.utils.reservoir import Reservoir
 
 tie_ext.training.trainer.seeded = lambda *key: nullcontext()
 tie_ext.training.trainer.Reservoir = lambda most, numbers: Reservoir(most)
-for name, few in {"KEPT": 16, "FINAL": 24, "BATCH": 8}.items():
-    assert getattr(tie_ext.training.trainer, name) == getattr(tie_trainer, name), name
-    setattr(tie_ext.training.trainer, name, few), setattr(tie_trainer, name, few)
+FEW = SampleConfig(size=16, last_size=24, batch_size=8)
+for name, field in {"KEPT": "size", "FINAL": "last_size", "BATCH": "batch_size"}.items():
+    assert getattr(SampleConfig(), field) == getattr(tie_trainer, name), name
+    setattr(tie_trainer, name, getattr(FEW, field))
 EPOCHS = 2
 
 
 class Run(NamedTuple):
-    """A network of OpenOOD's, and settings by which some of what it is offered is excluded, and some is not."""
+    """A network of OpenOOD's, and settings by which some candidates are excluded, others not."""
 
     network: type
     size: int
@@ -100,7 +108,8 @@ def original(net: TIENet, run: Run) -> TIETrainer:
         ),
     )
     inversion.generator.to(memory_format=torch.contiguous_format)
-    return TIETrainer(net, TIEConfig(epochs=EPOCHS, lr=run.lr, **LOOP), [inversion])
+    config = TIEConfig(epochs=EPOCHS, lr=run.lr, **LOOP)
+    return TIETrainer(net, config, [inversion], sample_config=FEW)
 
 
 def named_as_patched(net: TIENet) -> dict:
@@ -130,7 +139,7 @@ def main(run: Run) -> None:
 
     torch.manual_seed(2)
     trainer = original(ours, run)
-    trainer._survey(batches)
+    trainer._count(survey(batches, 10, torch.device("cpu")))
     logs = [trainer.epoch(batches) for _ in range(EPOCHS)]
     torch.manual_seed(2)
     again = patched(theirs, batches, run)
@@ -172,7 +181,7 @@ def main(run: Run) -> None:
 
 
 def of_many_classes() -> bool:
-    """Whether codes of 100 classes and garbage, and what a generator makes of them, are the same; the networks here have but ten."""
+    """Whether codes of 100 classes, and their images, are the same; the networks have ten."""
     target, bounds = torch.arange(8) * 14, ([0.0] * 3, [1.0] * 3)
     ours = (
         Generator((3, 28, 28), 101, width=16, low=bounds[0], high=bounds[1])

@@ -1,4 +1,7 @@
-"""The patches for OpenOOD: short, in its style, on the commit they name, and by numbers what tie_ext is; the patched trees train and score."""
+"""The patches for OpenOOD: short, in its style, on the commit they name.
+
+The patched trees train and score, with the numbers of tie_ext.
+"""
 
 import json
 import os
@@ -104,7 +107,8 @@ def revision(tree: Path, hook: str) -> str:
 def test_its_formatters_have_nothing_to_say(patched, tool, arguments):
     if not shutil.which(tool):
         pytest.skip(
-            f"no {tool} on the path: pip install flake8==3.8.3 yapf==0.30.0 docformatter==1.3.1 codespell==2.1.0 isort"
+            f"no {tool} on the path: pip install flake8==3.8.3 yapf==0.30.0 docformatter==1.3.1 "
+            "codespell==2.1.0 isort"
         )
     if tool in ("flake8", "yapf", "docformatter", "codespell"):
         said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
@@ -129,7 +133,8 @@ def test_its_formatters_have_nothing_to_say(patched, tool, arguments):
 def test_the_training_config_holds_the_defaults_of_tie_ext(patched):
     import yaml
 
-    from tie_ext import InversionSettings, TIEConfig
+    from tie_ext import TIEConfig
+    from tie_ext.outliers import InversionSettings
 
     config = yaml.safe_load((patched / "configs/pipelines/train/train_tie.yml").read_text())
     given, loop, inversion = config["trainer"]["trainer_args"], TIEConfig(), InversionSettings()
@@ -159,9 +164,8 @@ def test_two_epochs_are_those_of_tie_ext_to_the_last_bit(patched, backbone):
     assert found["equal"] == dict.fromkeys(
         ["loss", "tau", "pool", "generator", "weights", "of 100 classes", "scores"], True
     )
-    assert backbone != "lenet" or any(
-        0 < count < 52 for count in found["excluded"]
-    )  # a threshold that divides nothing would prove little
+    # A threshold that divides nothing would prove little.
+    assert backbone != "lenet" or any(0 < count < 52 for count in found["excluded"])
 
 
 # Trained by its main.py, scored by its scripts.
@@ -172,7 +176,8 @@ import json, runpy, sys
 with runpy.run_path({cpu!r})['without_cuda'](wanted=False):
     sys.modules['tie_ext'] = None  # so that nothing of it can be imported
     import openood.evaluation_api.datasets as datasets, torch
-    datasets.DataLoader = lambda *args, **kwargs: torch.utils.data.DataLoader(*args, **{{**kwargs, 'num_workers': 0}})
+    Loader = torch.utils.data.DataLoader
+    datasets.DataLoader = lambda *args, **kwargs: Loader(*args, **{{**kwargs, 'num_workers': 0}})
     for sys.argv in json.load(open('runs.json')):
         runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -180,7 +185,7 @@ SCORED = ["tie", "msp", "react"]
 
 
 def draw(data: Path, name: str, count: int, inside: bool) -> None:
-    """One of OpenOOD's lists for CIFAR-10, and its images: squares whose place is their label, or noise."""
+    """One of OpenOOD's lists for CIFAR-10, and its images: squares placed by label, or noise."""
     import numpy as np
     from PIL import Image
 
@@ -199,7 +204,7 @@ def draw(data: Path, name: str, count: int, inside: bool) -> None:
 
 @pytest.fixture(scope="module")
 def trained(patched) -> Path:
-    """Results of two seeds of one epoch on a few drawn images, all scored; as its scripts for CIFAR-10 do it, but smaller."""
+    """Two seeds of one epoch on a few images, scored as its scripts for CIFAR-10 do it."""
     for name in ("train_cifar10", "val_cifar10", "test_cifar10", "test_cifar10c"):
         draw(patched / "data", name, 20 if name == "train_cifar10" else 10, True)
     for name in (
@@ -218,7 +223,8 @@ def trained(patched) -> Path:
     ):  # what is there is not downloaded
         (patched / "data" / "images_classic" / folder / "images").mkdir(parents=True)
     (command,) = re.findall(r"^python (main\.py.*?)\n\n?$", script(patched, "train"), re.M | re.S)
-    small = "--dataset.train.batch_size 10 --optimizer.num_epochs 1 --num_workers 0 --trainer.trainer_args.generator_steps 2 --merge_option merge"
+    small = "--dataset.train.batch_size 10 --optimizer.num_epochs 1 --num_workers 0"
+    small += " --trainer.trainer_args.generator_steps 2 --merge_option merge"
     small += " --trainer.trainer_args.generator_batch_size 4 --trainer.trainer_args.candidates 11"
     runs = [
         [*command.replace("\\\n", "").replace("${SEED}", str(seed)).split(), *small.split()]
@@ -281,7 +287,8 @@ import sys, torch
 from openood.recorders import get_recorder
 from openood.utils.config import Config
 for last in (True, None):
-    config = Config({'recorder': {'name': 'base', 'save_all_models': False}, 'optimizer': {'num_epochs': 2}, 'output_dir': sys.argv[1]})
+    config = Config({'recorder': {'name': 'base', 'save_all_models': False}})
+    config.optimizer, config.output_dir = Config({'num_epochs': 2}), sys.argv[1]
     if last:
         config.recorder.best_is_last = True
     recorder = get_recorder(config)
@@ -313,7 +320,9 @@ from openood.postprocessors import get_postprocessor
 from openood.trainers import get_trainer
 from openood.utils.config import Config
 
-net = get_network(Config({'name': 'plugged', 'size': 3, 'num_gpus': 0, 'pretrained': True, 'checkpoint': 'net.ckpt'}))
+of_net = {'name': 'plugged', 'size': 3, 'num_gpus': 0}
+of_net |= {'pretrained': True, 'checkpoint': 'net.ckpt'}
+net = get_network(Config(of_net))
 assert torch.equal(net.weight, torch.ones(1, 3))  # its checkpoint is read as of a built-in
 config = Config({'trainer': {'name': 'plugged'}, 'postprocessor': {'name': 'plugged'}})
 loader = DataLoader([0])
@@ -321,10 +330,13 @@ assert get_trainer(net, loader, None, config).given == (net, loader, config)
 assert get_trainer(net, [loader, loader], None, config).given == (net, loader, loader, config)
 assert get_postprocessor(config).given == (config,)
 post = of_the_api('.', 'plugged', 'cifar10')
-assert post.given[0].dataset.name == 'cifar10' and post.given[0].postprocessor.postprocessor_args.t == 0.5
+assert post.given[0].dataset.name == 'cifar10'
+assert post.given[0].postprocessor.postprocessor_args.t == 0.5
 assert post.APS_mode is True and post.hyperparam_search_done is False
 config.trainer.name = config.postprocessor.name = 'other'
-for ask in (lambda: get_trainer(net, loader, None, config), lambda: get_network(Config({'name': 'other'})), lambda: get_postprocessor(config)):
+asked = [lambda: get_trainer(net, loader, None, config)]
+asked += [lambda: get_network(Config({'name': 'other'})), lambda: get_postprocessor(config)]
+for ask in asked:
     try:
         ask()
     except KeyError as error:
@@ -380,8 +392,10 @@ from openood.utils.config import Config, merge_configs
 from tie_ext.openood import configs
 
 files = ['networks/tie_net.yml', 'pipelines/train/train_tie.yml', 'postprocessors/tie.yml']
-config = merge_configs(Config('configs/datasets/mnist/mnist.yml'), *[Config(str(configs() / file)) for file in files])
-config.num_gpus, config.trainer.trainer_args.pool_size, config.network.backbone.name = 0, 10, 'lenet'
+ours = [Config(str(configs() / file)) for file in files]
+config = merge_configs(Config('configs/datasets/mnist/mnist.yml'), *ours)
+config.num_gpus, config.trainer.trainer_args.pool_size = 0, 10
+config.network.backbone.name = 'lenet'
 config.parse_refs()
 net = get_network(config.network)
 trainer = get_trainer(net, DataLoader([0]), None, config)

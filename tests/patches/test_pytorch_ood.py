@@ -1,4 +1,4 @@
-"""The series for pytorch-ood: applies to the release it names, within its budget, and gives the numbers of what it was written after."""
+"""The patches for pytorch-ood: short, on the release they name, with the numbers of tie_ext."""
 
 import ast
 import os
@@ -42,14 +42,16 @@ def source() -> Path:
     found = Path(os.environ.get("PYTORCH_OOD_ROOT", Path.home() / "pytorch-ood"))
     if not (found / "src" / "pytorch_ood").is_dir():
         pytest.skip(
-            f"no source tree of pytorch-ood {RELEASE} at {found}: unpack its source distribution there, or set PYTORCH_OOD_ROOT"
+            f"no source tree of pytorch-ood {RELEASE} at {found}: unpack its source distribution "
+            "there, or set PYTORCH_OOD_ROOT"
         )
     (version,) = re.findall(
         r'^__version__ = "(.+)"', (found / "src" / "pytorch_ood" / "__init__.py").read_text(), re.M
     )
     if version != RELEASE:
         pytest.fail(
-            f"Expected pytorch-ood {RELEASE}, which the patches are made against, at {found}, but got {version}"
+            f"Expected pytorch-ood {RELEASE}, which the patches are for, at {found}, "
+            f"but got {version}"
         )
     return found
 
@@ -63,7 +65,8 @@ def git(tree: Path, *arguments: str) -> subprocess.CompletedProcess:
 def tree(request, source, tmp_path_factory) -> Path:
     """A copy of the source with patches applied by ``git am``.
 
-    The source distribution has neither the tests of single detectors nor docs: what a patch changes there is left out then.
+    The source distribution has neither the tests of single detectors nor docs: what a patch
+    changes there is left out then.
     """
     place = tmp_path_factory.mktemp("tree") / "pytorch-ood"
     shutil.copytree(source, place, ignore=shutil.ignore_patterns(".git", "data", "__pycache__"))
@@ -135,7 +138,8 @@ def test_its_own_formatter_has_nothing_to_say(tree):
         pytest.skip("ruff is not installed")
     if not (tree / "tests" / "helpers").exists():
         pytest.skip(
-            "this source has no tests/helpers, whose imports are sorted as its own: take a checkout of the repository"
+            "this source has no tests/helpers, whose imports are sorted as its own: "
+            "take a checkout of the repository"
         )
     ran(tree, "-m", "ruff", "check", "-q", ".")
     ran(tree, "-m", "ruff", "format", "--check", ".")
@@ -143,21 +147,19 @@ def test_its_own_formatter_has_nothing_to_say(tree):
 
 def test_it_imports_without_extras(tree):
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in EXTRAS)
-    ran(
-        tree,
-        "-c",
-        f"import sys, importlib\n{blocked}[importlib.import_module('pytorch_ood.' + name) for name in {PACKAGES}]",
-    )
+    imported = f"[importlib.import_module('pytorch_ood.' + name) for name in {PACKAGES}]"
+    ran(tree, "-c", f"import sys, importlib\n{blocked}{imported}")
 
 
 def test_its_own_tests_pass(tree):
-    """All of the tree's tests, those of single detectors where the source has them, else the patch's own."""
+    """All of the tree's tests where the source has them, else the patch's own."""
     if (tree / "tests/detectors/test_all_detectors_smoke.py").exists():
         where = ["tests"]
     else:
         if not (tree / "tests" / "helpers").exists():
             pytest.skip(
-                "this source has no tests/helpers, which the tests of detectors import: take a checkout of the repository"
+                "this source has no tests/helpers, which the tests of detectors import: "
+                "take a checkout of the repository"
             )
         where = ["tests/detectors"]
     ran(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "log_cli=false", *where)
@@ -171,10 +173,13 @@ from tie_ext.scores.decision import decide, uncertainty
 assert {tree!r} in pytorch_ood.__file__
 for seed, (n, scale) in enumerate(((3, 1.0), (10, 5.0), (100, 20.0))):
     torch.manual_seed(seed)
-    logits, y = scale * torch.randn(4000, n + 1), torch.arange(4000) % n - (torch.arange(4000) % 7 == 0) * n
-    theirs, ours = TIE(None, lam=0.5).fit_logits(logits, y), TIEDetector(None, lam=0.5).fit_logits(logits, y)
+    rows, logits = torch.arange(4000), scale * torch.randn(4000, n + 1)
+    y = rows % n - (rows % 7 == 0) * n
+    theirs = TIE(None, lam=0.5).fit_logits(logits, y)
+    ours = TIEDetector(None, lam=0.5).fit_logits(logits, y)
     assert torch.equal(theirs.predict_logits(logits), ours.predict_logits(logits))
-    torch.testing.assert_close(theirs.uncertainty(logits), uncertainty(logits.softmax(1)), rtol=0, atol=1e-6)
+    expected = uncertainty(logits.softmax(1))
+    torch.testing.assert_close(theirs.uncertainty(logits), expected, rtol=0, atol=1e-6)
     assert abs(theirs.tau - ours.tau) < 1e-6
     of = theirs.decide_logits(logits)
     assert torch.equal(of, decide(logits, theirs.tau).level) and len(of.unique()) == 3, of.unique()
@@ -189,7 +194,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from pytorch_ood.detector import Combined, EnergyBased, GEN, Mahalanobis, ODIN
 from tie_ext import Combined as Ours
-from tie_ext.scores.combination import RULES
+from tie_ext.scores.combination import FORMULAS
 torch.manual_seed(0)
 class Net(nn.Module):
     def __init__(self):
@@ -201,19 +206,28 @@ class Net(nn.Module):
         return self.fc(self.features(x))
 net = Net().eval()
 x, y = torch.rand(300, 1, 2, 5), torch.arange(300) % 3
-training, held = (DataLoader(TensorDataset(x[rows], y[rows]), 32) for rows in (slice(0, 150), slice(150, 250)))
-members = [GEN(net), EnergyBased(net), Mahalanobis(net.features).fit(training), ODIN(net, temperature=1.0)]
+training = DataLoader(TensorDataset(x[:150], y[:150]), 32)
+held = DataLoader(TensorDataset(x[150:250], y[150:250]), 32)
+members = [GEN(net), EnergyBased(net), Mahalanobis(net.features).fit(training)]
+members.append(ODIN(net, temperature=1.0))
+close = {"rtol": 1e-4, "atol": 1e-3}  # in deviations: rows are summed in another order
 new = torch.cat([x[250:], 10 * torch.randn(50, 1, 2, 5)])
-for rule in RULES:
-    ours = Ours(members, None, rule).fit(held)
-    theirs = Combined(members, rule=rule).fit(held)
+def ours_by(name):
+    detector = Ours(members, None)
+    detector.rule = "zsum" if name == "stouffer" else name  # of which it chooses among two
+    return detector
+(rules,) = Combined.hyperparameter_space.values()
+assert len(rules) == len(FORMULAS)
+for name in rules:
+    ours = ours_by(name).fit(held)
+    theirs = Combined(members, rule=name).fit(held)
     scores = ours.predict(new)
     assert scores.unique().numel() > 10
-    torch.testing.assert_close(theirs.predict(new), scores, rtol=1e-4, atol=1e-3)  # in deviations: rows are summed in another order
+    torch.testing.assert_close(theirs.predict(new), scores, **close)
     of_held, of_new = ours.scores(x[150:250]), ours.scores(new)
-    same = Combined(members, rule=rule).fit_scores(of_held).predict_scores(of_new)
-    torch.testing.assert_close(same, Ours(members, None, rule).fit_scores(of_held).predict_scores(of_new), rtol=1e-4, atol=1e-3)
-assert Combined.hyperparameter_space == Ours.hyperparameter_space
+    same = Combined(members, rule=name).fit_scores(of_held).predict_scores(of_new)
+    fitted = ours_by(name).fit_scores(of_held)
+    torch.testing.assert_close(same, fitted.predict_scores(of_new), **close)
 print("equal")
 """
 
@@ -235,7 +249,8 @@ import torch, torchvision.datasets as sets
 from torch.utils.data import TensorDataset
 class Few(torch.utils.data.Dataset):
     def __init__(self, root, train=True, transform=None, target_transform=None, download=False):
-        self.x, self.y, self.target = torch.rand(60, 1, 28, 28), torch.arange(60) % 10, target_transform
+        self.x, self.y = torch.rand(60, 1, 28, 28), torch.arange(60) % 10
+        self.target = target_transform
     def __len__(self):
         return 60
     def __getitem__(self, i):

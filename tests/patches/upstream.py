@@ -1,4 +1,4 @@
-"""What the tests of both hosts' patches share: how long a patch is, and the tree it makes of a host's."""
+"""What the tests of both hosts' patches share: the length of a patch, and the patched tree."""
 
 import re
 import shutil

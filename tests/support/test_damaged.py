@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import make_batches, make_net, make_trainer
 
-from tie_ext import EpochLog, TIENet
+from tie_ext import TIENet
+from tie_ext.training.log import EpochLog
 from tie_ext.training.pool import GarbagePool
 from tie_ext.utils.checks import MOST_VALUES, check_number, check_shape
 from tie_ext.utils.files import load_state, reading, save_state

@@ -165,7 +165,8 @@ def test_a_full_disk_leaves_the_earlier_file_intact(tmp_path):
     before = path.read_bytes()
     code = f"""
 import resource, signal, torch
-from tie_ext import Conv3, TIENet
+from tie_ext import TIENet
+from tie_ext.models.backbones import Conv3
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 net = TIENet(Conv3(1, 3), 3, (1, 28, 28))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -313,7 +314,8 @@ SAVER = """
 import sys
 from tie_ext.utils.provenance import peak_memory
 import torch
-from tie_ext import GarbagePool, Noise, NoiseSettings, Domain
+from tie_ext.outliers import Noise, NoiseSettings, Domain
+from tie_ext.training.pool import GarbagePool
 from tie_ext.utils.files import save_state
 low, high = torch.tensor(0.0), torch.tensor(1.0)
 if sys.argv[1] == "save":

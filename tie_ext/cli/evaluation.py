@@ -1,104 +1,90 @@
-"""How well a network tells OOD images from ID ones; metrics are pytorch-ood's own, OOD is the positive class."""
+"""How well a network tells OOD images from ID ones, by pytorch-ood's metrics; OOD is positive."""
 
-from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tie_ext.cli.data import ImageBatches, Images
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.snapshots import save_examples
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
+from tie_ext.pytorch_ood import combine
 from tie_ext.scores.decision import decide
-from tie_ext.utils.modules import frozen
+from tie_ext.scores.threshold import calibration_size
+from tie_ext.utils.files import save_state
+from tie_ext.utils.views import frozen_view
+
+COMBINED = "combined"
+"""What tables and scores call the combination."""
+FALSE_ALARM = 0.05
+"""Share of ID images that a combination may reject, unless the user says."""
+NEEDED = 2 * calibration_size(FALSE_ALARM)
+"""ID test images that a combination takes."""
+
+Scores = dict[str, dict[str, Tensor]]
+"""Scores ``(N,)`` by score and image set, larger = more OOD; the ID set is ``id``."""
 
 
 @torch.no_grad()
 def all_logits(net: TIENet, images: Images) -> Tensor:
-    """The n+1 logits ``(N, n+1)`` of all images, brought to the network's value range, on the CPU; the network is left as it was."""
-    device = net.fc.weight.device
-    with frozen(net):
-        return torch.cat(
-            [
-                net(net.scaled(x.to(device)), garbage=True).cpu()
-                for x, _ in ImageBatches(images, 500)
-            ]
-        )
+    """The n+1 logits ``(N, n+1)`` of all images, on the CPU; the network is left as it was."""
+    view = frozen_view(net)
+    parts = [view(x, garbage=True).cpu() for x, _ in ImageBatches(images, scale=net)]
+    return torch.cat(parts)
 
 
-def tie_scores(
-    net: TIENet, sets: Mapping[str, Images]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
-    """Score and decisions of an (n+1)-class network.
+def _tie_scores(net: TIENet, images: RunImages) -> tuple[Scores, dict]:
+    """The score of an (n+1)-class network, and what it decides.
 
-    Arguments:
-        net: The network.
-        sets: Image sets by name; the one with labels >= 0 is ID.
-
-    Returns:
-        Scores ``{"score": {set: (N,)}}``, larger = more OOD; and, by set, ``garbage_rate`` (rejected at level 1), ``rejected`` (at either
-        level) and, for the ID set, ``accuracy``; all in [0, 1]. The latter is over the n+1 outputs that were trained together; a head on every
-        layer leaves the classifier as it is, and its accuracy is that over n, whatever the garbage class takes.
+    ID accuracy is over the n+1 outputs that were trained together; a head on every layer leaves
+    the classifier as it is, and accuracy is over its n outputs, whatever the garbage class takes.
     """
-    apart = isinstance(net.garbage, GarbageHead)
-    scores, facts = {}, {}
-    for name, images in sets.items():
-        logits = all_logits(net, images)
+    scores: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {"garbage_rate": {}, "rejected": {}}
+    for name, of in images.sets.items():
+        logits = all_logits(net, of)
         decision = decide(logits, net.tau.cpu())
         scores[name] = decision.score
-        level = decision.level
-        facts[name] = {
-            "garbage_rate": (level == 1).double().mean().item(),
-            "rejected": (level > 0).double().mean().item(),
-        }
-        if bool((images.y >= 0).all()):
+        rates = {"garbage_rate": _mean(decision.level == 1), "rejected": _mean(decision.level > 0)}
+        if name == "id":
+            apart = isinstance(net.garbage, GarbageHead)
             label = decision.label if apart else logits.argmax(1)
-            facts[name]["accuracy"] = (label == images.y).double().mean().item()
-    return {"score": scores}, facts
+            numbers |= {f"id_{rate}": value for rate, value in rates.items()}
+            numbers["accuracy"] = _mean(label == of.y)
+        else:
+            for rate, value in rates.items():
+                numbers[rate][name] = value
+    return {"score": scores}, numbers
 
 
-def posthoc_scores(
-    net: TIENet, sets: Mapping[str, Images], fit_on: Images
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
-    """Scores of pytorch-ood's MSP, energy and Mahalanobis on the n ID logits and features of a network.
-
-    Arguments:
-        net: The network, on the CPU or a GPU.
-        sets: Image sets by name.
-        fit_on: ID training images, for the detectors that are fitted.
-
-    Returns:
-        As :func:`tie_scores`: scores by detector and set, larger = more OOD; and the ID accuracy over the n outputs.
+def _posthoc_scores(net: TIENet, images: RunImages) -> tuple[Scores, dict]:
+    """Scores by pytorch-ood's MSP, energy and Mahalanobis on the n logits and features, and the ID
+    accuracy over the n outputs.
     """
     from pytorch_ood.detector import EnergyBased, Mahalanobis, MaxSoftmax
 
-    device = net.fc.weight.device
+    view = frozen_view(net)
     detectors = {
-        "MSP": MaxSoftmax(net),
-        "energy": EnergyBased(net),
-        "Mahalanobis": Mahalanobis(net.features),
+        "MSP": MaxSoftmax(view),
+        "energy": EnergyBased(view),
+        "Mahalanobis": Mahalanobis(view.features),  # type: ignore[arg-type]
     }
-    scores: dict[str, dict[str, Tensor]] = {}
-    with frozen(net), torch.no_grad():
+    detectors["Mahalanobis"].to(net.low.device).fit(ImageBatches(images.train, scale=net))
+    scores: Scores = {label: {} for label in detectors}
+    with torch.no_grad():
         for label, detector in detectors.items():
-            if detector.requires_fit:
-                detector.to(device).fit(ImageBatches(fit_on, 500))
-            scores[label] = {
-                name: torch.cat(
-                    [detector.predict(x.to(device)).cpu() for x, _ in ImageBatches(images, 500)]
-                )
-                for name, images in sets.items()
-            }
-        facts = {
-            name: {
-                "accuracy": (all_logits(net, images)[:, :-1].argmax(1) == images.y)
-                .double()
-                .mean()
-                .item()
-            }
-            for name, images in sets.items()
-            if bool((images.y >= 0).all())
-        }
-    return scores, facts
+            for name, of in images.sets.items():
+                scores[label][name] = _predict(detector, of, net)
+    predicted = all_logits(net, images.test)[:, :-1].argmax(1)
+    return scores, {"accuracy": _mean(predicted == images.test.y)}
+
+
+def _predict(detector, images: Images, net: TIENet) -> Tensor:
+    """Scores ``(N,)`` of images by a detector of a network, on the CPU."""
+    return torch.cat([detector.predict(x).cpu() for x, _ in ImageBatches(images, scale=net)])
 
 
 def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
@@ -109,62 +95,108 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
         ood_scores: ``(M,)``.
 
     Returns:
-        All in [0, 1]: ``auroc``, ``aupr`` (of OOD images), ``aupr_in`` (of ID images) and ``fpr95``, computed by pytorch-ood; ``fpr95_id``, the
-        share of OOD images accepted where 95 % of ID images are; ``detection_error``, the least probability of a mistake over all thresholds
-        where both are equally likely (Vernekar et al., section 4.2).
+        All in [0, 1]: ``auroc``, ``aupr`` (of OOD images), ``aupr_in`` (of ID images) and
+        ``fpr95``, by pytorch-ood; ``fpr95_id``, the share of OOD images accepted where 95 % of ID
+        images are; ``detection_error``, the smallest probability of a mistake over all thresholds
+        if both are equally likely (Vernekar et al., section 4.2).
     """
     from pytorch_ood.metrics import OODMetrics
     from sklearn.metrics import roc_curve
 
-    scores, labels = (
-        torch.cat([id_scores, ood_scores]),
-        torch.cat([torch.zeros(len(id_scores)), -torch.ones(len(ood_scores))]).long(),
-    )
+    scores = torch.cat([id_scores, ood_scores])
+    labels = torch.cat([torch.zeros(len(id_scores)), -torch.ones(len(ood_scores))]).long()
     result = OODMetrics().update(scores, labels).compute()
     false_alarms, found, _ = roc_curve(labels < 0, scores)
+    threshold = id_scores.double().quantile(0.95, interpolation="higher")
     return {
         "auroc": result["AUROC"],
         "aupr": result["AUPR-OUT"],
         "aupr_in": result["AUPR-IN"],
         "fpr95": result["FPR95TPR"],
-        "fpr95_id": (ood_scores <= id_scores.double().quantile(0.95, interpolation="higher"))
-        .double()
-        .mean()
-        .item(),
+        "fpr95_id": _mean(ood_scores <= threshold),
         "detection_error": float(((false_alarms + 1 - found) / 2).min()),
     }
 
 
-def evaluate(
-    net: TIENet, test: Images, ood: Mapping[str, Images], fit_on: Images, garbage: bool = True
-) -> tuple[dict, dict]:
+def evaluate(net: TIENet, images: RunImages, garbage: bool = True) -> tuple[dict, Scores]:
     """All numbers of a trained network.
 
     Arguments:
         net: The network.
-        test: ID test images.
-        ood: OOD image sets by name.
-        fit_on: ID training images.
-        garbage: It has learned a garbage class; else pytorch-ood's detectors read its n logits.
+        images: The images; training images fit pytorch-ood's detectors.
+        garbage: Whether it has a garbage class; else pytorch-ood's detectors read its n logits.
 
     Returns:
-        ``{"accuracy": ..., "rejected": ..., "scores": {score: {set: {auroc, aupr, fpr95}}}, "garbage_rate": {set: ...}}``
-        and the scores themselves ``{score: {set: (N,)}}``, where the ID set is called ``id``.
+        Numbers ``{"accuracy": ..., "scores": {score: {set: metrics}}}``, with a garbage class also
+        ``id_garbage_rate`` (rejected at level 1), ``id_rejected`` (at either level), and
+        ``garbage_rate`` and ``rejected`` by set, all in [0, 1]; and the scores themselves.
     """
-    sets = {"id": test, **ood}
-    scores, facts = posthoc_scores(net, sets, fit_on) if not garbage else tie_scores(net, sets)
-    numbers = {
-        "accuracy": facts["id"]["accuracy"],
-        "scores": {
-            label: {name: ood_metrics(of["id"], of[name]) for name in ood}
-            for label, of in scores.items()
-        },
+    scores, numbers = _tie_scores(net, images) if garbage else _posthoc_scores(net, images)
+    return {**numbers, "scores": metrics(scores)}, scores
+
+
+def metrics(scores: Scores) -> dict:
+    """Metrics of scores by score and OOD set."""
+    return {
+        label: {name: ood_metrics(of["id"], x) for name, x in of.items() if name != "id"}
+        for label, of in scores.items()
     }
-    if garbage:
-        numbers["id_garbage_rate"], numbers["id_rejected"] = (
-            facts["id"]["garbage_rate"],
-            facts["id"]["rejected"],
-        )
-        numbers["garbage_rate"] = {name: facts[name]["garbage_rate"] for name in ood}
-        numbers["rejected"] = {name: facts[name]["rejected"] for name in ood}
-    return numbers, scores
+
+
+def score_combination(net: TIENet, images: RunImages, folder: Path | None = None) -> Scores:
+    """Fit the combination of a network with a head, and score.
+
+    Its threshold rejects at most :data:`FALSE_ALARM` of new ID images.
+
+    Arguments:
+        net: The network, on its device.
+        images: The images; half of the ID test images set the scale of the scores and are used for
+            nothing else, half set the threshold.
+        folder: Where the detector is saved; None for nowhere.
+
+    Returns:
+        The scores, under :data:`COMBINED`; ``id`` are those that set the threshold. None where
+        there are fewer test images than :data:`NEEDED`, or no head.
+    """
+    if len(images.test) < NEEDED or not isinstance(net.garbage, GarbageHead):
+        return {}
+    detector = combine(
+        net,
+        train_loader=ImageBatches(images.train, scale=net),
+        calibration_loader=ImageBatches(images.test, scale=net),
+        false_alarm=FALSE_ALARM,
+    )
+    scores = {"id": cast(Tensor, detector.calibration_scores).cpu()}
+    for name, of in images.ood.items():
+        scores[name] = _predict(detector, of, net)
+    if folder is not None:
+        detector.save(folder)
+    return {COMBINED: scores}
+
+
+def evaluate_run(folder: Path, label: str, net: TIENet, images: RunImages) -> dict:
+    """Score the test images of a run, and save its detector, scores and examples.
+
+    Returns:
+        The numbers of ``run.json``.
+    """
+    numbers, scores = evaluate(net, images)
+    combined = score_combination(net, images, folder)
+    numbers["scores"] |= metrics(combined)
+    save_examples(folder, images)
+    save_state(folder / "scores.safetensors", "scores", {label: scores["score"], **combined})
+    return numbers
+
+
+def too_few(count: int) -> str:
+    """That a combination takes more held-out images; nothing where there are enough."""
+    if count >= NEEDED:
+        return ""
+    return (
+        f"{count} held-out images are too few for a threshold, which takes {NEEDED}: "
+        "tie-ext score decides by the garbage class and tau alone"
+    )
+
+
+def _mean(outcome: Tensor) -> float:
+    return outcome.double().mean().item()

@@ -1,19 +1,19 @@
-"""The flags of the command line: what there is, what it is called, and what is refused before any data is read."""
+"""The flags of every command, and the settings that they give."""
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tie_ext import __version__
-from tie_ext.cli.data import IN_MEMORY
-from tie_ext.models.backbones import BACKBONES
-from tie_ext.models.network import AUTOCAST_DTYPES, HEADS
+from tie_ext.cli.settings import AttachSettings, ImageSettings, TrainSettings
+from tie_ext.models.network import HEADS
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
 from tie_ext.training.config import TIEConfig
@@ -22,395 +22,293 @@ from tie_ext.training.recipe import PRIORS, Recipe, names
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.settings import Settings
 
-FOLDERS = """folder:PATH is a folder of images: PATH/train/CLASS/* and PATH/test/CLASS/* (or val, valid, validation). Without test images one image in
-five of each class is held out as such, also where the classes lie in PATH itself; the seed says which."""
-WEIGHTS = """FILE is a state_dict in safetensors or as torch.save writes it, alone or in a checkpoint; nothing in it is run. It says whether images
-are grey or colour. Its classes are those of the data, in that order."""
+EXAMPLES = """examples:
+  tie-ext demo
+  tie-ext attach --backbone resnet20 --weights w.pt --data cifar10 --out runs/mine
+  tie-ext score runs/mine IMAGES --out rows.csv"""
+FOLDERS = """folder:PATH is a folder of images: PATH/train/CLASS/* and PATH/test/CLASS/* (or val,
+valid, validation). Without test images one image in five of each class is held out as such, also
+if the classes are in PATH itself; the seed chooses them."""
+WEIGHTS = """FILE is a state_dict in safetensors or as torch.save writes it, alone or in a
+checkpoint; no code in it is run. It tells whether images are grey or colour. Its classes are those
+of the data, in that order."""
 METHODS = {"inversion": InversionSettings}
-"""Synthesizers whose settings are flags; those of the others are their defaults."""
+"""Synthesizers with settings that are flags; the others have their defaults."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COUNTS = {"images": 1, "seed": 0, "steps": 1}
+"""Counts that are no field of a settings object, and their smallest values."""
 
 
 class UsageError(ValueError):
-    """Flags that do not go together, or have a value out of range."""
+    """Flags that contradict each other, or a value out of range."""
 
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """What is refused inside is a flag's value."""
+    """Report a ValueError inside as the wrong value of a flag."""
     try:
         yield
     except ValueError as error:
         raise UsageError(error) from error
 
 
-EXAMPLES = """examples:
-  tie-ext demo
-  tie-ext attach --backbone resnet20 --weights w.pt --data cifar10 --out runs/mine
-  tie-ext score runs/mine PICTURES --out rows.csv"""
-SETS = (
-    "mnist, fashionmnist, svhn, cifar10, cifar100, tinyimagenet, folder:PATH (see below) or demo"
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+def interactive() -> bool:
+    """Whether to show progress bars."""
+    return sys.stderr.isatty()
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; ``name`` is the one that was asked for."""
-    says = "Out-of-distribution detection with a garbage class: TIE's training, or a head for a trained network."
+    """The parser of all commands; ``name`` is the command."""
+    about = "Out-of-distribution detection with a garbage class for image classifiers."
     parser = argparse.ArgumentParser(
-        prog="tie-ext", description=says, epilog=EXAMPLES, formatter_class=_Examples
+        prog="tie-ext", description=about, epilog=EXAMPLES, formatter_class=_Examples
     )
     parser.add_argument("--version", action="version", version=f"tie_ext {__version__}")
+    add = (_demo, _train, _attach, _score, _report, _explain, _reproduce)
     commands = parser.add_subparsers(
-        required=True,
-        dest="name",
-        metavar="demo | train | attach | score | report | explain | reproduce",
+        required=True, dest="name", metavar=" | ".join(each.__name__[1:] for each in add)
     )
+    for each in add:
+        each(commands)
+    return parser
 
-    demo = _command(
-        commands, "demo", "train and compare on images that need no download, in a minute or two"
-    )
+
+def _demo(commands) -> None:
+    demo = _command(commands, "demo", "train and compare on built-in images, in a minute or two")
     output = demo.add_argument_group("output")
+    _path(output, "--out", "FOLDER", "folder for table, figures and detector", Path("demo"))
     output.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo"),
-        metavar="FOLDER",
-        help="for table, figures and detector (default: demo)",
-    )
-    output.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)"
+        "--seed", type=int, default=0, metavar="N", help="random seed (default: 0)"
     )
 
-    # Flags that were not given are left out, so that --resume can tell.
-    usage = "tie-ext train --data SET --out RUN [flags]\n       tie-ext train --resume RUN"
+
+def _train(commands) -> None:
     train = _command(
         commands,
         "train",
-        "train TIE on a data set",
+        "train a network with TIE",
         FOLDERS,
+        # Flags that are not given are left out, so that --resume can tell.
         argument_default=argparse.SUPPRESS,
-        usage=usage,
+        usage="tie-ext train --data SET --out RUN [flags]\n       tie-ext train --resume RUN",
     )
     output = train.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="RUN", help="run folder, a new one")
-    output.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with a run that was stopped"
-    )
-    data = _images(train, needed=False)
-    data.add_argument(
-        "--shift",
-        type=int,
-        metavar="N",
-        help="most pixels a training image is moved by (default: size / 8)",
-    )
-    _network(
-        train,
-        "default: conv3 for grey, conv5 for colour images",
-        "begin with this state_dict; its classes may be others",
-    )
-    method = _settings(train)
-    method.add_argument(
-        "--head",
-        choices=HEADS,
-        help="what tells garbage: a head on every layer, or the paper's linear logit (default: multilayer)",
-    )
-    said = f"who proposes outliers: {', '.join(SYNTHESIZERS)}, several with commas, or none (default: inversion)"
-    method.add_argument("--synthesizer", metavar="NAME", help=said)
-    said = f"what garbage begins with: {', '.join(PRIORS)}, likewise (default: procedural; with linear, multiscale)"
-    method.add_argument("--prior", metavar="NAME", help=said)
+    _path(output, "--out", "RUN", "new run folder")
+    _path(output, "--resume", "RUN", "continue a run that was stopped")
+    groups = _options(train, TrainSettings, needed=False)
+    _device(groups["network"])
+    method = _method(train)
+    about = "what gives the garbage logit: a head on every layer, or the paper's linear function "
+    method.add_argument("--head", choices=HEADS, help=f"{about}(default: multilayer)")
+    listed = ", ".join(SYNTHESIZERS)
+    about = f"what proposes outliers: {listed}, several with commas, or none (default: inversion)"
+    method.add_argument("--synthesizer", metavar="NAME", help=about)
+    about = f"what fills the garbage pool at first: {', '.join(PRIORS)}, likewise "
+    about += "(default: procedural; with linear, multiscale)"
+    method.add_argument("--prior", metavar="NAME", help=about)
 
-    usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ..."
-    says = "give a trained network a garbage class, without training it again"
+
+def _attach(commands) -> None:
     attach = _command(
         commands,
         "attach",
-        says,
+        "give a trained network a garbage class, without training it again",
         f"{WEIGHTS} {FOLDERS}",
         argument_default=argparse.SUPPRESS,
-        usage=usage,
+        usage="tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ...",
     )
-    attach.add_argument_group("output").add_argument(
-        "--out", required=True, type=Path, metavar="RUN", help="run folder, a new one"
-    )
-    data = _images(attach, needed=True)
-    data.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="of the subset, the held-out images and the garbage class (default: 0)",
-    )
-    network = _network(attach, "", "its state_dict (see below)")
-    network.add_argument(
-        "--autocast-dtype",
-        choices=AUTOCAST_DTYPES,
-        help="what it computes in (default: float32); bfloat16 is faster where hardware has it",
-    )
+    _path(attach.add_argument_group("output"), "--out", "RUN", "new run folder", required=True)
+    _device(_options(attach, AttachSettings)["network"])
 
-    usage = "tie-ext score RUN IMAGE [IMAGE ...] [flags]"
+
+def _score(commands) -> None:
     score = _command(
-        commands, "score", "label, level, uncertainty and score of images, a row each", usage=usage
+        commands,
+        "score",
+        "label, level, uncertainty and score of images, one row per image",
+        usage="tie-ext score RUN IMAGE [IMAGE ...] [flags]",
     )
     data = score.add_argument_group("data")
-    data.add_argument(
-        "run",
-        type=Path,
-        metavar="RUN",
-        help="folder of a run or of a saved detector, or a network's file",
-    )
-    data.add_argument(
-        "images",
-        type=Path,
-        nargs="+",
-        metavar="IMAGE",
-        help="image files, and folders with all that is below them",
-    )
+    _path(data, "run", "RUN", "folder of a run or of a saved detector, or a network's file")
+    _path(data, "images", "IMAGE", "image files, and folders with all below them", nargs="+")
     method = score.add_argument_group("method")
     method.add_argument(
         "--false-alarm",
         type=float,
         metavar="RATE",
-        help="decide by one threshold on the score, drawn by the run's ID test images so that at most this share of new ID images is rejected "
-        "(default: 0.05 where the run has a combined detector, else the network's own rule; a saved detector has its own)",
+        help="reject at most this share of new ID images, by a threshold on the score (default: "
+        "the detector's own rule, 0.05 for a combination)",
     )
-    method.add_argument("--device", default=DEVICE, help=f"where to compute (default: {DEVICE})")
+    _device(method)
     output = score.add_argument_group("output")
-    output.add_argument(
-        "--out", type=Path, metavar="FILE", help="write rows there (default: standard output)"
-    )
+    _path(output, "--out", "FILE", "file for the rows (default: standard output)")
     output.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default: csv")
-    output.add_argument(
-        "--every-label",
-        action="store_true",
-        help="name the likeliest class of a rejected image too",
-    )
+    about = "name the likeliest class of a rejected image too"
+    output.add_argument("--every-label", action="store_true", help=about)
 
-    report = _command(commands, "report", "figures, table and settings of a run on one HTML page")
-    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
 
+def _report(commands) -> None:
+    report = _command(commands, "report", "figures, table and settings of a run on an HTML page")
+    _path(report, "run", "RUN", "run folder")
+
+
+def _explain(commands) -> None:
     explain = _command(
-        commands,
-        "explain",
-        "what the classes look like to a run's network, and which layers find a rejected image odd",
+        commands, "explain", "show what the classes look like to a network, and why it rejects"
     )
     data = explain.add_argument_group("data")
-    data.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    data.add_argument(
-        "--root",
-        metavar="FOLDER",
-        help="where the run's data sets lie (default: as they did for the run)",
-    )
-    method = explain.add_argument_group("method")
-    method.add_argument(
-        "--steps",
-        type=int,
-        default=STEPS,
-        metavar="N",
-        help=f"of the generator that makes the images (default: {STEPS})",
+    _path(data, "run", "RUN", "run folder")
+    about = "where the run's data sets are (default: as in the run)"
+    data.add_argument("--root", metavar="FOLDER", help=about)
+    explain.add_argument_group("method").add_argument(
+        "--steps", type=int, default=STEPS, metavar="N", help=f"generator steps (default: {STEPS})"
     )
 
-    usage = "tie-ext reproduce [flags]"
+
+def _reproduce(commands) -> None:
     reproduce = _command(
         commands,
         "reproduce",
-        "the paper's tables, a line of JSON a cell; goes on where it was stopped",
-        usage=usage,
+        "compute the paper's tables, one line of JSON per cell; continues where it was stopped",
+        usage="tie-ext reproduce [flags]",
     )
     output = reproduce.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=Path("reproduce"),
-        metavar="FOLDER",
-        help="for cells and tables (default: reproduce)",
-    )
+    _path(output, "--out", "FOLDER", "folder for cells and tables", Path("reproduce"))
     data = reproduce.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        nargs="+",
-        metavar="SET",
-        help="ID sets, or some classes of one: mnist:0-4 (default: the paper's six)",
-    )
-    data.add_argument(
-        "--root", default="data", metavar="FOLDER", help="where the data sets lie (default: data)"
-    )
-    data.add_argument(
-        "--download", action="store_true", help="let torchvision download what is missing"
-    )
-    data.add_argument(
-        "--images", type=int, metavar="N", help="train on a random subset of this many images"
-    )
-    method = _settings(reproduce, without=("seed",))
+    about = "ID sets, or some classes of one: mnist:0-4 (default: the paper's six)"
+    data.add_argument("--data", nargs="+", metavar="SET", help=about)
+    about = "where the data sets are (default: data)"
+    data.add_argument("--root", default="data", metavar="FOLDER", help=about)
+    about = "let torchvision download what is missing"
+    data.add_argument("--download", action="store_true", help=about)
+    about = "train on a random subset of N images"
+    data.add_argument("--images", type=int, metavar="N", help=about)
+    method = _method(reproduce, without=("seed",))
     method.add_argument(
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="tie, layers (as train has it), predecessor, multiscale, white, vernekar, ascood, attach, plain, or synthesizers by name "
-        "(default: tie predecessor multiscale white plain)",
+        help="tie, layers (as train has it), predecessor, multiscale, white, vernekar, ascood, "
+        "attach, plain, or synthesizers by name (default: tie predecessor multiscale white plain)",
     )
-    method.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2"
-    )
-    method.add_argument("--device", default=DEVICE, help=f"where to compute (default: {DEVICE})")
-    return parser
+    about = "one training each (default: 0 1 2)"
+    method.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help=about)
+    _device(method)
 
 
 class _Flags(argparse.HelpFormatter):
-    """Help with room for the longest of the usual flags."""
+    """Help with room for long flags."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30)
 
 
 class _Examples(_Flags, argparse.RawDescriptionHelpFormatter):
-    """The same, with the lines of an epilog as they are."""
+    """The same, with the lines of the epilog as they are."""
 
 
-def _command(
-    commands: "argparse._SubParsersAction",
-    name: str,
-    says: str,
-    epilog: str | None = None,
-    **how: Any,
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name, help=says, description=says, epilog=epilog, formatter_class=_Flags, **how
-    )
+def _command(commands, name: str, about: str, epilog: str | None = None, **how: Any):
+    how |= {"help": about, "description": about, "epilog": epilog}
+    return commands.add_parser(name, formatter_class=_Flags, **how)
 
 
-def _images(parser: argparse.ArgumentParser, needed: bool) -> "argparse._ArgumentGroup":
-    """What a run reads."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", required=needed, metavar="SET", help=SETS)
-    group.add_argument("--root", metavar="FOLDER", help="where the named sets lie (default: data)")
-    group.add_argument(
-        "--download", action="store_true", help="let torchvision download what is missing"
-    )
-    group.add_argument(
-        "--ood", nargs="*", metavar="SET", help="sets to score at the end, beside noise"
-    )
-    group.add_argument(
-        "--val-ood",
-        nargs="*",
-        metavar="SET",
-        help="sets whose images in val/ are scored too, to choose settings by",
-    )
-    group.add_argument(
-        "--images", type=int, metavar="N", help="take a random subset of this many training images"
-    )
-    group.add_argument(
-        "--size",
-        type=int,
-        metavar="N",
-        help="side of the square that images are brought to (default: the set's own, 64 for folders)",
-    )
-    group.add_argument(
-        "--batch-size", type=int, metavar="N", help="ID images a batch (default: 128)"
-    )
-    group.add_argument(
-        "--in-memory",
-        choices=IN_MEMORY,
-        help="keep images of folders in memory; auto: up to 256 MB (default: auto)",
-    )
-    return group
+def _path(group, name: str, metavar: str, about: str, default: Path | None = None, **how) -> None:
+    if default is not None:
+        how, about = {**how, "default": default}, f"{about} (default: {default})"
+    group.add_argument(name, type=Path, metavar=metavar, help=about, **how)
 
 
-def _network(
-    parser: argparse.ArgumentParser, default: str, weights: str
-) -> "argparse._ArgumentGroup":
-    """What is trained, or attached to."""
-    group = parser.add_argument_group("network")
-    said = f"{', '.join(BACKBONES)}, torchvision:NAME or timm:NAME"
-    group.add_argument(
-        "--backbone",
-        required=not default,
-        metavar="NAME",
-        help=said + (f" ({default})" if default else ""),
-    )
-    group.add_argument("--weights", required=not default, metavar="FILE", help=weights)
-    group.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="what is taken off images in [0, 1], one number or one a channel",
-    )
-    group.add_argument(
-        "--std", type=float, nargs="+", metavar="X", help="what they are divided by then"
-    )
-    group.add_argument("--device", default=DEVICE, help=f"where to compute (default: {DEVICE})")
-    return group
+def _device(group) -> None:
+    about = f"where to compute (default: {DEVICE})"
+    group.add_argument("--device", default=DEVICE, help=about)
 
 
-def _settings(
-    parser: argparse.ArgumentParser, without: Sequence[str] = ()
-) -> "argparse._ArgumentGroup":
+def _options(parser, settings: type[ImageSettings], needed: bool = True) -> dict[str, Any]:
+    """Every option of a run as a flag; the groups of the help by name."""
+    groups = {name: parser.add_argument_group(name) for name in ("data", "network")}
+    for f in fields(settings):
+        about = f.metadata
+        if not about:
+            continue
+        how: dict[str, Any] = {"help": about["help"]}
+        if about["kind"] is bool:
+            how["action"] = "store_true"
+        else:
+            how |= {"required": needed and f.default is MISSING, "type": about["kind"]}
+            how["nargs"] = about["several"]
+            how |= (
+                {"choices": about["choices"]}
+                if about["choices"]
+                else {"metavar": about["metavar"]}
+            )
+        groups[about["group"]].add_argument(f"--{f.name.replace('_', '-')}", **how)
+    return groups
+
+
+def _method(parser, without: Collection[str] = ()):
     """Every setting of the method as a flag, with the help that its field carries."""
     group = parser.add_argument_group("method")
-    _flags(group, TIEConfig, "", without)
+    parts: dict[str, tuple[Any, type]] = {"": (group, TIEConfig)}
     for name, settings in METHODS.items():
-        _flags(parser.add_argument_group(f"method: --synthesizer {name}"), settings, f"{name}-")
+        title = f"method: --synthesizer {name}"
+        parts[f"{name}-"] = parser.add_argument_group(title), settings
+    for prefix, (part, cls) in parts.items():
+        for f in (f for f in fields(cls) if f.name not in without):
+            about = f"{_brief(f.metadata['help'])} (default: {f.default})".replace("%", "%%")
+            how: dict[str, Any] = {"help": about, "default": argparse.SUPPRESS}
+            if f.metadata["choices"]:
+                how["choices"] = f.metadata["choices"]
+            else:
+                metavar = "N" if isinstance(f.default, int) else "X"
+                how |= {"type": type(f.default), "metavar": metavar}
+            part.add_argument(f"--{prefix}{f.name.replace('_', '-')}", **how)
     return group
-
-
-def _flags(
-    group: "argparse._ArgumentGroup",
-    settings: type[Settings],
-    prefix: str,
-    without: Sequence[str] = (),
-) -> None:
-    for f in (f for f in fields(settings) if f.name not in without):
-        about = f.metadata
-        said = f"{_brief(about['help'])} (default: {f.default})".replace("%", "%%")
-        flag, default = f"--{prefix}{f.name.replace('_', '-')}", argparse.SUPPRESS
-        if about["choices"]:
-            group.add_argument(flag, choices=about["choices"], default=default, help=said)
-        else:
-            group.add_argument(
-                flag,
-                type=type(f.default),
-                metavar="N" if isinstance(f.default, int) else "X",
-                default=default,
-                help=said,
-            )
 
 
 def _brief(help: str) -> str:
-    """What a setting means, without its reasons and sources, which the documents have."""
+    """The meaning of a setting without its reasons and sources, which the documents have."""
     help = re.sub(r"; [^;()]* \(docs/[^()]*\)", "", help)
     help = re.sub(r" \([^()]*(?:the paper|docs/|et al)[^()]*\)", "", help).rstrip(".")
     return help[0].lower() + help[1:] if help[1:2].islower() else help
 
 
-def recipe_of(given: dict[str, Any]) -> Recipe:
+def settings_of(cls: type, given: Mapping[str, Any], **more: Any) -> Any:
+    """The settings of a run that the given flags ask for.
+
+    Raises:
+        UsageError: If a value is out of range.
+    """
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    with usage():
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}, **more)
+
+
+def recipe_of(given: Mapping[str, Any]) -> Recipe:
     """The method that the given flags ask for.
 
     Raises:
         UsageError: If a value is out of range.
     """
+
+    def of(settings: type[Settings], prefix: str = "") -> dict[str, Any]:
+        named = {f.name: prefix + f.name for f in fields(settings)}  # type: ignore[arg-type]
+        return {name: given[flag] for name, flag in named.items() if flag in given}
+
     with usage():
-        config = TIEConfig(**{f.name: given[f.name] for f in fields(TIEConfig) if f.name in given})
-        proposed: dict[str, dict] = {
-            name: {} for name in names(given.get("synthesizer", "inversion"))
-        }
+        config = TIEConfig(**of(TIEConfig))
+        chosen: dict[str, dict] = {n: {} for n in names(given.get("synthesizer", "inversion"))}
         for name, settings in METHODS.items():
-            changed = {
-                f.name: given[f"{name}_{f.name}"]
-                for f in fields(settings)
-                if f"{name}_{f.name}" in given
-            }
-            if changed and name not in proposed:
+            changed = of(settings, f"{name}_")
+            if changed and name not in chosen:
+                flag = next(iter(changed)).replace("_", "-")
                 raise ValueError(
-                    f"Expected --synthesizer {name} beside --{name}-{next(iter(changed)).replace('_', '-')}, but got it alone"
+                    f"Expected --synthesizer {name} beside --{name}-{flag}, but got it alone"
                 )
-            settings(**changed)  # a value out of range is said before any data is read
+            settings(**changed)  # reports a value out of range before any data is read
             if changed:
-                proposed[name] = changed
-        return Recipe(
-            config,
-            proposed,
-            names(given.get("prior", "multiscale")),
-            head=given.get("head", "linear"),
-        )
+                chosen[name] = changed
+        prior = names(given.get("prior", "multiscale"))
+        return Recipe(config, chosen, prior, head=given.get("head", "linear"))
 
 
 def check_flags(given: Mapping[str, Any]) -> None:
@@ -420,24 +318,15 @@ def check_flags(given: Mapping[str, Any]) -> None:
         UsageError: With the flag, its range and what came.
     """
     with usage():
-        for name, least in (
-            ("images", 1),
-            ("size", 1),
-            ("batch_size", 1),
-            ("shift", 0),
-            ("seed", 0),
-        ):
+        for name, smallest in COUNTS.items():
             if given.get(name) is not None:
-                check_number(
-                    f"--{name.replace('_', '-')}", given[name], least, 2**31 - 1, integer=True
-                )
+                check_number(f"--{name}", given[name], smallest, 2**31 - 1, integer=True)
         try:
             torch.empty(0, device=given.get("device", "cpu"))
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # the latter from a torch that was built without it
+        # The latter from a torch that was built without the device.
+        except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"Expected --device to be one that torch has here, as cpu, but got {given['device']!r}: {reason}"
+                "Expected --device to be one that torch has here, as cpu, but got "
+                f"{given['device']!r}: {reason}"
             ) from error

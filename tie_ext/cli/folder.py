@@ -1,82 +1,85 @@
-"""A run folder: what was asked for, where training stands, the network to score with, and what the report shows.
+"""A run folder, which is the folder of a detector too.
 
-RUN/run.json               settings, versions, log, results: for people and for the report
-RUN/network.safetensors    the network with its tau: what ``tie-ext score`` and :meth:`TIENet.load` read
-RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead of the others
-RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the pictures
-RUN/process-1-0001.safetensors ...  where several processes trained, what each of the others needs to go on (:mod:`tie_ext.cli.processes`)
+RUN/run.json               settings, versions, log, results
+RUN/network.safetensors    the network with its tau
+RUN/detector.safetensors   with detector.json: the combination that ``tie-ext score`` decides by,
+RUN/detector.json          where there are enough test images to fit one
+RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead
+RUN/process-1-0001.safetensors ...  the same of each further process (:mod:`.processes`)
+RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the figures
 RUN/scores.safetensors     test scores of the ID set and each OOD set
-RUN/examples.safetensors   some test images of the ID set and each OOD set, for the pictures
-RUN/combined/              where garbage is told by a head: the detector that ``tie-ext score`` decides by (:mod:`tie_ext.cli.calibrate_run`)
+RUN/examples.safetensors   some test images of each set, for the figures
 
-A run that attached a garbage class to a trained network (:mod:`tie_ext.cli.attach_run`) has the same but for training.safetensors, and one file
-of pictures, of epoch 0.
+A run of ``tie-ext attach`` has no training.safetensors, and one file of figures, of epoch 0.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from tie_ext.cli import registry
-from tie_ext.cli.calibrate_run import COMBINED
-from tie_ext.cli.settings import ImageSettings, RunSettings
+from tie_ext.cli.evaluation import COMBINED
+from tie_ext.cli.settings import TrainSettings
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import TIENet
-from tie_ext.pytorch_ood import Combined, TIEDetector
-from tie_ext.pytorch_ood.combined import FORMAT
+from tie_ext.pytorch_ood import Combined, TIEDetector, load_detector
+from tie_ext.scores.decision import Decision
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.checks import check_number, check_shape, describe
-from tie_ext.utils.files import load_state, read_json, reading, write_json
-from tie_ext.utils.provenance import provenance
+from tie_ext.utils.files import load_state, read_json, reading
 
-_WRITTEN = (
-    "training.safetensors",
-    "network.safetensors",
-    "process-*-[0-9][0-9][0-9][0-9].safetensors",
-    "scores.safetensors",
-    "examples.safetensors",
+FILES = [
+    "run.json",
     "report.html",
     "explain.html",
+    "detector.json",
+    "combined/detector.json",
+    "training.safetensors",
+    "network.safetensors",
+    "detector.safetensors",
+    "scores.safetensors",
+    "examples.safetensors",
+    "combined/network.safetensors",
+    "combined/members.safetensors",
+    "process-*-[0-9][0-9][0-9][0-9].safetensors",
     "epochs/[0-9][0-9][0-9][0-9].safetensors",
-    *(
-        f"figures/{name}.png"
-        for name in (
-            "inversions",
-            "inversion_grid",
-            "outliers_*",
-            "metrics",
-            "features",
-            "curves_*",
-            "scores_*",
-            "examples",
-            "explain_*",
-        )
-    ),
-    *(
-        f"combined/{name}"
-        for name in ("*.safetensors", "detector.json")
-    ),
-    "run.json",
-)
-"""What a run and its report write."""
-OWN = ("TIE", "attached")
-"""What a run calls the scores of its own network, trained or :mod:`attached <tie_ext.cli.attach_run>`; a demo has others beside."""
+    "figures/inversions.png",
+    "figures/inversion_grid.png",
+    "figures/outliers_*.png",
+    "figures/metrics.png",
+    "figures/features.png",
+    "figures/curves_*.png",
+    "figures/scores_*.png",
+    "figures/examples.png",
+    "figures/explain_*.png",
+]
+"""What a run and its report write; ``combined/`` is of runs of 0.2.0."""
+OWN = {True: "attached", False: "TIE"}
+"""What tables and scores call the network of a run, by whether a head was attached to it."""
+RENAMED = {
+    "precision": "autocast_dtype",
+    "search": "adversarial_steps",
+    "objective": "criterion",
+    "garbage": "head",
+}
+"""Keys of ``run.json`` as 0.2.0 wrote them."""
 Loaded = TypeVar("Loaded")
 
 
 def written(folder: str | os.PathLike) -> list[Path]:
-    """What a run and its report have written into a folder; ``run.json``, which says what the others are, last."""
-    return [file for pattern in _WRITTEN for file in sorted(Path(folder).glob(pattern))]
+    """What a run and its report have written to a folder; ``run.json``, which says whose the other
+    files are, last.
+    """
+    return [file for pattern in FILES[::-1] for file in sorted(Path(folder).glob(pattern))]
 
 
 def clear(folder: str | os.PathLike) -> None:
-    """Delete what a run and its report have written, and nothing else that lies there; the lock stays, as others may wait for it.
+    """Delete what a run and its report have written, and nothing else; the lock stays.
 
     Arguments:
         folder: The run folder, which this process has locked.
@@ -86,54 +89,13 @@ def clear(folder: str | os.PathLike) -> None:
     """
     for file in written(folder):
         file.unlink()
-    for name in ("epochs", "figures", COMBINED):
-        with suppress(OSError):  # not there, or somebody else's files are in it
+    for name in ("epochs", "figures", "combined"):
+        with suppress(OSError):  # it does not exist, or holds other files
             (Path(folder) / name).rmdir()
 
 
-def save_settings(
-    folder: Path, settings: ImageSettings, device: torch.device, about: Mapping
-) -> None:
-    """Write the settings, so that a run that is killed in its first epoch can be gone on with."""
-    write_json(folder / "run.json", {"settings": settings.record(), **about, **provenance(device)})
-
-
-def read_settings(folder: Path) -> RunSettings:
-    """Settings of the run in a folder.
-
-    Raises:
-        FileNotFoundError: If the folder holds no run.
-        ValueError: If its ``run.json`` is not one, or is of an earlier version.
-    """
-    record = read_record(folder)
-    with reading(f"the settings of a run in {folder / 'run.json'}"):
-        raw = record["settings"]
-        if "weights" in raw and "recipe" not in raw:
-            raise ValueError(
-                f"Expected a run of tie-ext train in {folder}, but got one of tie-ext attach, which has nothing to go on with"
-            )
-        sets = {name: raw.get(name, []) for name in ("ood", "val_ood", "mean", "std")}
-        for name, value in sets.items():
-            if not isinstance(value, list):
-                raise TypeError(f"{name} {value!r}")
-        known = {f.name: raw[f.name] for f in fields(RunSettings) if f.name in raw}
-        earlier = "config" in raw and "recipe" not in raw  # as 0.1.0 wrote them
-        if not earlier:
-            return RunSettings(
-                **{
-                    **known,
-                    **{name: tuple(value) for name, value in sets.items()},
-                    "recipe": Recipe.of_record(raw["recipe"]),
-                }
-            )
-    hint = "finish it with that version, or begin anew in another folder"
-    raise ValueError(
-        f"Expected a run of this version of tie_ext in {folder}, but got one that an earlier version made; {hint}"
-    )
-
-
 def read_record(folder: Path) -> dict:
-    """The content of ``run.json``.
+    """The content of ``run.json``, by the names of today.
 
     Raises:
         FileNotFoundError: If the folder holds no run.
@@ -145,78 +107,156 @@ def read_record(folder: Path) -> dict:
     record = read_json(path, "the record of a run")
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"Expected the record of a run with its settings in {path}, but got none")
-    return record
+    return {**record, "settings": renamed(record["settings"])}
 
 
-def attached(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a run of ``tie-ext attach``."""
-    try:
-        settings = read_record(Path(folder))["settings"]
-    except (OSError, ValueError):
-        return False
-    return "weights" in settings and "recipe" not in settings
+def renamed(settings: Mapping) -> dict:
+    """Settings by the names of today; 0.2.0 called a head on every layer ``layers``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in ("recipe", "config") and isinstance(value, Mapping):
+            value = renamed(value)
+        if (key, value) == ("garbage", "layers"):
+            value = "multilayer"
+        found[RENAMED.get(key, key)] = value
+    return found
 
 
-def load_network(path: str | os.PathLike) -> TIENet:
-    """The network of a run, on the CPU, in evaluation mode; where its architecture is not ours, as ``run.json`` beside it says.
-
-    Arguments:
-        path: The folder of a run or of a saved detector, or the network's file.
+def read_settings(folder: Path) -> TrainSettings:
+    """Settings of the run in a folder.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, foreign, or of an architecture that nothing says.
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If its ``run.json`` is not one, or was written by 0.1.0.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"Expected a run folder, or a network's file, at {path}, but there is nothing"
-        )
-    file = Path(path) / "network.safetensors" if Path(path).is_dir() else Path(path)
+    record = read_record(folder)
+    with reading(f"the settings of a run in {folder / 'run.json'}"):
+        raw = record["settings"]
+        if is_attached(record):
+            raise ValueError(
+                f"Expected a run of tie-ext train in {folder}, but got one of tie-ext attach, "
+                "which has nothing to continue"
+            )
+        if "config" in raw and "recipe" not in raw:  # as 0.1.0 wrote them
+            raise ValueError(
+                f"Expected a run of this version of tie_ext in {folder}, but got one that an "
+                "earlier version made; finish it with that version, or start again in another "
+                "folder"
+            )
+        given = {f.name: raw[f.name] for f in fields(TrainSettings) if f.name in raw}
+        for f in fields(TrainSettings):
+            # JSON has lists for tuples; a text is none.
+            if f.default is not MISSING and isinstance(f.default, tuple) and f.name in given:
+                given[f.name] = tuple(_list(given[f.name]))
+        given["recipe"] = Recipe.of_record(raw["recipe"])
+        return TrainSettings(**given)
+
+
+def _list(value: object) -> list:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} instead of a list")
+    return value
+
+
+def is_attached(record: Mapping) -> bool:
+    """Whether a record is one of ``tie-ext attach``."""
+    return "weights" in record["settings"] and "recipe" not in record["settings"]
+
+
+def holds_attached(folder: Path) -> bool:
+    """Whether a folder holds a run of ``tie-ext attach``."""
+    try:
+        return is_attached(read_record(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def load_network(folder: str | os.PathLike) -> TIENet:
+    """The network of a run, on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the file is damaged or foreign, or its architecture is not known.
+    """
+    file = Path(folder) / "network.safetensors"
     return _with_architecture(TIENet.load, file, file, file.parent)
 
 
-def load_combined(folder: Path) -> Combined | None:
-    """The detector that a run decides by, on the CPU; None where it has none.
+def load_decision(
+    place: Path, false_alarm: float | None = None, device: str = "cpu"
+) -> tuple[TIENet, Callable[[Tensor], Decision]]:
+    """The network of a run or of a saved detector, and what decides on images by it.
+
+    Arguments:
+        place: The folder, or the network's file in it.
+        false_alarm: Set the threshold for this rate, in (0, 1], by the calibration scores; for
+            runs without a combination, by the scores of the ID test images. None for the
+            detector's own threshold, or the network's own rule where there is no detector.
+        device: Where to compute.
 
     Raises:
-        ValueError: If a file of it is damaged, foreign or missing.
+        FileNotFoundError: If there is no such file, or no scores to set a threshold by.
+        ValueError: If a file is damaged or foreign, the architecture is not known, a detector has
+            no threshold, or there are too few scores for the rate.
     """
-    place = folder / COMBINED
-    return (
-        _with_architecture(Combined.load, place, place / "network.safetensors", folder)
-        if place.is_dir()
-        else None
+    if not place.exists():
+        raise FileNotFoundError(
+            f"Expected a run folder, or a network's file, at {place}, but there is nothing"
+        )
+    folder = place if place.is_dir() else place.parent
+    home = folder / "combined" if (folder / "combined").is_dir() else folder  # of 0.2.0
+    detector: TIEDetector | Combined
+    if place.is_dir() or place.name == "network.safetensors":
+        detector = _with_architecture(load_detector, home, home / "network.safetensors", folder)
+    else:
+        detector = TIEDetector(_with_architecture(TIENet.load, place, place, folder))
+    net = detector.network
+    assert isinstance(net, TIENet)
+    if false_alarm is not None:
+        known = detector.calibration_scores
+        named = (COMBINED,) if isinstance(detector, Combined) else tuple(OWN.values())
+        detector.recalibrate(false_alarm, _id_scores(folder, named) if known is None else known)
+    elif not (home / "detector.json").is_file():
+        return net.to(device), net.decide
+    elif detector.threshold is None and not _decides_by_tau(detector, net):
+        raise ValueError(
+            f"Expected a detector with a threshold in {place}, but got one without; fit it and "
+            "save it again"
+        )
+    return net.to(device), detector.to(device).decide
+
+
+def _decides_by_tau(detector: TIEDetector | Combined, net: TIENet) -> bool:
+    if isinstance(detector, Combined) or detector.false_alarm is not None:
+        return False
+    return detector.tau is not None or bool(net.tau.isfinite())
+
+
+def _id_scores(folder: Path, labels: Sequence[str]) -> Tensor:
+    """Scores of held-out ID images that a run has left under one of the labels."""
+    path = folder / "scores.safetensors"
+    found = load_scores(path)
+    for label in labels:
+        if label in found:
+            return found[label]["id"]
+    raise ValueError(
+        f"Expected scores of {' or '.join(labels)} in {path}, but got those of {', '.join(found)}"
     )
-
-
-def load_saved(folder: Path) -> TIEDetector | Combined | None:
-    """The detector that its ``save`` wrote into a folder, on the CPU; None where there is none.
-
-    Raises:
-        ValueError: If a file of it is damaged, foreign or missing.
-    """
-    line = folder / "detector.json"
-    if not line.is_file():
-        return None
-    with reading(f"a detector.json at {line}"):
-        of = read_json(line, "a detector.json")["format"]
-    load: Callable[..., TIEDetector | Combined] = (
-        Combined.load if of == FORMAT else TIEDetector.load
-    )
-    return _with_architecture(load, folder, folder / "network.safetensors", folder)
 
 
 def _with_architecture(
     load: Callable[..., Loaded], path: Path, file: Path, folder: Path
 ) -> Loaded:
-    """What ``load`` makes of a path whose network lies in a file; where its architecture is not ours, as ``run.json`` in the folder says."""
+    """What ``load`` makes of a path whose network is in a file; an architecture that is not ours
+    is built as ``run.json`` in the folder says.
+    """
     about = load_state(file, "network", ("backbone", "image_shape", "num_classes"))
     if about.get("backbone") is not None:
         return load(path)
     if not (folder / "run.json").is_file():
-        said = "run.json of a run beside it, which says what its architecture is"
         raise ValueError(
-            f"Expected a network of one of {', '.join(BACKBONES)} in {file}, or the {said}, but got neither"
+            f"Expected a network of one of {', '.join(BACKBONES)} in {file}, or the run.json of a "
+            "run beside it, which says what its architecture is, but got neither"
         )
     with reading(f"a network of the architecture that {folder / 'run.json'} says in {file}"):
         name = read_record(folder)["settings"]["backbone"]
@@ -226,7 +266,7 @@ def _with_architecture(
 
 
 def load_scores(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
-    """Test scores ``(N,)`` by method and image set; the ID set is called ``id``.
+    """Test scores ``(N,)`` by method and image set, larger = more OOD; the ID set is ``id``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -235,21 +275,16 @@ def load_scores(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
     scores = load_state(path, "scores")
     with reading(f"the test scores of a run in {path}"):
         for label, sets in scores.items():
-            if (
-                not isinstance(label, str) or {"/", "\\", "\0"} & set(label) or "id" not in sets
-            ):  # figures are called by it
+            # Figures are named after the label.
+            if not isinstance(label, str) or {*"/\\\0"} & {*label} or "id" not in sets:
                 raise ValueError(
-                    f"Expected the scores of a method in {path}, among them those of ID images, but got {label!r}"
+                    f"Expected the scores of a method in {path}, with those of ID images, but got "
+                    f"{label!r}"
                 )
-            for name, values in sets.items():
-                good = (
-                    isinstance(name, str)
-                    and isinstance(values, Tensor)
-                    and values.ndim == 1
-                    and values.is_floating_point()
-                )
-                if not good or not len(values) or not bool(values.isfinite().all()):
+            for name, x in sets.items():
+                good = isinstance(name, str) and isinstance(x, Tensor) and x.is_floating_point()
+                if not good or x.ndim != 1 or not len(x) or not bool(x.isfinite().all()):
                     raise ValueError(
-                        f"Expected finite scores of {name!r} in {path}, but got {describe(values)}"
+                        f"Expected finite scores of {name!r} in {path}, but got {describe(x)}"
                     )
     return scores

@@ -1,14 +1,15 @@
-"""Images with labels, in memory or on disk; those on disk are decoded in worker processes as they are asked for.
+"""Images with labels, in memory or on disk. Where they lie changes nothing: the same rows give the
+same bytes, uint8 ``(N, C, S, S)``.
 
-Images are uint8 ``(N, C, S, S)``. Where they lie changes nothing: the same rows give the same bytes.
+torchvision's ``ImageFolder`` is not used: it keeps two Python objects per image, follows links to
+folders, reads hidden folders as classes and puts class 10 before class 2.
 """
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,84 +22,67 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PIECE = 32
-"""Images that a worker decodes at once: what waits to be used stays small, whatever the batch."""
+"""Images that a worker decodes at once, so that few wait in memory, whatever the batch size."""
 WORKERS = 8
-"""Processes that decode at most; no more than there are processors."""
-ALONE = 128
-"""Images that this process decodes itself, as workers would take longer to start."""
-Some = TypeVar("Some", bound="Images")
+"""Most processes that decode; never more than there are processors."""
+WITHOUT_WORKERS = 128
+"""Up to so many images are decoded by this process, as workers would take longer to start."""
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+"""Suffixes of image files."""
+AnyImages = TypeVar("AnyImages", bound="Images")
 
 
-class Images(ABC):
-    """Images with labels, wherever they lie."""
+class Images(Dataset):
+    """Images with labels; :class:`ImageSet` holds them in memory, :class:`ImageFiles` on disk."""
 
     y: Tensor
-    """int64 ``(N,)``; -1 where there are no labels."""
+    """Labels ``(N,)``, int64; -1 where there are none."""
     classes: tuple[str, ...]
     """Name of each class, by label."""
     note: str
-    """How the test images were come by, where a person has to know."""
+    """How the test images were chosen, where the user has to know."""
+    shape: tuple[int, ...]
+    """``(C, S, S)``."""
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """``(C, S, S)``."""
-
-    @abstractmethod
-    def take(self: Some, rows: Tensor) -> Some:
+    def take(self: AnyImages, rows: Tensor) -> AnyImages:
         """The images of some rows, indices or a mask, in their order."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def labelled(self: Some, y: Tensor, classes: tuple[str, ...] = ()) -> Some:
-        """The same images with other labels ``(N,)``."""
-
-    @abstractmethod
     def parts(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images of each tensor of indices, uint8 ``(B, C, S, S)``.
 
         Raises:
             ValueError: If one cannot be read.
         """
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def check(self) -> None:
-        """Read each once, so that what is wrong with the last is known before the work that comes before it.
-
-        Raises:
-            ValueError: If one cannot be read.
-        """
-        for _ in self.parts(torch.arange(len(self)).split(PIECE)):
-            pass
-
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image ``(C, S, S)`` as float in [0, 1], and its label: so that it is a data set for torch's DataLoader."""
+        """One image ``(C, S, S)`` in [0, 1] and its label, as torch's ``DataLoader`` asks."""
         (x,) = self.parts([torch.tensor([index])])
         return x[0].float() / 255, int(self.y[index])
 
-    def loaded(self) -> "ImageSet":
-        """The same in memory.
+    def labelled(self: AnyImages, y: Tensor, classes: tuple[str, ...] = ()) -> AnyImages:
+        """The same images with other labels ``(N,)``."""
+        return replace(self, y=y, classes=classes)  # type: ignore[type-var]
 
-        Raises:
-            ValueError: If one cannot be read.
+    def unlabelled(self: AnyImages) -> AnyImages:
+        """The same images without labels."""
+        return self.labelled(torch.full_like(self.y, -1))
+
+    def first(self: AnyImages, count: int | None, seed: int = 0) -> AnyImages:
+        """A random subset of ``count`` images, the same for the same seed; all images for None or
+        too large a count.
         """
-        x = torch.empty((len(self), *self.shape), dtype=torch.uint8)
-        rows = torch.arange(len(self)).split(PIECE)
-        for at, part in zip(rows, self.parts(rows), strict=True):
-            x[at] = part
-        return ImageSet(x, self.y, self.classes, self.note)
-
-    def first(self: Some, count: int | None, seed: int = 0) -> Some:
-        """A random subset of ``count`` images, the same for the same seed; all of them for None or too large a count."""
         if count is None or count >= len(self):
             return self
         check_number("count", count, 1, len(self), integer=True)
-        return self.take(
-            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.take(order[:count])
 
-    def classes_between(self: Some, first: int, last: int) -> Some:
+    def classes_between(self: AnyImages, first: int, last: int) -> AnyImages:
         """The images of the classes ``first`` to ``last``, relabelled from 0.
 
         Raises:
@@ -111,69 +95,80 @@ class Images(ABC):
         part = self.take((self.y >= first) & (self.y <= last))
         return part.labelled(part.y - first, self.classes[first : last + 1])
 
-    def without(self: Some, labels: Sequence[int]) -> Some:
+    def without(self: AnyImages, labels: Sequence[int]) -> AnyImages:
         """The images of all other classes, unlabelled: OOD for a network that knows these."""
         return self.take(~torch.isin(self.y, torch.tensor(labels))).unlabelled()
 
-    def unlabelled(self: Some) -> Some:
-        """The same images as nobody's."""
-        return self.labelled(torch.full((len(self),), -1))
+    def check(self) -> None:
+        """Read every image once, so that a broken one is reported before any work.
+
+        Raises:
+            ValueError: If one cannot be read.
+        """
+
+    def loaded(self) -> "ImageSet":
+        """The same images in memory.
+
+        Raises:
+            ValueError: If one cannot be read.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ImageSet(Images):
-    """Images with labels, in memory."""
+    """Images in memory.
+
+    Arguments:
+        x: The images, uint8 ``(N, C, S, S)``.
+        y: Their labels ``(N,)``, int64.
+        classes: Name of each class.
+        note: How the test images were chosen.
+    """
 
     x: Tensor
-    """uint8 ``(N, C, S, S)``."""
     y: Tensor
-    """int64 ``(N,)``; -1 where there are no labels."""
     classes: tuple[str, ...] = ()
-    """Name of each class, by label."""
     note: str = ""
-    """How the test images were come by, where a person has to know."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """``(C, S, S)``."""
         return tuple(self.x.shape[1:])
 
     def take(self, rows: Tensor) -> "ImageSet":
-        """The images of some rows, indices or a mask, in their order."""
+        """The images of some rows."""
         return replace(self, x=self.x[rows], y=self.y[rows])
 
-    def labelled(self, y: Tensor, classes: tuple[str, ...] = ()) -> "ImageSet":
-        """The same images with other labels ``(N,)``."""
-        return replace(self, y=y, classes=classes)
-
     def parts(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images of each tensor of indices, uint8 ``(B, C, S, S)``."""
+        """The images of each tensor of indices."""
         return (self.x[part] for part in rows)
 
     def loaded(self) -> "ImageSet":
         """Itself."""
         return self
 
-    def check(self) -> None:
-        """Nothing, as they have been read."""
-
 
 @dataclass(frozen=True)
 class ImageFiles(Images):
-    """Images with labels, on disk: a path each in memory, as bytes, as many paths as objects would take more than the network."""
+    """Images on disk, decoded by worker processes when they are read.
+
+    Arguments:
+        files: Path of each, bytes ``(N,)``: paths as objects would take more memory than a
+            network.
+        y: Their labels ``(N,)``, int64.
+        channels: C, 1 or 3.
+        size: S, the side to which images are resized.
+        classes: Name of each class.
+        note: How the test images were chosen.
+    """
 
     files: np.ndarray
-    """Path of each, bytes ``(N,)``."""
     y: Tensor
-    """int64 ``(N,)``; -1 where there are no labels."""
     channels: int
-    """C, 1 or 3."""
     size: int
-    """S, which images are brought to."""
     classes: tuple[str, ...] = ()
-    """Name of each class, by label."""
     note: str = ""
-    """How the test images were come by, where a person has to know."""
 
     @classmethod
     def of(
@@ -184,58 +179,57 @@ class ImageFiles(Images):
         labels: Sequence[int] | None = None,
         **about: Any,
     ) -> "ImageFiles":
-        """Files by path, with labels or without."""
+        """Images by path, with labels or without; ``about`` holds ``classes`` and ``note``."""
+        paths = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
         y = torch.full((len(files),), -1) if labels is None else torch.tensor(labels)
-        return cls(
-            np.array([os.fsencode(file) for file in files], dtype=np.bytes_),
-            y,
-            channels,
-            size,
-            **about,
-        )
+        return cls(paths, y, channels, size, **about)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """``(C, S, S)``."""
         return self.channels, self.size, self.size
 
-    def path(self, row: int) -> str:
-        """Where an image lies."""
-        return os.fsdecode(self.files[row])
-
     def take(self, rows: Tensor) -> "ImageFiles":
-        """The images of some rows, indices or a mask, in their order."""
+        """The images of some rows."""
         return replace(self, files=self.files[rows.numpy()], y=self.y[rows])
 
-    def labelled(self, y: Tensor, classes: tuple[str, ...] = ()) -> "ImageFiles":
-        """The same images with other labels ``(N,)``."""
-        return replace(self, y=y, classes=classes)
-
     def parts(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images of each tensor of indices, uint8 ``(B, C, S, S)``.
-
-        Raises:
-            ValueError: If one cannot be read.
-        """
+        """The images of each tensor of indices."""
         for x, broken in self.decoded(rows):
             for error in broken.values():
                 raise ValueError(error)
             yield x
 
+    def check(self) -> None:
+        """Read every image once."""
+        for _ in self.parts(torch.arange(len(self)).split(PIECE)):
+            pass
+
+    def loaded(self) -> ImageSet:
+        """The same images in memory."""
+        x = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+        rows = torch.arange(len(self)).split(PIECE)
+        for part, images in zip(rows, self.parts(rows), strict=True):
+            x[part] = images
+        return ImageSet(x, self.y, self.classes, self.note)
+
     def decoded(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[int, str]]]:
-        """As :meth:`parts`, beside the images that cannot be read, which are black: their places in the batch, and why."""
+        """As :meth:`parts`; an image that cannot be read is black, and reported instead of raised.
+
+        Returns:
+            Images, and what is wrong with the broken ones by their index in the batch.
+        """
         pieces = [piece.numpy() for part in rows for piece in part.split(PIECE)]
-        count = sum(map(len, pieces))
-        workers = 0 if count <= ALONE else min(WORKERS, _processors(), len(pieces))
-        # Of a random state of its own: the order of images shall not depend on where they lie.
+        alone = sum(map(len, pieces)) <= WITHOUT_WORKERS
         loader = DataLoader(
             _Decoder(self),
             batch_size=None,
-            sampler=pieces,
-            num_workers=workers,
-            collate_fn=_as_is,
+            sampler=pieces,  # type: ignore[arg-type]
+            num_workers=0 if alone else min(WORKERS, _processors(), len(pieces)),
+            collate_fn=_unchanged,
+            # A random state of its own: the order of images must not depend on where they lie.
             generator=torch.Generator(),
-        )  # type: ignore[arg-type]
+        )
         found = iter(loader)
         for part in rows:
             x = torch.empty((len(part), *self.shape), dtype=torch.uint8)
@@ -247,46 +241,65 @@ class ImageFiles(Images):
             yield x, broken
 
 
-class _Decoder(Dataset):
-    """What a worker does: the images of some rows, and what is wrong with those that are black.
+class RunImages(NamedTuple):
+    """The images of a run."""
 
-    As an array, not a tensor: what torch remembers of each tensor that came from a worker lies between the batches in memory, so that what they
-    leave is not used again, and memory grows by nearly every image (450 MB for 3000 of 224 pixels).
+    train: Images
+    """ID training images."""
+    test: Images
+    """ID test images."""
+    ood: dict[str, Images]
+    """OOD image sets by name."""
+
+    @property
+    def sets(self) -> dict[str, Images]:
+        """The sets to score by name; the ID set is ``id``."""
+        return {"id": self.test, **self.ood}
+
+    def check(self) -> None:
+        """Read every image to score once, so that a broken one is reported before any work.
+
+        Raises:
+            ValueError: If one cannot be read.
+        """
+        for images in self.sets.values():
+            images.check()
+
+
+class _Decoder(Dataset):
+    """Decodes the images of some rows, in a worker.
+
+    It gives arrays: tensors from workers leave gaps in memory, which then grows by nearly every
+    image (450 MB for 3000 of 224 pixels).
     """
 
     def __init__(self, images: ImageFiles):
-        self.files, self.channels, self.size = images.files, images.channels, images.size
+        self.files, self.shape = images.files, images.shape
 
     def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        x, broken = (
-            torch.zeros((len(rows), self.channels, self.size, self.size), dtype=torch.uint8),
-            {},
-        )
+        x, broken = np.zeros((len(rows), *self.shape), dtype=np.uint8), {}
         for place, row in enumerate(rows):
             try:
-                x[place] = read_image(os.fsdecode(self.files[row]), self.channels, self.size)
+                x[place] = read_image(os.fsdecode(self.files[row]), *self.shape[:2])
             except ValueError as error:
                 broken[place] = str(error)
-        return x.numpy(), broken
+        return x, broken
 
 
-def _as_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def _processors() -> int:
     """Processors that this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
-"""What names of image files end in."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def images_below(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """All image files in a folder and those below it, in the order of their names; hidden files and folders, and links to folders, are left out."""
+    """All image files in a folder and below it, by name; hidden entries and links to folders are
+    left out.
+    """
     with os.scandir(os.fspath(folder)) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
@@ -301,16 +314,17 @@ def images_below(folder: str | os.PathLike[str]) -> Iterator[str]:
 def read_image(path: str | os.PathLike, channels: int, size: int) -> Tensor:
     """One image file as uint8 ``(C, S, S)``.
 
-    16 bits become 8 over their full range. Transparency is dropped, as torchvision's and OpenOOD's loaders drop it: a clear pixel shows the
-    colour that it is stored with. Of an animation, or a file of several pages, the first image is taken.
+    16 bits become 8 over their full range. Transparency is dropped, as torchvision's and OpenOOD's
+    loaders do: a clear pixel shows the colour it is stored with. The first image of an animation,
+    or of a file of several pages, is taken.
 
     Arguments:
         path: The file.
-        channels: 1 (luma of colour images) or 3 (grey ones repeated).
-        size: Height and width to bring it to, bilinear.
+        channels: C; 1 (luma of colour images) or 3 (grey ones repeated).
+        size: S, in pixels; the image is resized bilinearly to this height and width.
 
     Raises:
-        ValueError: If it is not an image that Pillow can read, or its pixels are neither 8 nor 16 bits.
+        ValueError: If Pillow cannot read it, or its pixels have neither 8 nor 16 bits.
     """
     from PIL import Image
 
@@ -320,30 +334,29 @@ def read_image(path: str | os.PathLike, channels: int, size: int) -> Tensor:
             if eight.size != (size, size):
                 eight = eight.resize((size, size), Image.Resampling.BILINEAR)
             array = np.array(eight)
-    except Exception as error:  # which depends on the byte that Pillow trips over: OSError, SyntaxError, struct.error, KeyError, ...
-        raise ValueError(
-            f"Expected an image file at {path}, but got: {error or type(error).__name__}"
-        ) from error
+    except Exception as error:  # of many types, by the byte that Pillow fails at
+        reason = error or type(error).__name__
+        raise ValueError(f"Expected an image file at {path}, but got: {reason}") from error
     return torch.from_numpy(array).reshape(size, size, channels).permute(2, 0, 1)
 
 
 def _eight_bits(image: "Image.Image") -> "Image.Image":
-    """An image that Pillow converts to grey or colour as it should."""
+    """An image that Pillow converts to grey or colour correctly."""
     from PIL import Image
 
     if image.mode == "F":
         raise ValueError(
-            "floating-point pixels (mode F), of which black and white are not known; save it with 8 or 16 bits"
+            "floating-point pixels (mode F), of which black and white are not known; "
+            "save it with 8 or 16 bits"
         )
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits, which older Pillows open as 32; its own conversion cuts all above 255
+    # 16 bits, which older Pillows open as 32; Pillow's own conversion clips all above 255.
+    if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"pixels in [{values.min()}, {values.max()}], outside [0, 65535]; save it with 8 or 16 bits"
+                f"pixels in [{values.min()}, {values.max()}], outside [0, 65535]; "
+                "save it with 8 or 16 bits"
             )
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    return (
-        image.convert("RGBA") if image.mode in ("P", "PA") else image
-    )  # else Pillow warns of a palette with transparency
+    # Pillow warns of a palette with transparency.
+    return image.convert("RGBA") if image.mode in ("P", "PA") else image

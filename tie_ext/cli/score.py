@@ -1,30 +1,82 @@
-"""Images on disk to rows: what a network decides of each, as they come, in memory that does not grow with their number."""
+"""``tie-ext score``: a row per image, in memory that does not grow with their number."""
 
+import csv
+import json
 import os
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tie_ext.cli.data import scaled
+from tie_ext.cli.batches import scaled
+from tie_ext.cli.flags import check_flags, interactive, usage
+from tie_ext.cli.folder import load_decision
 from tie_ext.cli.images import ImageFiles, images_below
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import Decision
+from tie_ext.utils.checks import check_number
 
 LEVELS = ("accepted", "garbage", "uncertain")
-"""What is said of an image, by level."""
+"""Words for the levels of a decision."""
 UNREADABLE = "unreadable"
-"""What is said of a file that is no image."""
+"""Level of a file that is no image."""
 BATCH = 64
 """Images scored at once."""
 COLUMNS = ("image", "label", "level", "uncertainty", "score")
-"""What a row says."""
 
 
-def listed(places: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Image files, and those in folders and below them, in the order of their names.
+def run(flags: Namespace) -> None:
+    """Load the detector of a run, and write a row for each image as it is scored."""
+    check_flags({"device": flags.device})
+    if flags.false_alarm is not None:
+        with usage():
+            check_number("--false-alarm", flags.false_alarm, 0, 1, above=True)
+    net, decide = load_decision(flags.run, flags.false_alarm, flags.device)
+    check_square(net)
+    files = list_images(flags.images)
+    progress = interactive() and (flags.out is not None or not sys.stdout.isatty())
+    rows = score(net, decide, files, flags.every_label, progress)
+    errors = []
+    with _output(flags.out) as out:
+        table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        if flags.format == "csv":
+            table.writeheader()
+        for i, (row, error) in enumerate(rows, 1):
+            if flags.format == "csv":
+                table.writerow(row)
+            else:
+                out.write(json.dumps(row) + "\n")
+            if error is not None:
+                errors.append(error)
+            if i % BATCH == 0:
+                out.flush()
+    if errors:
+        more = f"; {len(errors) - 1} more are unreadable too, see level {UNREADABLE!r}"
+        raise ValueError(errors[0] + (more if len(errors) > 1 else ""))
+
+
+def check_square(net: TIENet) -> None:
+    """Refuse a network that takes no square images of one or three channels.
+
+    Raises:
+        ValueError: With the shape of its images.
+    """
+    C, H, W = net.image_shape or (0, 0, 0)
+    if C not in (1, 3) or H != W:
+        raise ValueError(
+            "Expected a network for square images, grey or of three colours, but got one for "
+            f"images {net.image_shape}"
+        )
+
+
+def list_images(places: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Image files, and those in folders and below them, by name.
 
     Raises:
         ValueError: If there is nothing at a path, or a folder holds no image.
@@ -42,61 +94,54 @@ def listed(places: Sequence[str | os.PathLike[str]]) -> list[str]:
     return files
 
 
-def scored(
+def score(
     net: TIENet,
     decide: Callable[[Tensor], Decision],
     files: Sequence[str],
     every_label: bool = False,
     progress: bool = False,
 ) -> Iterator[tuple[dict, str | None]]:
-    """A row for each file, in their order.
+    """Score image files.
 
     Arguments:
         net: The network, on its device.
-        decide: Decides of its images.
+        decide: Gives the decision on a batch of its images.
         files: Paths.
         every_label: Name the likeliest class of a rejected image too.
         progress: Show a progress bar.
 
     Returns:
-        The row, of :data:`COLUMNS`, and what is wrong with the file, if anything is; such a row has a level alone, :data:`UNREADABLE`.
-
-    Raises:
-        ValueError: If the network takes no square images of one or three channels.
+        For each file its row, of :data:`COLUMNS`, and what is wrong with it, or None. An
+        unreadable file has a level alone, :data:`UNREADABLE`.
     """
-    if (
-        net.image_shape is None
-        or net.image_shape[0] not in (1, 3)
-        or net.image_shape[1] != net.image_shape[2]
-    ):
-        raise ValueError(
-            f"Expected a network for square images, grey or of three colours, but got one for images {net.image_shape}"
-        )
-    images = ImageFiles.of(files, *net.image_shape[:2])
+    images = ImageFiles.of(files, *net.image_shape[:2])  # type: ignore[index]
     parts = torch.arange(len(images)).split(BATCH)
     with tqdm(total=len(images), desc="score", unit=" images", disable=not progress) as bar:
         for part, (x, broken) in zip(parts, images.decoded(parts), strict=True):
-            decision = decide(scaled(x, net))
-            for place, (label, u, score, level) in enumerate(
-                zip(*(field.tolist() for field in decision), strict=True)
-            ):
-                path, name = (
-                    images.path(int(part[place])),
-                    (net.class_names[label] if net.class_names else label),
-                )
+            decisions = zip(*(field.tolist() for field in decide(scaled(x, net))), strict=True)
+            for place, (label, uncertainty, value, level) in enumerate(decisions):
+                row = dict.fromkeys(COLUMNS) | {"image": files[int(part[place])]}
                 if place in broken:
-                    yield (
-                        dict.fromkeys(COLUMNS) | {"image": path, "level": UNREADABLE},
-                        broken[place],
-                    )
+                    row["level"] = UNREADABLE
                 else:
-                    said = name if level == 0 or every_label else None
-                    row = {
-                        "image": path,
-                        "label": said,
-                        "level": LEVELS[level],
-                        "uncertainty": round(u, 6),
-                        "score": round(score, 4),
-                    }
-                    yield row, None
+                    if level == 0 or every_label:
+                        row["label"] = net.class_names[label] if net.class_names else label
+                    row |= {"level": LEVELS[level], "uncertainty": round(uncertainty, 6)}
+                    row["score"] = round(value, 4)
+                yield row, broken.get(place)
             bar.update(len(part))
+
+
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    """A file for the rows; the standard output for None."""
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        with open(path, "w", newline="") as out:
+            yield out
+    except OSError as error:
+        raise OSError(
+            f"Expected to write rows to {path}, but got: {error.strerror or error}"
+        ) from error

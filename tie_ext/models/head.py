@@ -1,19 +1,20 @@
-"""The garbage head: what every layer of a classifier says of an image, made into the log-odds of garbage.
+"""The garbage head: from statistics of every layer of a classifier to the log-odds of garbage.
 
-Deep layers discard low-level appearance, so that unfamiliar images are often detectable only in the
-statistics of early layers.
+Deep layers discard low-level appearance, so that unfamiliar images are often detectable only in
+the statistics of early layers.
 
 Symbols: ``h (B, F)`` penultimate features; ``s (B, S)`` the statistics of an image: ``h`` beside
 four numbers of each chosen channel of each chosen layer (:mod:`tie_ext.models.statistics`).
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS, pool_statistics
-from tie_ext.utils.views import hook_view
+from tie_ext.utils.views import add_hook, hook_view
 
 
 class GarbageHead(nn.Module):
@@ -58,14 +59,17 @@ class GarbageHead(nn.Module):
         view, found = hook_view(backbone), {}
         for name in self.layers:
             # Pooled at once: a ReLU that works in place comes next, and maps need not be kept.
-            view.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: found.__setitem__(
-                    name, pool_statistics(output)
-                )
-            )
+            add_hook(view, name, partial(_pool_into, found, name))
         return view, found
 
     def statistics(self, found: Mapping[str, Tensor], h: Tensor) -> Tensor:
         """The statistics ``(B, S)`` of features ``h (B, F)`` and of what :meth:`watch` found."""
         parts = (h, *(found[name] for name in self.layers))
         return torch.cat([part.to(self.mean.dtype) for part in parts], dim=1)
+
+
+def _pool_into(
+    found: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor
+) -> None:
+    """The hook of a layer that is read."""
+    found[name] = pool_statistics(output)

@@ -1,10 +1,12 @@
 """Which layers of a backbone are read, and which one of them is its classifier."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tie_ext.utils.views import eval_view
+from tie_ext.utils.views import add_hook, eval_view
 
 MAX_LAYERS = 16
 """Layers read at most, evenly spaced from the first to the last."""
@@ -42,11 +44,9 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
         elif output.ndim == 3 and isinstance(_parent(view, name), nn.Sequential | nn.ModuleList):
             blocks[name] = output.shape[2]
 
-    for name, module in view.named_modules():
-        if name:
-            module.register_forward_hook(
-                lambda module, args, output, name=name: look(name, module, args, output)
-            )
+    for name, module in list(view.named_modules()):
+        if name and not isinstance(module, torch.jit.ScriptModule):  # which calls no hooks
+            add_hook(view, name, partial(look, name))
     with torch.no_grad():
         view(x)
     found = {
@@ -115,9 +115,7 @@ def check_backbone(backbone: nn.Module, x: Tensor) -> None:
     """
     kind, name = type(backbone).__name__, classifier_name(backbone)
     view, outputs = eval_view(backbone), []
-    view.get_submodule(name).register_forward_hook(
-        lambda module, args, output: outputs.append(output.clone())
-    )
+    add_hook(view, name, lambda part, args, output: outputs.append(output.clone()))
     try:
         with torch.no_grad():
             y = view(x.to(next(backbone.parameters())))

@@ -106,7 +106,9 @@ class TIENet(Bounded):
                 f"Expected low and high to be numbers or {self.image_shape[0]}, one a channel, "
                 f"but got {len(self.low)}"
             )
-        self.backbone = copy.deepcopy(backbone)  # the caller's network keeps its last layer
+        # Copied, since the caller's network keeps its last layer; and without torch.compile's
+        # wrapper, whose program is of a network that has it.
+        self.backbone = copy.deepcopy(getattr(backbone, "_orig_mod", backbone))
         if self.image_shape is not None:
             ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
             ramp = self.scaled(ramp)

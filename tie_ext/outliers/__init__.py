@@ -1,9 +1,11 @@
-"""Who proposes outliers: TIE's inversion, noise, procedural images, and other papers, one a file; :data:`SYNTHESIZERS` has all by name."""
+"""Methods that propose outliers: TIE's inversion, noise, procedural images, and one file for each
+other paper. :data:`SYNTHESIZERS` has them by name.
+"""
 
 from dataclasses import replace
 
 from tie_ext.models.network import TIENet
-from tie_ext.outliers.base import Domain, Synthesizer
+from tie_ext.outliers.base import Candidates, Domain, Prior, Synthesizer
 from tie_ext.outliers.boundary import BoundarySettings, ManifoldBoundary
 from tie_ext.outliers.inversion import Inversion, InversionSettings
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
@@ -22,7 +24,29 @@ SYNTHESIZERS: dict[str, tuple[type[Synthesizer], Settings]] = {
     "multiscale": (Noise, NoiseSettings(kind="multiscale")),
     "procedural": (Procedural, ProceduralSettings()),
 }
-"""By the name that command lines and configs use: TIE's inversion, Vernekar et al., DMR, ASCOOD and noise (two kinds each), procedural images."""
+"""Class and default settings by the name that command lines and configs use: TIE's inversion,
+Vernekar et al., DMR, ASCOOD and noise (two kinds each), procedural images.
+"""
+__all__ = [
+    "SYNTHESIZERS",
+    "BoundarySettings",
+    "Candidates",
+    "Domain",
+    "Inversion",
+    "InversionSettings",
+    "ManifoldBoundary",
+    "MarginalRepresentations",
+    "MarginalSettings",
+    "Noise",
+    "NoiseSettings",
+    "Prior",
+    "Procedural",
+    "ProceduralSettings",
+    "Saliency",
+    "SaliencySettings",
+    "Synthesizer",
+    "make",
+]
 
 
 def make(name: str, domain: TIENet | Domain, **settings) -> Synthesizer:
@@ -30,7 +54,7 @@ def make(name: str, domain: TIENet | Domain, **settings) -> Synthesizer:
 
     Arguments:
         name: One of :data:`SYNTHESIZERS`.
-        domain: The network it is to propose outliers for, or the :class:`tie_ext.outliers.base.Domain` of its data.
+        domain: The network that the outliers are for, or the :class:`Domain` of its data.
         settings: Settings that differ from the defaults of the name.
 
     Raises:
@@ -43,6 +67,7 @@ def make(name: str, domain: TIENet | Domain, **settings) -> Synthesizer:
     cls, defaults = SYNTHESIZERS[name]
     if unknown := sorted(set(settings) - set(defaults.__dataclass_fields__)):
         raise ValueError(
-            f"Expected settings of {name} among {', '.join(defaults.__dataclass_fields__)}, but got {', '.join(unknown)}"
+            f"Expected settings of {name} among {', '.join(defaults.__dataclass_fields__)}, "
+            f"but got {', '.join(unknown)}"
         )
     return cls(domain, replace(defaults, **settings))

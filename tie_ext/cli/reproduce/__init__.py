@@ -1,1 +1,3 @@
-"""The harness of the paper's tables: every method beside its baselines on the same data. Nothing but the command line imports it."""
+"""The harness of the paper's tables: every method beside its baselines on the same data. Nothing
+but the command line imports it.
+"""

@@ -1,51 +1,36 @@
-"""TIE beside what it has to beat, on the same data, backbone, initial weights and order of batches.
+"""TIE and the methods it is compared with, on the same data, backbone, initial weights and order
+of batches.
 
-Methods: ``tie``; ``layers``, the same with a head on every layer and procedural images, as `tie-ext train` has it; ``predecessor``, which expels
-every inversion; ``multiscale`` and ``white``, the (n+1)-class network whose garbage class stays the noise it began with (no TIE); ``plain``, the
-n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``attach``, a garbage head on that network, which stays as it is; ``vernekar``
-and ``ascood``, those papers' own training; ``openood:logitnorm`` and ``openood:ascood``, OpenOOD's own; and any synthesizers in TIE's loop, by name,
-with commas between.
+Methods: ``tie``; ``layers``, the same with a head on every layer and procedural images, as
+``tie-ext train`` has it; ``predecessor``, which excludes every inversion; ``multiscale`` and
+``white``, the (n+1)-class network whose garbage class stays the noise it began with (no TIE);
+``plain``, the n-class network that pytorch-ood's MSP, energy and Mahalanobis read; ``attach``, a
+garbage head on that network, which stays as it is; ``vernekar`` and ``ascood``, those papers' own
+training; ``openood:logitnorm`` and ``openood:ascood``, OpenOOD's own; and any synthesizers in
+TIE's loop, by name, separated by commas.
 """
 
-import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from tie_ext.cli.data import ImageBatches, Images, training_batches
+from tie_ext.cli.batches import training_batches
+from tie_ext.cli.classifier import attached, make_network, train_plain
 from tie_ext.cli.evaluation import evaluate
+from tie_ext.cli.images import Images, RunImages
 from tie_ext.models.network import TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import Standardized
-from tie_ext.training.attach import attach
-from tie_ext.training.config import TIEConfig
 from tie_ext.training.log import EpochLog
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.provenance import peak_memory, provenance
-from tie_ext.utils.random import seeded
 
-METHODS = (
-    "tie",
-    "layers",
-    "predecessor",
-    "multiscale",
-    "white",
-    "vernekar",
-    "ascood",
-    "attach",
-    "plain",
-)
-"""TIE by the paper's garbage logit and by a head on every layer, its predecessor, the two no-TIE baselines, the training of two other papers, and
-the n-class network with and without a garbage head."""
-OPENOOD = ("openood:logitnorm", "openood:ascood")
-"""Training methods that OpenOOD ships, trained by its own code where it is installed (:mod:`tie_ext.cli.reproduce.openood_baselines`)."""
 LABELS = {
     "tie": "TIE",
     "layers": "TIE, head on every layer",
@@ -59,18 +44,23 @@ LABELS = {
     "openood:logitnorm": "LogitNorm (OpenOOD's)",
     "openood:ascood": "ASCOOD (OpenOOD's)",
 }
-"""How tables name them."""
+"""Names of the methods in tables."""
+OPENOOD = tuple(method for method in LABELS if method.startswith("openood:"))
+"""Methods that OpenOOD ships, trained by its own code where it is installed."""
+METHODS = tuple(method for method in LABELS if method not in OPENOOD)
+"""The methods of this package, but combinations of synthesizers."""
 
 
 def check_method(method: str) -> None:
     """Refuse what is no method.
 
     Raises:
-        ValueError: If it is neither one of :data:`METHODS` or :data:`OPENOOD` nor names of synthesizers.
+        ValueError: If it is not one of :data:`LABELS`, nor names of synthesizers.
     """
-    if method not in (*METHODS, *OPENOOD) and not set(method.split(",")) <= set(SYNTHESIZERS):
+    if method not in LABELS and not set(method.split(",")) <= set(SYNTHESIZERS):
         raise ValueError(
-            f"Expected a method, one of {', '.join((*METHODS, *OPENOOD))}, or synthesizers ({', '.join(SYNTHESIZERS)}), but got {method!r}"
+            f"Expected a method, one of {', '.join(LABELS)}, or synthesizers "
+            f"({', '.join(SYNTHESIZERS)}), but got {method!r}"
         )
 
 
@@ -80,79 +70,36 @@ def has_garbage(method: str) -> bool:
 
 
 def label(method: str) -> str:
-    """How tables name a method."""
+    """The name of a method in tables."""
     return LABELS.get(method, method.replace(",", " + "))
 
 
 def recipe_of(method: str, recipe: Recipe) -> Recipe:
-    """A recipe as a method changes it: other papers' settings as they have them, the synthesizers by name.
+    """A recipe as a method changes it: other papers' settings as in those papers.
 
     Raises:
         ValueError: If there is no such method.
     """
     check_method(method)
-    config = recipe.config
-    everything = replace(config, lam=-float("inf"))
+    exclude_all = replace(recipe.config, lam=-math.inf)
+
+    def synthesizers(*names: str) -> dict:
+        return {name: recipe.synthesizers.get(name, {}) for name in names}
+
     if method == "predecessor":
-        return replace(recipe, config=everything)
+        return replace(recipe, config=exclude_all)
     if method == "vernekar":  # no threshold, no noise, OOD class weight 0.1
-        return Recipe(
-            replace(everything, garbage_weight=0.1),
-            {"boundary": recipe.synthesizers.get("boundary", {})},
-            (),
-        )
+        config = replace(exclude_all, garbage_weight=0.1)
+        return Recipe(config, synthesizers("boundary"), ())
     if method == "ascood":  # the authors' w = 1; every outlier joins
-        return Recipe(
-            everything, {"gradient": recipe.synthesizers.get("gradient", {})}, (), "uniform"
-        )
+        return Recipe(exclude_all, synthesizers("gradient"), (), "uniform")
     if method == "layers":
         return replace(recipe, head="multilayer", prior=("procedural",))
     if method in ("multiscale", "white"):
         return replace(recipe, synthesizers={}, prior=(method,))
-    if method in (*METHODS, *OPENOOD):
+    if method in LABELS:
         return recipe
-    return replace(
-        recipe,
-        synthesizers={name: recipe.synthesizers.get(name, {}) for name in method.split(",")},
-    )
-
-
-def train_plain(
-    net: TIENet, batches: ImageBatches, config: TIEConfig, progress: bool = False
-) -> None:
-    """Train the n ID logits alone, by plain cross-entropy; the same optimiser, learning rates, epochs and seeds as TIE's."""
-    net.train()
-    device = net.fc.weight.device
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
-    for t in range(config.epochs):
-        optimizer.param_groups[0]["lr"] = config.lr_in(t)
-        with seeded(config.seed, t + 1, 0):  # the stream of TIE's epoch
-            for x, y in tqdm(
-                batches, desc=f"epoch {t + 1}: plain", leave=False, disable=not progress
-            ):
-                loss = F.cross_entropy(net(x.to(device)), y.to(device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-
-
-def classifier(net: TIENet) -> nn.Module:
-    """The n-class network that a plainly trained one of :data:`tie_ext.models.backbones.BACKBONES` is, without the garbage class."""
-    model = copy.deepcopy(net.backbone)
-    model.fc = copy.deepcopy(net.fc)
-    return model.eval()
-
-
-def attached(net: TIENet, images: Images, seed: int, progress: bool = False) -> TIENet:
-    """The same classifier with a garbage head on every layer, taught by procedural images beside the training images."""
-    return attach(
-        classifier(net),
-        ImageBatches(images, 500),
-        net.num_classes,
-        class_names=net.class_names,
-        seed=seed,
-        progress=progress,
-    )
+    return replace(recipe, synthesizers=synthesizers(*method.split(",")))
 
 
 def train_method(
@@ -167,38 +114,32 @@ def train_method(
     shift: int | None = None,
     state: Path | None = None,
 ) -> tuple[TIENet, list[EpochLog]]:
-    """Train one method from the initial weights that the recipe's seed gives, or go on where ``state`` stands.
+    """Train one method from the initial weights that the recipe's seed gives, or resume it.
 
     Arguments:
-        method: One of :data:`METHODS` or :data:`OPENOOD`, or synthesizers by name.
+        method: A method (see the module).
         backbone: Makes the backbone.
         images: The ID training images.
-        recipe: Settings of the run, as the method is to change them (:func:`recipe_of`).
-        batch_size: ID images a batch.
+        recipe: Settings of the run, which the method may change (:func:`recipe_of`).
+        batch_size: ID images per batch.
         device: Where to train.
         progress: Show progress bars.
         after_epoch: Called with the trainer after each epoch (where there is one).
-        shift: Most pixels a training image is moved by; None for an eighth of its size.
-        state: Where the trainer is kept after each epoch; if the file is there, training goes on from it, and ends as if it had never
-            stopped. The n-class methods, which have no such trainer, begin anew.
+        shift: Largest shift of a training image, in pixels; None for an eighth of its size.
+        state: File of the trainer's state, written after each epoch; where it exists, training
+            resumes from it. The n-class methods have no such state and start again.
 
     Returns:
         The network in evaluation mode, and the log (empty for ``plain`` and OpenOOD's).
     """
     recipe = recipe_of(method, recipe)
     config = recipe.config
-    with seeded(config.seed):
-        inner = Standardized(backbone()) if method.endswith("ascood") else backbone()
-        net = TIENet(
-            inner,
-            len(images.classes),
-            images.shape,
-            class_names=images.classes,
-            head=recipe.head,
-        ).to(device)
-    net.autocast_dtype = config.autocast_dtype
+
+    def make() -> nn.Module:
+        return Standardized(backbone()) if method.endswith("ascood") else backbone()
+
+    net = make_network(make, images, config, device, recipe.head)
     batches = training_batches(images, batch_size, shift)
-    log: list[EpochLog] = []
     if method in ("plain", "attach"):
         train_plain(net, batches, config, progress)
         if method == "attach":
@@ -219,16 +160,14 @@ def train_method(
             after_epoch(trainer)
             if state is not None:
                 trainer.save(state)
-        log = trainer.log
-    return net.eval(), log
+        return net.eval(), trainer.log
+    return net.eval(), []
 
 
 def cell(
     method: str,
     backbone: Callable[[], nn.Module],
-    images: Images,
-    test: Images,
-    ood: Mapping[str, Images],
+    images: RunImages,
     recipe: Recipe,
     about: Mapping[str, object],
     batch_size: int = 128,
@@ -237,36 +176,38 @@ def cell(
     after_epoch: Callable[[TIETrainer], None] = lambda trainer: None,
     state: Path | None = None,
 ) -> tuple[dict, TIENet]:
-    """Train and evaluate one method, and say all that is needed to do it again.
+    """Train and evaluate one method.
 
     Arguments:
+        images: The images to train and to score.
         about: Facts about the data to record (names, counts).
 
-    The other arguments are those of :func:`train_method` and :func:`tie_ext.cli.evaluation.evaluate`.
+    The other arguments are those of :func:`train_method`.
 
     Returns:
-        A JSON-able record (numbers, log, seconds, peak memory after each epoch in MB, command, commit, versions, settings; ``gone_on_after``,
-        the epochs that another process had trained before), and the network.
+        A record for JSON (numbers, log, seconds, peak memory after each epoch in MB, command,
+        commit, versions, settings; ``gone_on_after``, the epochs that an earlier process trained),
+        and the network.
     """
     memory: list[float | None] = []
     start = time.perf_counter()
 
-    def look(trainer: TIETrainer) -> None:
+    def measure(trainer: TIETrainer) -> None:
         memory.append(peak_memory())
         after_epoch(trainer)
 
     net, log = train_method(
-        method, backbone, images, recipe, batch_size, device, progress, look, state=state
+        method, backbone, images.train, recipe, batch_size, device, progress, measure, state=state
     )
     before = log[: len(log) - len(memory)]
     seconds = time.perf_counter() - start + sum(sum(entry.seconds.values()) for entry in before)
-    numbers, _ = evaluate(net, test, ood, images, has_garbage(method))
-    record = {
+    numbers, _ = evaluate(net, images, has_garbage(method))
+    return {
         "method": method,
         **about,
-        "images": len(images),
-        "test_images": len(test),
-        "ood_images": {name: len(s) for name, s in ood.items()},
+        "images": len(images.train),
+        "test_images": len(images.test),
+        "ood_images": {name: len(s) for name, s in images.ood.items()},
         "batch_size": batch_size,
         **recipe_of(method, recipe).record(),
         "numbers": numbers,
@@ -275,5 +216,4 @@ def cell(
         "peak_memory_mb": [None] * len(before) + memory,
         "log": [asdict(entry) for entry in log],
         **provenance(device),
-    }
-    return record, net
+    }, net

@@ -1,4 +1,6 @@
-"""Training methods that OpenOOD ships, on any network and data: baselines of the same run, trained by its own code."""
+"""Training methods that OpenOOD ships, on any network and data: baselines of the same run,
+trained by its own code.
+"""
 
 from openood.trainers.ascood_trainer import ASCOODTrainer
 from openood.trainers.logitnorm_trainer import LogitNormTrainer
@@ -32,7 +34,9 @@ BASELINES: dict[str, tuple[type, dict]] = {
 
 
 class Loader:
-    """Batches as OpenOOD's loaders give them; its trainers ask the loader and its iterator for their length."""
+    """Batches as OpenOOD's loaders give them; its trainers ask the loader and its iterator for
+    their length.
+    """
 
     def __init__(self, batches: Batches, steps: int):
         self.batches, self.steps = batches, steps
@@ -53,7 +57,8 @@ def train_baseline(name: str, net: TIENet, batches: Batches, epochs: int, seed: 
     """Train the n ID logits of a network with one of OpenOOD's trainers.
 
     Arguments:
-        name: One of :data:`BASELINES`; for ``ascood`` the network stands on :class:`tie_ext.outliers.saliency.Standardized`.
+        name: One of :data:`BASELINES`; for ``ascood`` the network stands on
+            :class:`tie_ext.outliers.saliency.Standardized`.
         net: The network, on its device.
         batches: The ID data.
         epochs: Passes over it.

@@ -19,20 +19,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_net
+from conftest import make_net, set_head_defaults
 
-from tie_ext import EpochLog, TIEDetector, TIENet, TIETrainer, __version__
-from tie_ext.cli import data, explain_page, registry, report
-from tie_ext.cli import main as cli
+from tie_ext import TIEDetector, TIENet, TIETrainer, __version__
+from tie_ext.cli import data, demo, demo_images, explain, figures, registry, report, tables
+from tie_ext.cli.demo import RECIPE
 from tie_ext.cli.flags import make_parser
 from tie_ext.cli.folder import load_network, written
-from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.main import DEMO, main
+from tie_ext.cli.images import ImageFiles, ImageSet, RunImages
+from tie_ext.cli.main import main
 from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.snapshots import load_examples, save_examples
 from tie_ext.scores.decision import Decision
 from tie_ext.scores.threshold import conformal_threshold
-from tie_ext.training.explain import Outside
+from tie_ext.training.log import EpochLog
 from tie_ext.utils import files
 from tie_ext.utils.files import load_state, locked, write_atomically
 
@@ -217,7 +217,7 @@ def test_a_file_that_is_no_image_loses_no_other_row(run, folder, tmp_path, capsy
         assert [Path(row["image"]).name for row in broken] == ["0.png", "3.png"]
         assert all(not row[name] for row in broken for name in ("label", "uncertainty", "score"))
         assert "0.png, but got: " in said.err
-        assert "1 others are none either" in said.err
+        assert "1 more are unreadable too" in said.err
         assert said.err.count("\n") == 1
 
 
@@ -262,7 +262,7 @@ def test_a_report_shows_what_was_accepted_and_what_was_rejected():
     decision = Decision(
         torch.tensor([0, 1, 0, 1]), torch.zeros(4), torch.tensor([-3.0, 7.5, 1.0, -2.0]), level
     )
-    figure = report.decided(
+    figure = figures.decision_grid(
         {"id": x, "letters": x[:2]},
         {"id": decision, "letters": Decision(*(part[:2] for part in decision))},
         ["cat", "dog"],
@@ -283,12 +283,12 @@ def test_a_report_shows_what_was_accepted_and_what_was_rejected():
 
 
 def test_a_report_shows_images_from_all_over_a_set_that_is_sorted_by_class(tmp_path):
-    images = data.ImageSet(
+    images = ImageSet(
         torch.arange(250, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4),
         torch.arange(250) // 25,
         tuple("abcdefghij"),
     )
-    save_examples(tmp_path, images, {"val:a": images, "b": images.first(3)})
+    save_examples(tmp_path, RunImages(images, images, {"val:a": images, "b": images.first(3)}))
     kept = load_examples(tmp_path)
     assert list(kept) == ["id", "b"]
     assert set((kept["id"][:, 0, 0, 0] // 25).tolist()) == set(range(10))
@@ -296,19 +296,19 @@ def test_a_report_shows_images_from_all_over_a_set_that_is_sorted_by_class(tmp_p
     decision = Decision(
         torch.arange(24) // 3, torch.zeros(24), torch.zeros(24), torch.zeros(24, dtype=torch.long)
     )
-    figure = report.decided({"id": kept["id"]}, {"id": decision}, tuple("abcdefghij"), 2)
+    figure = figures.decision_grid({"id": kept["id"]}, {"id": decision}, tuple("abcdefghij"), 2)
     assert [ax.get_title() for ax in figure.axes[:2]] == ["a\naccepted, 0.0", "h\naccepted, 0.0"]
 
 
 def test_a_histogram_says_where_the_line_is():
     scores = {"id": torch.linspace(0, 1, 100), "noise": torch.linspace(2, 3, 50)}
     texts = [
-        text.get_text() for text in report.histograms(scores).axes[0].get_legend().get_texts()
+        text.get_text() for text in figures.histograms(scores).axes[0].get_legend().get_texts()
     ]
     line = float(conformal_threshold(scores["id"], 0.05))
-    assert f"line at {line:.2f}: above it 5% of ID images" in texts
+    assert f"threshold {line:.2f}: 5% of ID images are above it" in texts
     few = {"id": torch.linspace(0, 1, 5), "noise": scores["noise"]}  # too few to draw one
-    assert len(report.histograms(few).axes[0].get_legend().get_texts()) == 2
+    assert len(figures.histograms(few).axes[0].get_legend().get_texts()) == 2
 
 
 def test_curves_begin_at_one_id_image_and_no_legend_covers_them():
@@ -317,11 +317,11 @@ def test_curves_begin_at_one_id_image_and_no_legend_covers_them():
         "noise": torch.linspace(0.9, 2, 50),
         "letters": torch.linspace(0.5, 2, 50),
     }
-    figure = report.roc_and_pr(scores)
+    figure = figures.roc_and_pr(scores)
     roc, pr = figure.axes
     assert (roc.get_xscale(), pr.get_xscale()) == ("log", "linear")
     assert roc.get_xlim() == (1 / 200, 1)
-    for drawn in (figure, report.histograms(scores)):
+    for drawn in (figure, figures.histograms(scores)):
         drawn.canvas.draw()
         (legend,) = drawn.legends or [drawn.axes[0].get_legend()]
         assert len(legend.get_texts()) >= 2
@@ -332,9 +332,7 @@ def test_curves_begin_at_one_id_image_and_no_legend_covers_them():
 
 def test_bars_of_two_rejected_images_have_one_scale():
     times = torch.tensor([[0.5, 3.0], [0.2, 0.9]])
-    figure = explain_page.layer_figure(
-        torch.zeros(2, 1, 8, 8), ["a", "b"], Outside(times, times, times), ["conv.1", "features"]
-    )
+    figure = figures.layer_bars(torch.zeros(2, 1, 8, 8), ["a", "b"], times, ["conv.1", "features"])
     bars = figure.axes[1::2]
     assert [ax.get_xlim() for ax in bars] == [(0, pytest.approx(3.15))] * 2
     assert [[patch.get_facecolor()[0] > 0.8 for patch in ax.patches] for ax in bars] == [
@@ -356,11 +354,11 @@ def test_rejected_images_come_from_all_over_a_set():
             torch.zeros(20, dtype=torch.long), torch.zeros(20), torch.arange(20.0), level
         )
 
-    x, captions = explain_page.rejected(net, decide, examples, ("boot", "bag", "coat"))
-    assert len(x) == explain_page.SHOWN
+    x, captions = explain.rejected(net, decide, examples, ("boot", "bag", "coat"))
+    assert len(x) == explain.SHOWN
     assert captions[0] == "letters: garbage, score 1.0, nearest class boot"
     assert captions[-1] == "letters: uncertain, score 19.0, nearest class boot"
-    _, captions = explain_page.rejected(
+    _, captions = explain.rejected(
         net, decide, dict.fromkeys(("id", *"abcdef"), examples["letters"]), ("boot", "bag", "coat")
     )
     assert [caption[0] for caption in captions] == list("aabbcdef")
@@ -464,9 +462,9 @@ def test_a_loop_that_expels_nothing_says_so(folder, tmp_path, capsys):
 
 
 def test_without_synthesizers_nothing_is_said_of_candidates():
-    assert report.idle([{"tau": 0.5, "proposed": [0, 0], "excluded": [0, 0]}]) == ""
+    assert tables.idle([{"tau": 0.5, "proposed": [0, 0], "excluded": [0, 0]}]) == ""
     assert (
-        report.idle(
+        tables.idle(
             [
                 {"tau": 1.5, "proposed": [2, 0], "excluded": [0, 0]},
                 {"tau": 0.5, "proposed": [2, 0], "excluded": [0, 1]},
@@ -474,14 +472,14 @@ def test_without_synthesizers_nothing_is_said_of_candidates():
         )
         == ""
     )
-    assert "at least 0.75" in report.idle(
+    assert "at least 0.75" in tables.idle(
         [{"tau": tau, "proposed": [2, 0], "excluded": [0, 0]} for tau in (1.5, 0.75)]
     )
 
 
 def test_the_tables_say_what_the_record_does(run):
     numbers = json.loads((run / "run.json").read_text())["numbers"]
-    (of_id,), (of_ood,) = report.id_rows({"TIE": numbers}), report.ood_rows({"TIE": numbers})
+    (of_id,), (of_ood,) = tables.id_rows({"TIE": numbers}), tables.ood_rows({"TIE": numbers})
     shares = (numbers["accuracy"], numbers["id_garbage_rate"], numbers["id_rejected"])
     assert list(of_id.values()) == ["TIE", *(f"{100 * share:.2f}" for share in shares)]
     m, garbage = numbers["scores"]["score"]["noise"], numbers["garbage_rate"]["noise"]
@@ -525,11 +523,11 @@ def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_pa
 def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_asked_for(
     folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 20)
+    set_head_defaults(monkeypatch, steps=20)
     out = tmp_path / "run"
     assert main(train(folder, out, "--epochs", "1")) == 0
     record = json.loads((out / "run.json").read_text())
-    assert (record["settings"]["recipe"]["garbage"], record["settings"]["recipe"]["prior"]) == (
+    assert (record["settings"]["recipe"]["head"], record["settings"]["recipe"]["prior"]) == (
         "multilayer",
         ["procedural"],
     )
@@ -542,7 +540,7 @@ def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_ask
     assert "Expected a prior for the garbage head" in capsys.readouterr().err
     assert main(train(folder, tmp_path / "paper", "--head", "linear", "--epochs", "1")) == 0
     recipe = json.loads((tmp_path / "paper" / "run.json").read_text())["settings"]["recipe"]
-    assert (recipe["garbage"], recipe["prior"]) == ("linear", ["multiscale"])
+    assert (recipe["head"], recipe["prior"]) == ("linear", ["multiscale"])
 
 
 def test_a_pool_that_stays_empty_is_no_trouble(folder, tmp_path):
@@ -625,13 +623,13 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
         (["train", "--data", "nothing", "--out", "new"], "Expected a data set, one of mnist"),
         (
             ["train", "--data", "folder:nowhere", "--out", "new"],
-            "Expected a folder with one folder of images a class",
+            "Expected a folder with one folder of images per class",
         ),
         (
             ["train", "--data", "mnist", "--root", "nowhere", "--out", "new"],
             "Expected mnist in nowhere",
         ),
-        (["train", "--data", "mnist", "--out", "RUN"], "holds a run; go on with"),
+        (["train", "--data", "mnist", "--out", "RUN"], "holds a run; continue it with"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, capsys, tmp_path, monkeypatch, arguments, message):
@@ -925,7 +923,7 @@ def test_a_loss_that_overflowed_is_left_out_of_the_record(copied):
     from dataclasses import replace
 
     from tie_ext.cli.folder import read_settings
-    from tie_ext.cli.train_run import finish
+    from tie_ext.cli.train import finish
     from tie_ext.utils.files import load_state
 
     log = [
@@ -980,7 +978,7 @@ def test_scores_that_find_the_disk_full_say_so(run, folder):
 
 
 def test_the_demo_set_is_real_and_split(recwarn):
-    train, test, ood = data.demo()
+    train, test, ood = demo_images.demo()
     assert train.shape == test.shape == (1, 28, 28)
     assert len(train) + len(test) == 1797
     assert set(ood) == {"photographs", "letters", "noise"}
@@ -1008,7 +1006,10 @@ def test_images_are_held_out_of_a_folder_without_splits_and_the_same_on_resume(
                 tmp_path / "images" / label / f"{i}.png"
             )
     path, epoch = tmp_path / "images", TIETrainer.epoch
-    line = f"{path} has no train/ and test/: 16 images to train on, 4 held out (one in five of each class, seed 3)"
+    line = (
+        f"{path} has no train/ and test/: 16 images to train on, 4 held out (one in five of "
+        f"each class, seed 3)"
+    )
     assert main(train(path, tmp_path / "whole", "--seed", "3")) == 0
     said = capsys.readouterr().out
     assert said.splitlines().count(line) == 1
@@ -1070,22 +1071,22 @@ def small_demo(monkeypatch):
         x[i, :, 8 * label : 8 * label + 8] += 150
     sets = {"noise": data.noise("gaussian", 12, (1, 28, 28))}
     monkeypatch.setattr(
-        data,
+        demo_images,
         "demo",
         lambda: (
-            data.ImageSet(x[:24], y[:24], tuple("abc")),
-            data.ImageSet(x[24:], y[24:], tuple("abc")),
+            ImageSet(x[:24], y[:24], tuple("abc")),
+            ImageSet(x[24:], y[24:], tuple("abc")),
             sets,
         ),
     )
-    config = replace(DEMO.config, epochs=2, candidates=55, pool_size=40)
+    config = replace(RECIPE.config, epochs=2, candidates=55, pool_size=40)
     monkeypatch.setattr(
-        cli,
-        "DEMO",
-        replace(DEMO, config=config, synthesizers={"inversion": {"steps": 2, "width": 4}}),
+        demo,
+        "RECIPE",
+        replace(RECIPE, config=config, synthesizers={"inversion": {"steps": 2, "width": 4}}),
     )
 
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 20)
+    set_head_defaults(monkeypatch, steps=20)
 
     def page(out):
         for name in ("figures/metrics.png", "report.html"):
@@ -1151,7 +1152,7 @@ def test_a_demo_that_was_stopped_can_be_run_again(when, small_demo, tmp_path, mo
                 lambda self, **how: stop() if self.name == "report.html" else unlink(self, **how),
             )
         elif when == "after training":
-            patched.setattr(comparison, "train_method", stop)
+            patched.setattr(demo, "plain_network", stop)
         else:
             done = int(when == "in the second epoch")
             patched.setattr(
@@ -1193,8 +1194,9 @@ def test_a_demo_touches_no_folder_of_anything_else(content, small_demo, run, tmp
     before = listed(out)
     assert small_demo(out) == 1
     error = capsys.readouterr().err
+    held = "network.safetensors" if content == "no run" else "run.json"
     assert (
-        f"Expected a folder for the demo, but got {out}, which holds {'network.safetensors' if content == 'no run' else 'run.json'}"
+        f"Expected a folder for the demo, but got {out}, which holds {held}"
         in error
     )
     assert error.count("\n") == 1
@@ -1231,9 +1233,7 @@ def test_a_demo_is_alone_in_its_folder_to_its_last_file(
             tried.append(small_demo(out, "--seed", "1"))
         return write(path, *rest)
 
-    monkeypatch.setattr(
-        files, last, busy
-    )  # as the command takes it when it begins; a run has its own by then
+    monkeypatch.setattr(demo, last, busy)
     assert small_demo(out) == 0
     assert tried == ["begun", 1]
     assert f"Expected {out} to be free" in capsys.readouterr().err
@@ -1274,7 +1274,10 @@ def test_one_process_at_a_time_is_at_a_run(run, folder, tmp_path, capsys):
                 time.sleep(0.01)
             for attempt in attempts:
                 assert main(attempt) == 1
-                said = f"Expected {out} to be free, but got a folder that another process is writing a run to; wait for it, or stop it"
+                said = (
+                    f"Expected {out} to be free, but got a folder that another process is "
+                    f"writing a run to; wait for it, or stop it"
+                )
                 assert capsys.readouterr().err == f"tie-ext: {said}\n"
             (gate / f"go {done}").touch()
         printed, _ = first.communicate(timeout=120)
@@ -1344,7 +1347,8 @@ def test_a_run_of_an_earlier_version_is_read_and_not_gone_on_with(run, folder, t
     assert main(["train", "--resume", str(old)]) == 1
     error = capsys.readouterr().err
     assert (
-        "but got one that an earlier version made; finish it with that version, or begin anew in another folder"
+        "but got one that an earlier version made; finish it with that version, or start again "
+        "in another folder"
         in error
     )
     assert error.count("\n") == 1
@@ -1402,7 +1406,7 @@ def test_what_train_and_demo_leave_is_a_detector(run, folder, small_demo, tmp_pa
 def test_a_torchvision_network_trains_from_weights_of_other_classes_on_normalised_images(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 5)
+    set_head_defaults(monkeypatch, steps=5, epoch_steps=5)
     torch.manual_seed(0)
     before = registry.build("torchvision:resnet18", 3, 7)
     torch.save(before.state_dict(), tmp_path / "w.pt")
@@ -1449,7 +1453,7 @@ def test_a_network_to_train_that_is_none_is_refused_before_any_data_is_read(
 
 def test_inversions_over_epochs_lie_as_many_epochs_apart_with_gaps_between():
     black = torch.zeros(3, 2, 1, 28, 28, dtype=torch.uint8)
-    ax = report.inversions_over_epochs(
+    ax = figures.inversions_over_epochs(
         {epoch: {"inversions": black} for epoch in range(1, 11)}, ["a", "b", "garbage"]
     ).axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "4", "6", "8", "10"]
@@ -1457,7 +1461,7 @@ def test_inversions_over_epochs_lie_as_many_epochs_apart_with_gaps_between():
     assert picture.shape == (3 * 30, 5 * 30)
     assert (picture[:, 28:30] == 255).all()
     assert (picture[:28, :28] == 0).all()
-    few = report.inversions_over_epochs(
+    few = figures.inversions_over_epochs(
         {epoch: {"inversions": black} for epoch in (1, 2, 3)}, ["a", "b", "garbage"]
     ).axes[0]
     assert [label.get_text() for label in few.get_xticklabels()] == ["1", "2", "3"]

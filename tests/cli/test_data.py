@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tie_ext.cli import data
-from tie_ext.cli.data import ImageBatches, ImageFiles, ImageSet, training_batches
+from tie_ext.cli import batches, data
+from tie_ext.cli.batches import ImageBatches, training_batches
+from tie_ext.cli.images import ImageFiles, ImageSet, read_image
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -97,7 +98,8 @@ def test_some_classes_of_a_named_set(tmp_path):
 def test_a_set_that_is_known_and_not_there_is_told_from_one_that_is_not_known(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"Expected train images of tinyimagenet, which torchvision does not have, in a folder, one of .*/tin/train",
+        match=r"Expected train images of tinyimagenet, which torchvision does not have, in a "
+        r"folder, one of .*/tin/train",
     ):
         data.load("tinyimagenet", "train", tmp_path)
     with pytest.raises(
@@ -155,7 +157,10 @@ def test_a_folder_without_splits_is_split_one_in_five_of_each_class(tmp_path):
     assert train.y.bincount().tolist() == [40, 9, 1]
     assert test.y.bincount().tolist() == [10, 2, 1]
     assert sorted(values(train) + values(test)) == list(range(63))
-    said = f"{tmp_path / 'set'} has no train/ and test/: 50 images to train on, 13 held out (one in five of each class, seed 0)"
+    said = (
+        f"{tmp_path / 'set'} has no train/ and test/: 50 images to train on, 13 held out "
+        f"(one in five of each class, seed 0)"
+    )
     assert (train.note, test.note) == ("", said)
 
 
@@ -182,7 +187,8 @@ def test_a_class_of_one_image_is_trained_on_and_said(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"Expected a class of two images or more below .*, to hold one out, but got one image of each",
+        match=r"Expected a class of two images or more below .*, to hold one out, but got one "
+        r"image of each",
     ):
         parts(write(tmp_path / "ones", {"a": 1, "b": 1}))
 
@@ -220,7 +226,8 @@ def test_test_images_alone_cannot_be_trained_on(place, tmp_path):
     assert len(data.load(called, "test", tmp_path)) == 4
     with pytest.raises(
         ValueError,
-        match=r"Expected training images in .*birds/train, beside .*birds/test, but got no such folder",
+        match=r"Expected training images in .*birds/train, beside .*birds/test, but got no such "
+        r"folder",
     ):
         data.load(called, "train", tmp_path)
 
@@ -230,7 +237,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert train.classes == test.classes == ("bus", "train")
     with pytest.raises(
         ValueError,
-        match=r"Expected images in folders, one a class, below .*/flat/train, but got none",
+        match=r"Expected images in folders, one per class, below .*/flat/train, but got none",
     ):
         parts(write(tmp_path / "flat", {"train": 5, "test": 5}))
 
@@ -273,7 +280,7 @@ GREY16 = np.array([[0, 257 * 10], [257 * 200 + 128, 65535]], dtype=np.uint16)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_become_eight(kind, suffix, channels, tmp_path):
     Image.fromarray(GREY16.astype(kind)).save(tmp_path / f"x.{suffix}")
-    x = data.read_image(tmp_path / f"x.{suffix}", channels, 2)
+    x = read_image(tmp_path / f"x.{suffix}", channels, 2)
     assert x.dtype == torch.uint8
     assert x.tolist() == [[[0, 10], [200, 255]]] * channels
 
@@ -283,7 +290,7 @@ def test_every_mode_that_sixteen_bits_are_opened_in_is_known(mode, tmp_path, mon
     image = Image.fromarray(GREY16.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]))
     assert image.mode == mode
     monkeypatch.setattr(Image, "open", lambda _: image)
-    assert data.read_image("x.png", 1, 2).flatten().tolist() == [0, 10, 200, 255]
+    assert read_image("x.png", 1, 2).flatten().tolist() == [0, 10, 200, 255]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +312,7 @@ def test_pixels_of_no_known_range_are_refused(values, reason, tmp_path):
     with pytest.raises(
         ValueError, match=rf"Expected an image file at .*x\.tif, but got: {reason}"
     ):
-        data.read_image(tmp_path / "x.tif", 3, 2)
+        read_image(tmp_path / "x.tif", 3, 2)
 
 
 def palette(alpha: int | bytes) -> tuple:
@@ -341,11 +348,9 @@ def test_every_kind_of_image_keeps_its_colour_and_loses_its_transparency(
     image, suffix, options, colour, tmp_path
 ):
     image.save(tmp_path / f"x.{suffix}", **options)
-    assert data.read_image(tmp_path / f"x.{suffix}", 3, 2)[:, 0, 0].tolist() == list(colour)
+    assert read_image(tmp_path / f"x.{suffix}", 3, 2)[:, 0, 0].tolist() == list(colour)
     grey = round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
-    assert data.read_image(tmp_path / f"x.{suffix}", 1, 2)[0, 0, 0].item() == pytest.approx(
-        grey, abs=1
-    )
+    assert read_image(tmp_path / f"x.{suffix}", 1, 2)[0, 0, 0].item() == pytest.approx(grey, abs=1)
 
 
 def test_hidden_files_are_skipped_and_nested_folders_are_not(tmp_path):
@@ -366,7 +371,8 @@ def test_an_empty_class_is_named(tmp_path):
     (tmp_path / "c" / ".DS_Store").write_bytes(b"")
     with pytest.raises(
         ValueError,
-        match=r"Expected images in .*/c, one folder a class, but got none \(.*\); add some, or take the folder away",
+        match=r"Expected images in .*/c, one folder per class, but got none \(.*\); add some, "
+        r"or remove the folder",
     ):
         data.load(f"folder:{tmp_path}", "train")
 
@@ -388,14 +394,14 @@ def test_a_broken_image_is_named(tmp_path):
         with pytest.raises(
             ValueError, match=f"Expected an image file at {tmp_path / name}, but got: ."
         ):
-            data.read_image(tmp_path / name, 3, 8)
+            read_image(tmp_path / name, 3, 8)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_moved_images_keep_the_memory_layout_that_backbones_expect(channels):
     x = torch.randint(0, 256, (5, channels, 28, 28), dtype=torch.uint8)
-    assert data.moved(x, 2).is_contiguous()
-    assert data.moved(x, 0) is x
+    assert batches.shifted(x, 2).is_contiguous()
+    assert batches.shifted(x, 0) is x
 
 
 @pytest.fixture
@@ -460,12 +466,13 @@ def test_a_broken_image_on_disk_is_named_by_the_worker_that_finds_it(drawn):
 GROWTH = """
 import sys, torch
 from tie_ext.cli import data
+from tie_ext.cli.batches import training_batches
 from tie_ext.utils.provenance import peak_memory
 
 images = data.load(f"folder:{sys.argv[1]}", "train", shape=(3, 224, 224), in_memory="auto")
 peaks = []
 for some in (images.first(300), images):
-    seen = sum(float(x[0, 0, 0, 0]) >= 0 for x, _ in data.training_batches(some, 64))
+    seen = sum(float(x[0, 0, 0, 0]) >= 0 for x, _ in training_batches(some, 64))
     peaks.append(peak_memory())
 print(peaks[1] - peaks[0])
 """

@@ -1,4 +1,4 @@
-"""``torchrun ... tie-ext train``: two processes, one run folder, killed and gone on with; its figures are as one process's."""
+"""``torchrun ... tie-ext train``: two processes, one run folder, killed and resumed."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_killed_processes_go_on_and_end_bit_identical_and_as_many_have_to(two, t
     process.communicate()
     assert main(["train", "--resume", str(out)]) == 1
     assert (
-        f"go on as torchrun --nproc-per-node 2 -m tie_ext.cli.main train --resume {out}"
+        f"continue as torchrun --nproc-per-node 2 -m tie_ext.cli.main train --resume {out}"
         in capsys.readouterr().err
     )
     finished(together("train", "--resume", str(out)))

@@ -1,6 +1,7 @@
-"""``tie-ext attach`` as a user types it: a network trained elsewhere, its weights in a file, images on disk; then score and report."""
+"""``tie-ext attach`` as a user types it: weights in a file, images on disk, score and report."""
 
 import csv
+import html
 import json
 import math
 import os
@@ -14,17 +15,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import Small, make_net
+from conftest import Small, make_net, set_head_defaults
 from torch import nn
 
-from tie_ext import Combined, Conv3, TIEDetector, TIENet
-from tie_ext.cli import attach_run, data, registry
-from tie_ext.cli import main as cli
-from tie_ext.cli.folder import load_network, written
-from tie_ext.cli.main import main
+from tie_ext import Combined, TIEDetector, TIENet
+from tie_ext.cli import attach as attach_command
+from tie_ext.cli import data, evaluation, registry
+from tie_ext.cli.folder import load_network, read_record, written
+from tie_ext.cli.main import COMMANDS, main
 from tie_ext.cli.snapshots import load_snapshots
-from tie_ext.models.backbones import BACKBONES
-from tie_ext.utils.files import load_state, locked
+from tie_ext.models.backbones import BACKBONES, Conv3
+from tie_ext.utils.files import load_state, locked, save_state, sha256, write_json
 
 Image = pytest.importorskip("PIL.Image")
 MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
@@ -32,7 +33,7 @@ MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
+    set_head_defaults(monkeypatch, steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def attach(folder, file, out, *more, backbone="conv3", size=28):
 def run(folder, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
+        set_head_defaults(patched, steps=30)
         assert main(attach(folder, weights, out, "--ood", f"folder:{folder}")) == 0
     return out
 
@@ -162,7 +163,7 @@ def test_accuracy_counts_a_right_label_that_the_garbage_class_takes(
         net.garbage.network[-1].bias.data.fill_(1e6)
         return net
 
-    monkeypatch.setattr(attach_run, "attach", all_garbage)
+    monkeypatch.setattr(attach_command, "attach", all_garbage)
     assert main(attach(folder, weights, tmp_path / "run")) == 0
     numbers, test = (
         json.loads((tmp_path / "run" / "run.json").read_text())["numbers"],
@@ -181,12 +182,12 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     assert main(attach(many, weights, tmp_path / "run")) == 0
     said = capsys.readouterr().out
     assert (
-        "ID accuracy is 50.0%, which guessing among 2 classes could give: are these its weights, --mean,"
-        in said
+        "ID accuracy is 50.0%, which guessing among 2 classes could give: are these its "
+        "weights, --mean," in said
     )
     assert (
-        "tie-ext score decides by the combined score, with a threshold that rejects at most 5% of new ID images"
-        in said
+        "tie-ext score decides by the combined score, with a threshold that rejects at most 5% "
+        "of new ID images" in said
     )
     assert "too few" not in said
 
@@ -196,18 +197,19 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False), (1.0, 2, 4, False)],
 )
 def test_chance_is_what_guessing_could_reach(accuracy, classes, images, guessed):
-    assert attach_run._by_chance(accuracy, classes, images) == guessed
+    assert attach_command.guesses(accuracy, classes, images) == guessed
 
 
 def test_too_few_test_images_for_a_threshold_are_said_before_the_work(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        attach_run, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
+        attach_command, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
     )
     with pytest.raises(
         pytest.fail.Exception,
-        match="12 held-out images are too few for a threshold, which takes 38: tie-ext score decides by",
+        match="12 held-out images are too few for a threshold, which takes 38: tie-ext score "
+        "decides by",
     ):
         main(attach(folder, weights, tmp_path / "run"))
 
@@ -216,17 +218,18 @@ def test_how_test_images_were_come_by_is_said_before_the_work(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        attach_run, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
+        attach_command, "attach", lambda *_, **__: pytest.fail(capsys.readouterr().out)
     )
     with pytest.raises(
         pytest.fail.Exception,
-        match=r"train has no train/ and test/: 32 images to train on, 8 held out.*\. If the network was trained",
+        match=r"train has no train/ and test/: 32 images to train on, 8 held out.*\. If the "
+        r"network was trained",
     ):
         main(attach(folder / "train", weights, tmp_path / "run"))
 
 
 def test_a_run_may_compute_in_bfloat16(folder, weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
+    set_head_defaults(monkeypatch, steps=30)
     assert main(attach(folder, weights, tmp_path / "run", "--autocast-dtype", "bfloat16")) == 0
     assert TIENet.load(tmp_path / "run" / "network.safetensors").autocast_dtype == "bfloat16"
     assert (
@@ -267,7 +270,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     out, test = tmp_path / "run", data.load(f"folder:{many}", "test", shape=(3, 28, 28))
     assert main(attach(many, weights, out, *MEAN, *STD)) == 0
     assert "| attached, combined | noise | " in capsys.readouterr().out
-    detector = Combined.load(out / "combined")
+    detector = Combined.load(out)
     assert detector.false_alarm == 0.05
     assert [type(member).__name__ for member in detector.detectors] == [
         "TIEDetector",
@@ -310,16 +313,15 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
         written(out)
     )
     net = TIENet.load(out / "network.safetensors")
-    assert load_network(out).classes == net.class_names
+    assert load_network(out).class_names == net.class_names
     capsys.readouterr()
-    assert (
-        main(["score", str(out / "combined"), *paths]) == 0
-    )  # a saved detector decides as it does in Python
-    alone = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    assert main(["score", str(out), *paths]) == 0
-    assert alone == list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    assert main(["score", str(out / "combined"), paths[0], "--false-alarm", "0.25"]) == 1
-    assert "a saved detector, which has its own threshold" in capsys.readouterr().err
+    detector.save(tmp_path / "saved")
+    for more in ([], ["--false-alarm", "0.25"]):  # a saved detector has its calibration scores
+        rows = []
+        for place in (out, tmp_path / "saved"):
+            assert main(["score", str(place), *paths, *more]) == 0
+            rows.append(capsys.readouterr().out)
+        assert rows[0] == rows[1]
     x = net.scaled(test.x.float() / 255)
     single = TIEDetector(net.eval(), false_alarm=0.25).fit([(x, test.y)])
     single.save(tmp_path / "single")
@@ -328,16 +330,62 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     assert [row["level"] != "accepted" for row in rows] == [
         level > 0 for level in _by_path(test, single.decide(x).level)
     ]
-    for unfitted in (Combined.load(out / "combined"), TIEDetector(net)):  # one over the other
+    for unfitted in (Combined.load(out), TIEDetector(net)):  # one over the other
         if isinstance(unfitted, Combined):
             unfitted.threshold = None
         net.tau.fill_(math.inf)
         unfitted.save(tmp_path / "single")
         assert main(["score", str(tmp_path / "single"), paths[0]]) == 1
         assert "Expected a detector with a threshold in" in capsys.readouterr().err
-    (out / "combined" / "detector.safetensors").write_bytes(b"{}")
+    (out / "detector.safetensors").write_bytes(b"{}")
     assert main(["score", str(out), paths[0]]) == 1
-    assert "members" in capsys.readouterr().err
+    assert "detector.safetensors" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_0_2_0_scores_as_it_did(many, weights, tmp_path, capsys):
+    out, images = tmp_path / "run", str(many / "test")
+    assert main(attach(many, weights, out)) == 0
+    capsys.readouterr()
+    commands = [["score", str(out), images, *more] for more in ([], ["--false-alarm", "0.25"])]
+    rows = [(main(command), capsys.readouterr().out) for command in commands]
+    detector = Combined.load(out)
+    state = {"reference": detector.reference._asdict()}
+    saved = load_state(out / "detector.safetensors", "detector")
+    del saved["calibration_scores"]
+    save_state(out / "combined" / "members.safetensors", "members", {**saved, **state})
+    shutil.copy(out / "network.safetensors", out / "combined")
+    about = json.loads((out / "detector.json").read_text())
+    about |= {"version": 1, "rule": "stouffer", "fitted_here": []}
+    about["members_sha256"] = sha256(out / "combined" / "members.safetensors")
+    write_json(out / "combined" / "detector.json", about)
+    for name in ("detector.safetensors", "detector.json"):
+        (out / name).unlink()
+    record = json.loads((out / "run.json").read_text())
+    record["settings"]["precision"] = record["settings"].pop("autocast_dtype")
+    write_json(out / "run.json", record)
+    assert [(main(command), capsys.readouterr().out) for command in commands] == rows
+    assert rows[0][0] == 0
+    assert main(["report", str(out)]) == 0
+    assert '"autocast_dtype"' in html.unescape((out / "report.html").read_text())
+
+
+def test_records_of_0_2_0_are_read_by_the_names_of_today(tmp_path):
+    config = {"epochs": 3, "search": 5, "precision": "bfloat16", "garbage_weight": 1.0}
+    recipe = {"config": config, "objective": "garbage", "garbage": "layers", "prior": ["white"]}
+    write_json(tmp_path / "run.json", {"settings": {"recipe": recipe, "precision": "float32"}})
+    settings = read_record(tmp_path)["settings"]
+    assert settings["autocast_dtype"] == "float32"
+    assert settings["recipe"] == {
+        "config": {
+            "epochs": 3,
+            "adversarial_steps": 5,
+            "autocast_dtype": "bfloat16",
+            "garbage_weight": 1.0,
+        },
+        "criterion": "garbage",
+        "head": "multilayer",
+        "prior": ["white"],
+    }
 
 
 def _by_path(test, scores):
@@ -362,7 +410,7 @@ def test_a_report_shows_what_there_is(run, capsys):
     }
     assert page.count("<figure>") == 5
     assert "<td>attached</td>" in page
-    assert "outliers that the garbage class was taught with" in page
+    assert "outliers that the garbage class was fitted to" in page
     assert "weights_sha256" in page
     assert {path for path in run.rglob("*") if path.is_file()} - {run / ".lock"} == set(
         written(run)
@@ -408,7 +456,7 @@ def test_other_architectures_are_made_again_from_the_record(
 def test_the_range_is_what_normalising_makes_of_black_and_white(
     folder, weights, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "processed", lambda x, rng: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, rng: x)
     assert main(attach(folder, weights, tmp_path / "run", *MEAN, *STD)) == 0
     net = TIENet.load(tmp_path / "run" / "network.safetensors")
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])
@@ -509,7 +557,8 @@ BAD = {
     ),
     "code": (
         lambda path: torch.save(Hostile(), path),
-        "but got a file that runs code when it is read (posix.system), which was not run; save model.",
+        "but got a file that runs code when it is read (posix.system), which was not run; save "
+        "model.",
     ),
     "a whole model": (
         lambda path: torch.save(make("conv3"), path),
@@ -537,15 +586,18 @@ BAD = {
     ),
     "of another architecture": (
         lambda path: torch.save(make("residual").state_dict(), path),
-        "Expected weights of conv3 in FILE, but got those of another architecture: none at conv.0.weight",
+        "Expected weights of conv3 in FILE, but got those of another architecture: none at "
+        "conv.0.weight",
     ),
     "of a deeper one": (
         lambda path: torch.save(make("conv5").state_dict(), path),
-        "Expected weights of conv3 for the 2 classes of the data in FILE, but got others: conv.0.weight of (64, 3, 3, 3) instead of (32, 3, 3, 3)",
+        "Expected weights of conv3 for the 2 classes of the data in FILE, but got others: "
+        "conv.0.weight of (64, 3, 3, 3) instead of (32, 3, 3, 3)",
     ),
     "of other classes": (
         lambda path: torch.save(make("conv3", n=7).state_dict(), path),
-        "for the 2 classes of the data in FILE, but got others: fc.weight of (7, 128) instead of (2, 128), fc.bias of (7,) instead of (2,)",
+        "for the 2 classes of the data in FILE, but got others: fc.weight of (7, 128) instead "
+        "of (2, 128), fc.bias of (7,) instead of (2,)",
     ),
     "with more": (
         lambda path: torch.save({**make("conv3").state_dict(), "x": torch.ones(3)}, path),
@@ -553,7 +605,8 @@ BAD = {
     ),
     "of four channels": (
         lambda path: torch.save(make("conv3", channels=4).state_dict(), path),
-        "Expected weights for images of 1 or 3 channels in FILE, but got conv.0.weight of (32, 4, 3, 3)",
+        "Expected weights for images of 1 or 3 channels in FILE, but got conv.0.weight of (32, "
+        "4, 3, 3)",
     ),
     "NaN": (
         changed("fc.bias", lambda w: w * float("nan")),
@@ -574,7 +627,7 @@ BAD = {
 def test_weights_that_are_none_are_refused_in_one_line_before_any_work(
     what, folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(attach_run, "attach", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(attach_command, "attach", lambda *_, **__: pytest.fail("the work began"))
     file, (put, message) = tmp_path / "weights", BAD[what]
     put(file)
     assert main(attach(folder, file, tmp_path / "new")) == 1
@@ -624,7 +677,8 @@ class Headless(nn.Sequential):
         (lambda: Softmaxed(2, 3), "but Softmaxed returns probabilities; leave the softmax out"),
         (
             Flat,
-            "Expected a backbone with convolutions or transformer blocks, whose maps tell OOD images, but got Flat",
+            "Expected a backbone with convolutions or transformer blocks, whose maps tell OOD "
+            "images, but got Flat",
         ),
         (
             Headless,
@@ -655,7 +709,8 @@ def test_a_class_without_samples_is_refused(folder, weights, tmp_path, capsys):
     [
         (
             ["--backbone", "resnet18"],
-            "one of conv3, conv5, residual, resnet20, torchvision:NAME or timm:NAME, but got 'resnet18'; did you mean torchvision:resnet18?",
+            "one of conv3, conv5, residual, resnet20, torchvision:NAME or timm:NAME, but got "
+            "'resnet18'; did you mean torchvision:resnet18?",
         ),
         (["--backbone", "os:system"], "or timm:NAME, but got 'os:system'\n"),
         (
@@ -736,8 +791,8 @@ def test_a_folder_that_holds_a_run_is_refused_before_any_work(
     (tmp_path / name).write_text("mine")
     assert main(attach(folder, weights, tmp_path)) == 1
     assert (
-        f"Expected a new folder, but got {tmp_path}, which holds {name} of a run; give another --out"
-        in capsys.readouterr().err
+        f"Expected a new folder, but got {tmp_path}, which holds {name} of a run; give another "
+        f"--out" in capsys.readouterr().err
     )
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -745,15 +800,15 @@ def test_a_folder_that_holds_a_run_is_refused_before_any_work(
 def test_a_run_that_came_while_images_were_read_is_refused(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
-    load, out = attach_run.load_images, tmp_path / "run"
+    load, out = attach_command.load_images, tmp_path / "run"
 
     def meanwhile(*args):
         out.mkdir()
         (out / "training.safetensors").write_text("another's")
         return load(*args)
 
-    monkeypatch.setattr(attach_run, "load_images", meanwhile)
-    monkeypatch.setattr(attach_run, "attach", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(attach_command, "load_images", meanwhile)
+    monkeypatch.setattr(attach_command, "attach", lambda *_, **__: pytest.fail("the work began"))
     assert main(attach(folder, weights, out)) == 1
     assert (
         f"Expected a new folder, but got {out}, which holds training.safetensors of a run"
@@ -772,7 +827,7 @@ def test_neither_command_writes_over_a_finished_attached_run(run, folder, weight
     assert "which holds a run of tie-ext attach; give another --out" in capsys.readouterr().err
     assert main(["train", "--resume", str(run)]) == 1
     assert (
-        "but got one of tie-ext attach, which has nothing to go on with" in capsys.readouterr().err
+        "but got one of tie-ext attach, which has nothing to continue" in capsys.readouterr().err
     )
     assert before == {
         path: path.read_bytes()
@@ -784,13 +839,13 @@ def test_neither_command_writes_over_a_finished_attached_run(run, folder, weight
 def test_the_folder_is_locked_while_the_work_goes_on(
     folder, weights, tmp_path, capsys, monkeypatch
 ):
-    out, work, seen = tmp_path / "run", attach_run.attach, []
+    out, work, seen = tmp_path / "run", attach_command.attach, []
 
     def busy(*args, **how):
         seen.append(main(attach(folder, weights, out)) if not seen else 0)
         return work(*args, **how)
 
-    monkeypatch.setattr(attach_run, "attach", busy)
+    monkeypatch.setattr(attach_command, "attach", busy)
     assert main(attach(folder, weights, out)) == 0
     assert seen == [1]
     assert (
@@ -812,8 +867,8 @@ def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(
     with monkeypatch.context() as patched:
         {
             "network": lambda: patched.setattr(TIENet, "save", stop),
-            "pictures": lambda: patched.setattr("tie_ext.cli.attach_run.save_snapshot", stop),
-            "scores": lambda: patched.setattr(attach_run, "save_state", stop),
+            "pictures": lambda: patched.setattr("tie_ext.cli.attach.save_snapshot", stop),
+            "scores": lambda: patched.setattr(evaluation, "save_state", stop),
         }[when]()
         assert main(attach(folder, weights, out)) == 130
     assert written(out)
@@ -870,7 +925,8 @@ def test_a_record_that_names_another_architecture_is_refused_and_nothing_large_i
     monkeypatch.setattr(registry, "build", lambda *_: pytest.fail("it was built"))
     with pytest.raises(
         ValueError,
-        match=r"Expected a network of vit_h_14, 2000020000 bytes or more, but got a file of 50000000$",
+        match=r"Expected a network of vit_h_14, 2000020000 bytes or more, but got a file of "
+        r"50000000$",
     ):
         registry.build_for("vit_h_14", 3, 2, 50_000_000)
 
@@ -914,7 +970,7 @@ def test_the_demos_images_can_be_attached_to_and_trained_on_with_every_flag(
 
 
 def test_every_command_has_its_work():
-    assert set(cli.COMMANDS) == {
+    assert set(COMMANDS) == {
         "demo",
         "train",
         "attach",

@@ -1,0 +1,106 @@
+"""``tie-ext attach``: weights in a file and images on disk become a run folder with a garbage
+class.
+"""
+
+import math
+from argparse import Namespace
+from pathlib import Path
+
+from tie_ext.cli import data, registry, tables
+from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
+from tie_ext.cli.flags import check_flags, interactive, settings_of, usage
+from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
+from tie_ext.cli.images import RunImages
+from tie_ext.cli.settings import AttachSettings, load_images
+from tie_ext.cli.snapshots import save_snapshot
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.procedural import Procedural
+from tie_ext.training.attach import attach
+from tie_ext.utils.files import locked, sha256, write_json
+from tie_ext.utils.modules import Bounded
+from tie_ext.utils.provenance import provenance
+
+SEEN = (
+    ". If the network was trained on these, its threshold rejects more than it says: put images "
+    "that it has not seen into test/"
+)
+"""Warns where images are held out here, as the network may have been trained on them."""
+
+
+def run(flags: Namespace) -> None:
+    """Attach a garbage class to a trained network, score the test images, leave a run folder."""
+    check_flags(vars(flags))
+    with usage():
+        registry.check_name(flags.backbone)
+    folder, settings = flags.out, settings_of(AttachSettings, vars(flags))
+    _refuse_a_run(folder)
+    weights = registry.read_weights(settings.weights)
+    channels = registry.channels_of(settings.backbone, weights, settings.weights)
+    low, high = settings.bounds(channels)
+    images = load_images(settings, settings.seed, channels)
+    test, classes = images.test, images.train.classes
+    n = len(classes)
+    model = registry.load(settings.backbone, channels, n, weights, settings.weights)
+    images.check()
+    for note in (test.note + (SEEN if data.HELD_OUT in test.note else ""), too_few(len(test))):
+        if note:
+            print(note)
+    with locked(folder):
+        _refuse_a_run(folder)  # again: another process may have started one meanwhile
+        net = attach(
+            model.to(flags.device),
+            ImageBatches(images.train, settings.batch_size, scale=Bounded(low, high)),
+            n,
+            low,
+            high,
+            classes,
+            seed=settings.seed,
+            progress=interactive(),
+            autocast_dtype=settings.autocast_dtype,
+        )
+        numbers = _save(folder, settings, flags.device, net, images)
+    if guesses(numbers["accuracy"], n, len(test)):
+        print(
+            f"ID accuracy is {numbers['accuracy']:.1%}, which guessing among {n} classes could "
+            "give: are these its weights, --mean, --std and --size, and the classes in the order "
+            "of its training (by name)?"
+        )
+    print(tables.tables({OWN[True]: numbers}))
+    print(tables.worst_validation(numbers) + tables.decides(numbers), end="")
+    print("ID accuracy is that of the network before")
+    print(f"run: {folder}; figures: tie-ext report {folder}")
+
+
+def _save(
+    folder: Path, settings: AttachSettings, device: str, net: TIENet, images: RunImages
+) -> dict:
+    """Score the test images, and write all files of the run; gives the numbers of ``run.json``."""
+    record = {"settings": settings.record(), "weights_sha256": sha256(settings.weights)}
+    record |= ({"test_images": note} if (note := images.test.note) else {}) | provenance(device)
+    clear(folder)  # of a run that was stopped while it wrote
+    write_json(folder / "run.json", record)  # first, as it says whose the others are
+    net.save(folder / "network.safetensors")
+    procedural, shape = Procedural(net).to(device), images.train.shape
+    save_snapshot(
+        folder, 0, net, [procedural], lambda n: procedural.draw((n, *shape)), images.test
+    )
+    numbers = evaluate_run(folder, OWN[True], net, images)
+    write_json(folder / "run.json", {**record, "numbers": numbers})
+    return numbers
+
+
+def guesses(accuracy: float, classes: int, images: int) -> bool:
+    """Whether guessing does as well, within two standard deviations; False of few images."""
+    chance = 1 / classes
+    return images >= NEEDED and accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / images)
+
+
+def _refuse_a_run(folder: Path) -> None:
+    """Refuse a folder that holds files of a run, but one of attach that was stopped midway."""
+    files = written(folder)
+    if files and not (holds_attached(folder) and "numbers" not in read_record(folder)):
+        raise ValueError(
+            f"Expected a new folder, but got {folder}, which holds {files[-1].name} of a run; "
+            "give another --out"
+        )
