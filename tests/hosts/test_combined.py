@@ -671,7 +671,10 @@ def rewrite(folder: Path, change) -> None:
             lambda f: rewrite(f, lambda s: s["reference"]["deviation"].zero_()),
             "deviations <= 0",
         ),
-        (lambda f: rewrite(f, lambda s: s["reference"]["mean"].fill_(float("inf"))), "finite mean"),
+        (
+            lambda f: rewrite(f, lambda s: s["reference"]["mean"].fill_(float("inf"))),
+            "finite mean",
+        ),
         (
             lambda f: rewrite(
                 f, lambda s: s["reference"].update(ordered=s["reference"]["ordered"].flip(0))
