@@ -25,6 +25,7 @@ from pytorch_ood.api import LogitsDetector, ModelNotSetException, RequiresFittin
 
 from tie_ext import Combined, TIEDetector, combine
 from tie_ext.pytorch_ood import (
+    BoundaryDistance,
     MahalanobisPlusPlus,
     SampledKNN,
     UncertaintyEstimate,
@@ -65,6 +66,7 @@ def every_member(net: TIENet) -> list:
         theirs.MaxSoftmax: lambda: theirs.MaxSoftmax(net, t=3.0),
         theirs.ViM: lambda: theirs.ViM(net.features, 4, net.fc.weight, net.fc.bias),
         theirs.KNN: lambda: theirs.KNN(net.features, k=3),
+        BoundaryDistance: lambda: BoundaryDistance(net.features, net.fc.weight, net.fc.bias),
         SampledKNN: lambda: SampledKNN(net.features, k=3, max_samples=10),
         TIEDetector: lambda: TIEDetector(net, t=0.5),
     }
@@ -305,7 +307,7 @@ def test_another_rule_forgets_the_line_and_ranks_by_itself():
     assert len(
         {tuple(three(rule=rule).fit(loader(60)).decide(x).score.tolist()) for rule in RULES}
     ) == len(RULES)
-    with pytest.raises(ValueError, match="one of zsum"):
+    with pytest.raises(ValueError, match="one of tails"):
         detector.set_hyperparameters(rule="mean")
 
 
@@ -339,7 +341,7 @@ def test_to_moves_members_and_scale():
     [
         (lambda: Combined([]), "at least one detector"),
         (lambda: three(false_alarm=0), "false_alarm"),
-        (lambda: three(rule="mean"), "one of zsum"),
+        (lambda: three(rule="mean"), "one of tails"),
         (lambda: three().fit([]), "Expected ID images in calibration_loader, but got"),
         (
             lambda: three().fit([(images()[0], torch.full((24,), -1))]),
@@ -608,7 +610,7 @@ def rewrite(folder: Path, change) -> None:
         (lambda f: (f / "detector.json").write_text("[1]"), "truncated or foreign"),
         (lambda f: edit(f, format="tie_ext detector"), "truncated or foreign"),
         (lambda f: edit(f, version=4), "newer tie_ext"),
-        (lambda f: edit(f, rule="mean"), "one of zsum"),
+        (lambda f: edit(f, rule="mean"), "one of tails"),
         (lambda f: edit(f, false_alarm=7), "Expected false_alarm"),
         (lambda f: edit(f, threshold="hostile"), "Expected threshold"),
         (lambda f: drop(f, "threshold"), "without 'threshold'"),
