@@ -1,4 +1,5 @@
-"""Networks that others trained, and the images they are judged on; public_networks.py has the rest.
+"""Networks that others trained, and the images they are judged on; public_networks.py has the
+rest.
 
 Image sets are read from the folder of packed sets: ``NAME.npz`` with the files of its images,
 ``mnist/`` and ``fashionmnist/`` as their archives came. Every set is brought to a network's size
@@ -64,7 +65,10 @@ def packed(root: Path, base: str) -> tuple[list, np.ndarray, np.ndarray]:
     """Images (files, or pixels), labels and split of each image of a set."""
     if base in ARCHIVES:
         parts = {"train": "train", "test": "t10k"}
-        images = {split: idx(root / base / f"{stem}-images-idx3-ubyte.gz") for split, stem in parts.items()}
+        images = {
+            split: idx(root / base / f"{stem}-images-idx3-ubyte.gz")
+            for split, stem in parts.items()
+        }
         labels = [idx(root / base / f"{stem}-labels-idx1-ubyte.gz") for stem in parts.values()]
         splits = np.repeat(list(images), [len(x) for x in images.values()])
         return [image for x in images.values() for image in x], np.concatenate(labels), splits
@@ -88,18 +92,23 @@ def brought(image: bytes | np.ndarray, size: int, channels: int) -> np.ndarray:
     """Pixels ``(C, S, S)`` of an image."""
     picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
     picture = picture.convert("L" if channels == 1 else "RGB")
-    # Photographs of 224 pixels are the middle of 256, as those networks were tested by their makers.
+    # Photographs of 224 pixels are the middle of 256, as such networks are tested.
     side = 256 if size == 224 else size
     scale = side / min(picture.size)
     if scale != 1:
         wide, high = (round(scale * length) for length in picture.size)
         picture = picture.resize((wide, high), Image.Resampling.BILINEAR)
     left, top = ((length - size) // 2 for length in picture.size)
-    return np.asarray(picture.crop((left, top, left + size, top + size))).reshape(size, size, channels).transpose(2, 0, 1)
+    return (
+        np.asarray(picture.crop((left, top, left + size, top + size)))
+        .reshape(size, size, channels)
+        .transpose(2, 0, 1)
+    )
 
 
 def noise(kind: str, count: int, size: int, channels: int) -> Images:
-    """White noise: uniform, or normal around mid-grey with half of the range as deviation, clipped."""
+    """White noise: uniform, or normal around mid-grey with half of the range as deviation,
+    clipped."""
     rng, shape = torch.Generator().manual_seed(0), (count, channels, size, size)
     normal = (0.5 + torch.randn(shape, generator=rng) / 2).clamp(0, 1)
     x = torch.rand(shape, generator=rng) if kind == "uniform" else normal
@@ -107,15 +116,21 @@ def noise(kind: str, count: int, size: int, channels: int) -> Images:
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut: a projection, or (option A) the input with zeros for new channels."""
+    """Two convolutions and a shortcut: a projection, or (option A) the input with zeros for new
+    channels."""
 
     def __init__(self, before: int, after: int, stride: int, project: bool):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(before, after, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(after),
+        )
         self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
         self.stride, self.more = stride, after - before
         if project and (stride > 1 or self.more):
-            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
         else:
             self.shortcut = None
 
@@ -124,7 +139,10 @@ class Block(nn.Module):
         if self.shortcut is not None:
             return F.relu(y + self.shortcut(x))
         if self.stride > 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more // 2))
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride],
+                (0, 0, 0, 0, self.more // 2, self.more // 2),
+            )
         return F.relu(y + x)
 
 
@@ -139,13 +157,21 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(*(Block(16, 16, 1, project) for _ in range(blocks)))
-        self.layer2 = nn.Sequential(*(Block(32 if i else 16, 32, 1 if i else 2, project) for i in range(blocks)))
-        self.layer3 = nn.Sequential(*(Block(64 if i else 32, 64, 1 if i else 2, project) for i in range(blocks)))
+        self.layer2 = nn.Sequential(
+            *(Block(32 if i else 16, 32, 1 if i else 2, project) for i in range(blocks))
+        )
+        self.layer3 = nn.Sequential(
+            *(Block(64 if i else 32, 64, 1 if i else 2, project) for i in range(blocks))
+        )
         self.linear = nn.Linear(64, num_classes)
 
     def stages(self) -> list[nn.Module]:
         """Parts that each take what the one before gives, up to the last feature maps."""
-        return [nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.layer1), self.layer2, self.layer3]
+        return [
+            nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.layer1),
+            self.layer2,
+            self.layer3,
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages():

@@ -1,11 +1,11 @@
 """Others' OOD scores on cached features, and how they are judged. Larger score = more OOD.
 
-Symbols: ``h (N, F)`` penultimate features, ``W (n, F)`` and ``b (n,)`` the last layer, so that logits
-are ``h W^T + b``; ``y (N,)`` labels of the images fitted on.
+Symbols: ``h (N, F)`` penultimate features, ``W (n, F)`` and ``b (n,)`` the last layer, so that
+logits are ``h W^T + b``; ``y (N,)`` labels of the images fitted on.
 
 pytorch-ood's detectors have its defaults; ViM, which has none, keeps half of the dimensions. ASH,
-SCALE, ReAct and VRA shape the pooled features. Mahalanobis++ is pytorch-ood's Mahalanobis on features
-of length 1. CADRef and WeiPer + KLD are written here.
+SCALE, ReAct and VRA shape the pooled features. Mahalanobis++ is pytorch-ood's Mahalanobis on
+features of length 1. CADRef and WeiPer + KLD are written here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +79,10 @@ def scores_of(
     for name, fit in make.items():
         try:
             score = fit()
-            of = {place: torch.cat([score(part).float() for part in z.split(2000)]) for place, z in sets.items()}
+            of = {
+                place: torch.cat([score(part).float() for part in z.split(2000)])
+                for place, z in sets.items()
+            }
             if not all(bool(one.isfinite().all()) for one in of.values()):
                 raise ValueError("scores that are not finite")
             found[name] = of
@@ -91,7 +94,7 @@ def scores_of(
 def image_makers(
     model: nn.Module, stages: list, layers: list, last: nn.Module, num_classes: int, batches: list
 ) -> dict[str, Callable[[], Score]]:
-    """As :func:`makers`, of scores that read images ``(N, C, H, W)``: they ask for gradients or for early layers.
+    """As :func:`makers`, of scores that read images ``(N, C, H, W)``, for gradients or early layers.
 
     Arguments:
         model: The classifier.
@@ -117,23 +120,28 @@ def scores_of_images(
         try:
             torch.manual_seed(0)  # Gram holds a random part of the images out
             score = fit()
-            found[name] = {of: torch.cat([score(x).detach().float() for x, _ in batches]) for of, batches in sets.items()}
+            found[name] = {
+                of: torch.cat([score(x).detach().float() for x, _ in batches])
+                for of, batches in sets.items()
+            }
         except FAILURES as error:
             failed[name] = str(error) or type(error).__name__
     return found, failed
 
 
 def cadref(fc: nn.Linear, h: Tensor) -> Score:
-    """How far features are from the mean of the class that is predicted, apart for what speaks for it and what against.
+    """How far features are from the mean of the predicted class, for and against it apart.
 
     References:
-        Z. Ling et al. *CADRef: Robust Out-of-Distribution Detection via Class-Aware Decoupled Relative
-        Feature Leveraging*. CVPR 2025.
+        Z. Ling et al. *CADRef: Robust Out-of-Distribution Detection via Class-Aware Decoupled
+        Relative Feature Leveraging*. CVPR 2025.
     """
     logits = fc(h)
     members = F.one_hot(logits.argmax(1), len(fc.weight)).float()
     if (members.sum(0) == 0).any():
-        raise ValueError("a class that the network predicts for no image that is fitted on has no mean")
+        raise ValueError(
+            "a class that the network predicts for no image that is fitted on has no mean"
+        )
     means, energy = members.T @ h / members.sum(0)[:, None], logits.logsumexp(1).mean()
 
     def score(z: Tensor) -> Tensor:
@@ -160,17 +168,19 @@ CIFAR100, IMAGENET = WeiPer(2.4, 0.1, 1.0, 4, 40), WeiPer(2.4, 2.5, 0.25, 40, 15
 
 
 def weiper(fc: nn.Linear, h: Tensor) -> Score:
-    """How unlike the training images' histogram are those of features and of logits by noisy copies of the last layer.
+    """How unlike those of training images are histograms of features, and of noisy copies' logits.
 
-    Settings: the authors' of CIFAR-10 up to 10 classes, of CIFAR-100 up to 100, of ImageNet beyond.
+    Settings: the authors' for CIFAR-10 up to 10 classes, CIFAR-100 up to 100, ImageNet beyond.
 
     References:
-        M. Granz, M. Heurich, T. Landgraf. *WeiPer: OOD Detection using Weight Perturbations of Class
-        Projections*. NeurIPS 2024.
+        M. Granz, M. Heurich, T. Landgraf. *WeiPer: OOD Detection using Weight Perturbations of
+        Class Projections*. NeurIPS 2024.
     """
     n = len(fc.weight)
     of = WeiPer() if n <= 10 else CIFAR100 if n <= 100 else IMAGENET
-    noise = F.normalize(torch.randn((COPIES, *fc.weight.shape), generator=torch.Generator().manual_seed(0)), dim=2)
+    noise = F.normalize(
+        torch.randn((COPIES, *fc.weight.shape), generator=torch.Generator().manual_seed(0)), dim=2
+    )
     copies = (fc.weight + of.delta * fc.weight.norm(dim=1, keepdim=True) * noise).flatten(0, 1)
     bias = fc.bias.repeat(COPIES)
 
@@ -178,9 +188,14 @@ def weiper(fc: nn.Linear, h: Tensor) -> Score:
         return [z, z @ copies.T + bias]
 
     pieces = h.split(200)
-    ends = [tuple(torch.stack([end(parts(z)[i]) for z in pieces]) for end in (torch.amin, torch.amax)) for i in (0, 1)]
+    ends = [
+        tuple(torch.stack([end(parts(z)[i]) for z in pieces]) for end in (torch.amin, torch.amax))
+        for i in (0, 1)
+    ]
     ends = [(low.min(), high.max()) for low, high in ends]
-    normal = [torch.cat([histogram(parts(z)[i], *ends[i]) for z in pieces]).mean(0) for i in (0, 1)]
+    normal = [
+        torch.cat([histogram(parts(z)[i], *ends[i]) for z in pieces]).mean(0) for i in (0, 1)
+    ]
 
     def score(z: Tensor) -> Tensor:
         return torch.cat([of_piece(piece) for piece in z.split(200)])
@@ -197,7 +212,8 @@ def weiper(fc: nn.Linear, h: Tensor) -> Score:
 
 
 def histogram(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Shares ``(N, BINS)`` of each row's values ``(N, K)`` in equal bins from low to high; what lies beyond is in none."""
+    """Shares ``(N, BINS)`` of each row's values ``(N, K)`` in equal bins from low to high; what
+    lies beyond is in none."""
     place = ((values - low) / (high - low) * BINS).floor().clamp(-1, BINS).long()
     place = torch.where((place == BINS) & (values <= high), BINS - 1, place) + 1
     counts = torch.zeros(len(values), BINS + 2).scatter_add_(1, place, torch.ones_like(values))
@@ -212,7 +228,8 @@ def smoothed(shares: Tensor, width: int) -> Tensor:
 
 
 def divergence(p: Tensor, q: Tensor, least: float) -> Tensor:
-    """Symmetric Kullback-Leibler divergence ``(N,)`` of shares ``(N, K)`` and ``(K,)``, to each of which ``least`` is added."""
+    """Symmetric Kullback-Leibler divergence ``(N,)`` of shares ``(N, K)`` and ``(K,)``, to each of
+    which ``least`` is added."""
     p, q = (F.normalize(of + least, p=1, dim=-1) for of in (p, q))
     return ((p - q) * (p.log() - q.log())).sum(1)
 
@@ -220,13 +237,17 @@ def divergence(p: Tensor, q: Tensor, least: float) -> Tensor:
 def auroc(inside: Tensor, outside: Tensor) -> float:
     """Probability that an OOD image scores higher than an ID one, ties counted half."""
     ordered = inside.double().sort().values
-    below, upto = (torch.searchsorted(ordered, outside.double(), right=right) for right in (False, True))
+    below, upto = (
+        torch.searchsorted(ordered, outside.double(), right=right) for right in (False, True)
+    )
     return ((below + upto).double().mean() / (2 * len(inside))).item()
 
 
 def fpr95(inside: Tensor, outside: Tensor) -> float:
     """Share of OOD images accepted where 95 % of the ID images are."""
-    return (outside <= inside.double().quantile(0.95, interpolation="higher")).double().mean().item()
+    return (
+        (outside <= inside.double().quantile(0.95, interpolation="higher")).double().mean().item()
+    )
 
 
 def line(calibration: Tensor, false_alarm: float = 0.05) -> float:
@@ -249,7 +270,9 @@ def regrets(table: Table, name: str, ours: Sequence[str]) -> dict[str, tuple[flo
     """
     found = {}
     for column, of in table.items():
-        rivals = {rival: value for rival, value in of.items() if value is not None and rival not in ours}
+        rivals = {
+            rival: value for rival, value in of.items() if value is not None and rival not in ours
+        }
         best = max(rivals, key=rivals.__getitem__)
         value = of.get(name)
         if value is not None:
