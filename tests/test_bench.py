@@ -271,7 +271,7 @@ def test_rivals_score_features_as_their_host_scores_images():
 
     features, fc, x, y = tiny_classifier()
     new = torch.rand(50, 3, 3, 3)
-    found, failed = rivals.scores_of(rivals.makers(fc, features(x), y), {"new": features(new)})
+    found, failed = rivals.scores_of(rivals.makers(fc, features(x), y), {"new": features(new).split(20)})
     net = torch.nn.Sequential(features, fc)
     loader = [(x, y)]
     by_host = {
@@ -293,7 +293,7 @@ def test_a_rival_that_cannot_be_fitted_has_a_reason_and_no_number():
 
     features, fc, x, _ = tiny_classifier()
     y = torch.tensor([0, 3]).repeat(200)  # no image of classes 1 and 2
-    found, failed = rivals.scores_of(rivals.makers(fc, features(x), y), {"new": features(x)})
+    found, failed = rivals.scores_of(rivals.makers(fc, features(x), y), {"new": [features(x)]})
     assert {"Mahalanobis", "RMD", "SHE"} <= set(failed)
     assert {"MSP", "fDBD", "KNN"} <= set(found)
     assert not set(found) & set(failed)

@@ -474,9 +474,8 @@ class Run:
         seen, net = self.seen(), reader(model, self.backbone, self.network.num_classes)
         fc = net.fc.requires_grad_(False)
         h, _, y = seen["fit"]
-        found, failed = rivals.scores_of(
-            rivals.makers(fc, h, y), {of: one.features for of, one in seen.items() if of != "fit"}
-        )
+        sets = {of: one.features.split(2000) for of, one in seen.items() if of != "fit"}
+        found, failed = rivals.scores_of(rivals.makers(fc, h, y), sets)
         own, threshold = own_scores(net, head, seen)
         tensors = {
             f"scores/{name}/{of}": one
@@ -514,12 +513,12 @@ class Run:
         size = 50
         fit = list(self.backbone.batches(self.images("fit"), size))
         sets = {
-            of: list(self.backbone.batches(self.images(of, few), size))
+            of: [x for x, _ in self.backbone.batches(self.images(of, few), size)]
             for of in self.parts
             if of not in ("fit", *VALIDATION)
         }
         make = rivals.image_makers(model, stages, layers, last, self.network.num_classes, fit)
-        found, failed = rivals.scores_of_images(make, sets)
+        found, failed = rivals.scores_of(make, sets)
         write(
             path,
             {
@@ -556,8 +555,7 @@ class Run:
         }
 
     def record(self) -> dict:
-        """Its numbers: AUROC, FPR@95 and the share rejected at 5 % false alarms, by score and set.
-        """
+        """AUROC, FPR@95 and the share rejected at 5 % false alarms, by score and set."""
         kept = load_file(self.folder / "scores.safetensors")
         right = kept["logits/test"].argmax(1) == kept["labels/test"]
         numbers: dict[str, dict | None] = {}

@@ -194,8 +194,8 @@ def page() -> str:
     parts = [
         HEAD.format(**facts),
         "## AUROC, near / far\n",
-        "Percent. In bold what is ours, which is no rival. *Worst regret* as above; *(of N)*: the\n"
-        "score has numbers in N columns alone.\n",
+        "Percent. In bold what is ours, which is no rival. *(of N)*: the score has numbers in N\n"
+        "columns alone.\n",
         measured(summary, 0),
         "\n## Where combine stands\n",
         "The interval is of images drawn again, for those networks that have few.\n",
@@ -204,8 +204,8 @@ def page() -> str:
         "OOD images accepted where 95 % of the ID test images are; percent.\n",
         measured(summary, 1),
         "\n## Rejected at 5 % false alarms, near / far\n",
-        "The threshold is drawn on the calibration images (combine: on half of them, as the other\n"
-        "half sets its scale); percent.\n",
+        "The threshold is drawn on the calibration images (combine: on half of them, as its scale\n"
+        "takes the other half); percent.\n",
         measured(summary, 2),
         "\n## Validation sets\n",
         "Sets that settings may be chosen by: AUROC on twenty classes of TinyImageNet / glyphs /\n"

@@ -70,18 +70,18 @@ FAILURES = (AssertionError, ValueError, RuntimeError, IndexError)
 """How hosts' detectors say that they cannot be fitted."""
 
 
-@torch.no_grad()
 def scores_of(
-    make: Mapping[str, Callable[[], Score]], sets: Mapping[str, Tensor]
+    make: Mapping[str, Callable[[], Score]], sets: Mapping[str, Sequence[Tensor]]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Scores by name and set of features, and why there are none of those that have failed."""
+    """Scores by name and set (given as batches), and why some have none."""
     found, failed = {}, {}
     for name, fit in make.items():
         try:
+            torch.manual_seed(0)  # Gram holds a random part of the images out
             score = fit()
             of = {
-                place: torch.cat([score(part).float() for part in z.split(2000)])
-                for place, z in sets.items()
+                place: torch.cat([score(x).detach().float() for x in xs])
+                for place, xs in sets.items()
             }
             if not all(bool(one.isfinite().all()) for one in of.values()):
                 raise ValueError("scores that are not finite")
@@ -94,7 +94,7 @@ def scores_of(
 def image_makers(
     model: nn.Module, stages: list, layers: list, last: nn.Module, num_classes: int, batches: list
 ) -> dict[str, Callable[[], Score]]:
-    """As :func:`makers`, of scores that read images ``(N, C, H, W)``, for gradients or early layers.
+    """As :func:`makers`, of scores that read images, for gradients or early layers.
 
     Arguments:
         model: The classifier.
@@ -109,24 +109,6 @@ def image_makers(
         "Gram": lambda: theirs.Gram(last, stages, num_classes).fit(batches).predict,
         "NAC": lambda: theirs.NACUE(model, layers).fit(batches[:20]).predict,  # of 1000 images
     }
-
-
-def scores_of_images(
-    make: Mapping[str, Callable[[], Score]], sets: Mapping[str, list]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """As :func:`scores_of`, of batches ``(x, y)``."""
-    found, failed = {}, {}
-    for name, fit in make.items():
-        try:
-            torch.manual_seed(0)  # Gram holds a random part of the images out
-            score = fit()
-            found[name] = {
-                of: torch.cat([score(x).detach().float() for x, _ in batches])
-                for of, batches in sets.items()
-            }
-        except FAILURES as error:
-            failed[name] = str(error) or type(error).__name__
-    return found, failed
 
 
 def cadref(fc: nn.Linear, h: Tensor) -> Score:
