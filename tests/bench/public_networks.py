@@ -124,7 +124,8 @@ def conv3(own: str, root: Path, cache: Path) -> nn.Module:
         images = ImageSet(*public_data.read(root, f"{own}-train", 28, 1, 2 * FIT))
         with seeded(0):
             net = TIENet(Conv3(1, 10), 10, (1, 28, 28))
-        train(net, images, 5, 0, path.with_suffix(".training"))
+        with torch.enable_grad():
+            train(net, images, 5, 0, path.with_suffix(".training"))
         net.save(path)
     return classifier(TIENet.load(path))
 

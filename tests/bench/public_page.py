@@ -204,7 +204,7 @@ def page() -> str:
         "OOD images accepted where 95 % of the ID test images are; percent.\n",
         measured(summary, 1),
         "\n## Rejected at 5 % false alarms, near / far\n",
-        "The threshold is drawn on the calibration images (combine: on half of them, as its scale\n"
+        "The threshold is drawn on the calibration images (combine: on half of them, its scale\n"
         "takes the other half); percent.\n",
         measured(summary, 2),
         "\n## Validation sets\n",
