@@ -21,12 +21,17 @@ CALLED = {
     "fashionmnist": "FashionMNIST, our CNN",
 }
 """Networks, in the order of the tables."""
+SAID = {
+    "AssertionError": "pytorch-ood asserts that every class up to the largest label has images"
+}
+"""What is meant by an error that says nothing."""
 HEAD = """# Networks that others trained
 
 Made by `python tests/bench/tables.py` of the records in `docs/results/public_networks/`, which
-this command made:
+this command makes (it goes on where it was stopped; each record holds its own call):
 
-    python tests/bench/{command}
+    python tests/bench/public_networks.py --images DATA --cache CACHE \\
+        --out docs/results/public_networks
 
 Measured with tie_ext {version}, pytorch-ood {host}. **Worst regret**: for each network, and for
 its near and its far sets apart, AUROC of the detector that `combine` gives minus that of the best
@@ -50,14 +55,16 @@ the mean over columns {mean}. The best a single score can do is {single}.
 - **MNIST, FashionMNIST.** The project's CNN, five epochs of 20 000 images, fitted on half of them.
   No near sets. Far: each other, notMNIST, CIFAR-10, TinyImageNet, noise.
 
-Three seeds of head and of the images that are fitted on; of flowers and trash one a choice.
-Textures, which others have as a far set, are not at hand. ODIN, Gram and NAC ask for gradients or
-early layers of each image: they are of the first seed, or choice, and of the first {few} images of
-each set. pytorch-ood's detectors have its defaults. ASH, SCALE, ReAct and VRA shape pooled
-features. ViM has half of the dimensions. Mahalanobis++ is pytorch-ood's Mahalanobis on features of
-length 1. WeiPer + KLD has its authors' settings for CIFAR-10, CIFAR-100 and ImageNet, by the
-number of classes; they were found on features of 512 and more dimensions, and its histograms of 64
-are noise. *combine* is today's (garbage head, KNN, GEN); *attach* the head alone.
+Up to three seeds of head and of the images that are fitted on, up to five choices with a seed
+each; the table of runs has how many. Textures, which others have as a far set, are not at hand.
+ODIN, Gram and NAC ask for gradients or early layers of each image: they are of the first seed, or
+choice, and of the first {few} images of each set. pytorch-ood's detectors have its defaults; with
+NAC's, made to be tuned for each network, nearly every image is covered in full. ASH, SCALE, ReAct
+and VRA shape pooled features. ViM has half of the dimensions. Mahalanobis++ is pytorch-ood's
+Mahalanobis on features of length 1. WeiPer + KLD has its authors' settings for CIFAR-10, CIFAR-100
+and ImageNet, by the number of classes; they were found on features of 512 and more dimensions, and
+its histograms of 64 are noise. *combine* is today's (garbage head, KNN, GEN); *attach* the head
+alone.
 """
 
 
@@ -157,17 +164,18 @@ def runs_rows(records: list[dict]) -> list[dict[str, str]]:
     return rows
 
 
-def reasons(records: list[dict]) -> str:
+def reasons(summary: dict, records: list[dict]) -> str:
     """Which scores have no number where, and why."""
-    found = {
-        (score, record["network"]): why
-        for record in records
-        for score, why in record["why not"].items()
-    }
-    lines = [
-        f"- {score}, {CALLED[network]}: {' '.join(why.split())}"
-        for (score, network), why in sorted(found.items())
-    ]
+    found = {(score, of["network"]): why for of in records for score, why in of["why not"].items()}
+    for column, scores in summary["columns"].items():
+        network, kind = column.split()
+        for score in summary["regret"]:
+            if kind != "validation" and scores.get(score) is None:
+                found.setdefault((score, network), "not run")
+    by: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (score, network), why in sorted(found.items()):
+        by[network, SAID.get(why, " ".join(why.split()))].append(score)
+    lines = [f"- {CALLED[network]}: {', '.join(of)}: {why}" for (network, why), of in by.items()]
     return "\n".join(lines) or "None."
 
 
@@ -183,7 +191,6 @@ def page() -> str:
     )
     worst, average, _ = summary["regret"][OURS[0]]
     facts = {
-        "command": summary["command"],
         "version": summary["versions"]["tie_ext"],
         "host": summary["versions"]["pytorch-ood"],
         "worst": percent(worst),
@@ -214,7 +221,7 @@ def page() -> str:
         "\n## Runs\n",
         table(runs_rows(records)),
         "\n## No number\n",
-        reasons(records),
+        reasons(summary, records),
         "",
     ]
     return "\n".join(parts)
