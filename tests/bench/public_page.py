@@ -22,7 +22,7 @@ CALLED = {
 }
 """Networks, in the order of the tables."""
 SAID = {
-    "AssertionError": "pytorch-ood asserts that every class up to the largest label has images"
+    "AssertionError": "pytorch-ood asserts that every class up to the last has images"
 }
 """What is meant by an error that says nothing."""
 HEAD = """# Networks that others trained
