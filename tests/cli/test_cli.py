@@ -1194,11 +1194,8 @@ def test_a_demo_touches_no_folder_of_anything_else(content, small_demo, run, tmp
     before = listed(out)
     assert small_demo(out) == 1
     error = capsys.readouterr().err
-    assert (
-        f"Expected a folder for the demo, but got {out}, which holds {'network.safetensors' if "
-        f"content == 'no run' else 'run.json'}"
-        in error
-    )
+    name = "network.safetensors" if content == "no run" else "run.json"
+    assert f"Expected a folder for the demo, but got {out}, which holds {name}" in error
     assert error.count("\n") == 1
     assert listed(out) == before
 
