@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -18,6 +18,7 @@ from torch import nn
 from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.models.backbones import Conv3
 from tie_ext.outliers import Domain, Inversion, InversionSettings
+from tie_ext.training.config import HeadConfig
 
 settings.register_profile("slow machines are fine", deadline=None)
 settings.load_profile("slow machines are fine")
@@ -76,6 +77,13 @@ def make_batches(classes: int = 3, sizes: tuple[int, ...] = (8, 8)) -> list:
 def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
     net = make_net() if net is None else net
     return TIETrainer(net, replace(TINY, **changes), [Inversion(net, FEW)])
+
+
+def set_head_defaults(monkeypatch: pytest.MonkeyPatch, **changes) -> None:
+    """Other defaults of HeadConfig, for programs that offer no way to give one."""
+    defaults = {f.name: f.default for f in fields(HeadConfig)}
+    values = tuple((defaults | changes).values())
+    monkeypatch.setattr(HeadConfig.__init__, "__defaults__", values)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from conftest import SHAPE, Small, make_batches
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from tie_ext import TIENet, attach
+import tie_ext
+from tie_ext import TIENet
 from tie_ext.models.backbones import Conv3, Conv5, ResidualCNN, ResNet20
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import MAX_LAYERS, find_layers
@@ -17,13 +19,11 @@ from tie_ext.models.statistics import FLAT, MAX_CHANNELS, PIECE, pool_statistics
 from tie_ext.outliers import MarginalRepresentations, MarginalSettings, Noise, make
 from tie_ext.scores.decision import uncertainty, upcast
 from tie_ext.scores.threshold import exclusion_threshold
+from tie_ext.training.config import HeadConfig
 from tie_ext.utils.reservoir import Reservoir
 
-
-@pytest.fixture(autouse=True)
-def _few_steps(request, monkeypatch):
-    if "told" not in request.node.name:  # where what was learned counts
-        monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
+attach = partial(tie_ext.attach, head_config=HeadConfig(steps=30))
+"""With few steps, where what the head learns does not count."""
 
 
 def stripes(count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +97,7 @@ def test_the_softmax_over_all_outputs_gives_the_heads_odds():
 
 
 def test_statistics_are_of_every_layer_before_its_relu_standardised_on_id_images(monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "corrupt", lambda x, rng: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, rng: x)
     x, y = stripes()
     model = Small().eval()
     net = attach(model, [(x[:30], y[:30]), (x[30:], y[30:])], 3)
@@ -174,16 +174,15 @@ def test_a_layer_is_read_before_its_relu_after_its_own_normalisation(layers, fou
     assert before.min() < 0
 
 
-def test_outliers_that_were_not_taught_are_told_and_the_same_seed_gives_the_same_head(monkeypatch):
+def test_unseen_outliers_are_rejected_and_a_seed_determines_the_head():
     x, y = stripes(300)
     torch.manual_seed(0)
     model = Small().eval()
     batches = list(zip(x.split(50), y.split(50), strict=True))
-    net = attach(model, batches, 3)
+    net = tie_ext.attach(model, batches, 3)
     white = torch.randn(100, *SHAPE).div(2).add(0.5).clamp(0, 1)
     assert (net.decide(stripes(100)[0]).level == 1).float().mean() < 0.1
     assert (net.decide(white).level == 1).float().mean() > 0.9
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
     net = attach(model, batches, 3)
     torch.rand(5)
     again = attach(model, batches, 3)
@@ -226,16 +225,20 @@ def test_statistics_of_large_maps_which_are_pooled_in_pieces_are_those_of_each_i
 def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_as_they_are_and_processed(
     monkeypatch,
 ):
-    module, taught = sys.modules["tie_ext.training.attach"], []
+    taught = []
     monkeypatch.setattr(
-        module,
+        sys.modules["tie_ext.training.attach"],
         "fit_head",
-        lambda head, inside, outside, steps, weight, progress: taught.append(
-            (inside, outside, steps, weight)
+        lambda head, id_statistics, ood_statistics, config, progress: taught.append(
+            (id_statistics, ood_statistics, config.steps, config.weight)
         ),
     )
     brought: list[torch.Tensor] = []
-    monkeypatch.setattr(module, "corrupt", lambda x, rng: brought.append(1 - x) or brought[-1])
+    monkeypatch.setattr(
+        sys.modules["tie_ext.training.fit_head"],
+        "corrupt",
+        lambda x, rng: brought.append(1 - x) or brought[-1],
+    )
     x, y = stripes()
     net = attach(Small().eval(), [(x[:50], y[:50]), (x[50:], y[50:])], 3)
     ((inside, outside, steps, weight),) = taught
@@ -249,7 +252,6 @@ def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_
 
 def test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow(monkeypatch):
     module, passed, kept = sys.modules["tie_ext.training.attach"], [], []
-    monkeypatch.setattr(module, "MEMORY", 4 * 100 * 10)
 
     class Counted(Small):
         def forward(self, x):
@@ -257,14 +259,13 @@ def test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow(monkey
             return super().forward(x)
 
     monkeypatch.setattr(
-        module, "fit_head", lambda head, inside, outside, *_: kept.append((inside, outside))
+        module, "fit_head", lambda head, id_rows, ood_rows, *_: kept.append((id_rows, ood_rows))
     )
     x, y = stripes(90)
     for times in (1, 3):
         passed.clear()
-        attach(
-            Counted().eval(), list(zip(x.split(10) * times, y.split(10) * times, strict=True)), 3
-        )
+        batches = list(zip(x.split(10) * times, y.split(10) * times, strict=True))
+        attach(Counted().eval(), batches, 3, head_config=HeadConfig(memory=4 * 100 * 10))
         images, outliers = 2 * 90 * times, 3 * 90 * times
         assert (
             images + outliers <= sum(passed) <= images + outliers + 5
@@ -450,21 +451,21 @@ def test_a_stream_of_batches_is_taken():
             make_batches(),
             r"Expected a backbone for images \(1, 28, 28\), but Small fails on one",
         ),
-        (Small().eval(), [], "Expected at least one batch of ID images, but got an empty loader"),
+        (Small().eval(), [], "Expected ID images in loader, but got an empty loader"),
         (
             Small().eval(),
             iter(make_batches()),
-            "Expected batches that can be read more than once, as a DataLoader or a list, but got a list_iterator",
+            "Expected loader to be something that can be read more than once, .*, but got a list_iterator",
         ),
         (
             Small().eval(),
             TensorDataset(torch.rand(8, *SHAPE)),
-            "Expected batches, but got TensorDataset, which gives one image at a time",
+            "Expected batches from loader, but got TensorDataset, which gives one image at a time",
         ),
         (
             Small().eval(),
             [{"data": 1}],
-            "Expected batches of images, or of .images, labels., but got dict",
+            "Expected batches of tensors from loader, but got int",
         ),
         (Small().eval(), [torch.rand(8, *SHAPE) * 255], "Expected images in the value range"),
         (
@@ -533,3 +534,22 @@ def test_the_gradient_of_the_statistics_is_autograds(shape):
         (of(a) * weights).sum().backward()
         gradients.append(a.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_of_any_form_give_the_same_head():
+    x, y = stripes()
+    model = Small().eval()
+    one_hot = torch.nn.functional.one_hot(y, 3)
+    forms = [(x, y), (x.numpy(), y.numpy(), "ignored"), {"image": x, "label": y}, (x, one_hot)]
+    heads = [attach(model, [batch], 3).garbage.state_dict() for batch in forms]
+    for head in heads[1:]:
+        assert all(torch.equal(value, heads[0][name]) for name, value in head.items())
+
+
+def test_images_with_a_label_below_zero_are_left_out():
+    (x, y), model = stripes(), Small().eval()
+    mixed = torch.cat([x, torch.rand(20, *SHAPE)]), torch.cat([y, torch.full((20,), -1)])
+    head, expected = (attach(model, [batch], 3).garbage for batch in (mixed, (x, y)))
+    assert torch.equal(head.mean, expected.mean)
+    with pytest.raises(ValueError, match="Expected ID images in loader, but got 20 with labels"):
+        attach(model, [(mixed[0][-20:], mixed[1][-20:])], 3)

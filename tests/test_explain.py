@@ -9,7 +9,7 @@ from conftest import Small
 
 import tie_ext
 from tie_ext import TIENet
-from tie_ext.training.explain import MOVED, Layers, _blurred, _moved, _nearest, explain
+from tie_ext.training.explain import MAX_SHIFT, Layers, _blur, _nearest, _shift, explain
 
 N = 3
 """Classes."""
@@ -54,11 +54,8 @@ def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apa
     assert found.agreement > 0.8
 
 
-def test_every_layer_finds_inversions_more_like_id_images_for_the_second_term(
-    trained, found, monkeypatch
-):
-    monkeypatch.setattr(sys.modules["tie_ext.training.explain"], "LIKE", 0.0)
-    without = explain(trained, [bars(120, 0)], N, per_class=2, steps=100)
+def test_every_layer_finds_inversions_more_like_id_images_for_the_second_term(trained, found):
+    without = explain(trained, [bars(120, 0)], N, per_class=2, steps=100, statistics_weight=0.0)
     means, deviations = (part.repeat_interleave(2, 0) for part in found.layers.of_class)
     unlike = [
         ((of.layers.read(of.inversions.flatten(0, 1)) - means) / deviations)
@@ -70,38 +67,38 @@ def test_every_layer_finds_inversions_more_like_id_images_for_the_second_term(
     assert unlike[0] < unlike[1] - 0.5, unlike
 
 
-def test_images_are_blurred_and_moved_before_the_network_sees_them(trained, monkeypatch):
+def test_images_are_blur_and_shift_before_the_network_sees_them(trained, monkeypatch):
     x = torch.zeros(2, 3, 28, 28)
     x[:, 1, 14, 14] = 16
-    blurred = _blurred(x)
+    blurred = _blur(x)
     assert blurred[0, 1, 13:16, 13:16].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
     assert torch.allclose(blurred.sum((2, 3)), x.sum((2, 3)))
-    assert torch.allclose(_blurred(torch.ones(1, 1, 28, 28)), torch.ones(1, 1, 28, 28))
+    assert torch.allclose(_blur(torch.ones(1, 1, 28, 28)), torch.ones(1, 1, 28, 28))
     places = {
-        tuple((_moved(x)[:, 1] == 16).nonzero()[:, 1:].flatten().tolist()) for _ in range(300)
+        tuple((_shift(x)[:, 1] == 16).nonzero()[:, 1:].flatten().tolist()) for _ in range(300)
     }
     assert all(place[:2] == place[2:] for place in places)  # all images of a batch alike
     assert (
         {row for row, *_ in places}
         == {column for _, column, *_ in places}
-        == set(range(14 - 28 // MOVED, 15 + 28 // MOVED))
+        == set(range(14 - 28 // MAX_SHIFT, 15 + 28 // MAX_SHIFT))
     )
     seen = []
-    for name, of in (("_blurred", _blurred), ("_moved", _moved)):
+    for name, of in (("_blur", _blur), ("_shift", _shift)):
         monkeypatch.setattr(
             sys.modules["tie_ext.training.explain"],
             name,
             lambda x, name=name, of=of: seen.append(name) or of(x),
         )
     explain(trained, [bars(30, 0)], N, per_class=1, steps=2)
-    assert seen == ["_blurred", "_moved"] * 2 + [
-        "_blurred"
+    assert seen == ["_blur", "_shift"] * 2 + [
+        "_blur"
     ]  # what is given back is blurred, and stands where it stood
 
 
 def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):
     (x, y), images, net = bars(120, 0), torch.rand(2 * N, 1, 28, 28), found.layers.net
-    nearest = _nearest(net, images, 2, [(x[:60], y[:60]), (x[60:], y[60:])])
+    nearest = _nearest(net, images.unflatten(0, (N, 2)), [(x[:60], y[:60]), (x[60:], y[60:])])
     with torch.no_grad():
         distance = torch.cdist(net.features(images), net.features(x))
     for row in range(2 * N):
@@ -110,7 +107,7 @@ def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):
     assert (
         distance.argmin(1) % N != torch.arange(2 * N) // 2
     ).any()  # of another class some are nearer
-    assert torch.equal(found.nearest, _nearest(net, found.inversions.flatten(0, 1), 2, [(x, y)]))
+    assert torch.equal(found.nearest, _nearest(net, found.inversions, [(x, y)]))
 
 
 def test_layers_are_read_in_deviations_from_all_id_images(found):
@@ -119,7 +116,7 @@ def test_layers_are_read_in_deviations_from_all_id_images(found):
     every = layers.read(bars(120, 0)[0])
     z = (layers.read(x) - every.mean(0)) / every.std(0)
     usual = (every.std(0) > 1e-3 * (1 + every.mean(0).abs())).all()
-    far = layers.far(x)
+    far = layers.distance(x)
     assert far.shape == (30, len(layers.names))
     if usual:
         assert torch.allclose(
@@ -135,18 +132,18 @@ def test_layers_are_read_in_deviations_from_all_id_images(found):
 
 def test_what_is_odd_is_outside_and_what_is_usual_is_not(found):
     layers = found.layers
-    with pytest.raises(ValueError, match="held-out"):
-        layers.outside(torch.rand(1, 1, 28, 28))
-    layers.hold([bars(100, 2)])
+    with pytest.raises(ValueError, match="calibration images"):
+        layers.compare(torch.rand(1, 1, 28, 28))
+    layers.calibrate([bars(100, 2)])
     usual, odd = (
-        layers.outside(bars(60, 3)[0]),
-        layers.outside((torch.rand(20, 1, 28, 28) > 0.5).float()),
+        layers.compare(bars(60, 3)[0]),
+        layers.compare((torch.rand(20, 1, 28, 28) > 0.5).float()),
     )
-    assert (usual.times > 1).float().mean() < 0.15
-    assert abs(float(usual.share.mean()) - 0.5) < 0.15
-    assert (odd.times > 1).all()
-    assert (odd.share == 0).all()
-    assert odd.far.min() > usual.far.median()
+    assert (usual.relative_distance > 1).float().mean() < 0.15
+    assert abs(float(usual.p_value.mean()) - 0.5) < 0.15
+    assert (odd.relative_distance > 1).all()
+    assert (odd.p_value == 0).all()
+    assert odd.distance.min() > usual.distance.median()
 
 
 def test_the_same_seed_gives_the_same_and_leaves_the_network_as_it_was(trained):

@@ -12,12 +12,9 @@ from tie_ext.cli.classifier import train_plain
 from tie_ext.models.head import GarbageHead
 from tie_ext.outliers import Inversion, Noise, Procedural
 from tie_ext.outliers.saliency import uniform_criterion
+from tie_ext.training.config import HeadConfig
 
-
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 20)
-    monkeypatch.setattr("tie_ext.training.trainer.STEPS", 30)
+QUICK = HeadConfig(steps=30, epoch_steps=20)
 
 
 def make_net() -> TIENet:
@@ -26,7 +23,8 @@ def make_net() -> TIENet:
 
 
 def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
-    return conftest.make_trainer(make_net() if net is None else net, **changes)
+    net = make_net() if net is None else net
+    return TIETrainer(net, replace(TINY, **changes), [Inversion(net, FEW)], head_config=QUICK)
 
 
 def classifier(net: TIENet) -> list[torch.Tensor]:
@@ -39,7 +37,8 @@ def same(a, b) -> bool:
 
 def test_the_classifier_is_the_plain_one():
     net, plain = make_net(), make_net()
-    trainer = TIETrainer(net, TINY, [Inversion(net, FEW)], [Noise(net), Procedural(net)])
+    prior = [Noise(net), Procedural(net)]
+    trainer = TIETrainer(net, TINY, [Inversion(net, FEW)], prior, head_config=QUICK)
     before = {name: value.clone() for name, value in net.garbage.state_dict().items()}
     batches = make_batches(
         sizes=(9, 9)
@@ -61,10 +60,9 @@ def test_a_pool_begins_with_what_suits_its_garbage_class():
     assert [type(each) for each in TIETrainer(linear, TINY, []).prior] == [Noise]
 
 
-def test_the_head_learns_the_pool(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 300)
+def test_the_head_learns_the_pool():
     net = make_net()
-    trainer = TIETrainer(net, TINY, [], [Noise(net)])
+    trainer = TIETrainer(net, TINY, [], [Noise(net)], head_config=HeadConfig(epoch_steps=300))
     trainer.pool.images.zero_()
     trainer.pool.images[:, :, ::2] = 255
     log = trainer.epoch(make_batches())
@@ -76,7 +74,7 @@ def test_the_head_learns_the_pool(monkeypatch):
 
 
 def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(monkeypatch):
-    taught, drawn, brought = [], [], []
+    fitted, drawn, corrupted = [], [], []
 
     class Counted(Noise):
         def draw(self, shape):
@@ -84,30 +82,29 @@ def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(
             return super().draw(shape)
 
     monkeypatch.setattr(
-        "tie_ext.training.trainer.fit_head",
-        lambda head, inside, outside, *how: (
-            taught.append((len(inside), len(outside), how[0])) or 0.5
+        "tie_ext.training.strategies.fit_head",
+        lambda head, id_statistics, ood_statistics, config, progress: (
+            fitted.append((len(id_statistics), len(ood_statistics), config.steps, config.weight))
+            or 0.5
         ),
     )
     monkeypatch.setattr(
-        "tie_ext.training.trainer.corrupt", lambda x, rng: brought.append(len(x)) or x
+        "tie_ext.training.fit_head.corrupt", lambda x, rng: corrupted.append(len(x)) or x
     )
     net = make_net()
-    trainer = TIETrainer(net, replace(TINY, garbage_weight=2.0), [], [Counted(net)])
+    config = replace(TINY, garbage_weight=2.0)
+    trainer = TIETrainer(net, config, [], [Counted(net)], head_config=QUICK)
     drawn.clear()
     batches = make_batches(sizes=(9, 6))
     for _ in range(2):
         trainer.epoch(batches)
     assert drawn == [30, 45]
-    assert sum(brought) == 30  # each image of both epochs
-    assert taught == [
-        (30, 45, 20),
-        (30, 60, 30),
-    ]  # the ID images as they are and processed; the last epoch teaches in full
+    assert sum(corrupted) == 30  # each image of both epochs
+    # The ID images as they are and corrupted; in the last epoch more outliers and steps.
+    assert fitted == [(30, 45, 20, 6.0), (30, 60, 30, 6.0)]
 
 
-def test_more_weight_of_garbage_puts_more_in_it(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 200)
+def test_more_weight_of_garbage_puts_more_in_it():
     nets = [make_net() for _ in range(2)]
     for net, weight in zip(nets, (0.01, 100.0), strict=True):
         TIETrainer(net, replace(TINY, garbage_weight=weight), [], [Noise(net)]).epoch(

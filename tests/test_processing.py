@@ -1,4 +1,4 @@
-"""ID images processed another way: what each change does, that none is too large, and that a head taught with them lets them pass."""
+"""Corruptions of ID images: what each does, that none is too strong, and that a head accepts what it was trained on."""
 
 import math
 import sys
@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tie_ext import attach
 from tie_ext.models.backbones import Conv3
 from tie_ext.outliers.primitives import CHUNK, Rng
-from tie_ext.training.augmentation import TONE, blurred, corrupt, warped
+from tie_ext.training.augmentation import CorruptionConfig, blur, corrupt, warp
+
+CONFIG = CorruptionConfig()
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,7 +55,7 @@ def test_images_of_any_floating_point_type(kind):
 def test_a_wide_image_is_turned_and_not_sheared():
     x = torch.zeros(300, 1, 32, 128)
     x[:, :, :, 64] = 1  # an upright line
-    y = warped(x, Rng("cpu", torch.Generator().manual_seed(0)))[:, 0]
+    y = warp(x, Rng("cpu", torch.Generator().manual_seed(0)), CONFIG)[:, 0]
     place = (y * torch.arange(128)).sum(2) / y.sum(2).clamp(min=1e-6)
     tilt = ((place[:, 28] - place[:, 3]) / 25).atan().rad2deg().abs()
     assert 4 < float(tilt.max()) < 7
@@ -79,7 +81,8 @@ def test_each_image_is_changed_in_a_way_of_its_own_and_some_not_at_all():
 def test_large_images_are_changed_a_few_at_a_time(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "tie_ext.training.augmentation._processed", lambda x, rng: seen.append(x) or x
+        "tie_ext.training.augmentation._corrupt_piece",
+        lambda x, rng, config: seen.append(x) or x,
     )
     x = torch.rand(5, 3, 224, 224)
     assert torch.equal(corrupt(x, Rng()), x)
@@ -90,15 +93,15 @@ def test_a_flat_image_differs_in_tone_and_noise_alone():
     y = corrupt(torch.full((400, 1, 20, 20), 0.5), Rng("cpu", torch.Generator().manual_seed(0)))
     mean, deviation = y.mean((1, 2, 3)), y.std((1, 2, 3))
     # Gamma first, then brightness: 0.5 ** 1.25 - 0.075 to 0.5 ** 0.8 + 0.075.
-    assert 0.5**TONE - 0.08 < float(mean.min()) < 0.42
-    assert 0.6 < float(mean.max()) < 0.5 ** (1 / TONE) + 0.08
+    assert 0.5**CONFIG.gamma - 0.08 < float(mean.min()) < 0.42
+    assert 0.6 < float(mean.max()) < 0.5 ** (1 / CONFIG.gamma) + 0.08
     assert 0.015 < float(deviation.max()) < 0.022
 
 
 def test_blur_is_a_gaussians_of_each_images_own_width():
     x = torch.zeros(3, 2, 21, 21)
     x[:, :, 10, 10] = 1
-    y = blurred(x, torch.tensor([0.0, 1.0, 2.0]))
+    y = blur(x, torch.tensor([0.0, 1.0, 2.0]))
     torch.testing.assert_close(y.sum((2, 3)), torch.ones(3, 2))
     torch.testing.assert_close(y[0], x[0])  # no width, no blur
     at = torch.arange(21.0) - 10
@@ -112,14 +115,14 @@ def test_blur_is_a_gaussians_of_each_images_own_width():
 @pytest.mark.parametrize("size", [2, 3, 28])
 def test_blur_and_warp_leave_a_flat_image_flat_at_its_border_too(size):
     x = torch.full((10, 3, size, size), 0.7)
-    torch.testing.assert_close(blurred(x, torch.full((10,), 1.5)), x)
-    torch.testing.assert_close(warped(x, Rng()), x)
+    torch.testing.assert_close(blur(x, torch.full((10,), 1.5)), x)
+    torch.testing.assert_close(warp(x, Rng(), CONFIG), x)
 
 
 def test_a_warp_moves_a_point_by_no_more_than_a_few_pixels():
     x = torch.zeros(200, 1, 41, 41)
     x[:, :, 20, 32] = 1  # 12 to the right of the middle
-    y = warped(x, Rng("cpu", torch.Generator().manual_seed(0))).clamp(min=0)[:, 0]
+    y = warp(x, Rng("cpu", torch.Generator().manual_seed(0)), CONFIG).clamp(min=0)[:, 0]
     total = y.sum((1, 2))
     row, column = ((y.sum(dim) * torch.arange(41)).sum(1) / total for dim in (2, 1))
     turned = 12 * math.sin(math.radians(6))
@@ -133,10 +136,10 @@ def test_a_head_told_what_processing_does_lets_softer_images_pass(monkeypatch):
     x = (
         (torch.rand(600, 1, 14, 14) < 0.5).float().repeat_interleave(2, 2).repeat_interleave(2, 3)
     )  # blocks with sharp edges
-    softer = blurred(x, torch.full((len(x),), 0.5))
+    softer = blur(x, torch.full((len(x),), 0.5))
     rejected = []
     for process in (corrupt, lambda x, rng: x):
-        monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "corrupt", process)
+        monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", process)
         net = attach(Conv3(1, 10).eval(), [x], 10)
         assert float((net.decide(x).level == 1).float().mean()) < 0.02
         rejected.append(float((net.decide(softer).level == 1).float().mean()))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_batches, make_net, make_trainer
+from conftest import TINY, make_batches, make_net, make_trainer, set_head_defaults
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -379,7 +379,7 @@ def test_every_method_sees_the_first_epoch_in_the_same_order(done, monkeypatch):
 
 
 def test_attach_stands_on_the_plain_network(done, monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 5)
+    set_head_defaults(monkeypatch, steps=5)
     images, *_ = run.image_sets("mnist", 0, None, done[1].root)
     asked = (("plain", 1), ("attach", 1), ("attach", 2))
     plain, attached, other = (
@@ -393,7 +393,7 @@ def test_attach_stands_on_the_plain_network(done, monkeypatch):
 
 
 def test_layers_is_the_loop_of_tie_ext_train(done, monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.trainer"], "STEPS", 5)
+    set_head_defaults(monkeypatch, steps=5)
     images, *_ = run.image_sets("mnist", 0, None, done[1].root)
     net, log = train_method("layers", Conv3, images, RECIPE)
     assert isinstance(net.garbage, GarbageHead)

@@ -10,6 +10,9 @@ from conftest import SHAPE, TINY, Small, make_batches, make_small
 from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.outliers import Noise
 from tie_ext.training.adversarial import RADIUS, max_log_prob, pgd
+from tie_ext.training.config import HeadConfig
+
+ONE_STEP = HeadConfig(steps=1, epoch_steps=1)
 
 
 def make_net(garbage: str) -> TIENet:
@@ -85,15 +88,13 @@ def test_what_is_learned_of_searched_images_is_acets_formula():
 
 
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
-def test_a_loop_that_searches_is_less_sure_of_what_is_searched_for(garbage, monkeypatch):
-    monkeypatch.setattr("tie_ext.training.trainer.STEPS", 30)
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 20)
+def test_adversarial_training_lowers_confidence_on_adversarial_images(garbage):
     found = {}
     for search in (0, 3):
         net = make_net(garbage)
-        trainer = TIETrainer(
-            net, replace(TINY, epochs=12, lr=0.01, adversarial_steps=search), [], [Noise(net)]
-        )
+        config = replace(TINY, epochs=12, lr=0.01, adversarial_steps=search)
+        head = HeadConfig(steps=30, epoch_steps=20)
+        trainer = TIETrainer(net, config, [], [Noise(net)], head_config=head)
         for _ in range(12):
             trainer.epoch(make_batches(sizes=(12, 12)))
         torch.manual_seed(1)
@@ -102,14 +103,12 @@ def test_a_loop_that_searches_is_less_sure_of_what_is_searched_for(garbage, monk
 
 
 def test_a_loop_that_searches_learns_its_formula(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 1)
     monkeypatch.setattr(
-        "tie_ext.training.trainer.pgd", lambda net, x, steps: x / 2 if steps == 4 else x
+        "tie_ext.training.strategies.pgd", lambda net, x, steps: x / 2 if steps == 4 else x
     )
     net = make_net("multilayer")
-    trainer = TIETrainer(
-        net, replace(TINY, adversarial_steps=4, garbage_weight=0.5), [], [Noise(net)]
-    )
+    config = replace(TINY, adversarial_steps=4, garbage_weight=0.5)
+    trainer = TIETrainer(net, config, [], [Noise(net)], head_config=ONE_STEP)
     trainer.pool.images[:] = 200
     (x, y), before = make_batches(sizes=(8,))[0], copy.deepcopy(net).train()
     with torch.no_grad():
@@ -124,7 +123,6 @@ def test_a_loop_that_searches_learns_its_formula(monkeypatch):
 
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 def test_statistics_are_settled_on_images_that_were_searched_for_before(garbage, monkeypatch):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 1)
     net = make_net(garbage)
     norm, settled = (
         next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)),
@@ -135,21 +133,20 @@ def test_statistics_are_settled_on_images_that_were_searched_for_before(garbage,
         settled.append(bool(norm.num_batches_tracked) and bool(norm.running_mean.any()))
         return x
 
-    monkeypatch.setattr("tie_ext.training.trainer.pgd", searched)
-    TIETrainer(net, replace(TINY, epochs=2, adversarial_steps=1), [], [Noise(net)]).epoch(
-        make_batches(sizes=(8, 8))
-    )
+    monkeypatch.setattr("tie_ext.training.strategies.pgd", searched)
+    config = replace(TINY, epochs=2, adversarial_steps=1)
+    trainer = TIETrainer(net, config, [], [Noise(net)], head_config=ONE_STEP)
+    trainer.epoch(make_batches(sizes=(8, 8)))
     assert settled == [False, True, True]  # two batches, and all that was kept of them
 
 
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
-def test_stop_and_resume_equals_uninterrupted(tmp_path, garbage, monkeypatch):
-    monkeypatch.setattr("tie_ext.training.trainer.STEPS", 5)
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 5)
-
+def test_stop_and_resume_equals_uninterrupted(tmp_path, garbage):
     def trainer() -> TIETrainer:
         net = make_net(garbage)
-        return TIETrainer(net, replace(TINY, adversarial_steps=2), [], [Noise(net)])
+        head = HeadConfig(steps=5, epoch_steps=5)
+        config = replace(TINY, adversarial_steps=2)
+        return TIETrainer(net, config, [], [Noise(net)], head_config=head)
 
     whole, first, second = trainer(), trainer(), trainer()
     for _ in range(2):

@@ -28,10 +28,12 @@ from tie_ext.outliers import (
 )
 from tie_ext.outliers.saliency import uniform_criterion
 from tie_ext.scores.decision import uncertainty
+from tie_ext.training.config import HeadConfig, SampleConfig
 from tie_ext.training.fit_head import fit_head
 from tie_ext.training.pool import GarbagePool
 from tie_ext.training.recipe import Recipe
-from tie_ext.training.trainer import GARBAGE_SHARE
+from tie_ext.training.strategies import GARBAGE_SHARE, class_weights
+from tie_ext.training.survey import survey
 from tie_ext.utils.files import load_state, save_state
 from tie_ext.utils.modules import settle_statistics
 from tie_ext.utils.random import seeded
@@ -65,28 +67,22 @@ def test_tau_is_the_papers_and_stays_with_the_network():
 
 
 def test_class_weights_are_inverse_proportions():
-    trainer = make_trainer()
-    trainer.counts = torch.tensor([10, 20, 30])
-    weights = trainer._class_weights()
+    weights = class_weights(torch.tensor([10, 20, 30]), 1.0)
     sizes = torch.tensor([10, 20, 30, 60 * GARBAGE_SHARE])
     torch.testing.assert_close(
         weights * sizes / sizes.sum(), torch.tensor([1.0, 1.0, 1.0, 3 / 10]) / 4
     )
-    lighter = TIETrainer(make_net(5), replace(TINY, garbage_weight=0.1), [])
-    lighter.counts = torch.tensor([10, 20, 30, 40, 50])
     torch.testing.assert_close(
-        lighter._class_weights()[-1],
+        class_weights(torch.tensor([10, 20, 30, 40, 50]), 0.1)[-1],
         torch.tensor(0.1 * 5 / 10 * (1 + GARBAGE_SHARE) / (6 * GARBAGE_SHARE)),
     )
 
 
 @pytest.mark.parametrize("n", [2, 10, 1000])
-def test_garbage_has_the_same_share_of_the_loss_whatever_the_number_of_classes(n):
-    trainer = TIETrainer(TIENet(Small(n), n, SHAPE), TINY, [])
-    trainer.counts = torch.full((n,), 20)
-    weights = trainer._class_weights()
-    inside, garbage = weights[:-1].sum() * 20, weights[-1] * n * 20 * GARBAGE_SHARE
-    assert (garbage / (inside + garbage)).item() == pytest.approx(1 / 11, rel=1e-4)
+def test_garbage_has_one_share_of_the_loss_for_any_number_of_classes(n):
+    weights = class_weights(torch.full((n,), 20), 1.0)
+    id_weight, garbage = weights[:-1].sum() * 20, weights[-1] * n * 20 * GARBAGE_SHARE
+    assert (garbage / (id_weight + garbage)).item() == pytest.approx(1 / 11, rel=1e-4)
 
 
 def test_the_learning_rate_falls_along_half_a_cosine():
@@ -188,20 +184,20 @@ def bad(x=None, y=None):
             "Expected at least one image",
         ),
         (bad(y=torch.full((8,), 3)), r"Expected labels in \[0, 3\), but got labels in \[3, 3\]"),
-        (bad(y=torch.full((8,), -1)), "Expected labels in"),
+        (
+            [(x, torch.full((8,), -1)) for x, _ in make_batches()],
+            "Expected ID images in loader, but got 16 with labels < 0 alone",
+        ),
         (bad(y=torch.zeros(8)), "Expected integer labels"),
         (bad(y=torch.zeros(7, dtype=torch.long)), r"Expected integer labels of shape \(8,\)"),
-        ([], "Expected at least one batch of training data, but got an empty loader"),
+        ([], "Expected ID images in loader, but got an empty loader"),
         (
             [(torch.rand(4, *SHAPE), torch.tensor([0, 0, 1, 1]))],
             r"Expected samples of all 3 classes, but got none of class \[2\]",
         ),
-        ([torch.rand(4, *SHAPE)], r"Expected batches of \(images, labels\), but got Tensor"),
-        (
-            [(torch.rand(4, *SHAPE), torch.zeros(4), None)],
-            r"Expected batches of \(images, labels\), but got tuple",
-        ),
-        ([torch.rand(2, *SHAPE)], r"Expected batches of \(images, labels\), but got Tensor"),
+        ([torch.rand(4, *SHAPE)], "Expected labels beside the images of loader"),
+        ([(torch.rand(4, *SHAPE), torch.zeros(4), None)], "Expected integer labels"),
+        (TensorDataset(torch.rand(4, *SHAPE), torch.zeros(4)), "which gives one image at a time"),
     ],
 )
 def test_bad_data_is_refused_before_any_work(batches, message):
@@ -298,6 +294,28 @@ def test_a_run_of_other_settings_is_refused(tmp_path):
         TIETrainer(make_net(), TINY, synthesizers=[]).load(tmp_path / "run.safetensors")
 
 
+def test_a_run_whose_head_is_fitted_otherwise_is_refused(tmp_path):
+    make_trainer().save(tmp_path / "run")
+    net = make_net()
+    other = TIETrainer(net, TINY, [Inversion(net, FEW)], head_config=HeadConfig(steps=7))
+    with pytest.raises(ValueError, match="but got head_config.steps 1600 instead of 7$"):
+        other.load(tmp_path / "run")
+
+
+def test_an_epoch_leaves_out_images_with_a_label_below_zero():
+    batches, logs = make_batches(), []
+    mixed = [
+        (torch.cat([x, torch.rand(3, *SHAPE)]), torch.cat([y, torch.full((3,), -1)]))
+        for x, y in batches
+    ]
+    torch.manual_seed(0)
+    for loader in (batches, [{"image": x, "label": y} for x, y in mixed]):
+        trainer = make_trainer()
+        logs.append({**asdict(trainer.epoch(loader)), "seconds": None})
+        assert trainer.counts.tolist() == [6, 6, 4]
+    assert logs[0] == logs[1]
+
+
 def test_a_run_of_before_a_setting_existed_had_its_default(tmp_path):
     trainer = make_trainer()
     trainer.epoch(make_batches())
@@ -335,11 +353,11 @@ def test_batches_have_the_same_share_of_garbage_while_the_pool_fills():
     trainer.counts, seen = torch.tensor([10, 10, 10]), []
     for _ in range(3):
         seen.append(
-            [int((y == 3).sum()) for _, y in trainer._with_garbage(make_batches(sizes=(12, 9)))]
+            [int((y == 3).sum()) for _, y in trainer.garbage.mix(make_batches(sizes=(12, 9)))]
         )
         trainer.pool.add(torch.rand(10, *SHAPE))
     assert seen == [[3, 2]] * 3
-    assert [len(y) for _, y in trainer._with_garbage(make_batches(sizes=(1, 2)))] == [
+    assert [len(y) for _, y in trainer.garbage.mix(make_batches(sizes=(1, 2)))] == [
         2,
         3,
     ]  # one at least
@@ -501,7 +519,7 @@ def test_the_loss_weighs_classes_by_the_inverse_of_their_counts(garbage_weight):
 def test_unequal_classes_change_the_gradient():
     def first_step(counts):
         trainer = TIETrainer(make_net(), TINY, [], [])
-        trainer.counts, trainer._surveyed = torch.tensor(counts), True
+        trainer.counts, trainer._counted = torch.tensor(counts), True
         trainer._train(make_batches(sizes=(9,)))
         return torch.cat([p.grad.flatten() for p in trainer.net.parameters()])
 
@@ -643,15 +661,13 @@ class Counted(TensorDataset):
     [make_net, lambda: TIENet(Small(3), 3, SHAPE, head="multilayer")],
     ids=["linear", "multilayer"],
 )
-def test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop(
-    make, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 5)
+def test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop(make, tmp_path):
     images = Counted(torch.rand(50, *SHAPE), torch.arange(50) % 3)
     loader = DataLoader(images, 8, shuffle=True)
     for epochs in (2, 3):
         net = make()
-        trainer = TIETrainer(net, TINY, [Inversion(net, FEW)])
+        head = HeadConfig(steps=5, epoch_steps=5)
+        trainer = TIETrainer(net, TINY, [Inversion(net, FEW)], head_config=head)
         if (tmp_path / "run").exists():
             trainer.load(tmp_path / "run")
         while len(trainer.log) < epochs:
@@ -661,13 +677,13 @@ def test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop(
         trainer.save(tmp_path / "run")
 
 
-def test_data_is_looked_at_once_and_again_after_a_stop(tmp_path, monkeypatch):
+def test_data_is_counted_once_and_again_after_a_stop(tmp_path, monkeypatch):
     looked = []
-    checked = TIETrainer._checked
+    count = TIETrainer._count
     monkeypatch.setattr(
         TIETrainer,
-        "_checked",
-        lambda self, *args: looked.append(len(self.log)) or checked(self, *args),
+        "_count",
+        lambda self, *args: looked.append(len(self.log)) or count(self, *args),
     )
     trainer = TIETrainer(make_net(), TINY, [])
     for _ in range(2):
@@ -714,9 +730,6 @@ def test_no_step_waits_for_the_device(make, search, monkeypatch):
         torch.optim.Adam, "step", lambda self: None
     )  # which counts its steps on the CPU
     monkeypatch.setattr(
-        "tie_ext.training.trainer.check_images", lambda *args: None
-    )  # which looks at images while they are on the CPU
-    monkeypatch.setattr(
         GarbagePool, "draw", lambda self, k: self.low + torch.zeros(k, *SHAPE)
     )  # so is the pool
     waits = {}
@@ -726,7 +739,7 @@ def test_no_step_waits_for_the_device(make, search, monkeypatch):
         trainer = TIETrainer(
             net, replace(TINY, adversarial_steps=search), [inversion], [Noise(net)]
         )
-        trainer.counts, trainer._surveyed = torch.tensor([8, 8, 8]), True
+        trainer.counts, trainer._counted = torch.tensor([8, 8, 8]), True
         for name, work in (
             ("generator", lambda inversion=inversion, net=net: inversion.fit(net, [], 0.0)),
             (
@@ -738,7 +751,10 @@ def test_no_step_waits_for_the_device(make, search, monkeypatch):
             (
                 "head",
                 lambda steps=steps: fit_head(
-                    GarbageHead({}, 80), torch.rand(9, 80), torch.rand(9, 80), steps
+                    GarbageHead({}, 80),
+                    torch.rand(9, 80),
+                    torch.rand(9, 80),
+                    HeadConfig(steps=steps),
                 ),
             ),
         ):
@@ -750,10 +766,9 @@ def test_no_step_waits_for_the_device(make, search, monkeypatch):
     ), waits
 
 
-def test_what_was_counted_is_batches_and_those_of_one_image():
-    trainer = make_trainer()
-    counts, steps = trainer._look(make_batches(sizes=(8, 1, 2, 1)))
-    assert (counts.tolist(), steps) == ([6, 4, 2], [4, 2])
+def test_a_survey_counts_the_images_of_each_class():
+    batches = make_batches(sizes=(8, 1, 2, 1))
+    assert survey(batches, 3, torch.device("cpu")).tolist() == [6, 4, 2]
 
 
 def test_batches_of_another_shape_are_refused_in_later_epochs_too():
@@ -771,11 +786,10 @@ def test_a_batch_of_one_is_passed_over_and_those_behind_it_are_not():
     assert [len(x) for mode, x in seen if mode] == [8, 2, 11]
 
 
-def test_what_follows_training_stands_on_so_many_of_its_images_and_no_more(monkeypatch):
-    monkeypatch.setattr("tie_ext.training.trainer.KEPT", 5)
+def test_what_follows_training_stands_on_so_many_of_its_images_and_no_more():
     net = make_net()
     seen, batches = seen_by(net), make_batches()
-    trainer = TIETrainer(net, TINY, [], [])
+    trainer = TIETrainer(net, TINY, [], [], sample_config=SampleConfig(size=5))
     trainer.epoch(batches)
     assert [len(x) for _, x in seen] == [8, 8, 5, 5]  # trained on, BatchNorm's statistics, tau
     given = torch.cat([x for x, _ in batches])
@@ -783,7 +797,7 @@ def test_what_follows_training_stands_on_so_many_of_its_images_and_no_more(monke
     assert all(any(torch.equal(x, y) for y in given) for x in seen[3][1])
     trainer.epoch(batches)
     assert [len(x) for _, x in seen[4:]] == [8, 8, 16, 16]  # the last epoch keeps more
-    monkeypatch.setattr("tie_ext.training.trainer.KEPT_BYTES", 3 * 784 * 4)
+    trainer.sample_config = SampleConfig(memory=3 * 784 * 4)
     trainer.epoch(batches)
     assert [len(x) for _, x in seen[8:]] == [8, 8, 3, 3]
 
@@ -907,10 +921,9 @@ def test_a_batchnorm_layer_that_was_frozen_stays_as_it_was():
     assert other.momentum == 0.1
 
 
-def test_batchnorm_statistics_are_the_mean_over_the_mixture(monkeypatch):
+def test_batchnorm_statistics_are_the_mean_over_the_mixture():
     net = make_net()
-    monkeypatch.setattr("tie_ext.training.trainer.BATCH", 9)
-    trainer = TIETrainer(net, TINY, [], None)
+    trainer = TIETrainer(net, TINY, [], None, sample_config=SampleConfig(batch_size=9))
     seen = seen_by(net)
     trainer.epoch(make_batches())
     inputs = [x for mode, x in seen if mode][2:]  # the first two were trained on
@@ -927,7 +940,7 @@ def test_batches_that_can_be_read_once_are_refused():
     trainer = make_trainer()
     with pytest.raises(
         ValueError,
-        match="Expected batches that can be read again and again, such as a DataLoader or a list, but got list_iterator",
+        match="Expected loader to be something that can be read more than once, .*, but got a list_iterator",
     ):
         trainer.epoch(iter(make_batches()))
 

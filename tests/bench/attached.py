@@ -299,7 +299,7 @@ def headed(net: TIENet, images: ImageSet, label: str, seed: int) -> TIENet:
     classes, outliers = images.classes, [make(name, net) for name in HEADS[label]]
     # There is no setting for it: nobody should want it but for this comparison.
     unseen = (
-        patch("tie_ext.training.attach.processed", lambda x, rng: x)
+        patch("tie_ext.training.fit_head.corrupt", lambda x, rng: x)
         if label == AS_THEY_ARE
         else nullcontext()
     )

@@ -7,7 +7,6 @@ time is the processor's, on one thread, so that what else runs there does not co
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from tie_ext import Combined, TIENet, attach
 from tie_ext.cli import registry
 from tie_ext.models.backbones import ResNet20
 from tie_ext.pytorch_ood import combine
+from tie_ext.training.config import HeadConfig
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 
@@ -38,10 +38,10 @@ CASES = {
 
 def made(backbone: nn.Module, size: int, device: str) -> tuple[TIENet, Combined]:
     """A network with a head, and the combination of it, fitted to noise."""
-    sys.modules["tie_ext.training.attach"].STEPS = 10  # type: ignore[attr-defined]  # what the head has learned costs nothing here
     x = torch.rand(40, 3, size, size)
     batches = [(part, torch.arange(len(part)) % 10) for part in x.split(20)]
-    net = attach(backbone.to(device), batches, 10)
+    # What the head has learned costs nothing here.
+    net = attach(backbone.to(device), batches, 10, head_config=HeadConfig(steps=10))
     combined = combine(
         net, train_loader=batches, calibration_loader=list(batches), false_alarm=0.2
     )

@@ -25,8 +25,8 @@ from tie_ext import explain
 found = explain(model, train_loader, num_classes=10)
 found.inversions  # (10, 4, C, S, S)
 found.nearest  # beside each, the nearest training image of its class
-found.layers.hold(test_loader)  # ID images that were not trained on: what is usual
-found.layers.outside(x).times  # for each image and layer: above 1 = farther out than 95 % of ID images
+found.layers.calibrate(test_loader)  # ID images that were not trained on: what is usual
+found.layers.compare(x).relative_distance  # for each image and layer: above 1 = farther out than 95 % of ID images
 ```
 
 ## How to read the pictures

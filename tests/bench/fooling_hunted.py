@@ -21,7 +21,8 @@ from tie_ext.cli.reproduce import adversarial_inputs
 from tie_ext.cli.reproduce.adversarial_inputs import Detector, outputs, with_threshold
 from tie_ext.models.head import GarbageHead
 from tie_ext.outliers import Procedural
-from tie_ext.training.fit_head import OUTLIERS, WEIGHT, fit_head
+from tie_ext.training.config import HeadConfig
+from tie_ext.training.fit_head import fit_head
 from tie_ext.utils.files import write_json
 from tie_ext.utils.random import seeded
 
@@ -69,7 +70,7 @@ def main() -> None:
         if isinstance(part, torch.nn.Linear):
             part.reset_parameters()
     inside = torch.cat([statistics(net, x) for x, _ in ImageBatches(sets["train"].first(ID), 250)])
-    outside = statistics(net, Procedural(net).draw((OUTLIERS * ID, *net.image_shape)))
+    outside = statistics(net, Procedural(net).draw((HeadConfig().outliers * ID, *net.image_shape)))
     held, test = sets["held"].first(HELD), sets["id"].first(HELD)
     found, rows, start = outside[:0], [], time.perf_counter()
     for number_of in range(ROUNDS + 1):
@@ -81,8 +82,7 @@ def main() -> None:
                     net.garbage,
                     inside,
                     torch.cat([outside, found.repeat(again, 1)]),
-                    TAUGHT,
-                    WEIGHT,
+                    HeadConfig(steps=TAUGHT),
                 )
         detector = with_threshold(adversarial_inputs.garbage_score, *read(net, held))
         logits, h = read(net, test)

@@ -23,6 +23,7 @@ from tie_ext.models.statistics import STATISTICS
 from tie_ext.outliers.primitives import Rng
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
 from tie_ext.training.augmentation import corrupt
+from tie_ext.training.config import HeadConfig
 from tie_ext.training.fit_head import fit_head
 from tie_ext.utils.files import write_json
 from tie_ext.utils.modules import frozen
@@ -160,7 +161,7 @@ def main() -> None:
             start = time.perf_counter()
             with seeded(seed):
                 head = GarbageHead({}, len(kept))
-                fit_head(head, inside, rows, trial.get("steps", 1600), trial.get("weight", 1.0))
+                fit_head(head, inside, rows, HeadConfig(steps=trial.get("steps", 1600), weight=trial.get("weight", 1.0)))
             seconds = time.perf_counter() - start
             with (
                 torch.no_grad()

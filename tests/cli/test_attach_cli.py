@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import Small, make_net
+from conftest import Small, make_net, set_head_defaults
 from torch import nn
 
 from tie_ext import Combined, TIEDetector, TIENet
@@ -33,7 +33,7 @@ MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
+    set_head_defaults(monkeypatch, steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def attach(folder, file, out, *more, backbone="conv3", size=28):
 def run(folder, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
+        set_head_defaults(patched, steps=30)
         assert main(attach(folder, weights, out, "--ood", f"folder:{folder}")) == 0
     return out
 
@@ -229,7 +229,7 @@ def test_how_test_images_were_come_by_is_said_before_the_work(
 
 
 def test_a_run_may_compute_in_bfloat16(folder, weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 30)
+    set_head_defaults(monkeypatch, steps=30)
     assert main(attach(folder, weights, tmp_path / "run", "--autocast-dtype", "bfloat16")) == 0
     assert TIENet.load(tmp_path / "run" / "network.safetensors").autocast_dtype == "bfloat16"
     assert (
@@ -456,7 +456,7 @@ def test_other_architectures_are_made_again_from_the_record(
 def test_the_range_is_what_normalising_makes_of_black_and_white(
     folder, weights, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "corrupt", lambda x, rng: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, rng: x)
     assert main(attach(folder, weights, tmp_path / "run", *MEAN, *STD)) == 0
     net = TIENet.load(tmp_path / "run" / "network.safetensors")
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_net
+from conftest import make_net, set_head_defaults
 
 from tie_ext import TIEDetector, TIENet, TIETrainer, __version__
 from tie_ext.cli import data, demo, demo_images, explain, figures, registry, report, tables
@@ -523,7 +523,7 @@ def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_pa
 def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_asked_for(
     folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 20)
+    set_head_defaults(monkeypatch, steps=20)
     out = tmp_path / "run"
     assert main(train(folder, out, "--epochs", "1")) == 0
     record = json.loads((out / "run.json").read_text())
@@ -1086,7 +1086,7 @@ def small_demo(monkeypatch):
         replace(RECIPE, config=config, synthesizers={"inversion": {"steps": 2, "width": 4}}),
     )
 
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 20)
+    set_head_defaults(monkeypatch, steps=20)
 
     def page(out):
         for name in ("figures/metrics.png", "report.html"):
@@ -1403,7 +1403,7 @@ def test_what_train_and_demo_leave_is_a_detector(run, folder, small_demo, tmp_pa
 def test_a_torchvision_network_trains_from_weights_of_other_classes_on_normalised_images(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("tie_ext.training.trainer.HEAD_STEPS", 5)
+    set_head_defaults(monkeypatch, steps=5, epoch_steps=5)
     torch.manual_seed(0)
     before = registry.build("torchvision:resnet18", 3, 7)
     torch.save(before.state_dict(), tmp_path / "w.pt")

@@ -282,8 +282,11 @@ def test_configs_of_0_2_0_mean_what_they_meant(openood):
     for old, new in (("layers", GarbageHead), ("linear", nn.Linear)):
         assert isinstance(build(garbage=old, head="multilayer").garbage, new)
     assert recipe_of_config(trainer_config(objective="uniform")).criterion == "uniform"
-    named = {"name": "tie_combined", "postprocessor_args": {"rule": "stouffer"}}
-    assert CombinedPostprocessor(Config({"postprocessor": named})).rule == "zsum"
+    for old, new in (("stouffer", "zsum"), ("fisher", "fisher")):
+        named = {"name": "tie_combined", "postprocessor_args": {"rule": old}}
+        post = CombinedPostprocessor(Config({"postprocessor": named}))
+        post.setup(build(num_classes=3), id_loaders(), Unread())
+        assert post.combined.rule == new
 
 
 def test_features_are_clipped_at_the_threshold_of_react(openood):
@@ -945,7 +948,7 @@ METHODS = [
         "klm",
         "gen",
         "react",
-        "rng",
+        "dice",
         "ash",
         "scale",
         "mds",

@@ -249,11 +249,10 @@ def by_main(openood_root, openood, place, seeds, monkeypatch):
     options += ["--network.checkpoint", str(seeds / "s0" / "best.ckpt"), "--merge_option", "merge"]
     options += ["--output_dir", str(seeds / "results")]
     names = [(name, seed) for name in ("tie_combined", "dmr") for seed in (0, 1)]
-    runs = [
-        ["--config", *map(str, files), str(ours / "postprocessors" / f"{name}.yml"), *options]
-        + ["--seed", str(seed)]
-        for name, seed in names
-    ]
+    runs = []
+    for name, seed in names:
+        post = ours / "postprocessors" / f"{name}.yml"
+        runs.append(["--config", *map(str, [*files, post]), *options, "--seed", str(seed)])
     (place / "runs.json").write_text(json.dumps([str(openood_root / "main.py"), *runs]))
     (place / "runs.py").write_text(MAIN)
     in_a_process(openood_root, place, "runs.py")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Small
+from conftest import Small, set_head_defaults
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,7 +28,7 @@ LOW, HIGH = (-MEAN / STD).tolist(), ((1 - MEAN) / STD).tolist()
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """A head that learns for a moment only."""
-    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "STEPS", 100)
+    set_head_defaults(monkeypatch, steps=100)
 
 
 def images(count: int, classes: int, size: int = 32) -> tuple[Tensor, Tensor]:

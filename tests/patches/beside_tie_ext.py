@@ -33,13 +33,16 @@ from tie_ext.openood.cpu import without_cuda
 from tie_ext.outliers import Inversion, InversionSettings
 from tie_ext.outliers.inversion import soft_code
 from tie_ext.scores.decision import ood_score
+from tie_ext.training.config import SampleConfig
+from tie_ext.training.survey import survey
 from tie_ext.utils.reservoir import Reservoir
 
 tie_ext.training.trainer.seeded = lambda *key: nullcontext()
 tie_ext.training.trainer.Reservoir = lambda most, numbers: Reservoir(most)
-for name, few in {"KEPT": 16, "FINAL": 24, "BATCH": 8}.items():
-    assert getattr(tie_ext.training.trainer, name) == getattr(tie_trainer, name), name
-    setattr(tie_ext.training.trainer, name, few), setattr(tie_trainer, name, few)
+FEW = SampleConfig(size=16, last_size=24, batch_size=8)
+for name, field in {"KEPT": "size", "FINAL": "last_size", "BATCH": "batch_size"}.items():
+    assert getattr(SampleConfig(), field) == getattr(tie_trainer, name), name
+    setattr(tie_trainer, name, getattr(FEW, field))
 EPOCHS = 2
 
 
@@ -105,7 +108,8 @@ def original(net: TIENet, run: Run) -> TIETrainer:
         ),
     )
     inversion.generator.to(memory_format=torch.contiguous_format)
-    return TIETrainer(net, TIEConfig(epochs=EPOCHS, lr=run.lr, **LOOP), [inversion])
+    config = TIEConfig(epochs=EPOCHS, lr=run.lr, **LOOP)
+    return TIETrainer(net, config, [inversion], sample_config=FEW)
 
 
 def named_as_patched(net: TIENet) -> dict:
@@ -135,7 +139,7 @@ def main(run: Run) -> None:
 
     torch.manual_seed(2)
     trainer = original(ours, run)
-    trainer._survey(batches)
+    trainer._count(survey(batches, 10, torch.device("cpu")))
     logs = [trainer.epoch(batches) for _ in range(EPOCHS)]
     torch.manual_seed(2)
     again = patched(theirs, batches, run)

@@ -194,7 +194,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from pytorch_ood.detector import Combined, EnergyBased, GEN, Mahalanobis, ODIN
 from tie_ext import Combined as Ours
-from tie_ext.scores.combination import RULES
+from tie_ext.scores.combination import FORMULAS
 torch.manual_seed(0)
 class Net(nn.Module):
     def __init__(self):
@@ -212,18 +212,22 @@ members = [GEN(net), EnergyBased(net), Mahalanobis(net.features).fit(training)]
 members.append(ODIN(net, temperature=1.0))
 close = {"rtol": 1e-4, "atol": 1e-3}  # in deviations: rows are summed in another order
 new = torch.cat([x[250:], 10 * torch.randn(50, 1, 2, 5)])
-names = {rule: {"zsum": "stouffer"}.get(rule, rule) for rule in RULES}  # the paper's name there
-for rule, name in names.items():
-    ours = Ours(members, None, rule).fit(held)
+def ours_by(name):
+    detector = Ours(members, None)
+    detector.rule = "zsum" if name == "stouffer" else name  # of which it chooses among two
+    return detector
+(rules,) = Combined.hyperparameter_space.values()
+assert len(rules) == len(FORMULAS)
+for name in rules:
+    ours = ours_by(name).fit(held)
     theirs = Combined(members, rule=name).fit(held)
     scores = ours.predict(new)
     assert scores.unique().numel() > 10
     torch.testing.assert_close(theirs.predict(new), scores, **close)
     of_held, of_new = ours.scores(x[150:250]), ours.scores(new)
     same = Combined(members, rule=name).fit_scores(of_held).predict_scores(of_new)
-    fitted = Ours(members, None, rule).fit_scores(of_held)
+    fitted = ours_by(name).fit_scores(of_held)
     torch.testing.assert_close(same, fitted.predict_scores(of_new), **close)
-assert Combined.hyperparameter_space == {"rule": list(names.values())}
 print("equal")
 """
 

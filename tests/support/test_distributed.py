@@ -27,7 +27,6 @@ from tie_ext.scores.threshold import exclusion_threshold
 from tie_ext.utils.distributed import (
     average_gradients,
     average_statistics,
-    buckets,
     gathered,
     total,
 )
@@ -144,7 +143,7 @@ def parts(rank: int, again: TIETrainer) -> dict:
     found["alone"] = alone.epoch(last).losses["classifier"]
     headed = TIENet(Small(3), 3, SHAPE, head="multilayer")
     with patch(
-        "tie_ext.training.trainer.corrupt", lambda x, rng: x
+        "tie_ext.training.fit_head.corrupt", lambda x, rng: x
     ):  # so that the head's mean is that of the images
         found["head taught"] = (
             TIETrainer(headed, replace(TINY, epochs=1), [], [Noise(headed)])
@@ -289,12 +288,6 @@ def test_gradients_and_statistics_are_means_and_what_is_gathered_is_whole(two):
             assert torch.equal(
                 grad, 1.5 * torch.arange(grad.numel(), dtype=grad.dtype).view_as(grad)
             )
-
-
-def test_a_message_is_no_larger_than_a_bucket(monkeypatch):
-    monkeypatch.setattr("tie_ext.utils.distributed.BUCKET", 10)
-    tensors = [torch.zeros(size) for size in (4, 5, 3, 20, 1)]
-    assert [[len(t) for t in bucket] for bucket in buckets(tensors)] == [[4, 5], [3], [20], [1]]
 
 
 def test_a_step_on_two_shares_is_the_step_on_the_whole(two):

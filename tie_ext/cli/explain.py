@@ -58,13 +58,13 @@ def run(flags: Namespace) -> None:
     images, test, _ = load_images(settings, seed, net.image_shape[0])
     batches = ImageBatches(images.first(MAX_IMAGES), 250, scale=net)
     found = explain(net, batches, steps=flags.steps, progress=interactive())
-    found.layers.hold(ImageBatches(test, 250, scale=net))
+    found.layers.calibrate(ImageBatches(test, 250, scale=net))
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decide, examples, names)
     with locked(folder):
         body = [write_figure(folder, "explain_classes", CLASSES, class_grid(found, names))]
         if captions:
-            distances = found.layers.outside(x).times
+            distances = found.layers.compare(x).relative_distance
             bars = layer_bars(net.unit(x), captions, distances, found.layers.names)
             body.append(write_figure(folder, "explain_layers", LAYERS, bars))
         else:

@@ -11,9 +11,8 @@ from tie_ext.models.network import TIENet
 from tie_ext.openood.loaders import PlainImages
 from tie_ext.openood.postprocessors import Postprocessor
 from tie_ext.pytorch_ood.combine import chosen_members, sample_features
-from tie_ext.pytorch_ood.combined import Combined
-from tie_ext.pytorch_ood.members import Outputs
-from tie_ext.scores.combination import check_rule
+from tie_ext.pytorch_ood.combined import Combined, saved_rule
+from tie_ext.pytorch_ood.members import Outputs, forward
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
 from tie_ext.utils.views import eval_view
@@ -32,8 +31,7 @@ class CombinedPostprocessor(Postprocessor):
 
     def __init__(self, config: Config | None = None):
         super().__init__(config)
-        rule = self.parameters["rule"]
-        self.rule = check_rule("zsum" if rule == "stouffer" else rule)  # as configs of 0.2.0 say
+        self.rule = saved_rule(self.parameters["rule"])  # configs of 0.2.0 name others too
         self.combined: Combined | None = None
 
     @no_grad()
@@ -49,26 +47,19 @@ class CombinedPostprocessor(Postprocessor):
         if self.combined is not None:
             return
         inner = getattr(net, "module", net)
-        if not isinstance(inner, TIENet):
+        garbage, view = isinstance(inner, TIENet), eval_view(inner)
+        if not garbage:
             tqdm.write(
                 f"{type(inner).__name__} has no garbage class, so that {self.name} combines KNN "
                 "and GEN alone; trainer attach would give it one"
             )
-        train, val = (
-            BatchReader(
-                PlainImages(id_loader_dict[split], id_loader_dict["val"]),
-                id_only=True,
-                name=f"OpenOOD's {split} loader",
-            )
-            for split in ("train", "val")
-        )
-        view = eval_view(inner)
         with seeded(0):
-            features = sample_features(found.features for found in _outputs(view, train))  # type: ignore[misc]
-        members = chosen_members(features, garbage=isinstance(inner, TIENet))
-        combined = Combined(members, None, self.rule)
-        scores = [combined.score_outputs(outputs) for outputs in _outputs(view, val)]
-        self.combined = combined.fit_scores(torch.cat(scores))
+            train = _outputs(view, id_loader_dict, "train")
+            features = sample_features(outputs.features for outputs in train)  # type: ignore[misc]
+        combined = Combined(chosen_members(features, garbage=garbage), None)
+        combined.rule = self.rule
+        val = map(combined.score_outputs, _outputs(view, id_loader_dict, "val"))
+        self.combined = combined.fit_scores(torch.cat(list(val)))
 
     @no_grad()
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,19 +71,20 @@ class CombinedPostprocessor(Postprocessor):
         if self.combined is None:
             raise self.needs_setup()
         outputs = _read(getattr(net, "module", net), data)
-        scores = self.combined.score_outputs(outputs)
-        return outputs.logits.argmax(dim=1), -self.combined.predict_scores(scores)
+        score = self.combined.predict_scores(self.combined.score_outputs(outputs))
+        return outputs.logits.argmax(dim=1), -score
 
 
 def _read(net: nn.Module, x: Tensor) -> Outputs:
     """What members read of images ``(B, 3, S, S)``, by one forward pass."""
     if isinstance(net, TIENet):
-        every, h = net.outputs(x)
-        return Outputs(every[:, :-1], h, every)
+        return forward(net, x, {"all_logits"})
     logits, h = net(x, return_feature=True)
     return Outputs(logits, h.flatten(1))
 
 
-def _outputs(net: nn.Module, reader: BatchReader) -> Iterator[Outputs]:
-    device = next(net.parameters()).device
-    return (_read(net, batch.images.to(device)) for batch in reader)
+def _outputs(net: nn.Module, loaders: dict, split: str) -> Iterator[Outputs]:
+    """What members read of the ID images of a loader."""
+    images, device = PlainImages(loaders[split], loaders["val"]), next(net.parameters()).device
+    for batch in BatchReader(images, id_only=True, name=f"OpenOOD's {split} loader"):
+        yield _read(net, batch.images.to(device))

@@ -1,6 +1,6 @@
 """TIE's network around any of OpenOOD's backbones, with the calls that its postprocessors make."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from openood.preprocessors.transform import normalization_dict
 from openood.utils.config import Config
@@ -47,13 +47,13 @@ class OpenOODTIENet(TIENet):
         return self.fc(h), h
 
     def _with_maps(self, x: Tensor, garbage: bool) -> tuple[Tensor, list[Tensor]]:
-        multilayer = isinstance(self.garbage, GarbageHead) and garbage
-        view, found = self.garbage.watch(self.backbone) if multilayer else (self.backbone, {})
+        head = self.garbage if garbage and isinstance(self.garbage, GarbageHead) else None
+        view, found = head.watch(self.backbone) if head else (self.backbone, {})
         _, maps = self.compute(view, x, return_feature_list=True)
         h = maps[-1].flatten(1).to(self.fc.weight.dtype)
         if not garbage:
             return self.fc(h), maps
-        return self.all_logits(h, self.garbage.statistics(found, h) if multilayer else h), maps
+        return self.all_logits(h, head.statistics(found, h) if head else h), maps
 
     def forward_threshold(self, x: Tensor, threshold: float) -> Tensor:
         """ID logits ``(B, n)`` of features clipped at ``threshold``, as ReAct asks for."""
@@ -95,15 +95,21 @@ def tie_net(config: Config) -> OpenOODTIENet:
     """
     old = config.garbage  # as configs of 0.2.0 say: linear or layers
     head = {"layers": "multilayer"}.get(old, old) or config.head or "linear"
-    mean, std = normalization_dict.get(config.normalization_type, ([0.5] * 3, [0.5] * 3))
-    return OpenOODTIENet(
-        backbone_of(config.backbone),
-        config.num_classes,
-        (3, config.image_size, config.image_size),
-        [-m / s for m, s in zip(mean, std, strict=True)],
-        [(1 - m) / s for m, s in zip(mean, std, strict=True)],
-        head=head,
-    )
+    low, high = value_range(*normalization(config.normalization_type))
+    shape = (3, config.image_size, config.image_size)
+    backbone = backbone_of(config.backbone)
+    return OpenOODTIENet(backbone, config.num_classes, shape, low, high, head=head)
+
+
+def normalization(name: str | None) -> Sequence[Sequence[float]]:
+    """Mean and standard deviation by channel, as OpenOOD normalises a data set."""
+    return normalization_dict.get(name, ([0.5] * 3, [0.5] * 3))
+
+
+def value_range(mean: Iterable[float], std: Iterable[float]) -> tuple[list[float], list[float]]:
+    """What normalisation makes of 0 and of 1, one number a channel."""
+    pairs = list(zip(mean, std, strict=True))
+    return [-m / s for m, s in pairs], [(1 - m) / s for m, s in pairs]
 
 
 def backbone_of(config: Config) -> nn.Module:

@@ -7,8 +7,10 @@ modules imported later copy the wrapper themselves.
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
+from unittest.mock import patch
 
 import openood.evaluation_api.postprocessor as api
 import openood.evaluators
@@ -53,10 +55,8 @@ SIZES = {"ResNet18_32x32": 32, "ResNet18_224x224": 224, "ResNet50": 224}
 """Networks that OpenOOD's ``scripts/eval_ood*.py`` build, and the side of their images in pixels.
 """
 
-# While registered:
-_wrapped: dict[Callable, Callable] = {}  # wrapper by original
-_networks: dict[str, type[nn.Module]] = {}  # originals by name
-_counts: dict[str, int] = {}  # class counts that were added
+_wrapped: dict[Callable, Callable] = {}  # wrapper by original, while registered
+_undo = ExitStack()
 
 
 def register() -> None:
@@ -76,27 +76,20 @@ def register() -> None:
         (_with_registration, openood.utils.launch),
     ):
         _wrapped[original] = wraps(original)(wrap(original))
+    _undo.callback(_wrapped.clear)
     _swap(_wrapped)
+    _undo.callback(_swap, {wrapper: original for original, wrapper in _wrapped.items()})
     for name, size in SIZES.items():
-        _networks[name] = getattr(openood.networks, name)
-        setattr(openood.networks, name, _with_checkpoints(_networks[name], size))
-    api.postprocessors.update(POSTPROCESSORS)
-    _counts.update({name: n for name, n in CLASSES.items() if name not in info.num_classes_dict})
-    info.num_classes_dict.update(_counts)
+        network = _with_checkpoints(getattr(openood.networks, name), size)
+        _undo.enter_context(patch.object(openood.networks, name, network))
+    counts = info.num_classes_dict
+    _undo.enter_context(patch.dict(counts, {**CLASSES, **counts}))
+    _undo.enter_context(patch.dict(api.postprocessors, POSTPROCESSORS))
 
 
 def unregister() -> None:
     """Leave OpenOOD as it was before :func:`register`."""
-    if not _wrapped:
-        return
-    _swap({wrapper: original for original, wrapper in _wrapped.items()})
-    for name, network in _networks.items():
-        setattr(openood.networks, name, network)
-    for table, names in ((api.postprocessors, POSTPROCESSORS), (info.num_classes_dict, _counts)):
-        for name in names:
-            del table[name]
-    for kept in (_wrapped, _networks, _counts):
-        kept.clear()
+    _undo.close()
 
 
 def registered() -> bool:

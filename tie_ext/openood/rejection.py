@@ -1,12 +1,12 @@
 """DMR's rejection network as an OpenOOD postprocessor: larger conf = more ID."""
 
 import torch
-from openood.preprocessors.transform import normalization_dict
 from openood.utils.config import Config
 from torch import Tensor, nn, no_grad
 from torch.utils.data import DataLoader
 
 from tie_ext.openood.loaders import PlainImages
+from tie_ext.openood.network import normalization, value_range
 from tie_ext.openood.postprocessors import Postprocessor
 from tie_ext.outliers.base import Domain
 from tie_ext.outliers.marginal import (
@@ -52,7 +52,10 @@ class DMRPostprocessor(Postprocessor):
                 MarginalSettings(k=args["k"], vae_epochs=args["vae_epochs"]),
             )
             features, outlier = marginal_features(
-                lambda x: net(x, return_feature=True)[1].flatten(1), synthesizer, reader, device
+                lambda x: net(x, return_feature=True)[1].flatten(1),
+                synthesizer,
+                reader,  # type: ignore[arg-type]  # all of its batches have labels
+                device,
             )
             self.network = fit_rejection(features, outlier, epochs=args["epochs"])
 
@@ -80,11 +83,6 @@ def _value_range(loader: DataLoader, dataset: Config | None) -> list[Tensor]:
     preprocessor = getattr(getattr(loader, "dataset", None), "preprocessor", None)
     transform = getattr(preprocessor, "transform", preprocessor)
     last = (getattr(transform, "transforms", None) or [transform])[-1]
-    known = normalization_dict.get(
-        (dataset.normalization_type or dataset.name) if dataset else None, ([0.5] * 3, [0.5] * 3)
-    )
-    mean, std = (
-        torch.tensor(getattr(last, name, value)).view(-1, 1, 1)
-        for name, value in zip(("mean", "std"), known, strict=True)
-    )
-    return [-mean / std, (1 - mean) / std]
+    mean, std = normalization(dataset and (dataset.normalization_type or dataset.name))
+    bounds = value_range(getattr(last, "mean", mean), getattr(last, "std", std))
+    return [torch.tensor(bound).view(-1, 1, 1) for bound in bounds]

@@ -17,7 +17,6 @@ from tie_ext.openood.network import backbone_of
 from tie_ext.training.attach import attach
 from tie_ext.training.config import TIEConfig
 from tie_ext.training.recipe import Recipe, names
-from tie_ext.utils.loader import BatchReader
 
 PARTS = ("synthesizers", "prior", "criterion")
 """Settings of the method beside those of the loop."""
@@ -43,8 +42,7 @@ class OpenOODTIETrainer:
     """
 
     def __init__(self, net: TIENet | DistributedDataParallel, train_loader: DataLoader, config):
-        self.net = net
-        self.loader = BatchReader(train_loader, labelled=True, name="OpenOOD's training loader")
+        self.net, self.loader = net, train_loader
         # Unwrapped, as TIE's trainer synchronises the processes itself.
         inner = net.module if isinstance(net, DistributedDataParallel) else net
         self.trainer = recipe_of_config(config).trainer(inner, progress=comm.is_main_process())

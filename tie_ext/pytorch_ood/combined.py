@@ -310,7 +310,7 @@ class Combined(Thresholded, Detector):
         with reading(f"a whole combined detector in {folder}"):
             members = [member_of(net, member) for member in state["members"]]
             detector = cls(members, saved["false_alarm"])
-            detector.rule = _saved_rule(saved["rule"])
+            detector.rule = saved_rule(saved["rule"])
             detector.network, detector.reference = net, _saved_reference(state, len(members))
             detector._restore_threshold(saved, state)
             detector._try_members(net)
@@ -416,7 +416,7 @@ def _stacked(columns: Sequence[Tensor]) -> Tensor:
     return torch.stack([column.float() for column in columns], dim=1)
 
 
-def _saved_rule(name: Any) -> str:
+def saved_rule(name: Any) -> str:
     """The rule of a file, which may be one that is no longer offered.
 
     Raises:

@@ -1,65 +1,88 @@
-"""How a garbage head learns to tell outliers from ID images, by the statistics of both alone.
+"""Fits a garbage head: logistic regression of outliers against ID images, by their statistics.
 
-Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.models.head`), ``t (N,)`` 1 where an image is an outlier, else 0.
+Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.models.head`); ``t (N,)`` 1 for an
+outlier, 0 for an ID image.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
+from tie_ext.models.network import TIENet
+from tie_ext.outliers.primitives import Rng
+from tie_ext.training.augmentation import corrupt
+from tie_ext.training.config import HeadConfig
+from tie_ext.utils.reservoir import Reservoir
+from tie_ext.utils.views import frozen_view
 
-MEMORY = 2**28
-"""Bytes of statistics kept of ID images, of the same processed, and of outliers; of more images a random sample of this size is kept."""
-OUTLIERS = 3
-"""Outliers an ID image, of each who proposes them."""
-WEIGHT = 3.0
-"""Of all outliers together, where all ID images have 1: level 1 takes an outlier to be as dear as three ID images."""
-STEPS, BATCH, RATE = 1600, 512, 1e-3
-"""How the head learns: steps, images a step, Adam's learning rate, which falls along half a cosine. As many steps for few images as for many:
-some seconds on a CPU."""
+
+class StatisticsCollector:
+    """Statistics of ID images, each as it is and corrupted, and of outliers, in bounded memory.
+
+    Arguments:
+        net: The network, whose garbage head reads every layer; left as it was.
+        memory: Bytes of the statistics of outliers, and half of those of ID images.
+    """
+
+    def __init__(self, net: TIENet, memory: int):
+        self.net = frozen_view(net)
+        rows = max(2, memory // (4 * net.garbage.mean.numel()))
+        self.id, self.ood = Reservoir(2 * rows), Reservoir(rows)
+
+    @torch.no_grad()
+    def add_id(self, x: Tensor) -> Tensor:
+        """Add ID images ``(B, C, S, S)``; returns their penultimate features ``(B, F)``."""
+        net = self.net
+        corrupted = net.scaled(corrupt(net.unit(x), Rng(x.device)))
+        for images in (corrupted, x):
+            h, s = net.statistics(images)
+            self.id.add(s)
+        return h
+
+    @torch.no_grad()
+    def add_ood(self, x: Tensor, batch_size: int) -> None:
+        """Add outliers ``(M, C, S, S)``, so many in one forward pass."""
+        for images in x.split(batch_size):
+            self.ood.add(self.net.statistics(images.to(self.net.low.device))[1])
 
 
 def fit_head(
     head: GarbageHead,
-    inside: Tensor,
-    outside: Tensor,
-    steps: int = STEPS,
-    weight: float = 1.0,
+    id_statistics: Tensor,
+    ood_statistics: Tensor,
+    config: HeadConfig,
     progress: bool = False,
 ) -> float:
-    """Binary cross-entropy of outliers against ID images, both of the same weight in sum.
+    """Minimise the weighted binary cross-entropy of outliers against ID images.
 
     Arguments:
-        head: What learns; it is standardised on the ID images first.
-        inside: Statistics ``(N, S)`` of ID images, N >= 2.
-        outside: Statistics ``(M, S)`` of outliers, M >= 1.
-        steps: Of the optimiser.
-        weight: Of all outliers together, where all ID images have 1.
+        head: The head; it is standardised on the ID images first.
+        id_statistics: ``(N, S)``, N >= 2.
+        ood_statistics: ``(M, S)``, M >= 1.
+        config: Steps, batch size, learning rate and weight of the outliers.
         progress: Show a progress bar.
 
     Returns:
         The mean loss.
     """
-    head.standardise(inside)
-    statistics = torch.cat([inside, outside])
-    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).to(statistics)
-    weights = torch.where(
-        target == 1, weight * len(target) / (2 * len(outside)), len(target) / (2 * len(inside))
-    )
-    losses = []
-    optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
-    for step in tqdm(range(steps), desc="garbage head", leave=False, disable=not progress):
-        optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
-        rows = torch.randint(len(target), (min(BATCH, len(target)),))
+    head.standardise(id_statistics)
+    statistics = torch.cat([id_statistics, ood_statistics])
+    n, m, count = len(id_statistics), len(ood_statistics), len(statistics)
+    target = torch.cat([torch.zeros(n), torch.ones(m)]).to(statistics)
+    weights = torch.where(target == 1, config.weight * count / (2 * m), count / (2 * n))
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.lr)
+    schedule, losses = CosineAnnealingLR(optimizer, config.steps), []
+    for _ in tqdm(range(config.steps), desc="garbage head", leave=False, disable=not progress):
+        rows = torch.randint(count, (min(config.batch_size, count),))
         loss = F.binary_cross_entropy_with_logits(
             head(statistics[rows]).squeeze(1), target[rows], weights[rows]
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())

@@ -1,4 +1,4 @@
-"""What an epoch leaves for people: its log, and how the classifier answers proposed outliers (the paper's Figure 3)."""
+"""The log of an epoch, with the classifier's answers to candidates (the paper's Figure 3)."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,25 +9,28 @@ import torch
 from torch import Tensor
 
 from tie_ext.scores.decision import uncertainty
+from tie_ext.utils.distributed import total
 
 
 @dataclass(frozen=True)
 class EpochLog:
-    """What one epoch did. Lists have one entry for each of the n+1 outputs, garbage last; NaN never occurs, an absent value is None."""
+    """One epoch. Lists have an entry for each of the n+1 outputs, garbage last; a value that does
+    not exist is None."""
 
     epoch: int
     """From 1."""
     losses: dict[str, float]
-    """``classifier``: weighted cross-entropy, with a search beside a head on every layer plus :func:`tie_ext.training.adversarial.max_log_prob`;
-    ``kl``, ``ce``, ``cosine``: the terms of the inversion loss, unweighted."""
+    """``classifier``: weighted cross-entropy, beside a head on every layer with adversarial steps
+    plus :func:`tie_ext.training.adversarial.max_log_prob`; ``head``: that of such a head; ``kl``,
+    ``ce``, ``cosine``: the terms of the inversion loss, unweighted."""
     accuracy: float
-    """Share of the ID training images whose n+1 outputs name their class, after training, in [0, 1]."""
+    """Accuracy of the n+1 outputs on ID training images, after training, in [0, 1]."""
     tau: float | None
     """Threshold on UE; None where there is none (lambda = -inf)."""
     proposed: list[int]
     """Candidates aimed at each output."""
     excluded: list[int]
-    """Of these, how many were expelled into the garbage class."""
+    """Of these, how many were excluded into the garbage class."""
     pool: int
     """Images in the garbage pool after the epoch."""
     agreement: list[float | None]
@@ -41,11 +44,12 @@ class EpochLog:
     uncertainty: list[float | None]
     """Their mean UE."""
     seconds: dict[str, float]
-    """Wall-clock time of ``train``, ``invert`` and ``exclude``; the one part of a log that differs between equal runs."""
+    """Wall-clock time of ``train``, ``invert`` and ``exclude``, which alone differs
+    between equal runs."""
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "EpochLog":
-        """The log of an epoch as a file has it.
+        """The log of an epoch in a file.
 
         Raises:
             KeyError: If a field is missing.
@@ -53,12 +57,15 @@ class EpochLog:
         """
         for f in fields(cls):
             if not _FITS[f.type](record[f.name]):
+                kind = getattr(f.type, "__name__", f.type)
                 raise ValueError(
-                    f"Expected {f.name} of an epoch to be of type {getattr(f.type, '__name__', f.type)}, but got {record[f.name]!r}"
+                    f"Expected {f.name} of an epoch to be of type {kind}, but got "
+                    f"{record[f.name]!r}"
                 )
         if len({len(value) for value in record.values() if isinstance(value, list)}) > 1:
             raise ValueError(
-                "Expected lists of one length in the log of an epoch, one entry an output, but got several lengths"
+                "Expected lists of one length in the log of an epoch, one entry an output, but "
+                "got several lengths"
             )
         return cls(**{f.name: record[f.name] for f in fields(cls)})
 
@@ -83,11 +90,11 @@ _FITS: dict[Any, Callable[[Any], bool]] = {
         isinstance(value, dict) and {*map(type, value), *map(type, value.values())} <= {str, float}
     ),
 }
-"""What a value of each type of field has to be."""
+"""Whether a value is of a field's type."""
 
 
 class CandidateTally:
-    """Running means over candidates, one for each of the n+1 outputs they were aimed at.
+    """Means over candidates, for each of the n+1 outputs they were aimed at.
 
     Arguments:
         num_outputs: n+1.
@@ -104,9 +111,9 @@ class CandidateTally:
         """Count candidates.
 
         Arguments:
-            p: What the classifier says of them, probabilities ``(M, n+1)``.
+            p: Their probabilities ``(M, n+1)``.
             y: The output each was aimed at ``(M,)``.
-            out: Which were expelled into the garbage class ``(M,)``, bool.
+            out: Which were excluded into the garbage class ``(M,)``, bool.
         """
         top = p.topk(2, dim=1)
         entropy = -(p * p.clamp_min(1e-12).log()).sum(1)
@@ -122,8 +129,13 @@ class CandidateTally:
         self.excluded += y[out.cpu()].bincount(minlength=len(self.proposed))
         self.sums.index_add_(0, y, torch.stack(values, dim=1).double().cpu())
 
-    def result(self) -> dict[str, list]:
-        """``proposed`` and ``excluded`` counts, and the mean of each of :attr:`NAMES`; None where nothing was proposed."""
+    def result(self, device: torch.device) -> dict[str, list]:
+        """Counts ``proposed`` and ``excluded``, and the mean of each of :attr:`NAMES`, of all
+        processes, which communicate on a device; None where nothing was proposed.
+        """
+        self.proposed, self.excluded, self.sums = (
+            total(x, device) for x in (self.proposed, self.excluded, self.sums)
+        )
         counts = self.proposed.tolist()
         means = {
             name: [

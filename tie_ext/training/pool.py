@@ -1,30 +1,31 @@
-"""The garbage pool: a bounded, fair sample of all that was expelled into the garbage class."""
+"""The garbage pool: a bounded, uniform sample of all images that were excluded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from tie_ext.outliers.base import Prior
 from tie_ext.utils.checks import check_number
 
 CONVERTED = 2**20
-"""Values made bytes at once."""
+"""Values converted to uint8 at once."""
 
 
 class GarbagePool:
     """A bounded sample of all garbage ever offered, kept as uint8.
 
-    Reservoir sampling (Vitter's algorithm R): each image offered so far is in the pool with the same probability, so garbage of early epochs
-    stays represented beside that of late ones while memory does not grow.
+    Reservoir sampling (Vitter's algorithm R): every image offered so far is in the pool with the
+    same probability, so that garbage of early epochs stays represented while memory is bounded.
 
     Arguments:
-        capacity: Most images kept, >= 1.
+        capacity: Images kept at most, >= 1.
         image_shape: ``(C, H, W)``.
-        low: Smallest value of the data, a number or ``(C, 1, 1)``; what uint8 0 stands for.
-        high: Largest value of the data; what 255 stands for.
+        low: Smallest value of the images, a number or ``(C, 1, 1)``; uint8 0.
+        high: Largest value of the images; uint8 255.
 
     Raises:
-        ValueError: If the capacity is out of range, or more than memory holds.
+        ValueError: If the capacity is out of range, or more than fits into memory.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class GarbagePool:
         high: float | Tensor = 1.0,
     ):
         check_number("pool_size", capacity, 1, 10**9, integer=True)
+        self.image_shape = tuple(image_shape)
         try:
             self.images = torch.empty((capacity, *image_shape), dtype=torch.uint8)
         except RuntimeError as error:
             raise ValueError(
-                f"Expected a pool that fits into memory, but got pool_size {capacity} for images {tuple(image_shape)}"
+                f"Expected a pool that fits into memory, but got pool_size {capacity} for images "
+                f"{self.image_shape}"
             ) from error
         self.low = torch.as_tensor(low, dtype=torch.float32, device="cpu")
         self.high = torch.as_tensor(high, dtype=torch.float32, device="cpu")
@@ -48,46 +51,47 @@ class GarbagePool:
     def __len__(self) -> int:
         return min(self.offered, len(self.images))
 
-    def add(self, x: Tensor, chosen: Tensor | None = None) -> None:
-        """Offer images ``(M, C, H, W)`` in ``[low, high]``; a full pool keeps a fair share of them.
+    def begin(self, prior: Sequence[Prior], at_once: int) -> None:
+        """Fill half the pool with images of some priors, so that the first candidates find room.
 
         Arguments:
-            x: The images.
+            prior: Each gives the same number, the first ones the remainder.
+            at_once: Images drawn at once, at most.
+        """
+        half = (len(self.images) + 1) // 2
+        for i, each in enumerate(prior):
+            count = half // len(prior) + (i < half % len(prior))
+            for images in draw(each, count, self.image_shape, at_once):
+                self.add(images)
+
+    def add(self, x: Tensor, chosen: Tensor | None = None) -> None:
+        """Offer images; a full pool keeps a uniform sample of all it was offered.
+
+        Arguments:
+            x: Images ``(M, C, H, W)`` in ``[low, high]``.
             chosen: Which of them are offered ``(M,)``, bool; None for all.
         """
         rows = torch.arange(len(x)) if chosen is None else chosen.nonzero()[:, 0].cpu()
         count = torch.arange(self.offered, self.offered + len(rows))
-        slot = torch.where(
-            count < len(self.images),
-            count,
-            (torch.rand(len(rows), dtype=torch.float64) * (count + 1)).long(),
-        )
+        chance = torch.rand(len(rows), dtype=torch.float64)
+        slot = torch.where(count < len(self.images), count, (chance * (count + 1)).long())
         # Of two images for one slot the later wins, as if they had come one by one.
-        winner = list(
-            {
-                s: i
-                for s, i in zip(slot.tolist(), rows.tolist(), strict=True)
-                if s < len(self.images)
-            }.items()
-        )
-        # Only these are copied and converted, as a full pool takes few; a few at a time, as that takes several times their place.
+        pairs = zip(slot.tolist(), rows.tolist(), strict=True)
+        kept = list({s: row for s, row in pairs if s < len(self.images)}.items())
+        # Only these are converted, as a full pool keeps few; in pieces, which bounds memory.
         step = max(1, CONVERTED // max(1, self.images[0].numel()))
-        for first in range(0, len(winner), step):
-            slots, of = zip(*winner[first : first + step], strict=True)
-            kept = x.detach()[list(of)].float().cpu()
-            self.images[list(slots)] = (
-                ((kept - self.low) / (self.high - self.low) * 255)
-                .round()
-                .clamp(0, 255)
-                .to(torch.uint8)
-            )
+        for first in range(0, len(kept), step):
+            slots, of = zip(*kept[first : first + step], strict=True)
+            images = x.detach()[list(of)].float().cpu()
+            images = (images - self.low) / (self.high - self.low) * 255
+            self.images[list(slots)] = images.round().clamp(0, 255).to(torch.uint8)
         self.offered += len(rows)
 
     def draw(self, k: int) -> Tensor:
         """``k`` images ``(k, C, H, W)`` in ``[low, high]``, drawn with replacement.
 
         Raises:
-            ValueError: If images are asked of an empty pool.
+            ValueError: If the pool is empty and k > 0.
         """
         if k and len(self) == 0:
             raise ValueError(
@@ -97,11 +101,11 @@ class GarbagePool:
         return self.low + (self.high - self.low) * (x.float() / 255)
 
     def state_dict(self) -> dict:
-        """What resumes the pool: the images held and how many were offered."""
+        """The images, and how many were offered."""
         return {"images": self.images[: len(self)], "offered": self.offered}
 
     def load_state_dict(self, state: dict) -> None:
-        """Put the pool back.
+        """Restore the pool.
 
         Raises:
             ValueError: If the images do not fit this pool.
@@ -109,9 +113,16 @@ class GarbagePool:
         images, offered = state["images"], state["offered"]
         check_number("offered", offered, 0, 2**53, integer=True)
         size = min(offered, len(self.images))
-        if images.dtype != torch.uint8 or images.shape != (size, *self.images.shape[1:]):
+        if images.dtype != torch.uint8 or images.shape != (size, *self.image_shape):
             raise ValueError(
-                f"Expected {size} uint8 garbage images of shape {tuple(self.images.shape[1:])}, but got {images.dtype} {tuple(images.shape)}"
+                f"Expected {size} uint8 garbage images of shape {self.image_shape}, but got "
+                f"{images.dtype} {tuple(images.shape)}"
             )
         self.images[:size] = images
         self.offered = offered
+
+
+def draw(prior: Prior, count: int, image_shape: Sequence[int], at_once: int) -> Iterator[Tensor]:
+    """So many new images ``(M, C, H, W)`` of a prior, M <= at_once at a time."""
+    for first in range(0, count, at_once):
+        yield prior.draw((min(at_once, count - first), *image_shape))

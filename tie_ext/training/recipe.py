@@ -1,4 +1,4 @@
-"""A whole method in words: what command lines, configs and records say, and a trainer is made of."""
+"""A method by the names of its parts, as command lines, configs and records have them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,19 +11,20 @@ from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.outliers.base import Prior
 from tie_ext.outliers.saliency import uniform_criterion
 from tie_ext.training.config import TIEConfig
-from tie_ext.training.trainer import Criterion, TIETrainer
+from tie_ext.training.strategies import Criterion
+from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.distributed import rank
 from tie_ext.utils.random import seeded
 from tie_ext.utils.settings import Settings, plain
 
 CRITERIA: dict[str, Criterion] = {"garbage": F.cross_entropy, "uniform": uniform_criterion}
-"""What a network learns of garbage: that it is a class of its own, or (ASCOOD's) that all outputs are equally likely."""
+"""Losses by name: garbage is a class of its own, or (ASCOOD's) all outputs are equally likely."""
 PRIORS = tuple(name for name, (cls, _) in SYNTHESIZERS.items() if issubclass(cls, Prior))
 """The synthesizers that a pool can begin with."""
 
 
 def names(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names as configs and command lines have them: a list, or one word with commas between; ``none`` and None for no name at all."""
+    """Names in a list, or in one word with commas between; ``none`` and None for no name."""
     if value is None or value == "none":
         return ()
     return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
@@ -42,13 +43,13 @@ class Recipe:
     synthesizers: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {"inversion": {}}
     )
-    """Who proposes outliers, of :data:`tie_ext.outliers.SYNTHESIZERS`: the settings of each that differ from its defaults."""
+    """Of :data:`tie_ext.outliers.SYNTHESIZERS`, with settings that differ from the defaults."""
     prior: tuple[str, ...] = ("multiscale",)
-    """What the pool begins with, of :data:`PRIORS`; none for nothing."""
+    """What the pool begins with, of :data:`PRIORS`; empty for nothing."""
     criterion: str = "garbage"
     """Of :data:`CRITERIA`."""
     head: str = "linear"
-    """What gives the garbage logit, of :data:`tie_ext.models.network.HEADS`: the paper's linear function of the features, or a head on every layer."""
+    """What gives the garbage logit, of :data:`tie_ext.models.network.HEADS`."""
 
     def __post_init__(self) -> None:
         for name in self.synthesizers:
@@ -61,7 +62,7 @@ class Recipe:
                 raise ValueError(f"Expected a prior, one of {', '.join(PRIORS)}, but got {name!r}")
         if self.criterion not in CRITERIA:
             raise ValueError(
-                f"Expected an criterion, one of {', '.join(CRITERIA)}, but got {self.criterion!r}"
+                f"Expected a criterion, one of {', '.join(CRITERIA)}, but got {self.criterion!r}"
             )
         if self.head not in HEADS:
             raise ValueError(
@@ -74,9 +75,8 @@ class Recipe:
         Raises:
             ValueError: If a setting is unknown or out of range, or the network has no image shape.
         """
-        with seeded(
-            self.config.seed, 0, rank(), 1
-        ):  # generators and VAEs begin as the seed says, whatever was drawn before
+        # Generators and VAEs begin as the seed says, whatever was drawn before.
+        with seeded(self.config.seed, 0, rank(), 1):
             synthesizers = [
                 make(name, net, **settings) for name, settings in self.synthesizers.items()
             ]
@@ -92,13 +92,14 @@ class Recipe:
             TypeError: If a setting is unknown.
             ValueError: If one is out of range.
         """
+        known = {name: SYNTHESIZERS[name] for name in self.synthesizers}
         return [
-            (SYNTHESIZERS[name][0].__name__, replace(SYNTHESIZERS[name][1], **changed))  # type: ignore[type-var]
-            for name, changed in self.synthesizers.items()
+            (cls.__name__, replace(usual, **self.synthesizers[name]))  # type: ignore[type-var]
+            for name, (cls, usual) in known.items()
         ]
 
     def record(self) -> dict[str, Any]:
-        """The method as JSON has it, with every setting, also those that are defaults."""
+        """The method as JSON, with every setting, defaults included."""
         settings = {}
         for name, changed in self.synthesizers.items():
             settings[name] = plain(
@@ -109,11 +110,11 @@ class Recipe:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "Recipe":
-        """The method that :meth:`record` was made of; a setting that came after the record has its default.
+        """The method of a :meth:`record`; a setting that is newer than it has its default.
 
         Raises:
             KeyError: If the record lacks a part.
-            ValueError: If a name or a setting is none of today's.
+            ValueError: If a name or a setting is unknown.
         """
         known = {f.name for f in fields(TIEConfig)}
         if unknown := sorted(set(record["config"]) - known):

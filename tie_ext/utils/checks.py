@@ -133,6 +133,22 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
         )
 
 
+def check_class_counts(counts: Tensor) -> None:
+    """Refuse data without an image of some class.
+
+    Arguments:
+        counts: Images of each class ``(n,)``.
+
+    Raises:
+        ValueError: With the classes that have no image.
+    """
+    if (counts == 0).any():
+        missing = (counts == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"Expected samples of all {len(counts)} classes, but got none of class {missing}"
+        )
+
+
 def check_number(
     name: str, value: float, low: float, high: float, *, integer: bool = False, above: bool = False
 ) -> None:

@@ -1,31 +1,34 @@
-"""Training in several processes at once (``torch.distributed``): what has to be the same in all of them is made so here.
+"""Training in several processes (``torch.distributed``): what must be the same in all of them.
 
-With one process, or none initialised, every function gives back what it got. Each process reads its own share of the data
+In one process every function returns its input. Each process reads its own share of the data
 (``DistributedSampler``) and keeps its own share of the garbage pool.
+
+Not DistributedDataParallel: as long as it lives it keeps the process group alive after
+``destroy_process_group``, whose threads can then abort Python at exit. It expects a gradient for
+every parameter, which a classifier trained apart from its garbage head does not give. And the
+generators and VAEs of synthesizers need the same functions.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 if dist.is_available():
-    # Its functions have the process group as a default argument. The first optimizer imports it; where that comes after
-    # init_process_group, the group outlives destroy_process_group, and its threads can abort the process as Python ends.
+    # Its functions have the process group as a default argument. The first optimizer imports it;
+    # after init_process_group, the group would outlive destroy_process_group as above.
     import torch.distributed.nn.functional
-
-BUCKET = 2**23
-"""Numbers sent in one message: 32 MB."""
 
 
 def world() -> int:
-    """How many processes train together."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     return dist.get_rank() if world() > 1 else 0
 
 
@@ -48,40 +51,27 @@ def average_gradients(module: nn.Module) -> None:
 
 def average_statistics(module: nn.Module) -> None:
     """Replace BatchNorm's running means and variances by their means over all processes."""
-    _average(
-        buffer
-        for name, buffer in module.named_buffers()
-        if name.endswith(("running_mean", "running_var"))
-    )
+    running = ("running_mean", "running_var")
+    _average(buffer for name, buffer in module.named_buffers() if name.endswith(running))
 
 
 def _average(tensors: Iterable[Tensor]) -> None:
-    if world() > 1:
-        for bucket in buckets(tensors):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
-            dist.all_reduce(flat)
-            for tensor, mean in zip(
-                bucket, (flat / world()).split([tensor.numel() for tensor in bucket]), strict=True
-            ):
-                tensor.copy_(mean.view_as(tensor))
-
-
-def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors by type and device, together at most :data:`BUCKET` numbers or a single tensor: one message each, instead of one a tensor."""
-    filling: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kind = (tensor.dtype, tensor.device)
-        if (
-            kind in filling
-            and sum(other.numel() for other in filling[kind]) + tensor.numel() > BUCKET
-        ):
-            yield filling.pop(kind)
-        filling.setdefault(kind, []).append(tensor)
-    yield from filling.values()
+    """Average in place, by one message for each type and device."""
+    kinds = defaultdict(list)
+    for tensor in tensors if world() > 1 else ():
+        kinds[tensor.dtype, tensor.device].append(tensor)
+    for group in kinds.values():
+        flat = torch.cat([tensor.flatten() for tensor in group])
+        dist.all_reduce(flat)
+        sizes = [tensor.numel() for tensor in group]
+        for tensor, mean in zip(group, flat.div_(world()).split(sizes), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def total(x: Tensor, device: torch.device) -> Tensor:
-    """The sum of a tensor over all processes, on its own device; ``device`` is where processes can talk (NCCL: the GPU)."""
+    """The sum of a tensor over all processes, on its own device; ``device`` is where processes
+    communicate (NCCL: the GPU).
+    """
     if world() == 1:
         return x
     y = x.to(device, copy=True)
@@ -90,16 +80,12 @@ def total(x: Tensor, device: torch.device) -> Tensor:
 
 
 def gathered(x: Tensor, device: torch.device) -> Tensor:
-    """The tensors ``(N_rank, ...)`` of all processes, one after the other."""
+    """The tensors ``(N_rank, ...)`` of all processes in one; ``device`` as in :func:`total`."""
     if world() == 1:
         return x
-    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world())]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=device))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, *x.shape[1:], dtype=x.dtype, device=device)
-    padded[: len(x)] = x.to(device)
+    sizes = total((torch.arange(world()) == rank()) * len(x), device).tolist()
+    padded = torch.zeros(max(sizes), *x.shape[1:], dtype=x.dtype, device=device)
+    padded[: len(x)] = x
     parts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).to(
-        x.device
-    )
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(x.device)
