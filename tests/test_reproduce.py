@@ -1,4 +1,4 @@
-"""``tie-ext reproduce``: cells are run once, tables are made of cells, what has no data is said."""
+"""The paper's tables, cell by cell: what is run, what is not, and what the tables say."""
 
 import json
 import math
@@ -115,7 +115,8 @@ def test_a_cell_of_other_settings_is_not_taken_for_one_of_these(done, monkeypatc
     )
     with pytest.raises(
         ValueError,
-        match=r"Expected mnist-allx1-tie-seed0 in .*cells.jsonl to be .*, but got one with lam 0.5 instead of 3.0",
+        match=r"Expected mnist-allx1-tie-seed0 in .*cells.jsonl to be .*, but got one with lam "
+        r"0.5 instead of 3.0",
     ):
         run.run_plan(replace(plan, methods=("predecessor", "tie"), recipe=changed(lam=3.0)), out)
     run.run_plan(

