@@ -85,7 +85,7 @@ def test_ascent_raises_the_probability_of_the_class_and_stays_in_range(toy):
 def test_ascent_keeps_to_a_range_of_each_channel():
     low, high = (-1.0, 0.0, -2.0), (1.0, 0.5, 3.0)
     net = TIENet(Small(N, 3), N, (3, 28, 28), low, high).eval()
-    x = climbed(net, net.scaled(torch.rand(6, 3, 28, 28)), asked(6), 200)
+    x = climbed(net, net.from_unit(torch.rand(6, 3, 28, 28)), asked(6), 200)
     assert (x >= net.low).all()
     assert (x <= net.high).all()
     reached = [

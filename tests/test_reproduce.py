@@ -23,6 +23,7 @@ from tie_ext.cli.reproduce.comparison import recipe_of, train_method
 from tie_ext.models.backbones import Conv3
 from tie_ext.models.head import GarbageHead
 from tie_ext.outliers import Inversion
+from tie_ext.outliers.inversion import CLEAR
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.provenance import peak_memory, provenance
 
@@ -485,14 +486,14 @@ def test_networks_of_shorter_runs_judge_too_and_those_of_other_sets_do_not(done,
 def test_inversions_that_are_judged_are_asked_for_as_in_training(tmp_path, monkeypatch):
     asked = []
 
-    def spy(self, y, clearly=True):
-        asked.append(clearly)
-        return invert(self, y, clearly)
+    def spy(self, y, margin=CLEAR):
+        asked.append(margin)
+        return invert(self, y, margin)
 
     invert = Inversion.invert
     monkeypatch.setattr(Inversion, "invert", spy)
     run._keep_inversions(tmp_path / "inversions.safetensors", make_trainer(), per_class=2)
-    assert asked == [False]
+    assert asked == [0.0]
 
 
 @pytest.mark.parametrize("method", ["tie", "predecessor", "white"])

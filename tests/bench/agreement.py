@@ -19,11 +19,11 @@ from tie_ext.cli.evaluation import all_logits
 from tie_ext.cli.folder import read_settings
 from tie_ext.cli.images import ImageSet
 from tie_ext.cli.snapshots import to_bytes
-from tie_ext.outliers.inversion import CLEAR, soft_code
+from tie_ext.outliers.inversion import CLEAR, generate, soft_code
 from tie_ext.scores.decision import uncertainty
 from tie_ext.utils.files import write_json
-from tie_ext.utils.modules import frozen
 from tie_ext.utils.provenance import provenance
+from tie_ext.utils.views import eval_view
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "agreement.json"
 PER_CLASS, PARTS = 1000, 5
@@ -45,10 +45,7 @@ def shares_of(
     for margin in MARGINS:
         torch.manual_seed(0)
         code = soft_code(y, net.num_classes + 1, margin)
-        with frozen(generator):
-            images = ImageSet(
-                to_bytes(net, generator(torch.randn(len(y), generator.latent_size), code)), y
-            )
+        images = ImageSet(to_bytes(net, generate(eval_view(generator), code)), y)
         logits = all_logits(net, images)
         landed = (logits.argmax(1) == y).double()
         judged = (

@@ -335,7 +335,7 @@ def loaders(kind: str, out: Path, image: Path) -> dict[str, Callable[[], Any]]:
     def decide() -> None:
         net = TIENet.load(out / "network.safetensors")
         if net.image_shape:
-            net.decide(net.scaled(torch.full((1, *net.image_shape), 0.5)))
+            net.decide(net.from_unit(torch.full((1, *net.image_shape), 0.5)))
 
     def detect() -> None:
         detector = TIEDetector.load(out / "detector")

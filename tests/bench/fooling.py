@@ -130,7 +130,7 @@ def starts(net: TIENet, sets: Mapping[str, ImageSet], y: Tensor) -> dict[str, Te
     shape, others = (len(y), *net.image_shape), sets["ood"].x
     with seeded(0):
         return {
-            "noise": net.scaled(torch.rand(shape)),
+            "noise": net.from_unit(torch.rand(shape)),
             "procedural": Procedural(net).draw(shape),
             "OOD images": others[torch.randperm(len(others))[: len(y)]].float() / 255,
         }

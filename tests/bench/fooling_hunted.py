@@ -47,7 +47,7 @@ def statistics(net: TIENet, x: Tensor) -> Tensor:
 def starts(net: TIENet, count: int) -> dict[str, Tensor]:
     """Noise and procedural images, new with every call."""
     shape = (count, *net.image_shape)
-    return {"noise": net.scaled(torch.rand(shape)), "procedural": Procedural(net).draw(shape)}
+    return {"noise": net.from_unit(torch.rand(shape)), "procedural": Procedural(net).draw(shape)}
 
 
 def path(net: TIENet, detector: Detector, x: Tensor, y: Tensor) -> dict[int, float]:

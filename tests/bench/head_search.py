@@ -26,8 +26,8 @@ from tie_ext.training.augmentation import corrupt
 from tie_ext.training.config import HeadConfig
 from tie_ext.training.fit_head import fit_head
 from tie_ext.utils.files import write_json
-from tie_ext.utils.modules import frozen
 from tie_ext.utils.random import seeded
+from tie_ext.utils.views import frozen_view
 
 SEEDS = (0,)
 AS_IT_WAS = {"shapes": 0.4, "noise": 0.25, "masks": 0.25, "waves": 0.1}
@@ -76,11 +76,10 @@ TRIALS: dict[str, dict] = {
 @torch.no_grad()
 def statistics(net: TIENet, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """``(N, S)`` of all images, and the logarithm ``(N,)`` of the largest probability of an ID class."""
-    with frozen(net):
-        pairs = [net.statistics(x) for x in batches]
-        return torch.cat([s for _, s in pairs]), torch.cat(
-            [net.fc(h).log_softmax(1).amax(1) for h, _ in pairs]
-        )
+    net = frozen_view(net)
+    pairs = [net.statistics(x) for x in batches]
+    sureness = [net.fc(h).log_softmax(1).amax(1) for h, _ in pairs]
+    return torch.cat([s for _, s in pairs]), torch.cat(sureness)
 
 
 def columns(net: TIENet, kept: Iterable[int]) -> Tensor:
@@ -102,7 +101,7 @@ def outliers(net: TIENet, images: ImageBatches, most: Mapping[str, int]) -> dict
             batches = (make(x, rng) for x, _ in images)
         else:
             batches = (
-                net.scaled(greyed(FAMILIES[name][1]((500, *shape), rng), rng))
+                net.from_unit(greyed(FAMILIES[name][1]((500, *shape), rng), rng))
                 for _ in range(math.ceil(count / 500))
             )
         found[name] = statistics(net, batches)[0][:count]
@@ -161,7 +160,12 @@ def main() -> None:
             start = time.perf_counter()
             with seeded(seed):
                 head = GarbageHead({}, len(kept))
-                fit_head(head, inside, rows, HeadConfig(steps=trial.get("steps", 1600), weight=trial.get("weight", 1.0)))
+                fit_head(
+                    head,
+                    inside,
+                    rows,
+                    HeadConfig(steps=trial.get("steps", 1600), weight=trial.get("weight", 1.0)),
+                )
             seconds = time.perf_counter() - start
             with (
                 torch.no_grad()

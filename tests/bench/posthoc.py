@@ -20,9 +20,9 @@ from tie_ext.cli.reproduce.run import image_sets
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
 from tie_ext.pytorch_ood import IODIN, RejectionNetwork
 from tie_ext.utils.files import write_json
-from tie_ext.utils.modules import frozen
 from tie_ext.utils.provenance import provenance
 from tie_ext.utils.random import seeded
+from tie_ext.utils.views import frozen_view
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "posthoc.json"
 
@@ -31,7 +31,8 @@ def scores_of(net: TIENet, root: str, name: str, count: int, seed: int) -> dict:
     """Metrics by detector and OOD set."""
     images, test, ood = image_sets(name, seed, count, root)
     detectors = {"ODIN": ODIN(net), "i-ODIN": IODIN(net)}
-    with frozen(net), seeded(seed):
+    net = frozen_view(net)
+    with seeded(seed):
         for k, label in ((1, "B, single"), (5, "B, 5 mixed")):
             outliers = MarginalRepresentations(net, MarginalSettings(k=k))
             detectors[label] = RejectionNetwork(net.features, outliers).fit(

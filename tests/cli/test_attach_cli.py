@@ -279,12 +279,12 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     ]
     kept = load_state(out / "scores.safetensors", "scores")["combined"]
     judging = torch.randperm(40, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
-    scores = detector.predict(detector.network.scaled(test.x.float() / 255))
+    scores = detector.predict(detector.network.from_unit(test.x.float() / 255))
     torch.testing.assert_close(kept["id"], scores[judging])
     line = kept["id"].sort().values
     assert float(detector.threshold) == float(line[-1])
     torch.testing.assert_close(
-        detector.decide(detector.network.scaled(test.x.float() / 255)).score, scores
+        detector.decide(detector.network.from_unit(test.x.float() / 255)).score, scores
     )
     paths = [
         str(many / "test" / label / f"{i}.png") for label in ("bright", "dark") for i in range(20)
@@ -322,7 +322,7 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
             assert main(["score", str(place), *paths, *more]) == 0
             rows.append(capsys.readouterr().out)
         assert rows[0] == rows[1]
-    x = net.scaled(test.x.float() / 255)
+    x = net.from_unit(test.x.float() / 255)
     single = TIEDetector(net.eval(), false_alarm=0.25).fit([(x, test.y)])
     single.save(tmp_path / "single")
     assert main(["score", str(tmp_path / "single"), *paths]) == 0
@@ -462,7 +462,7 @@ def test_the_range_is_what_normalising_makes_of_black_and_white(
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])
     assert net.high.flatten().tolist() == pytest.approx([3, 2, 4 / 3])
     train = data.load(f"folder:{folder}", "train", shape=(3, 28, 28))
-    seen = net.statistics(net.scaled(train.x.float() / 255))[1]
+    seen = net.statistics(net.from_unit(train.x.float() / 255))[1]
     assert torch.allclose(
         net.garbage.mean, seen.mean(0), atol=1e-4
     )  # what the head learned from was scaled too
@@ -471,7 +471,7 @@ def test_the_range_is_what_normalising_makes_of_black_and_white(
         data.load(f"folder:{folder}", "test", shape=(3, 28, 28)),
     )
     assert torch.allclose(
-        pictures["features"][:12], net.features(net.scaled(test.x.float() / 255)), atol=1e-5
+        pictures["features"][:12], net.features(net.from_unit(test.x.float() / 255)), atol=1e-5
     )
     assert pictures["labels"].tolist() == [*test.y.tolist(), *[2] * 100]
     assert pictures["outliers_0"].shape == (12, 3, 28, 28)

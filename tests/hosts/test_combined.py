@@ -669,14 +669,17 @@ def rewrite(folder: Path, change) -> None:
         ),
         (
             lambda f: rewrite(f, lambda s: s["reference"]["deviation"].zero_()),
-            "deviations are not positive",
+            "deviations <= 0",
         ),
-        (lambda f: rewrite(f, lambda s: s["reference"]["mean"].fill_(float("inf"))), "not finite"),
+        (
+            lambda f: rewrite(f, lambda s: s["reference"]["mean"].fill_(float("inf"))),
+            "finite mean",
+        ),
         (
             lambda f: rewrite(
                 f, lambda s: s["reference"].update(ordered=s["reference"]["ordered"].flip(0))
             ),
-            "not in order",
+            "do not ascend",
         ),
         (
             lambda f: rewrite(f, lambda s: s["reference"].update(mean=torch.zeros(2))),

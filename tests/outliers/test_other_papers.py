@@ -127,7 +127,7 @@ def test_type_two_lies_on_the_ellipsoid_of_its_class(boundary, monkeypatch):
     seen = {}
     monkeypatch.setattr(boundary.vae, "decode", lambda z, y: seen.update(z=z) or z)
     y = torch.arange(30) % 3
-    boundary.at_the_edge(y)
+    boundary.on_ellipsoid(y)
     offset = (seen["z"] - boundary.mean[y])[:, :, None]
     distance = (
         torch.linalg.solve_triangular(boundary.factor[y], offset, upper=False)

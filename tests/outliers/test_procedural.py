@@ -26,7 +26,7 @@ from tie_ext.outliers.procedural import (
     waves,
 )
 
-DICE = Rng()
+RNG = Rng()
 SIZES = [
     (4, 1, 28, 28),
     (4, 3, 32, 32),
@@ -67,7 +67,7 @@ def plain(monkeypatch):
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("name", [*BY_NAME, *OF_IMAGES])
 def test_any_family_gives_finite_images_of_any_size(name, shape):
-    x = BY_NAME[name](shape, DICE) if name in BY_NAME else OF_IMAGES[name](torch.rand(shape), DICE)
+    x = BY_NAME[name](shape, RNG) if name in BY_NAME else OF_IMAGES[name](torch.rand(shape), RNG)
     assert x.shape == shape
     assert x.dtype == torch.float32
     assert torch.isfinite(x).all()
@@ -93,7 +93,7 @@ def test_a_family_depends_on_its_generator_alone(name):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_images_differ(name):
-    x = BY_NAME[name]((60, 3, 32, 32), DICE)
+    x = BY_NAME[name]((60, 3, 32, 32), RNG)
     x = x[x.flatten(1).std(1) > 0.05]  # but for the flat ones: black may come twice
     assert len(x) > 30
     distance = torch.cdist(x.flatten(1), x.flatten(1)) + 9 * torch.eye(len(x))
@@ -143,8 +143,8 @@ def test_half_of_the_images_are_mirrored_negatives_of_the_others():
     torch.testing.assert_close(x[4:].flip(3), (low + high)[:, None, None] - x[:3])
 
 
-def test_silhouettes_are_mirrored_once_along_each_axis_and_belong_to_any_image():
-    x = primitives.silhouettes((400, 16, 16), DICE)
+def test_shapes_are_mirrored_once_along_each_axis():
+    x = primitives.coverage((400, 16, 16), RNG)
     of = {tuple(one.flatten().tolist()) for one in x[:, 0]}
     mirrored = [
         axes
@@ -153,13 +153,13 @@ def test_silhouettes_are_mirrored_once_along_each_axis_and_belong_to_any_image()
     ]
     assert len(mirrored) == 3
     assert len(of) > 300
-    assert primitives.silhouettes((1, 16, 16), DICE).shape == (1, 1, 16, 16)
+    assert primitives.coverage((1, 16, 16), RNG).shape == (1, 1, 16, 16)
     assert not torch.equal(x[100:200].flip(2), x[:100])  # in random order
 
 
 def test_dealt_shares_are_met_on_average_even_one_at_a_time():
     drawn = (
-        torch.cat([DICE.deal(1, (0.4, 1.0, 0.6)) for _ in range(3000)]).bincount(minlength=3)
+        torch.cat([RNG.stratified(1, (0.4, 1.0, 0.6)) for _ in range(3000)]).bincount(minlength=3)
         / 3000
     )
     torch.testing.assert_close(drawn, torch.tensor([0.2, 0.5, 0.3]), atol=0.04, rtol=0)
@@ -172,18 +172,18 @@ def test_half_of_colour_images_are_nearly_grey():
         0.45 < (colour <= 0.1).double().mean() < 0.75
     )  # and those that have no colour to begin with
     vivid = torch.rand(2000, 3, 8, 8)
-    kept = (greyed(vivid, DICE) == vivid).flatten(1).all(1)
+    kept = (greyed(vivid, RNG) == vivid).flatten(1).all(1)
     assert abs(kept.double().mean() - 0.5) < 0.05
     x = greyed(vivid, rng(0))
     muted = ~(x == vivid).flatten(1).all(1)
     assert (x[muted].amax(1) - x[muted].amin(1)).max() <= 0.1
     assert x[muted].std() > 0.9 * vivid.std()
     grey = torch.rand(3, 1, 8, 8)
-    assert greyed(grey, DICE) is grey
+    assert greyed(grey, RNG) is grey
 
 
 def test_a_third_of_tones_are_black_or_white():
-    tone = tones(6000, 3, DICE).view(6000, 3)
+    tone = tones(6000, 3, RNG).view(6000, 3)
     black, white = (tone == 0).all(1), (tone == 1).all(1)
     assert abs(black.double().mean() - 1 / 6) < 0.02
     assert abs(white.double().mean() - 1 / 6) < 0.02
@@ -201,7 +201,7 @@ def test_fills_are_half_flat_a_quarter_linear_a_quarter_clouds(monkeypatch):
         ),
     )
     monkeypatch.setattr(primitives, "clouds", lambda shape, rng: torch.rand(*shape))
-    x = fills((2000, 2, 16, 16), DICE).double()
+    x = fills((2000, 2, 16, 16), RNG).double()
     flat = (x.amax((2, 3)) - x.amin((2, 3)) < 1e-6).all(1)
     across, down = x.diff(dim=3), x.diff(dim=2)
     monotone = ((across >= -1e-7).flatten(1).all(1) | (across <= 1e-7).flatten(1).all(1)) & (
@@ -213,46 +213,46 @@ def test_fills_are_half_flat_a_quarter_linear_a_quarter_clouds(monkeypatch):
 
 
 def test_gradients_are_linear_and_use_both_tones():
-    x = primitives.ramps((300, 33, 33), DICE)
+    x = primitives.ramps((300, 33, 33), RNG)
     inside = ((x > 0.02) & (x < 0.98))[:, 2:, 2:] & ((x > 0.02) & (x < 0.98))[:, :-2, :-2]
     assert (x[:, 2:, 2:] + x[:, :-2, :-2] - 2 * x[:, 1:-1, 1:-1]).abs()[inside].max() < 1e-5
     assert ((x.amax((1, 2)) - x.amin((1, 2))) > 0.4).all()
 
 
-def inside(silhouette, count=64, size=64):
-    return silhouette((count, size, size), DICE) < 0
+def inside(render, count=64, size=64):
+    return render((count, size, size), RNG) < 0
 
 
-def test_silhouettes_are_signed_distances():
-    for silhouette in primitives.SILHOUETTES:
-        d = silhouette((64, 96, 96), DICE) * 48  # in pixels
+def test_signed_distances_of_shapes():
+    for render in primitives.SHAPES:
+        d = render((64, 96, 96), RNG) * 48  # in pixels
         gradient = torch.hypot(d.diff(dim=2)[:, :-1], d.diff(dim=1)[:, :, :-1])[
             d[:, :-1, :-1].abs() < 1
         ]
-        assert 0.5 < gradient.median() < 1.5, silhouette.__name__
-        assert (gradient < 3).double().mean() > 0.98, silhouette.__name__
+        assert 0.5 < gradient.median() < 1.5, render.__name__
+        assert (gradient < 3).double().mean() > 0.98, render.__name__
 
 
 def test_ellipses_boxes_and_polygons_are_convex_and_rings_are_hollow():
-    for silhouette, convex in (
+    for render, convex in (
         (primitives.ellipses, True),
         (primitives.boxes, True),
         (primitives.polygons, True),
         (primitives.rings, False),
     ):
-        filled = inside(silhouette, 200)
+        filled = inside(render, 200)
         runs = (filled.diff(dim=2) & filled[:, :, 1:]).sum(2) + filled[
             :, :, 0
         ]  # how many separate pieces a row has
         assert (runs <= 1).all() if convex else (runs > 1).any(1).double().mean() > 0.3, (
-            silhouette.__name__
+            render.__name__
         )
         share = filled.double().mean((1, 2))
         assert 0.005 < share.median() < 0.4
 
 
-@pytest.mark.parametrize("silhouette", [primitives.ellipses, primitives.boxes])
-def test_half_axes_are_the_same_both_ways_in_an_image_that_is_not_square(silhouette, monkeypatch):
+@pytest.mark.parametrize("render", [primitives.ellipses, primitives.boxes])
+def test_half_axes_are_the_same_both_ways_in_an_image_that_is_not_square(render, monkeypatch):
     monkeypatch.setattr(
         primitives,
         "posed",
@@ -262,7 +262,7 @@ def test_half_axes_are_the_same_both_ways_in_an_image_that_is_not_square(silhoue
             torch.tensor([[[0.5]]]),
         ),
     )
-    filled = silhouette((1, 40, 120), DICE)[0] < 0
+    filled = render((1, 40, 120), RNG)[0] < 0
     assert filled.any(0).sum() == filled.any(1).sum() == 20
 
 
@@ -275,7 +275,7 @@ def test_polygons_have_three_to_six_straight_sides(monkeypatch):
         return real(condition, *rest)
 
     monkeypatch.setattr(torch, "where", spy)
-    d = primitives.polygons((400, 24, 24), DICE)
+    d = primitives.polygons((400, 24, 24), RNG)
     sides = torch.stack(drawn).sum(0).flatten()
     assert sorted(sides.unique().tolist()) == [3, 4, 5, 6]
     assert (sides.bincount()[3:] > 60).all()
@@ -296,12 +296,12 @@ def test_strokes_have_the_width_asked_for_and_one_or_two_curves(monkeypatch):
             widths if (low, high) == (0.03, 0.24) else real(self, low, high, *size)
         ),
     )
-    depth = -torch.stack([primitives.strokes((2, 128, 128), DICE).amin((1, 2)) for _ in range(30)])
+    depth = -torch.stack([primitives.strokes((2, 128, 128), RNG).amin((1, 2)) for _ in range(30)])
     assert (depth <= widths.flatten() + 1e-5).all()
     torch.testing.assert_close(
         depth.median(0).values, widths.flatten(), atol=0.012, rtol=0
     )  # a pixel's width; a few lie off the image
-    lines = primitives.polyline(1000, DICE)
+    lines = primitives.polyline(1000, RNG)
     single = (lines[:, primitives.CURVE :] - lines[:, primitives.CURVE, None]).abs().flatten(
         1
     ).amax(1) < 1e-5
@@ -318,29 +318,29 @@ def test_strokes_have_the_width_asked_for_and_one_or_two_curves(monkeypatch):
 
 
 def test_strokes_are_distances_to_their_curves(monkeypatch):
-    lines, real = primitives.polyline(6, DICE), primitives.grid
+    lines, real = primitives.polyline(6, RNG), primitives.grid
     monkeypatch.setattr(primitives, "polyline", lambda count, rng: lines)
     monkeypatch.setattr(primitives, "grid", lambda shape, rng, spread: real(shape, rng))
     monkeypatch.setattr(Rng, "log_uniform", lambda self, low, high, *size: torch.full(size, 0.1))
     dense = F.interpolate(
         lines.transpose(1, 2), 20 * 100 + 1, mode="linear", align_corners=True
     ).transpose(1, 2)
-    x, y = real((1, 24, 32), DICE)
+    x, y = real((1, 24, 32), RNG)
     pixels = torch.stack(torch.broadcast_tensors(x, y), dim=-1).reshape(1, -1, 2).expand(6, -1, -1)
     nearest = torch.cdist(pixels, dense).amin(2).view(6, 24, 32)
     torch.testing.assert_close(
-        primitives.strokes((6, 24, 32), DICE), nearest - 0.1, atol=2e-3, rtol=0
+        primitives.strokes((6, 24, 32), RNG), nearest - 0.1, atol=2e-3, rtol=0
     )
 
 
-def test_all_kinds_of_silhouettes_are_used_and_edges_are_a_pixel_wide(monkeypatch):
+def test_all_kinds_of_shapes_and_edges_a_pixel_wide(monkeypatch):
     kinds = []
     spies = [
         lambda shape, rng, i=i, real=real: kinds.extend([i] * shape[0]) or real(shape, rng)
-        for i, real in enumerate(primitives.SILHOUETTES)
+        for i, real in enumerate(primitives.SHAPES)
     ]
-    monkeypatch.setattr(primitives, "SILHOUETTES", spies)
-    x = primitives.silhouettes((500, 64, 64), DICE)
+    monkeypatch.setattr(primitives, "SHAPES", spies)
+    x = primitives.coverage((500, 64, 64), RNG)
     assert x.shape == (500, 1, 64, 64)
     assert (torch.tensor(kinds).bincount(minlength=5) > 15).all()  # one in four is drawn
     assert ((x > 0) & (x < 1)).double().mean() < 0.1
@@ -354,12 +354,12 @@ def test_shapes_paint_one_to_24_log_uniformly(monkeypatch):
         drawn.append(shape[0])
         return torch.ones(shape[0], 1, *shape[1:])
 
-    monkeypatch.setattr("tie_ext.outliers.procedural.silhouettes", one_more)
+    monkeypatch.setattr("tie_ext.outliers.procedural.coverage", one_more)
     monkeypatch.setattr(
         "tie_ext.outliers.procedural.fills",
         lambda shape, rng: torch.full(tuple(shape), len(drawn) / 100),
     )
-    x = shapes((2000, 1, 4, 4), DICE)
+    x = shapes((2000, 1, 4, 4), RNG)
     count = (
         100 * x[:, 0, 0, 0]
     ).round().long() + 1  # the last fill of an image says how many it has
@@ -381,12 +381,12 @@ def test_shapes_are_flat_areas_with_edges():
         flat, step = spread < 0.004, spread > 0.15
         return (flat.flatten(1).double().mean(1).gt(0.2) & step.flatten(1).any(1)).double().mean()
 
-    both, noise_both = (flat_and_edged(draw((400, 1, 32, 32), DICE)) for draw in (shapes, clouds))
+    both, noise_both = (flat_and_edged(draw((400, 1, 32, 32), RNG)) for draw in (shapes, clouds))
     assert both > noise_both + 0.12
 
 
 def test_waves_have_few_frequencies(plain):
-    x = waves((400, 1, 32, 32), DICE) - 0.5
+    x = waves((400, 1, 32, 32), RNG) - 0.5
     window = torch.hann_window(32, periodic=False)
     power = (
         torch.fft.rfft2((x - x.mean((2, 3), keepdim=True)) * window * window[:, None])
@@ -396,7 +396,7 @@ def test_waves_have_few_frequencies(plain):
     peak = power.flatten(1).topk(4).values.sum(1) / power.flatten(1).sum(
         1
     )  # one frequency and what the window spreads of it
-    noise = multiscale((400, 1, 32, 32), DICE) * window * window[:, None]
+    noise = multiscale((400, 1, 32, 32), RNG) * window * window[:, None]
     noise = torch.fft.rfft2(noise).abs().square()[:, 0].flatten(1)
     assert (peak > 0.6).double().mean() > 0.3
     assert peak.median() > 2 * (noise.topk(4).values.sum(1) / noise.sum(1)).quantile(0.25)
@@ -412,7 +412,7 @@ def test_waves_have_few_frequencies(plain):
 
 
 def test_masks_are_two_fills_with_a_smooth_sharp_border(plain):
-    x = masks((300, 1, 32, 32), DICE)
+    x = masks((300, 1, 32, 32), RNG)
     at_a_fill = ((x - 0.1).abs() < 1e-3) | ((x - 0.9).abs() < 1e-3)
     assert at_a_fill.double().mean() > 0.8
     both = ((x > 0.8).flatten(1).any(1) & (x < 0.2).flatten(1).any(1)).double().mean()
@@ -429,10 +429,10 @@ def test_leaves_cover_the_image_and_most_are_small(plain, monkeypatch):
     monkeypatch.setattr(torch, "hypot", lambda x, y: sizes.append(real(x, y)) or sizes[-1])
     covers = []
     monkeypatch.setattr(
-        "tie_ext.outliers.procedural.covered",
+        "tie_ext.outliers.procedural.antialiased",
         lambda distance: covers.append((0.5 - distance).clamp(0, 1)) or covers[-1],
     )
-    leaves((200, 1, 32, 32), DICE)
+    leaves((200, 1, 32, 32), RNG)
     assert len(covers) == 48
     radius = torch.stack(
         [torch.where(c > 0.5, s, 0).amax((1, 2)) for c, s in zip(covers, sizes, strict=True)]
@@ -445,12 +445,12 @@ def test_leaves_cover_the_image_and_most_are_small(plain, monkeypatch):
 
 
 def test_fractals_repeat_themselves_and_are_thin(plain):
-    x = fractals((200, 1, 64, 64), DICE)
+    x = fractals((200, 1, 64, 64), RNG)
     visited = (x < 0.899).double()
     assert 0.03 < visited.mean() < 0.6
     coarse = F.max_pool2d(visited, 4)
     assert coarse.mean() > 1.15 * visited.mean()  # of an area with a plain edge the two are alike
-    points = chaos_game(50, 64, DICE)
+    points = chaos_game(50, 64, RNG)
     assert torch.isfinite(points).all()
     assert (
         points.abs().max() < 20
@@ -467,7 +467,7 @@ def tiles_of(x, n=4):
 def test_shuffled_tiles_are_the_tiles_of_the_image(size):
     x = torch.rand(20, 3, *size)
     before = x.clone()
-    made = shuffled_tiles(x, DICE)
+    made = shuffled_tiles(x, RNG)
     assert torch.equal(x, before)
     same = (tiles_of(made)[:, :, None] == tiles_of(x)[:, None]).all(3)  # made tile, old tile
     assert torch.equal(same.sum(1), torch.ones(20, 16, dtype=torch.long))
@@ -494,7 +494,7 @@ def blobs(count=40, channels=3):
 def test_permuted_pixels_keep_colours_and_lose_places(channels):
     x = blobs(channels=channels)
     before = x.clone()
-    made = permuted_pixels(x, DICE)
+    made = permuted_pixels(x, RNG)
     assert torch.equal(x, before)
     torch.testing.assert_close(made.mean((2, 3)), x.mean((2, 3)), atol=0.02, rtol=0)
     assert (made.amin((2, 3)) >= x.amin((2, 3))).all()
@@ -519,13 +519,13 @@ def test_permuted_pixels_are_smoother_than_pixels_in_random_order():
         x = x - x.mean((2, 3), keepdim=True)
         return (x[..., 1:] * x[..., :-1]).mean() / x.square().mean()
 
-    assert smoothness(permuted_pixels(torch.rand(100, 1, 32, 32), DICE)) > 0.5
+    assert smoothness(permuted_pixels(torch.rand(100, 1, 32, 32), RNG)) > 0.5
 
 
 def test_unblurred_they_are_the_very_pixels_of_the_image(monkeypatch):
     monkeypatch.setattr(F, "avg_pool2d", lambda x, *args, **kwargs: x[..., 1:-1, 1:-1])
     x = torch.rand(3, 3, 16, 16)
-    made, old = permuted_pixels(x, DICE).flatten(2), x.flatten(2)
+    made, old = permuted_pixels(x, RNG).flatten(2), x.flatten(2)
     for i in range(3):
         rows = [sorted(zip(*pixels[i].tolist(), strict=True)) for pixels in (made, old)]
         torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]))

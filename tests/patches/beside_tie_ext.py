@@ -131,7 +131,7 @@ def main(run: Run) -> None:
     theirs = Patched(run.network(num_classes=10))
     ours = TIENet(theirs.backbone, 10, (3, run.size, run.size), *value_range(run.name))
     ours.garbage.load_state_dict(theirs.garbage.state_dict())
-    images = ours.scaled(torch.rand(run.images, 3, run.size, run.size))
+    images = ours.from_unit(torch.rand(run.images, 3, run.size, run.size))
     labels = torch.cat(
         [torch.arange(20) % 10, torch.arange(run.images - 20) % 3]
     )  # unequal, so that the class weights matter

@@ -17,8 +17,8 @@ from tie_ext.cli.snapshots import save_snapshot
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.training.attach import attach
+from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.files import locked, sha256, write_json
-from tie_ext.utils.modules import Bounded
 from tie_ext.utils.provenance import provenance
 
 SEEN = (

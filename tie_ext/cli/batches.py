@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.cli.images import Images
+from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.modules import Bounded
 
 SCORING = 500
 """Images per batch where nothing is trained."""
@@ -44,7 +44,7 @@ def scaled(x: Tensor, bounds: Bounded | None) -> Tensor:
     """
     if bounds is None:
         return x.float() / 255
-    return bounds.scaled(x.to(bounds.low.device).float() / 255)
+    return bounds.from_unit(x.to(bounds.low.device).float() / 255)
 
 
 class ImageBatches:

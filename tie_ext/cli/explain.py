@@ -65,7 +65,7 @@ def run(flags: Namespace) -> None:
         body = [write_figure(folder, "explain_classes", CLASSES, class_grid(found, names))]
         if captions:
             distances = found.layers.compare(x).relative_distance
-            bars = layer_bars(net.unit(x), captions, distances, found.layers.names)
+            bars = layer_bars(net.to_unit(x), captions, distances, found.layers.names)
             body.append(write_figure(folder, "explain_layers", LAYERS, bars))
         else:
             body.append("<p>None of the images of other sets that the run kept is rejected.</p>")
@@ -101,7 +101,7 @@ def class_grid(found: Explanation, names: Sequence[str]) -> Figure:
     """A row per class: inversions, and the nearest training image of each; the first classes."""
     classes, columns = GRID
     left, right = (x[:classes, :columns] for x in (found.inversions, found.nearest))
-    left, right = (found.layers.net.unit(x) for x in (left, right))
+    left, right = (found.layers.net.to_unit(x) for x in (left, right))
     grid = torch.cat([left, torch.ones_like(left[:, :1]), right], dim=1)
     figure = inversion_grid((grid * 255).round().byte(), names[:classes])
     figure.axes[0].set_title("inversions | nearest training images", fontsize=9)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.utils.checks import describe
-from tie_ext.utils.files import FORMAT
-from tie_ext.utils.modules import check_state
+from tie_ext.utils.files import FORMAT, check_state
 
 Weights = Mapping[str, Tensor]
 """A state_dict."""

@@ -64,7 +64,7 @@ def save_snapshot(
 
 def to_bytes(net: TIENet, x: Tensor) -> Tensor:
     """Images in the network's value range as uint8."""
-    return (net.unit(x) * 255).round().to(torch.uint8)
+    return (net.to_unit(x) * 255).round().to(torch.uint8)
 
 
 def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:

@@ -23,9 +23,9 @@ from tie_ext.cli.settings import TrainSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
 from tie_ext.training.checkpoint import check_settings
 from tie_ext.training.trainer import TIETrainer
+from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.distributed import share, world
 from tie_ext.utils.files import locked, sha256, write_json
-from tie_ext.utils.modules import Bounded
 from tie_ext.utils.provenance import provenance
 
 STATE = "training.safetensors"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tie_ext.utils.modules import Bounded
+from tie_ext.utils.bounded import Bounded
 
 LARGEST = 11
 """Codes of more entries are not scaled up any further."""
@@ -77,7 +77,7 @@ class Generator(Bounded):
         # Of mean 0, and as large as of ten classes and garbage for any greater number, as z has variance 1.
         seed = torch.cat([z, (code - 1 / self.code_size) * min(self.code_size, LARGEST)], dim=1)
         x = self.layers(seed[:, :, None, None]).sigmoid()
-        return self.scaled(x).contiguous()  # for the backbone, whose layout is its own
+        return self.from_unit(x).contiguous()  # for the backbone, whose layout is its own
 
 
 def _upsample(cin: int, cout: int, before: int, after: int, bias: bool) -> nn.ConvTranspose2d:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import check_backbone, cut_classifier, find_layers
 from tie_ext.scores.decision import Decision, decide
+from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_images, check_number, check_shape
-from tie_ext.utils.modules import Bounded
 from tie_ext.utils.views import eval_view
 
 AUTOCAST_DTYPES = ("float32", "bfloat16")
@@ -111,7 +111,7 @@ class TIENet(Bounded):
         self.backbone = copy.deepcopy(getattr(backbone, "_orig_mod", backbone))
         if self.image_shape is not None:
             ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
-            ramp = self.scaled(ramp)
+            ramp = self.from_unit(ramp)
             check_backbone(self.backbone, ramp)
         cut = cut_classifier(self.backbone)
         self.feature_size = cut.in_features

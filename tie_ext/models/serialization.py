@@ -13,8 +13,7 @@ from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import classifier_name
 from tie_ext.models.network import _EXTRA, AUTOCAST_DTYPES, TIENet
 from tie_ext.utils.checks import check_shape
-from tie_ext.utils.files import load_state, reading, save_state
-from tie_ext.utils.modules import FLOATS, check_state
+from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
 
 LARGEST_TRIED = 3 * 224 * 224
 """Values of the largest image that a network from a file is tried on. A file that claims larger ones

@@ -1,9 +1,12 @@
-r"""TIE's inversion: a conditional generator learns which images make the classifier answer what it was asked for.
+r"""TIE's inversion: a conditional generator learns images to which the classifier gives the
+outputs that it was asked for.
 
-Symbols: ``z (B, Z) ~ N(0, I)``; ``v (B, n+1) ~ N(0, I)``; the soft code ``c = softmax(v)``; the class asked for ``y = argmax c``;
-``x = G(z, c)``; ``p = softmax(f(x))`` over n+1 outputs; ``h (B, F)`` penultimate features of ``x``.
+Symbols: ``z (B, Z) ~ N(0, I)``; ``v (B, n+1) ~ N(0, I)``; the soft code ``c = softmax(v)``; the
+target class ``y = argmax c``; ``x = G(z, c)``; ``p = softmax(f(x))`` over n+1 outputs;
+``h (B, F)`` penultimate features of ``x``.
 
-.. math:: L = \alpha\, \mathrm{KL}(c \,\|\, p) + \beta\, \mathrm{CE}(y, p) + \gamma\, \frac{1}{B(B-1)} \sum_{i \ne j} \cos(h_i, h_j)
+.. math:: L = \alpha\, \mathrm{KL}(c \,\|\, p) + \beta\, \mathrm{CE}(y, p)
+          + \gamma\, \frac{1}{B(B-1)} \sum_{i \ne j} \cos(h_i, h_j)
 """
 
 import copy
@@ -16,49 +19,51 @@ from torch import Tensor
 
 from tie_ext.models.generator import Generator
 from tie_ext.models.network import TIENet
-from tie_ext.outliers.base import Batches, Candidates, Domain, Synthesizer
+from tie_ext.outliers.base import Candidates, Domain, Loader, Synthesizer
 from tie_ext.utils.distributed import average_gradients, average_statistics
-from tie_ext.utils.modules import frozen
 from tie_ext.utils.settings import Settings, setting
+from tie_ext.utils.views import eval_view, frozen_view
 
 RIVALS = 10
-"""Classes beside the one asked for that a code may name: all others where there are ten classes and garbage, as in the paper."""
+"""Classes beside the target that a code may name: all others, where there are ten classes and
+garbage, as in the paper."""
 CLEAR = 0.5
-"""By how much the largest of a code's normals leads, where people look at what comes of it."""
+"""Margin of the target in codes for images that people look at."""
 TOGETHER = 256
 """Images generated at once where the generator does not learn."""
 
 
 def soft_code(y: Tensor, num_outputs: int, margin: float = 0.0) -> Tensor:
-    """Soft codes ``(B, K)`` with ``argmax == y``: a softmax of standard normals, given which of them is the largest.
+    """Soft codes ``(B, K)`` with ``argmax == y``: a softmax of standard normals, given which of
+    them is the largest.
 
-    The components of v are exchangeable, so putting the largest in place ``y`` gives exactly the distribution of v given its argmax;
-    every class is asked for equally often, with many degrees of confidence. Two entries of a code may be all but equal, which asks for what
-    lies between two classes; with a margin none is. Of many classes :data:`RIVALS` stand beside the one asked for, anew in each code, and the
-    others are 0: among a thousand normals the largest would have 1.6 %, and no code would name its class.
+    The components of v are exchangeable, so that putting the largest in place ``y`` gives exactly
+    the distribution of v given its argmax: every class is equally frequent, at many degrees of
+    confidence. Two entries of a code may be almost equal, which asks for an image between two
+    classes; a margin prevents it. Of many classes, :data:`RIVALS` at random take part in each code
+    and the others are 0: among a thousand normals the largest would have 1.6 %, and no code would
+    name its class.
 
     Arguments:
-        y: Classes asked for ``(B,)`` in ``[0, K)``.
+        y: Target classes ``(B,)`` in ``[0, K)``.
         num_outputs: K = n+1.
-        margin: Added to the largest normal, >= 0: it leads by at least as much.
+        margin: Added to the largest normal, >= 0, so that it leads by at least as much.
 
     References:
         TIE, section 3.
     """
-    v = (
-        torch.randn(len(y), min(num_outputs, RIVALS + 1), device=y.device)
-        .sort(1, descending=True)
-        .values
-    )
+    v = torch.randn(len(y), min(num_outputs, RIVALS + 1), device=y.device)
+    v = v.sort(1, descending=True).values
     v[:, 0] += margin
-    # The class asked for, then others in random order.
-    order = (
-        torch.rand(len(y), num_outputs, device=y.device)
-        .scatter_(1, y[:, None], 2.0)
-        .topk(v.shape[1], dim=1)
-        .indices
-    )
-    return torch.zeros(len(y), num_outputs, device=y.device).scatter_(1, order, v.softmax(1))
+    # The target, then others in random order.
+    order = torch.rand(len(y), num_outputs, device=y.device).scatter_(1, y[:, None], 2.0)
+    places = order.topk(v.shape[1], dim=1).indices
+    return torch.zeros_like(order).scatter_(1, places, v.softmax(1))
+
+
+def generate(generator: Generator, code: Tensor) -> Tensor:
+    """Images ``(B, C, S, S)`` of soft codes ``(B, n+1)`` and random latent vectors."""
+    return generator(torch.randn(len(code), generator.latent_size, device=code.device), code)
 
 
 def loss_terms(logits: Tensor, features: Tensor, code: Tensor) -> dict[str, Tensor]:
@@ -67,14 +72,16 @@ def loss_terms(logits: Tensor, features: Tensor, code: Tensor) -> dict[str, Tens
     Arguments:
         logits: ``(B, n+1)`` of the generated images.
         features: ``(B, F)`` of the generated images, B >= 2.
-        code: Soft codes ``(B, n+1)`` they were asked for.
+        code: Soft codes ``(B, n+1)`` that the images were generated from.
 
     Returns:
-        ``kl``: KL(code || p), scalar >= 0. ``ce``: cross-entropy with the code's argmax, scalar >= 0.
-        ``cosine``: mean cosine similarity of the features of different images, in [-1, 1]; small = diverse.
+        ``kl``: KL(code || p), scalar >= 0. ``ce``: cross-entropy with the argmax of the code,
+        scalar >= 0. ``cosine``: mean cosine similarity of the features of different images, in
+        [-1, 1]; small = diverse.
 
     References:
-        TIE, section 3; for the cosine, Network Inversion for Uncertainty-Aware OOD Detection, section 3.
+        TIE, section 3; for the cosine, Network Inversion for Uncertainty-Aware OOD Detection,
+        section 3.
     """
     log_p = logits.log_softmax(1)
     h = F.normalize(features, dim=1)
@@ -82,10 +89,12 @@ def loss_terms(logits: Tensor, features: Tensor, code: Tensor) -> dict[str, Tens
     pairs = h.sum(0).square().sum() - h.square().sum()
     return {
         "kl": F.kl_div(log_p, code, reduction="batchmean"),
-        # Paper: "soft or one-hot" targets. Here: one-hot, because with soft ones KL and CE have the same gradient.
+        # Paper: "soft or one-hot" targets. Here: one-hot, because with soft ones KL and CE have
+        # the same gradient.
         "ce": F.nll_loss(log_p, code.argmax(1)),
-        # Paper: TIE prints 1 - cos, which would pull the features together when minimised. Here: cos, as in the predecessor's text,
-        # because both papers describe a term that spreads the features.
+        # Paper: TIE prints 1 - cos, which would pull the features together when minimised. Here:
+        # cos, as in the predecessor's text, because both papers describe a term that spreads the
+        # features.
         "cosine": pairs / (len(h) * (len(h) - 1)),
     }
 
@@ -96,7 +105,8 @@ class InversionSettings(Settings):
 
     steps: int = setting(
         80,
-        "Generator steps an epoch, from where it stood (docs/research/cost.md says what they take).",
+        "Generator steps an epoch; it is kept from epoch to epoch (their cost: "
+        "docs/research/cost.md).",
         low=1,
         high=10**6,
     )
@@ -121,15 +131,16 @@ class InversionSettings(Settings):
 
 
 class Inversion(Synthesizer):
-    """Inverts the classifier with a generator that is trained against it, warm from epoch to epoch.
+    """Inverts the classifier by a generator that is trained against it and kept from epoch to
+    epoch.
 
     Arguments:
-        domain: The network to invert, or the :class:`tie_ext.outliers.base.Domain` of its data: images ``(C, S, S)``, S in [28, 224]. The generator
-            is asked for n+1 classes, garbage included.
+        domain: The network to invert, or the :class:`~tie_ext.outliers.base.Domain` of its data:
+            images ``(C, S, S)``, S in [28, 224]. The generator has n+1 classes, garbage included.
         settings: How it is trained.
 
     Raises:
-        ValueError: If no generator can make such images.
+        ValueError: If no generator can make images of that shape.
 
     References:
         TIE, sections 3, 4.2 and 6.1.
@@ -149,84 +160,74 @@ class Inversion(Synthesizer):
         )
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.settings.lr)
 
-    def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
-        """Train the generator against the frozen classifier for ``steps`` steps; see :meth:`Synthesizer.fit`."""
-        weight = {
+    def fit(self, classifier: TIENet, loader: Loader, progress: float) -> dict[str, float]:
+        """Train the generator for ``steps`` steps against the frozen classifier; see
+        :meth:`Synthesizer.fit`. The ID data is not read.
+        """
+        weights = {
             "kl": self.settings.alpha,
             "ce": self.settings.beta,
             "cosine": self.settings.gamma(progress),
         }
-        told: list[Tensor] = []
         self.generator.train()
-        with frozen(classifier):
-            for _ in range(self.settings.steps):
-                y = torch.randint(
-                    self.num_outputs, (self.settings.batch_size,), device=self.device
-                )
-                code = soft_code(y, self.num_outputs)
-                logits, h = classifier.outputs(self._generate(code))
-                terms = loss_terms(logits, h, code)
-                loss = torch.stack([weight[name] * term for name, term in terms.items()]).sum()
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                average_gradients(self.generator)
-                self.optimizer.step()
-                told.append(
-                    torch.stack([*terms.values(), (logits.argmax(1) == y).float().mean()]).detach()
-                )
+        view = frozen_view(classifier)
+        log = [self._step(view, weights) for _ in range(self.settings.steps)]
         average_statistics(self.generator)
-        # Read here, as a number that is read in a step makes it wait for the device.
-        return dict(
-            zip([*weight, "agreement"], torch.stack(told).double().mean(0).tolist(), strict=True)
-        )
+        # Read here, since reading a number within a step would wait for the device.
+        means = torch.stack(log).double().mean(0).tolist()
+        return dict(zip([*weights, "agreement"], means, strict=True))
+
+    def _step(self, classifier: TIENet, weights: dict[str, float]) -> Tensor:
+        """One step of the generator; its loss terms and the share of images of their target."""
+        y = torch.randint(self.num_outputs, (self.settings.batch_size,), device=self.device)
+        code = soft_code(y, self.num_outputs)
+        logits, h = classifier.outputs(generate(self.generator, code))
+        terms = loss_terms(logits, h, code)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(self.generator)
+        self.optimizer.step()
+        agreement = (logits.argmax(1) == y).float().mean()
+        return torch.stack([*terms.values(), agreement]).detach()
 
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
-        """As many inversions as there are images in ``x``, every class (garbage included) asked for equally often."""
-        first = torch.randint(
-            self.num_outputs, (1,), device=self.device
-        )  # so that short batches do not favour the first classes
-        return self.invert(
-            (torch.arange(len(x), device=self.device) + first) % self.num_outputs, clearly=False
-        )
+        """As many inversions as there are images in ``x``, of every class equally often, garbage
+        included.
+        """
+        # At random, so that short batches do not favour the first classes.
+        first = torch.randint(self.num_outputs, (1,), device=self.device)
+        targets = (torch.arange(len(x), device=self.device) + first) % self.num_outputs
+        return self.invert(targets, margin=0.0)
 
     @torch.no_grad()
-    def invert(self, y: Tensor, clearly: bool = True) -> Candidates:
-        """One inversion for each class asked for: what it looks like to the network.
+    def invert(self, y: Tensor, margin: float = CLEAR) -> Candidates:
+        """One inversion of each target class: an image that the network takes for that class.
 
         Arguments:
             y: Classes ``(M,)`` in ``[0, n]``.
-            clearly: Ask by codes that lean to their class (:data:`CLEAR`), for people to look at; else as training asks, which wants what lies
-                between classes too. What misses its class was nearly always asked for by a code close to a tie (``docs/research/agreement.md``).
+            margin: Of the codes, >= 0; 0 as in training, which wants images between classes too.
+                Of those that miss their class nearly all had a code with a close second
+                (``docs/research/agreement.md``).
 
         Returns:
-            The :class:`Candidates`; the generator's mode is left as it was.
+            The :class:`Candidates`; the generator is left as it was.
         """
-        y = y.to(self.device)
-        with frozen(
-            self.generator
-        ):  # a few at a time, so that any number takes little more than its own place
-            x = [
-                self._generate(soft_code(part, self.num_outputs, CLEAR if clearly else 0.0))
-                for part in y.split(TOGETHER)
-            ]
-        return Candidates(torch.cat(x), y)
+        y, generator = y.to(self.device), eval_view(self.generator)
+        # A few at a time, so that memory hardly grows with their number.
+        codes = (soft_code(part, self.num_outputs, margin) for part in y.split(TOGETHER))
+        return Candidates(torch.cat([generate(generator, code) for code in codes]), y)
 
     @property
     def device(self) -> torch.device:
         """Where the generator lives."""
         return self.generator.low.device
 
-    def _generate(self, code: Tensor) -> Tensor:
-        return self.generator(
-            torch.randn(len(code), self.generator.latent_size, device=code.device), code
-        )
-
     def get_extra_state(self) -> dict:
-        """The optimiser, so that a resumed run goes on as if it had not stopped."""
+        """State of the optimiser, so that a resumed run goes on as if it had not stopped."""
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict) -> None:
-        """Put the optimiser back."""
-        self.optimizer.load_state_dict(
-            copy.deepcopy(state)
-        )  # which would share its tensors with the state
+        """Put the state of the optimiser back."""
+        # A copy, since the optimiser would share the tensors of the state.
+        self.optimizer.load_state_dict(copy.deepcopy(state))

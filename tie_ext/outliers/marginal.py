@@ -1,28 +1,33 @@
-r"""Disentangled marginal representations (DMR): what is left of ID images when their class is taken out, decoded.
+r"""Disentangled marginal representations (DMR): ID images without their class, decoded.
 
-Symbols: ``E`` encoder, ``G`` decoder, ``mu_y`` mean code of class y, ``w = E(x) - mu_y`` an image's marginal representation.
+Symbols: ``E`` encoder, ``G`` decoder, ``mu_y`` mean code of class y, ``w = E(x) - mu_y`` the
+marginal representation of an image.
 
-.. math:: x_{out} = G\Big(\lambda \cdot \frac{1}{k} \sum_{i=1}^{k} w_i\Big), \quad \lambda \sim U[1, 3], \text{ the k images of different classes}
+.. math:: x_{out} = G\Big(\lambda \cdot \frac{1}{k} \sum_{i=1}^{k} w_i\Big), \quad \lambda \sim
+U[1, 3],
+          \text{ the k images of different classes}
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tie_ext.models.network import TIENet
-from tie_ext.outliers.base import Batches, Candidates, Domain, Synthesizer
+from tie_ext.outliers.base import Candidates, Domain, Loader, Synthesizer
 from tie_ext.outliers.vae import VAE, fit_vae
 from tie_ext.utils.distributed import total
-from tie_ext.utils.modules import evaluating
 from tie_ext.utils.settings import Settings, setting
+from tie_ext.utils.views import eval_view
 
 
 class Codec(Protocol):
-    """An encoder/decoder pair, as a module; the paper's is StyleGAN-XL with an inversion encoder."""
+    """A module with an encoder and a decoder; the paper's is StyleGAN-XL with an inversion
+    encoder.
+    """
 
     latent_size: int
 
@@ -31,17 +36,20 @@ class Codec(Protocol):
         ...
 
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """Images ``(B, C, S, S)`` in the value range of codes ``(B, L)``; a codec that is not conditional ignores the labels."""
+        """Images ``(B, C, S, S)`` in the value range, of codes ``(B, L)``; a codec that is not
+        conditional ignores the labels.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class MarginalSettings(Settings):
-    """What is mixed, how far it is pushed, and how the built-in VAE is trained."""
+    """What is mixed, how it is scaled, and how the built-in VAE is trained."""
 
     k: int = setting(
         5,
-        "Images mixed, of different classes (the paper: 5); fewer where there are fewer classes. 1 for no mixing.",
+        "Images mixed, of different classes (the paper: 5); fewer where there are fewer classes. "
+        "1 for no mixing.",
         low=1,
         high=10**6,
     )
@@ -55,7 +63,8 @@ class MarginalRepresentations(Synthesizer):
     """Outliers from marginal representations.
 
     Arguments:
-        domain: The network the outliers are for, or the :class:`tie_ext.outliers.base.Domain` of its data.
+        domain: The network that the outliers are for, or the
+            :class:`~tie_ext.outliers.base.Domain` of its data.
         settings: How they are made.
         codec: A trained :class:`Codec`; None for a VAE that is trained once, at the first ``fit``.
 
@@ -64,6 +73,7 @@ class MarginalRepresentations(Synthesizer):
     """
 
     settings_class: ClassVar = MarginalSettings
+    codec: Any
     mean: Tensor
 
     def __init__(
@@ -74,26 +84,27 @@ class MarginalRepresentations(Synthesizer):
     ):
         super().__init__(domain, settings)
         self.own = codec is None
-        # Not conditional: were the class told, the code would not hold it, and taking its mean away would take nothing.
+        # Not conditional: a VAE that is given the class does not put it into the code, and
+        # subtracting its mean would change nothing.
         self.codec = VAE(domain, 32, conditional=False) if codec is None else codec
-        size = int(self.codec.latent_size)  # type: ignore[arg-type]
-        self.register_buffer(
-            "mean", torch.full((self.num_classes, size), torch.nan)
-        )  # mu_y; NaN until fit
+        # mu_y; NaN until fit.
+        size = (self.num_classes, int(self.codec.latent_size))
+        self.register_buffer("mean", torch.full(size, torch.nan))
 
-    def fit(self, classifier: TIENet, batches: Batches, progress: float) -> dict[str, float]:
-        """Train the built-in VAE and find the mean code of each class, the first time; the classifier plays no part in it."""
+    def fit(self, classifier: TIENet, loader: Loader, progress: float) -> dict[str, float]:
+        """Train the built-in VAE and compute the mean code of each class, the first time. The
+        classifier is not used.
+        """
         if not self.mean.isnan().any():
             return {}
-        losses = (
-            {"vae": fit_vae(self.codec, batches, self.settings.vae_epochs)} if self.own else {}
-        )  # type: ignore[arg-type]
-        device = self.mean.device
+        epochs, device = self.settings.vae_epochs, self.mean.device
+        losses = {"vae": fit_vae(self.codec, loader, epochs)} if self.own else {}
         sums, counts = torch.zeros_like(self.mean), torch.zeros(len(self.mean), device=device)
-        with evaluating(self.codec), torch.no_grad():
-            for x, y in batches:
+        codec = eval_view(self.codec)
+        with torch.no_grad():
+            for x, y in loader:
                 y = y.to(device).long()
-                sums.index_add_(0, y, self.codec.encode(x.to(self.low), y))  # type: ignore[operator]
+                sums.index_add_(0, y, codec.encode(x.to(self.low), y))
                 counts += y.bincount(minlength=len(counts))
         sums, counts = total(sums, device), total(counts, device)
         self.mean.copy_(sums / counts[:, None])
@@ -101,63 +112,61 @@ class MarginalRepresentations(Synthesizer):
 
     @torch.no_grad()
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
-        """One outlier an image of the batch, each mixed of k images of different classes; all aimed at the garbage class."""
+        """One outlier an image of the batch, each mixed of k images of different classes; all for
+        the garbage class.
+        """
         if self.mean.isnan().any():
             raise RuntimeError(
-                "Expected a fitted codec to sample from, but got one without class means; call fit first"
+                "Expected a fitted codec to sample from, but got one without class means; "
+                "call fit first"
             )
-        x, y = x.to(self.low), y.to(self.low.device).long()
-        with evaluating(self.codec):
-            w = self.codec.encode(x, y) - self.mean[y]  # type: ignore[operator]
-            mixed = w[self.partners(y)].mean(1)
-            factor = torch.empty(len(x), 1, device=x.device).uniform_(*self.settings.scale)
-            images = self.codec.decode(factor * mixed, y)  # type: ignore[operator]
-        return self._garbage(self.clip(images))
+        x, y, codec = x.to(self.low), y.to(self.low.device).long(), eval_view(self.codec)
+        w = codec.encode(x, y) - self.mean[y]
+        mixed = w[self.partners(y)].mean(1)
+        factor = torch.empty(len(x), 1, device=x.device).uniform_(*self.settings.scale)
+        return self._garbage(self.clip(codec.decode(factor * mixed, y)))
 
     def partners(self, y: Tensor) -> Tensor:
-        """For each of ``B`` outliers the rows ``(B, k)`` of a batch to mix: a random image of each of k random classes that it has."""
+        """Rows ``(B, k)`` of a batch to mix, for each of B outliers: a random image of each of k
+        random classes that the batch has.
+        """
         _, of, counts = y.unique(return_inverse=True, return_counts=True)
-        rows, first = (
-            of.argsort(),
-            counts.cumsum(0) - counts,
-        )  # rows by class, and where each class begins
-        chosen = (
-            torch.rand(len(y), len(counts), device=y.device)
-            .topk(min(self.settings.k, len(counts)), dim=1)
-            .indices
+        rows, first = of.argsort(), counts.cumsum(0) - counts  # sorted by class; starts of classes
+        order, k = (
+            torch.rand(len(y), len(counts), device=y.device),
+            min(self.settings.k, len(counts)),
         )
-        member = (
-            (torch.rand(chosen.shape, device=y.device) * counts[chosen])
-            .long()
-            .minimum(counts[chosen] - 1)
-        )
-        return rows[first[chosen] + member]
+        chosen = order.topk(k, dim=1).indices
+        member = (torch.rand(chosen.shape, device=y.device) * counts[chosen]).long()
+        return rows[first[chosen] + member.minimum(counts[chosen] - 1)]
 
 
 @torch.no_grad()
 def marginal_features(
     encoder: Callable[[Tensor], Tensor],
     synthesizer: Synthesizer,
-    batches: Batches,
+    loader: Loader,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Features of ID images and of one outlier for each, which the rejection network is to tell apart.
+    """Features of ID images and of one outlier for each, on which DMR's rejection network learns.
 
     Arguments:
-        encoder: Penultimate features ``(B, C, S, S) -> (B, F)`` of the frozen classifier, in evaluation mode.
-        synthesizer: Who proposes the outliers, without the help of a classifier; fitted here.
-        batches: The ID data.
+        encoder: Penultimate features ``(B, C, S, S) -> (B, F)`` of the frozen classifier, in
+            evaluation mode.
+        synthesizer: Proposes the outliers; one that needs no classifier. It is fitted here.
+        loader: The ID data.
         device: Where to compute.
 
     Returns:
-        Features ``(N, F)``, and which of them are an outlier's ``(N,)``, bool.
+        Features ``(N, F)``, and which of them are those of an outlier ``(N,)``, bool.
     """
+    none: Any = None  # what works in a latent space has no use for a classifier
     with torch.enable_grad():
-        synthesizer.to(device).fit(None, batches, 0.0)  # type: ignore[arg-type]  # it plays no part in what works in a latent space
+        synthesizer.to(device).fit(none, loader, 0.0)
     features, outlier = [], []
-    for x, y in batches:
+    for x, y in loader:
         x, y = x.to(device), y.to(device)
-        proposed = synthesizer.sample(None, x, y).x  # type: ignore[arg-type]
+        proposed = synthesizer.sample(none, x, y).x
         features += [encoder(x), encoder(proposed)]
         outlier += [torch.zeros(len(x), device=device), torch.ones(len(proposed), device=device)]
     return torch.cat(features), torch.cat(outlier).bool()
@@ -166,17 +175,17 @@ def marginal_features(
 def fit_rejection(
     features: Tensor, outlier: Tensor, hidden: int = 128, epochs: int = 10, lr: float = 0.01
 ) -> nn.Module:
-    """DMR's rejection network B: tells features of outliers from those of ID images.
+    """DMR's rejection network B, which separates features of outliers from those of ID images.
 
     Arguments:
         features: ``(N, F)``.
-        outlier: Which are an outlier's ``(N,)``, bool.
+        outlier: Which are those of an outlier ``(N,)``, bool.
         hidden: Width of the hidden layer.
         epochs: Passes over the features (the paper: 10).
         lr: Learning rate of SGD with momentum 0.9 (the paper: 0.01).
 
     Returns:
-        B, ``(B, F) -> (B, 1)``: log-odds of being an outlier.
+        B, ``(B, F) -> (B, 1)``: log-odds of an outlier; larger = more OOD.
 
     Raises:
         ValueError: If either kind is missing.
@@ -187,17 +196,16 @@ def fit_rejection(
     target = outlier.float()
     if target.mean() in (0, 1):
         raise ValueError(
-            f"Expected features of ID images and of outliers, but got {int(target.sum())} outliers of {len(target)}"
+            "Expected features of ID images and of outliers, "
+            f"but got {int(target.sum())} outliers of {len(target)}"
         )
-    network = nn.Sequential(
-        nn.Linear(features.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1)
-    ).to(features.device)
+    layers = (nn.Linear(features.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1))
+    network = nn.Sequential(*layers).to(features.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
     for _ in range(epochs):
         for rows in torch.randperm(len(features), device=features.device).split(128):
-            loss = F.binary_cross_entropy_with_logits(
-                network(features[rows]).squeeze(1), target[rows]
-            )
+            log_odds = network(features[rows]).squeeze(1)
+            loss = F.binary_cross_entropy_with_logits(log_odds, target[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -1,10 +1,12 @@
-r"""ASCOOD, wholly: outliers, criterion and features of its training, and i-ODIN's perturbation.
+r"""ASCOOD: outliers, criterion and features of its training, and i-ODIN's perturbation.
 
-Its outliers are ID images whose most significant pixels are pushed along the gradient, or shuffled.
+Its outliers are ID images whose most significant pixels are moved along the gradient, or shuffled.
 
-Symbols: ``G (B, C, H, W)`` the gradient of the true class's logit by the image, ``p_inv`` the share of pixels that carry the class.
+Symbols: ``G (B, C, H, W)`` gradient of the logit of the true class with respect to the image,
+``p_inv`` share of pixels that carry the class.
 
-.. math:: x_{out} = x + \alpha\, G_{inv}, \quad G_{inv} = G \text{ where } |G| \text{ is among the largest } p_{inv}, \text{ else } 0
+.. math:: x_{out} = x + \alpha\, G_{inv}, \quad
+          G_{inv} = G \text{ where } |G| \text{ is among the largest } p_{inv}, \text{ else } 0
 """
 
 import copy
@@ -19,23 +21,24 @@ from tie_ext.models.layers import cut_classifier
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Candidates, Synthesizer
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.modules import frozen
 from tie_ext.utils.settings import Settings, setting
+from tie_ext.utils.views import frozen_view
 
 
 def saliency(classifier: TIENet, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient ``(B, C, H, W)`` of each image's true-class logit, in evaluation mode.
+    """Gradient ``(B, C, H, W)`` of the logit of each image's true class, in evaluation mode.
 
     References:
         ASCOOD, equation 2.
     """
-    with torch.enable_grad(), frozen(classifier):
+    with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(classifier(x).gather(1, y[:, None].long()).sum(), x)[0]
+        logits = frozen_view(classifier)(x)
+        return torch.autograd.grad(logits.gather(1, y[:, None].long()).sum(), x)[0]
 
 
 def push(x: Tensor, G: Tensor, alpha: float, p_inv: float) -> Tensor:
-    """Images moved by ``alpha`` times their gradient where it is largest in size; not clipped.
+    """Images moved by ``alpha`` times their gradient where its magnitude is largest; not clipped.
 
     Arguments:
         x: Images ``(B, C, H, W)``.
@@ -53,11 +56,12 @@ def push(x: Tensor, G: Tensor, alpha: float, p_inv: float) -> Tensor:
 
 
 def shuffle(x: Tensor, G: Tensor, p_inv: float) -> Tensor:
-    """Images whose most significant pixels have changed places among themselves.
+    """Images whose most significant pixels are permuted among themselves.
 
     Arguments:
         x: Images ``(B, C, H, W)``.
-        G: Gradients of the same shape; pixels are ranked by the sum of ``exp(G)`` over the channels, as the authors' code does.
+        G: Gradients of the same shape; pixels are ranked by the sum of ``exp(G)`` over the
+            channels, as in the authors' code.
         p_inv: Share of the H*W pixels that move, in [0, 1].
 
     References:
@@ -66,20 +70,19 @@ def shuffle(x: Tensor, G: Tensor, p_inv: float) -> Tensor:
     _, C, H, W = x.shape
     top = G.exp().sum(1).flatten(1).topk(int(H * W * p_inv), dim=1).indices
     order = torch.rand_like(top, dtype=torch.float).argsort(1)
+    to, of = (rows[:, None].expand(-1, C, -1) for rows in (top, top.gather(1, order)))
     flat = x.flatten(2)
-    pixels = flat.gather(2, top[:, None].expand(-1, C, -1)).gather(
-        2, order[:, None].expand(-1, C, -1)
-    )
-    return flat.scatter(2, top[:, None].expand(-1, C, -1), pixels).view_as(x)
+    return flat.scatter(2, to, flat.gather(2, of)).view_as(x)
 
 
 @dataclass(frozen=True)
 class SaliencySettings(Settings):
-    """Which outliers, and how far they lie from their image."""
+    """Which outliers, and how far they are from their image."""
 
     kind: str = setting(
         "gradient",
-        "Push the most significant values along the gradient, or shuffle the most significant pixels.",
+        "Move the most significant values along the gradient, or shuffle the most significant "
+        "pixels.",
         choices=("gradient", "shuffle"),
     )
     alpha: float = setting(
@@ -102,32 +105,31 @@ class Saliency(Synthesizer):
     """ASCOOD's outliers as candidates, clipped to the value range.
 
     Arguments:
-        domain: The network the outliers are for, or the :class:`tie_ext.outliers.base.Domain` of its data.
+        domain: The network that the outliers are for, or the
+            :class:`~tie_ext.outliers.base.Domain` of its data.
         settings: Which outliers.
 
     References:
-        S. Regmi. *Image-based Outlier Synthesis With Training Data* (ASCOOD), arXiv:2411.10794, section 3.1.
+        S. Regmi. *Image-based Outlier Synthesis With Training Data* (ASCOOD), arXiv:2411.10794,
+        section 3.1.
     """
 
     settings_class: ClassVar = SaliencySettings
 
     def sample(self, classifier: TIENet, x: Tensor, y: Tensor) -> Candidates:
-        """One outlier an image, aimed at the garbage class."""
-        G = saliency(classifier, x, y)
-        alpha, p_inv = self.settings.alpha, self.settings.p_inv
-        return self._garbage(
-            self.clip(
-                push(x, G, alpha, p_inv)
-                if self.settings.kind == "gradient"
-                else shuffle(x, G, p_inv)
-            )
-        )
+        """One outlier an image, for the garbage class."""
+        G, settings = saliency(classifier, x, y), self.settings
+        if settings.kind == "gradient":
+            return self._garbage(self.clip(push(x, G, settings.alpha, settings.p_inv)))
+        return self._garbage(self.clip(shuffle(x, G, settings.p_inv)))
 
 
 def uniform_criterion(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """ASCOOD's loss: cross-entropy on ID images, and on outliers the divergence of all outputs from the uniform distribution, up to a constant.
+    """ASCOOD's loss: cross-entropy on ID images, and on outliers the divergence of all outputs
+    from the uniform distribution, up to a constant.
 
-    A network trained so does not call an outlier garbage, but is unsure of it: it is level 2 that rejects.
+    A network trained with it does not put an outlier into the garbage class, but is uncertain of
+    it: level 2 rejects.
 
     Arguments:
         logits: ``(B, n+1)``.
@@ -138,7 +140,8 @@ def uniform_criterion(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         A scalar.
 
     References:
-        ASCOOD, equation 5. Paper: a sum over n outputs. Here: over n+1, because the network has as many.
+        ASCOOD, equation 5. Paper: a sum over n outputs. Here: over n+1, because the network has
+        that many.
     """
     outlier = y == logits.shape[1] - 1
     exposed = -logits[outlier].log_softmax(1).mean() if outlier.any() else 0.0
@@ -146,11 +149,14 @@ def uniform_criterion(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
 
 
 class Standardized(nn.Module):
-    r"""A classifier whose penultimate features are z-scored, image by image, and scaled: for :class:`tie_ext.models.network.TIENet` to stand on.
+    r"""A classifier whose penultimate features are z-scored, image by image, and scaled; a
+    backbone for :class:`tie_ext.models.network.TIENet`.
 
-    .. math:: \tilde h = \sigma \, (h - \mathrm{mean}(h)) / \mathrm{std}(h), \quad \|\tilde h\| = \sigma \sqrt{F - 1}
+    .. math:: \tilde h = \sigma \, (h - \mathrm{mean}(h)) / \mathrm{std}(h), \quad \|\tilde h\| =
+    \sigma \sqrt{F - 1}
 
-    A bounded norm keeps the network from being overconfident, so that it can learn ID labels and uncertainty about outliers together.
+    A bounded norm prevents overconfidence, so that the network can learn ID labels and uncertainty
+    about outliers together.
 
     Arguments:
         backbone: A classifier as TIENet takes it. It is copied.
@@ -169,17 +175,17 @@ class Standardized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, m)`` of images ``(B, C, H, W)``."""
         h = self.backbone(x).flatten(1)
-        return self.fc(
-            self.sigma * (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6)
-        )
+        z = self.sigma * (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-6)
+        return self.fc(z)
 
 
 def perturb(x: Tensor, gradient: Tensor, eps: float | Tensor, values: int) -> Tensor:
-    """i-ODIN's perturbation: images moved by ``-eps`` times the sign of the gradient in those values where it is largest in size.
+    """i-ODIN's perturbation: images moved by ``-eps`` times the sign of the gradient, in those
+    values where its magnitude is largest.
 
     Arguments:
         x: Images ``(B, C, H, W)``.
-        gradient: Of the loss by the images, of the same shape.
+        gradient: Of the loss with respect to the images, of the same shape.
         eps: Step, a number or ``(C, 1, 1)``, in units of value.
         values: How many of the C*H*W values move.
 

@@ -14,8 +14,7 @@ from tie_ext.outliers.base import Synthesizer
 from tie_ext.training.config import HeadConfig, SampleConfig, TIEConfig
 from tie_ext.training.log import EpochLog
 from tie_ext.training.pool import GarbagePool
-from tie_ext.utils.files import load_state, reading, save_state
-from tie_ext.utils.modules import check_state
+from tie_ext.utils.files import check_state, load_state, reading, save_state
 from tie_ext.utils.settings import Settings
 
 

@@ -4,6 +4,9 @@ Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.models.head`); ``t (N,
 outlier, 0 for an ID image.
 """
 
+import math
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,14 +32,15 @@ class StatisticsCollector:
 
     def __init__(self, net: TIENet, memory: int):
         self.net = frozen_view(net)
-        rows = max(2, memory // (4 * net.garbage.mean.numel()))
+        head = cast(GarbageHead, net.garbage)
+        rows = max(2, memory // (4 * head.mean.numel()))
         self.id, self.ood = Reservoir(2 * rows), Reservoir(rows)
 
     @torch.no_grad()
     def add_id(self, x: Tensor) -> Tensor:
         """Add ID images ``(B, C, S, S)``; returns their penultimate features ``(B, F)``."""
         net = self.net
-        corrupted = net.scaled(corrupt(net.unit(x), Rng(x.device)))
+        corrupted = net.from_unit(corrupt(net.to_unit(x), Rng(x.device)))
         for images in (corrupted, x):
             h, s = net.statistics(images)
             self.id.add(s)
@@ -67,6 +71,9 @@ def fit_head(
 
     Returns:
         The mean loss.
+
+    Raises:
+        ValueError: If the loss is not finite.
     """
     head.standardise(id_statistics)
     statistics = torch.cat([id_statistics, ood_statistics])
@@ -85,4 +92,10 @@ def fit_head(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    return float(torch.stack(losses).mean())
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise ValueError(
+            f"Expected a finite loss of the garbage head, but got {mean}, as the statistics of a "
+            "float16 network give it; give the network in float32 or bfloat16"
+        )
+    return mean

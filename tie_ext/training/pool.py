@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tie_ext.outliers.base import Prior
 from tie_ext.utils.checks import check_number
+from tie_ext.utils.reservoir import replacements
 
 CONVERTED = 2**20
 """Values converted to uint8 at once."""
@@ -72,19 +73,14 @@ class GarbagePool:
             chosen: Which of them are offered ``(M,)``, bool; None for all.
         """
         rows = torch.arange(len(x)) if chosen is None else chosen.nonzero()[:, 0].cpu()
-        count = torch.arange(self.offered, self.offered + len(rows))
         chance = torch.rand(len(rows), dtype=torch.float64)
-        slot = torch.where(count < len(self.images), count, (chance * (count + 1)).long())
-        # Of two images for one slot the later wins, as if they had come one by one.
-        pairs = zip(slot.tolist(), rows.tolist(), strict=True)
-        kept = list({s: row for s, row in pairs if s < len(self.images)}.items())
+        kept, places = replacements(self.offered, len(self.images), chance)
         # Only these are converted, as a full pool keeps few; in pieces, which bounds memory.
         step = max(1, CONVERTED // max(1, self.images[0].numel()))
-        for first in range(0, len(kept), step):
-            slots, of = zip(*kept[first : first + step], strict=True)
-            images = x.detach()[list(of)].float().cpu()
+        for of, to in zip(rows[kept].split(step), places.split(step), strict=True):
+            images = x.detach()[of.to(x.device)].float().cpu()
             images = (images - self.low) / (self.high - self.low) * 255
-            self.images[list(slots)] = images.round().clamp(0, 255).to(torch.uint8)
+            self.images[to] = images.round().clamp(0, 255).to(torch.uint8)
         self.offered += len(rows)
 
     def draw(self, k: int) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that weights can have."""
 FORMAT = "tie_ext"
 VERSION = 1
 _TYPES = {
@@ -203,6 +205,23 @@ def add_json_line(path: str | os.PathLike, record: dict, key: str) -> None:
             for each in sorted([*others, record], key=lambda each: each[key])
         )
         write_atomically(path, "".join(lines).encode())
+
+
+def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state that ``load_state_dict`` would accept although it is wrong: tensors of other
+    types, or with NaN.
+
+    Raises:
+        ValueError: If a weight is not floating-point, a count is of another type, or one is NaN.
+    """
+    for name, mine in module.state_dict().items():
+        found = state.get(name)
+        if not isinstance(mine, Tensor) or not isinstance(found, Tensor):
+            continue
+        if found.dtype not in (FLOATS if mine.is_floating_point() else (mine.dtype,)):
+            raise ValueError(f"Expected {name} to be of type {mine.dtype}, but got {found.dtype}")
+        if bool(found.isnan().any()):
+            raise ValueError(f"Expected numbers in {name}, but got NaN")
 
 
 def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:

@@ -8,7 +8,7 @@ from openood.utils.config import Config
 
 from tie_ext.models.network import TIENet
 from tie_ext.openood import without_cuda
-from tie_ext.outliers.base import Batches
+from tie_ext.outliers.base import Loader as Batches
 from tie_ext.utils.random import seeded
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}

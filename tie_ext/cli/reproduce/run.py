@@ -208,7 +208,7 @@ def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> N
         if isinstance(synthesizer, Inversion):
             asked = torch.arange(trainer.net.num_classes).repeat_interleave(per_class)
             with seeded(len(trainer.log)):
-                x, y = synthesizer.invert(asked, clearly=False)
+                x, y = synthesizer.invert(asked, margin=0.0)
             save_state(path, "inversions", {"x": to_bytes(trainer.net, x).cpu(), "y": y.cpu()})
 
 
