@@ -1,1 +1,3 @@
-"""What every room uses and no paper is about: checks at the border, settings, files, several processes, random streams, modes of modules."""
+"""What every room uses and no paper is about: checks at the border, settings, files, several
+processes, random streams, modes of modules.
+"""

@@ -14,7 +14,9 @@ import torch
 
 
 def peak_memory() -> float | None:
-    """Most memory this process has held so far, MB (resident set); None where Python cannot tell, as on Windows."""
+    """Most memory this process has held so far, MB (resident set); None where Python cannot tell,
+    as on Windows.
+    """
     try:
         import resource
     except ImportError:
@@ -40,7 +42,8 @@ def provenance(
     Arguments:
         device: Where it computes.
         packages: Whose versions are told, where they are installed.
-        places: Files and folders that lie elsewhere for everyone, by the name that the command has instead.
+        places: Files and folders that lie elsewhere for everyone, by the name that the command has
+            instead.
     """
     versions = {"python": platform.python_version()}
     for package in ("tie_ext", *packages):
@@ -69,7 +72,9 @@ def provenance(
 
 
 def _named(word: str, places: Mapping[str, str | Path]) -> str:
-    """A word of a command, with the name of a place instead of its path; so too behind ``--flag=`` and before what lies in it."""
+    """A word of a command, with the name of a place instead of its path; so too behind ``--flag=``
+    and before what lies in it.
+    """
     flag, equals, value = word.rpartition("=")
     for name, place in places.items():
         path = os.fspath(place).rstrip("/")
@@ -79,7 +84,9 @@ def _named(word: str, places: Mapping[str, str | Path]) -> str:
 
 
 def processor(device: str | torch.device = "cpu") -> str:
-    """Name of what computes on ``device``; times are compared on one only, and sums differ from one to another in their last bits."""
+    """Name of what computes on ``device``; times are compared on one only, and sums differ from
+    one to another in their last bits.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path(

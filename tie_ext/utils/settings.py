@@ -1,6 +1,8 @@
-"""Settings objects: frozen dataclasses whose fields carry their help, range and choices, so that all three are written once.
+"""Settings objects: frozen dataclasses whose fields carry their help, range and choices, so that
+all three are written once.
 
-The command line makes its flags of them, OpenOOD's adapter its keys, and construction refuses what is out of range.
+The command line makes its flags of them, OpenOOD's adapter its keys, and construction refuses what
+is out of range.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +24,8 @@ def setting(
     """A field of a settings object.
 
     Arguments:
-        default: Its value unless told otherwise; its type, and that of each entry of a tuple, is the type of the setting.
+        default: Its value unless told otherwise; its type, and that of each entry of a tuple, is
+            the type of the setting.
         help: What it means, in a sentence or two, with unit and source.
         low: Smallest value allowed.
         high: Largest value allowed.
@@ -37,10 +40,12 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """What every settings object does: refuse values out of range, and hold plain Python numbers whatever came.
+    """What every settings object does: refuse values out of range, and hold plain Python numbers
+    whatever came.
 
     Raises:
-        ValueError: If a value is of the wrong type or out of range, with its name, its range and what came.
+        ValueError: If a value is of the wrong type or out of range, with its name, its range and
+            what came.
     """
 
     def __post_init__(self) -> None:
