@@ -399,7 +399,9 @@ def test_rivals_score_features_as_their_host_scores_images():
 
     features, fc, x, y = tiny_classifier()
     new = torch.rand(50, 3, 3, 3)
-    found, failed = rivals.scores_of(rivals.makers(fc, features(x), y), {"new": features(new).split(20)})
+    found, failed = rivals.scores_of(
+        rivals.makers(fc, features(x), y), {"new": features(new).split(20)}
+    )
     net = torch.nn.Sequential(features, fc)
     loader = [(x, y)]
     by_host = {
@@ -434,7 +436,9 @@ def test_cadref_by_hand():
     fc = torch.nn.Linear(2, 2).requires_grad_(False)
     fc.weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
     fc.bias.zero_()
-    score = rivals.cadref(fc, torch.tensor([[3.0, 1.0], [1.0, 1.5], [5.0, 1.0]]))  # classes 0, 1, 0; the mean of 0 is (4, 1)
+    score = rivals.cadref(
+        fc, torch.tensor([[3.0, 1.0], [1.0, 1.5], [5.0, 1.0]])
+    )  # classes 0, 1, 0; the mean of 0 is (4, 1)
     energy = torch.tensor([[2.0, -2.0], [-0.5, 0.5], [4.0, -4.0]]).logsumexp(1).mean()
     new = torch.tensor([[6.0, 2.0]])  # two more for class 0, one more against it, of 8 in all
     expected = 2 / 8 / torch.tensor([4.0, -4.0]).logsumexp(0) + 1 / 8 / energy
@@ -445,34 +449,43 @@ def test_histograms_and_their_divergence():
     pytest.importorskip("pytorch_ood")
     import rivals
 
-    shares = rivals.histogram(torch.tensor([[0.0, 0.005, 1.0, 2.0]]), torch.tensor(0.0), torch.tensor(1.0))
+    shares = rivals.histogram(
+        torch.tensor([[0.0, 0.005, 1.0, 2.0]]), torch.tensor(0.0), torch.tensor(1.0)
+    )
     assert shares[0, 0] == 0.5
     assert shares[0, -1] == 0.25
     assert shares.sum() == 0.75  # one value is beyond the range
     torch.testing.assert_close(rivals.smoothed(shares, 4)[0, :2], torch.tensor([0.25, 0.125]))
     p = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
     found = rivals.divergence(p, p[0], 0.0)
-    torch.testing.assert_close(found, torch.tensor([0.0, 0.4 * math.log(0.9 / 0.5) - 0.4 * math.log(0.1 / 0.5)]))
+    torch.testing.assert_close(
+        found, torch.tensor([0.0, 0.4 * math.log(0.9 / 0.5) - 0.4 * math.log(0.1 / 0.5)])
+    )
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.lists(st.integers(0, 9), min_size=1, max_size=20))
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    st.lists(st.integers(0, 9), min_size=1, max_size=20),
+)
 def test_auroc_is_how_often_an_ood_image_scores_higher(inside, outside):
     pytest.importorskip("pytorch_ood")
     import rivals
 
     wins = [(o > i) + (o == i) / 2 for o in outside for i in inside]
-    assert rivals.auroc(torch.tensor(inside), torch.tensor(outside)) == pytest.approx(sum(wins) / len(wins))
+    assert rivals.auroc(torch.tensor(inside), torch.tensor(outside)) == pytest.approx(
+        sum(wins) / len(wins)
+    )
 
 
 @given(st.integers(19, 200))
-def test_a_line_leaves_the_false_alarms_that_conformal_thresholds_do(count):
+def test_the_threshold_of_rivals_is_the_conformal_one(count):
     pytest.importorskip("pytorch_ood")
     import rivals
 
-    from tie_ext.decision import conformal_threshold
+    from tie_ext.scores.threshold import conformal_threshold
 
     scores = torch.randperm(count).double()
-    assert rivals.line(scores) == conformal_threshold(scores, 0.05).item()
+    assert rivals.threshold(scores) == conformal_threshold(scores, 0.05).item()
 
 
 def test_regret_is_against_the_best_rival_of_each_column():
@@ -487,8 +500,16 @@ def test_regret_is_against_the_best_rival_of_each_column():
     found = rivals.regrets(table, "combine", ours)
     assert found["a near"] == (pytest.approx(-0.1), "KNN")  # the head is ours, and no rival
     assert found["a far"] == (pytest.approx(0.05), "GEN")
-    assert rivals.worst_and_mean(table, "combine", ours) == (pytest.approx(-0.1), pytest.approx(-0.025), 2)
-    assert rivals.worst_and_mean(table, "RMD", ours) == (pytest.approx(-0.8), pytest.approx(-0.8), 1)
+    assert rivals.worst_and_mean(table, "combine", ours) == (
+        pytest.approx(-0.1),
+        pytest.approx(-0.025),
+        2,
+    )
+    assert rivals.worst_and_mean(table, "RMD", ours) == (
+        pytest.approx(-0.8),
+        pytest.approx(-0.8),
+        1,
+    )
     assert rivals.worst_and_mean(table, "KNN", ours)[0] == pytest.approx(-0.3)
 
 
@@ -497,7 +518,9 @@ def test_columns_are_means_over_sets_and_then_over_runs():
     import public_networks
 
     one = {"network": "n", "near": ["a"], "far": ["b", "c"], "validation": []}
-    first = one | {"scores": {"s": {"a": [0.5, 0, 0], "b": [0.6, 0, 0], "c": [0.8, 0, 0]}, "t": None}}
+    first = one | {
+        "scores": {"s": {"a": [0.5, 0, 0], "b": [0.6, 0, 0], "c": [0.8, 0, 0]}, "t": None}
+    }
     second = one | {"scores": {"s": {"a": [0.7, 0, 0], "b": [1.0, 0, 0]}, "t": None}}
     found = public_networks.columns_of([first, second])
     assert set(found) == {"n near", "n far"}

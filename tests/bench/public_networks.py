@@ -10,7 +10,7 @@ on where the first one stopped:
 
 * ``passes/BACKBONE/SET.safetensors``, one pass over an image set: ``features (N, F)``,
   ``statistics (N, S)`` of every layer, as a garbage head reads them, and ``labels (N,)``;
-* ``runs/NETWORK-seedN/head.safetensors``, the head that attach taught;
+* ``runs/NETWORK-seedN/head.safetensors``, the head that attach fitted;
 * ``runs/NETWORK-seedN/scores.safetensors``: ``scores/NAME/SET (N,)``, larger = more OOD,
   ``features/SET``, ``logits/SET``, ``labels/SET``, ``rows/SET`` of the pass (``sources.json``
   says of which), and the last layer, ``weight`` and ``bias``. SET is ``fit``, ``calibration``
@@ -113,10 +113,11 @@ def conv3(own: str, root: Path, cache: Path) -> nn.Module:
     """The paper's CNN, trained here for five epochs, once."""
     from attached import train
 
-    from tie_ext import Conv3, TIENet
-    from tie_ext.app.data import ImageSet
-    from tie_ext.bench.comparison import classifier
-    from tie_ext.support.random import seeded
+    from tie_ext import TIENet
+    from tie_ext.cli.classifier import classifier
+    from tie_ext.cli.images import ImageSet
+    from tie_ext.models.backbones import Conv3
+    from tie_ext.utils.random import seeded
 
     path = cache / "networks" / f"{own}-conv3.safetensors"
     if not path.exists():
@@ -221,13 +222,13 @@ def reader(model: nn.Module, backbone: Backbone, num_classes: int):
     from tie_ext import TIENet
 
     shape = (len(backbone.mean), backbone.size, backbone.size)
-    return TIENet(model, num_classes, shape, *backbone.range, (), "layers").eval()
+    return TIENet(model, num_classes, shape, *backbone.range, head="multilayer").eval()
 
 
-def taught(
+def fitted_head(
     model: nn.Module, backbone: Backbone, num_classes: int, batches: list, seed: int
 ) -> dict[str, Tensor]:
-    """Weights of the head that attach teaches."""
+    """Weights of the head that attach fits."""
     from tie_ext import attach
 
     return attach(model, batches, num_classes, *backbone.range, seed=seed).garbage.state_dict()
@@ -239,26 +240,21 @@ def own_scores(
 ) -> tuple[dict[str, dict[str, Tensor]], float]:
     """Scores by name and set of the head, of combine's KNN and of what combine gives, and the
     threshold of the latter."""
-    from pytorch_ood.detector import GEN
-
-    from tie_ext.pytorch_ood import Combined, TIEDetector
-    from tie_ext.pytorch_ood.chosen import fit_knn
+    from tie_ext import Combined
+    from tie_ext.pytorch_ood.combine import chosen_members
+    from tie_ext.pytorch_ood.members import Outputs
 
     net.garbage.load_state_dict(head)
-    knn = fit_knn(seen["fit"].features)
-    combined = Combined([TIEDetector(net), knn, GEN(net)])
+    combined = Combined(chosen_members(seen["fit"].features))
 
-    def columns(of: Seen) -> Tensor:
-        logits = torch.cat(
-            [
-                net.head(*pair)
-                for pair in zip(of.features.split(2000), of.statistics.split(2000), strict=True)
-            ]
-        )
-        members = (combined.detectors[0].predict_logits(logits), knn.predict_features(of.features))
-        return torch.stack([*members, combined.detectors[2].predict_logits(logits[:, :-1])], dim=1)
+    def outputs(of: Seen) -> Outputs:
+        pairs = zip(of.features.split(2000), of.statistics.split(2000), strict=True)
+        every = torch.cat([net.all_logits(*pair) for pair in pairs])
+        return Outputs(every[:, :-1], of.features, every)
 
-    found = {name: columns(of) for name, of in seen.items() if name != "fit"}
+    found = {
+        name: combined.score_outputs(outputs(of)) for name, of in seen.items() if name != "fit"
+    }
     combined.fit_scores(found["calibration"])
     scores = {
         label: {name: of[:, i] for name, of in found.items()} for i, label in enumerate(OURS[1:])
@@ -271,7 +267,7 @@ def own_scores(
 
 def said_by(places: Mapping[str, Path]) -> dict:
     """Command, commit and versions of a record."""
-    from tie_ext.support.provenance import provenance
+    from tie_ext.utils.provenance import provenance
 
     return provenance(places=places)
 
@@ -461,7 +457,7 @@ class Run:
                 len(images.y.unique()) == self.network.num_classes
             )  # else attach would miss the labels of some classes
             batches = pairs if every else [x for x, _ in pairs]
-            head = taught(model, self.backbone, self.network.num_classes, batches, self.seed)
+            head = fitted_head(model, self.backbone, self.network.num_classes, batches, self.seed)
             write(path, {**head, "seconds": torch.tensor(time.perf_counter() - start)})
         return load_file(path)
 
@@ -562,7 +558,9 @@ class Run:
         numbers: dict[str, dict | None] = {}
         for name, of in self.scores().items():
             threshold = (
-                float(kept["threshold"]) if name == OURS[0] else rivals.line(of["calibration"])
+                float(kept["threshold"])
+                if name == OURS[0]
+                else rivals.threshold(of["calibration"])
             )
             numbers[name] = {
                 "false alarms": round((of["test"] > threshold).double().mean().item(), 4)

@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from tie_ext.app.report import table
+from tie_ext.cli.tables import table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "public_networks"
 OURS = ("combine", "attach", "combine's KNN")
@@ -21,9 +21,7 @@ CALLED = {
     "fashionmnist": "FashionMNIST, our CNN",
 }
 """Networks, in the order of the tables."""
-SAID = {
-    "AssertionError": "pytorch-ood asserts that every class up to the last has images"
-}
+SAID = {"AssertionError": "pytorch-ood asserts that every class up to the last has images"}
 """What is meant by an error that says nothing."""
 HEAD = """# Networks that others trained
 
