@@ -1,4 +1,4 @@
-"""A garbage class for a trained classifier: any backbone, its own logits to the last bit, and what is refused."""
+"""attach: any backbone keeps its logits to the last bit; what cannot be attached is refused."""
 
 import copy
 import sys
@@ -96,7 +96,7 @@ def test_the_softmax_over_all_outputs_gives_the_heads_odds():
     assert torch.equal(h, net.features(x))
 
 
-def test_statistics_are_of_every_layer_before_its_relu_standardised_on_id_images(monkeypatch):
+def test_statistics_of_every_layer_before_its_relu(monkeypatch):
     monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, rng: x)
     x, y = stripes()
     model = Small().eval()
@@ -160,7 +160,7 @@ def test_the_number_of_statistics_is_bounded():
         ),  # of what the ReLU let through
     ],
 )
-def test_a_layer_is_read_before_its_relu_after_its_own_normalisation(layers, found):
+def test_layers_are_read_before_relu_after_norm(layers, found):
     net = TIENet(
         nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
         3,
@@ -174,7 +174,7 @@ def test_a_layer_is_read_before_its_relu_after_its_own_normalisation(layers, fou
     assert before.min() < 0
 
 
-def test_unseen_outliers_are_rejected_and_a_seed_determines_the_head():
+def test_unseen_outliers_and_seeds_of_attach():
     x, y = stripes(300)
     torch.manual_seed(0)
     model = Small().eval()
@@ -194,7 +194,7 @@ def test_unseen_outliers_are_rejected_and_a_seed_determines_the_head():
     assert not torch.equal(other.garbage.network[0].weight, net.garbage.network[0].weight)
 
 
-def test_a_caller_that_needs_no_gradients_gets_the_same_head():
+def test_attach_under_no_grad():
     x, y = stripes()
     model = Small().eval()
     with torch.no_grad():
@@ -207,9 +207,7 @@ def test_a_caller_that_needs_no_gradients_gets_the_same_head():
 @pytest.mark.parametrize("channels", [16, 48, 200])
 @pytest.mark.parametrize("size", [64, 50, 37])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_statistics_of_large_maps_which_are_pooled_in_pieces_are_those_of_each_image(
-    channels, size, layout
-):
+def test_statistics_of_maps_pooled_in_pieces(channels, size, layout):
     a = torch.randn(9, channels, size, size).to(memory_format=layout)
     read = a[
         :, torch.linspace(0, channels - 1, min(channels, MAX_CHANNELS)).round().long()
@@ -222,7 +220,7 @@ def test_statistics_of_large_maps_which_are_pooled_in_pieces_are_those_of_each_i
     torch.testing.assert_close(pool_statistics(a), expected)
 
 
-def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_as_they_are_and_processed(
+def test_id_images_as_they_are_and_corrupted_and_outliers(
     monkeypatch,
 ):
     taught = []
@@ -250,7 +248,7 @@ def test_three_outliers_an_image_weigh_as_three_times_all_images_which_are_seen_
     assert len(outside.unique(dim=0)) == 180  # no outlier is there twice
 
 
-def test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow(monkeypatch):
+def test_passes_and_memory_of_attach(monkeypatch):
     module, passed, kept = sys.modules["tie_ext.training.attach"], [], []
 
     class Counted(Small):
@@ -274,7 +272,7 @@ def test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow(monkey
     assert sizes[0] == sizes[1] <= 3 * 1000
 
 
-def test_a_sample_leaves_the_rows_it_was_offered_as_they_were():
+def test_reservoir_leaves_its_input_unchanged():
     sample, rows = Reservoir(10), torch.zeros(10, 2)
     sample.add(rows)
     sample.add(torch.ones(1000, 2))
@@ -295,7 +293,7 @@ def test_images_without_labels_and_other_outliers_will_do():
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_who_has_to_learn_is_fitted_once(labelled):
+def test_synthesizers_are_fitted_once(labelled):
     x, y = stripes()
     model, seen = Small().eval(), []
 
@@ -339,9 +337,7 @@ def test_networks_of_other_types_take_a_head(dtype):
     assert {p.dtype for p in net.parameters()} == {dtype}
 
 
-def test_a_network_attached_in_bfloat16_computes_so_and_its_head_has_learned_of_that(
-    tmp_path, monkeypatch
-):
+def test_attach_in_bfloat16(tmp_path, monkeypatch):
     x, y = stripes()
     read = []
     looked = TIENet.statistics
@@ -364,7 +360,7 @@ def test_a_network_attached_in_bfloat16_computes_so_and_its_head_has_learned_of_
         attach(model, [(x, y)], 3, autocast_dtype="half")
 
 
-def test_gradients_reach_the_image_though_relus_work_in_place():
+def test_gradients_through_relus_in_place():
     torch.manual_seed(0)
     net, x, slopes = TIENet(Conv3(1, 3), 3, SHAPE, head="multilayer").eval(), stripes(4)[0], []
     for inplace in (True, False):
@@ -419,7 +415,7 @@ def test_a_stream_of_batches_is_taken():
         (
             Small(),
             make_batches(),
-            "Expected a trained model in evaluation mode, but got Small in training mode; call model.eval()",
+            "Expected a trained model in evaluation mode, but got Small in training mode",
         ),
         (
             TIENet(Small(), 3, SHAPE).eval(),
@@ -434,7 +430,7 @@ def test_a_stream_of_batches_is_taken():
         (
             Softmaxed().eval(),
             make_batches(),
-            "Expected a backbone that returns the logits that its last .*, but Softmaxed returns probabilities; leave the softmax out",
+            "Expected a backbone .*, but Softmaxed returns probabilities; leave the softmax",
         ),
         (
             Flat().eval(),
@@ -455,7 +451,7 @@ def test_a_stream_of_batches_is_taken():
         (
             Small().eval(),
             iter(make_batches()),
-            "Expected loader to be something that can be read more than once, .*, but got a list_iterator",
+            "Expected loader to be something that can be read more .*, but got a list_iterator",
         ),
         (
             Small().eval(),
@@ -493,7 +489,7 @@ def test_what_cannot_be_attached_to_is_refused(model, batches, message):
         attach(model, batches, 3)
 
 
-def test_nobody_to_propose_outliers_is_refused():
+def test_empty_synthesizers_are_refused():
     with pytest.raises(
         ValueError,
         match="`synthesizers` is empty",
@@ -553,3 +549,10 @@ def test_images_with_a_label_below_zero_are_left_out():
     assert torch.equal(head.mean, expected.mean)
     with pytest.raises(ValueError, match="Expected ID images in loader, but got 20 with labels"):
         attach(model, [(mixed[0][-20:], mixed[1][-20:])], 3)
+
+
+def test_a_float16_network_whose_head_overflows_is_refused():
+    with pytest.raises(
+        ValueError, match="Expected a finite loss of the garbage head, but got nan"
+    ):
+        attach(Conv3(1, 3).half().eval(), [stripes()], 3)

@@ -67,7 +67,7 @@ def test_a_pool_of_another_shape_is_refused():
         GarbagePool(3, (1, 4, 4)).load_state_dict(pool.state_dict())
 
 
-def test_the_pool_keeps_what_it_is_given_in_its_order_and_says_how_many_were_offered():
+def test_images_of_a_filling_pool_keep_their_order():
     pool = GarbagePool(4, (1, 2, 2))
     assert len(pool) == 0
     first, second = torch.rand(3, 1, 2, 2), torch.rand(1, 1, 2, 2)
@@ -82,7 +82,7 @@ def test_the_pool_keeps_what_it_is_given_in_its_order_and_says_how_many_were_off
     assert pool.offered == 9
 
 
-def test_a_full_pool_takes_an_image_with_its_share_and_the_later_of_two_for_one_slot():
+def test_probability_and_slots_of_a_full_pool():
     torch.manual_seed(0)
     taken = 0
     for _ in range(300):
@@ -97,7 +97,7 @@ def test_a_full_pool_takes_an_image_with_its_share_and_the_later_of_two_for_one_
     assert pool.state_dict()["images"].item() in {round(255 * shade) for shade in shades}
 
 
-def test_values_outside_the_range_are_cut_off_and_any_type_is_kept():
+def test_pool_clamps_values_and_takes_any_type():
     pool = GarbagePool(6, (1, 1, 1), low=-1.0, high=3.0)
     pool.add(torch.tensor([-2.0, 4.0, 1.0]).view(3, 1, 1, 1).requires_grad_())
     pool.add(torch.tensor([-1.0, 3.0, 1.0], dtype=torch.float64).view(3, 1, 1, 1))
@@ -164,9 +164,7 @@ def as_it_was(pool, x, out):
 
 
 @pytest.mark.parametrize("converted", [1, 12, 2**20])
-def test_slots_are_chosen_before_images_are_converted_and_bit_for_bit_the_same(
-    converted, monkeypatch
-):
+def test_conversion_of_the_kept_images_alone(converted, monkeypatch):
     monkeypatch.setattr("tie_ext.training.pool.CONVERTED", converted)
     pools = [GarbagePool(20, (1, 2, 2), low=-1.0, high=2.0) for _ in range(2)]
     for seed in range(12):

@@ -43,7 +43,7 @@ def found(trained):
     return explain(trained, [bars(120, 0)], N, per_class=2, steps=100)
 
 
-def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apart(trained, found):
+def test_agreement_of_inversions_with_their_class(trained, found):
     assert found.inversions.shape == found.nearest.shape == (N, 2, 1, 28, 28)
     assert 0 <= found.inversions.min() < found.inversions.max() <= 1
     asked = torch.arange(N).repeat_interleave(2)
@@ -54,7 +54,7 @@ def test_inversions_are_called_the_class_asked_for_by_the_network_and_by_one_apa
     assert found.agreement > 0.8
 
 
-def test_every_layer_finds_inversions_more_like_id_images_for_the_second_term(trained, found):
+def test_statistics_weight_brings_inversions_closer(trained, found):
     without = explain(trained, [bars(120, 0)], N, per_class=2, steps=100, statistics_weight=0.0)
     means, deviations = (part.repeat_interleave(2, 0) for part in found.layers.of_class)
     unlike = [
@@ -67,7 +67,7 @@ def test_every_layer_finds_inversions_more_like_id_images_for_the_second_term(tr
     assert unlike[0] < unlike[1] - 0.5, unlike
 
 
-def test_images_are_blur_and_shift_before_the_network_sees_them(trained, monkeypatch):
+def test_blur_and_shift_of_generated_images(trained, monkeypatch):
     x = torch.zeros(2, 3, 28, 28)
     x[:, 1, 14, 14] = 16
     blurred = _blur(x)
@@ -96,7 +96,7 @@ def test_images_are_blur_and_shift_before_the_network_sees_them(trained, monkeyp
     ]  # what is given back is blurred, and stands where it stood
 
 
-def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):
+def test_nearest_training_image_of_the_class(found):
     (x, y), images, net = bars(120, 0), torch.rand(2 * N, 1, 28, 28), found.layers.net
     nearest = _nearest(net, images.unflatten(0, (N, 2)), [(x[:60], y[:60]), (x[60:], y[60:])])
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_beside_an_image_stands_the_nearest_training_image_of_its_class(found):
     assert torch.equal(found.nearest, _nearest(net, found.inversions, [(x, y)]))
 
 
-def test_layers_are_read_in_deviations_from_all_id_images(found):
+def test_distance_is_in_deviations_of_id_images(found):
     x = bars(30, 1)[0]
     layers, head = found.layers, found.layers.head
     every = layers.read(bars(120, 0)[0])
@@ -130,7 +130,7 @@ def test_layers_are_read_in_deviations_from_all_id_images(found):
     assert head.feature_size + sum(layers.sizes) == every.shape[1]
 
 
-def test_what_is_odd_is_outside_and_what_is_usual_is_not(found):
+def test_distances_of_id_and_ood_images(found):
     layers = found.layers
     with pytest.raises(ValueError, match="calibration images"):
         layers.compare(torch.rand(1, 1, 28, 28))
@@ -146,7 +146,7 @@ def test_what_is_odd_is_outside_and_what_is_usual_is_not(found):
     assert odd.distance.min() > usual.distance.median()
 
 
-def test_the_same_seed_gives_the_same_and_leaves_the_network_as_it_was(trained):
+def test_explain_is_seeded_and_leaves_the_network(trained):
     before, random = copy.deepcopy(trained.state_dict()), torch.random.get_rng_state()
     first, again, other = (
         explain(trained, [bars(30, 0)], N, per_class=1, steps=2, seed=seed).inversions

@@ -289,7 +289,7 @@ PAGES = [
     "patches/README.md",
     "docs/model/README.md",
 ]
-PAGES += [f"docs/{name}.md" for name in ("guide", "method", "hosts", "results")]
+PAGES += [f"docs/{name}.md" for name in ("guide", "method", "hosts", "results", "file-format")]
 
 
 def anchors(path: Path) -> set[str]:

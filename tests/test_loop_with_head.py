@@ -1,4 +1,4 @@
-"""TIE's loop with a garbage head on every layer: the classifier trains as if there were no garbage, the head learns the pool."""
+"""The loop with a head on every layer: a plain classifier, and a head that learns the pool."""
 
 from dataclasses import asdict, replace
 
@@ -73,7 +73,7 @@ def test_the_head_learns_the_pool():
     assert (net.decide(make_batches()[0][0]).level != 1).all()
 
 
-def test_the_head_learns_new_images_of_the_prior_in_every_epoch_beside_the_pool(monkeypatch):
+def test_images_that_the_head_is_fitted_to_in_each_epoch(monkeypatch):
     fitted, drawn, corrupted = [], [], []
 
     class Counted(Noise):
@@ -141,7 +141,7 @@ def test_a_run_with_another_garbage_logit_is_refused(tmp_path):
         conftest.make_trainer(conftest.make_small()).load(tmp_path / "run")
 
 
-def test_a_batch_of_one_is_passed_over_and_uncertain_inversions_join():
+def test_head_loop_skips_batches_of_one():
     trainer = make_trainer(lam=-float("inf"))
     log = trainer.epoch(make_batches(sizes=(8, 1)))
     assert log.excluded == log.proposed
@@ -152,7 +152,7 @@ def test_a_batch_of_one_is_passed_over_and_uncertain_inversions_join():
 def test_what_a_head_cannot_learn_is_refused():
     with pytest.raises(
         ValueError,
-        match="Expected a prior for the garbage head on every layer to learn in the first epoch, but got none",
+        match="Expected a prior for the garbage head on every layer to learn in",
     ):
         TIETrainer(make_net(), TIEConfig(), [], [])
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Corruptions of ID images: what each does, that none is too strong, and that a head accepts what it was trained on."""
+"""Corruptions: what each does, that none is too strong, and that a head accepts them."""
 
 import math
 import sys
@@ -24,9 +24,7 @@ CONFIG = CorruptionConfig()
     height=st.integers(2, 40),
     width=st.integers(2, 40),
 )
-def test_images_stay_images_of_their_size_and_the_callers_are_as_they_were(
-    seed, count, channels, height, width
-):
+def test_corrupted_images_keep_shape_and_range(seed, count, channels, height, width):
     rng = Rng("cpu", torch.Generator().manual_seed(seed))
     x = torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
     before = x.clone()
@@ -36,7 +34,7 @@ def test_images_stay_images_of_their_size_and_the_callers_are_as_they_were(
     assert bool(((y >= 0) & (y <= 1)).all())
 
 
-def test_rounding_beyond_the_range_makes_nothing_that_is_no_number():
+def test_corruptions_of_values_beyond_the_range():
     x = torch.full((200, 1, 8, 8), -1e-6)
     x[:, :, 4:] = 1 + 1e-6
     y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)))
@@ -52,7 +50,7 @@ def test_images_of_any_floating_point_type(kind):
     assert attach(model, [torch.rand(8, 3, 28, 28, dtype=torch.float64)], 2).tau.isfinite()
 
 
-def test_a_wide_image_is_turned_and_not_sheared():
+def test_rotation_of_a_wide_image():
     x = torch.zeros(300, 1, 32, 128)
     x[:, :, :, 64] = 1  # an upright line
     y = warp(x, Rng("cpu", torch.Generator().manual_seed(0)), CONFIG)[:, 0]
@@ -61,7 +59,7 @@ def test_a_wide_image_is_turned_and_not_sheared():
     assert 4 < float(tilt.max()) < 7
 
 
-def test_the_same_seed_gives_the_same_images_and_another_one_others():
+def test_seeds_of_corruptions():
     x = torch.rand(20, 3, 16, 16)
     one, again, other = (
         corrupt(x, Rng("cpu", torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)
@@ -70,7 +68,7 @@ def test_the_same_seed_gives_the_same_images_and_another_one_others():
     assert not torch.equal(one, other)
 
 
-def test_each_image_is_changed_in_a_way_of_its_own_and_some_not_at_all():
+def test_corruptions_differ_between_images():
     x = torch.rand(1, 1, 16, 16).repeat(640, 1, 1, 1)
     y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)))
     same = (y == x).flatten(1).all(1)
@@ -113,7 +111,7 @@ def test_blur_is_a_gaussians_of_each_images_own_width():
 
 
 @pytest.mark.parametrize("size", [2, 3, 28])
-def test_blur_and_warp_leave_a_flat_image_flat_at_its_border_too(size):
+def test_blur_and_warp_of_a_flat_image(size):
     x = torch.full((10, 3, size, size), 0.7)
     torch.testing.assert_close(blur(x, torch.full((10,), 1.5)), x)
     torch.testing.assert_close(warp(x, Rng(), CONFIG), x)
@@ -131,7 +129,7 @@ def test_a_warp_moves_a_point_by_no_more_than_a_few_pixels():
     assert 1.0 < float((column - 32).abs().max()) < 0.05 * 12 + moved + 0.7
 
 
-def test_a_head_told_what_processing_does_lets_softer_images_pass(monkeypatch):
+def test_head_fitted_to_corruptions_accepts_blur(monkeypatch):
     torch.manual_seed(0)
     x = (
         (torch.rand(600, 1, 14, 14) < 0.5).float().repeat_interleave(2, 2).repeat_interleave(2, 3)

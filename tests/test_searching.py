@@ -33,7 +33,7 @@ def sure(net: TIENet, x: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
-def test_images_move_to_where_the_network_is_surest(garbage):
+def test_pgd_raises_confidence(garbage):
     net, x = make_net(garbage).train(), torch.rand(12, *SHAPE)
     frozen = (
         next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d))
@@ -55,7 +55,7 @@ def test_images_move_to_where_the_network_is_surest(garbage):
 
 
 @pytest.mark.parametrize(("garbage", "outputs"), [("linear", 4), ("multilayer", 3)])
-def test_a_step_goes_up_the_largest_log_probability_that_the_search_counts(garbage, outputs):
+def test_direction_of_a_pgd_step(garbage, outputs):
     net, x = make_net(garbage).eval(), torch.rand(12, *SHAPE, requires_grad=True)
     net.backbone.requires_grad_(False)
     logits = net(x, garbage=True)[:, :outputs]
@@ -63,7 +63,7 @@ def test_a_step_goes_up_the_largest_log_probability_that_the_search_counts(garba
     torch.testing.assert_close(pgd(net, x, 1), (x + RADIUS * gradient.sign()).clamp(0, 1).detach())
 
 
-def test_a_search_keeps_to_the_range_of_each_channel():
+def test_pgd_keeps_the_range_of_each_channel():
     torch.manual_seed(0)
     net = TIENet(Small(3, 3), 3, (3, *SHAPE[1:]), low=(-2.0, 0.0, 1.0), high=(3.0, 1.0, 5.0))
     x = net.from_unit(torch.rand(12, 3, *SHAPE[1:]))
@@ -80,7 +80,7 @@ def test_no_step_moves_nothing():
     assert torch.equal(pgd(make_net("linear"), x, 0), x)
 
 
-def test_what_is_learned_of_searched_images_is_acets_formula():
+def test_max_log_prob_is_acets_formula():
     logits, y = torch.randn(5, 3), torch.tensor([0, 3, 1, 3, 2])
     expected = (logits[1].log_softmax(0).max() + logits[3].log_softmax(0).max()) / 2
     torch.testing.assert_close(max_log_prob(logits, y), expected)
@@ -88,7 +88,7 @@ def test_what_is_learned_of_searched_images_is_acets_formula():
 
 
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
-def test_adversarial_training_lowers_confidence_on_adversarial_images(garbage):
+def test_adversarial_training_lowers_confidence(garbage):
     found = {}
     for search in (0, 3):
         net = make_net(garbage)
@@ -102,7 +102,7 @@ def test_adversarial_training_lowers_confidence_on_adversarial_images(garbage):
     assert found[3] < found[0] - 0.1
 
 
-def test_a_loop_that_searches_learns_its_formula(monkeypatch):
+def test_loss_of_the_loop_with_pgd(monkeypatch):
     monkeypatch.setattr(
         "tie_ext.training.strategies.pgd", lambda net, x, steps: x / 2 if steps == 4 else x
     )
@@ -122,7 +122,7 @@ def test_a_loop_that_searches_learns_its_formula(monkeypatch):
 
 
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
-def test_statistics_are_settled_on_images_that_were_searched_for_before(garbage, monkeypatch):
+def test_batchnorm_settles_on_adversarial_images(garbage, monkeypatch):
     net = make_net(garbage)
     norm, settled = (
         next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)),
@@ -159,14 +159,14 @@ def test_stop_and_resume_equals_uninterrupted(tmp_path, garbage):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_run_that_searches_is_another_run(tmp_path):
+def test_resume_with_other_adversarial_steps(tmp_path):
     trainer = TIETrainer(make_small(), replace(TINY, adversarial_steps=2), [])
     trainer.save(tmp_path / "run")
     with pytest.raises(ValueError, match="adversarial_steps"):
         TIETrainer(make_small(), TINY, []).load(tmp_path / "run")
 
 
-def test_a_negative_search_is_refused():
+def test_negative_adversarial_steps():
     with pytest.raises(ValueError, match="adversarial_steps"):
         TIEConfig(adversarial_steps=-1)
 
@@ -177,7 +177,7 @@ def test_a_step_is_taken_in_half_precision_too():
     assert (pgd(net, x, 1) != x).flatten(1).any(1).all()
 
 
-def test_a_layer_that_was_frozen_stays_so_and_bfloat16_trains():
+def test_frozen_layer_and_bfloat16_with_pgd():
     net = make_net("linear")
     frozen = next(part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d))
     net.train()

@@ -78,7 +78,6 @@ REASONS = {
     "ramp = ": "another image that a backbone is tried on",
     "part(x, **": "what OpenOOD's networks are asked for; mutmut does not run the tests of hosts",
     "_load_from_state_dict": "nothing: torch passes all of it by position",
-    "_evaluating: list": "nothing: the first epoch sets it",
     "left <= 1": "which of the ID images an outlier is made beside",
     ">= 0.1 * int": "a share of exactly a tenth",
     "dtype": "a type that comes out the same",

@@ -12,9 +12,9 @@ from torch.utils.data import TensorDataset
 pytest.importorskip("pytorch_ood")
 import pytorch_ood.detector as theirs
 
-from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, combine
+from tie_ext import Combined, TIEDetector, combine
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
-from tie_ext.pytorch_ood import RejectionNetwork, SampledKNN
+from tie_ext.pytorch_ood import MahalanobisPlusPlus, RejectionNetwork, SampledKNN
 
 X, Y = images(60, seed=4)
 PARTS = list(zip(X.split(20), Y.split(20), strict=True))

@@ -14,9 +14,15 @@ from tie_ext import TIENet
 pytest.importorskip("pytorch_ood")
 import pytorch_ood.detector as theirs
 
-from tie_ext import Combined, MahalanobisPlusPlus, TIEDetector, UncertaintyEstimate, combine
+from tie_ext import Combined, TIEDetector, combine
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
-from tie_ext.pytorch_ood import IODIN, RejectionNetwork, SampledKNN
+from tie_ext.pytorch_ood import (
+    IODIN,
+    MahalanobisPlusPlus,
+    RejectionNetwork,
+    SampledKNN,
+    UncertaintyEstimate,
+)
 
 SIZES = [1, 7, 3, 16, 2, 11, 5, 8] * 6
 THREADS = 8

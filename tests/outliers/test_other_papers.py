@@ -324,7 +324,7 @@ def test_wrong_settings_are_refused(make_one, message):
 def test_the_candidates_of_a_real_set_can_be_drawn(data_root: Path):
     assert os.environ["TIE_DATA"]
     from tie_ext.cli import data
-    from tie_ext.cli.data import ImageBatches
+    from tie_ext.cli.batches import ImageBatches
 
     images = data.load("mnist", "train", data_root).first(2000)
     synthesizer = ManifoldBoundary(domain(10, images.shape), BoundarySettings(vae_epochs=1))

@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) train as one: same networks, generators and tau in both, and results close to a single process's."""
+"""Two processes (gloo, CPU) train as one: the same networks, generators and tau in both."""
 
 import os
 import weakref
@@ -204,7 +204,7 @@ def work(rank: int, folder: str) -> None:
     group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
     assert group() is None, (
-        "something still holds the process group: its threads live on and can abort the process at exit"
+        "something still holds the process group, whose threads can abort Python at exit"
     )
 
 
@@ -217,13 +217,13 @@ def two(tmp_path_factory) -> list[dict]:
     ]  # our own, written a moment ago
 
 
-def test_network_and_generator_are_the_same_in_all_processes(two):
+def test_one_network_and_generator_in_all_processes(two):
     for part in ("net", "generator"):
         a, b = (each[part] for each in two)
         assert all(torch.equal(a[name], b[name]) for name in a), part
 
 
-def test_a_head_on_every_layer_learns_from_all_processes_and_stays_one(two):
+def test_head_fitted_by_all_processes_is_one(two):
     a, b = (each["head"] for each in two)
     assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
     assert two[0]["head taught"] == two[1]["head taught"] > 0
@@ -235,7 +235,7 @@ def test_a_head_on_every_layer_learns_from_all_processes_and_stays_one(two):
 
 
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
-def test_a_loop_that_searches_ends_with_one_network(two, garbage):
+def test_one_network_of_the_loop_with_pgd(two, garbage):
     (loss, a), (other, b) = (each[f"searching, {garbage}"] for each in two)
     assert loss == other
     assert all(torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])) for name in a)
@@ -277,7 +277,7 @@ def test_logs_agree_but_for_time(two):
     ]
 
 
-def test_gradients_and_statistics_are_means_and_what_is_gathered_is_whole(two):
+def test_averages_totals_and_gathered_tensors(two):
     for each in two:
         assert torch.equal(each["gradient"], torch.tensor([1.5, 3.0]))
         assert torch.equal(each["statistics"], torch.tensor([0.5, 0.5, 0.5]))
@@ -291,7 +291,7 @@ def test_gradients_and_statistics_are_means_and_what_is_gathered_is_whole(two):
 
 
 def test_a_step_on_two_shares_is_the_step_on_the_whole(two):
-    """With BatchNorm in evaluation mode and no garbage nothing depends on the share, so the gradients are those of one process's batch."""
+    """With BatchNorm in evaluation mode and no garbage, gradients are those of the whole batch."""
     trainer = still()
     trainer.epoch(batches(None, 24))
     whole = torch.cat([p.grad.flatten() for p in trainer.net.parameters()])
@@ -300,7 +300,7 @@ def test_a_step_on_two_shares_is_the_step_on_the_whole(two):
 
 
 @pytest.mark.parametrize("name", ["boundary", "marginal"])
-def test_processes_train_one_vae_also_where_a_share_lacks_a_class(two, name):
+def test_one_vae_where_a_share_lacks_a_class(two, name):
     a, b = (each[name] for each in two)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -325,7 +325,7 @@ def test_means_are_those_of_all_images(two):
     )
 
 
-def test_what_is_wrong_in_one_process_is_said_in_all(two):
+def test_errors_of_one_process_in_all(two):
     assert "as many batches in every process" in two[0]["uneven"]
     assert (
         two[0]["uneven"]
@@ -366,7 +366,7 @@ def test_every_epoch_and_process_has_a_stream_of_its_own():
 
 
 def test_the_result_is_close_to_one_processs(two):
-    # Shares of a batch see their own BatchNorm statistics and garbage, so the networks differ; what they say of ID images does not.
+    # BatchNorm sees shares of a batch, so the networks differ; their decisions do not.
     trainer, _ = train(None, EPOCHS)
     x, y = (torch.cat(part) for part in zip(*batches(None), strict=True))
     net = make_net()

@@ -1,10 +1,15 @@
 """What the detectors share: reading loaders, scoring by views, and a threshold on the score."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from pytorch_ood.api import Detector, ModelNotSetException, RequiresFittingException
+from pytorch_ood.api import (
+    Detector,
+    FeaturesDetector,
+    ModelNotSetException,
+    RequiresFittingException,
+)
 from torch import Tensor
 
 from tie_ext.models.network import TIENet
@@ -28,28 +33,13 @@ def id_reader(net: Any, loader: Iterable, name: str, labelled: bool = False) -> 
     )
 
 
-class OnViews:
-    """Scores by a view of the network in evaluation mode, and leaves the network as it is: put it
-    before a pytorch-ood detector.
+class FeatureScore(FeaturesDetector):
+    """A detector on penultimate features, which it computes by a view of the network in evaluation
+    mode; the network is left as it is. Put it before a detector of pytorch-ood.
     """
 
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores ``(B,)`` of images ``(B, C, H, W)``, larger = more OOD.
-
-        Raises:
-            ModelNotSetException: If there is no network.
-            RequiresFittingException: If it has not been fitted.
-        """
-        return super(OnViews, holder_view(self)).predict(x)  # type: ignore[misc]
-
-
-class OnFeatures(OnViews):
-    """The same for a detector on penultimate features: put it before a ``FeaturesDetector``."""
-
     encoder: Callable[[Tensor], Tensor] | None
-    device: torch.device | None
-    fit_features: Callable[..., Any]
-    labelled = False
+    labelled: ClassVar[bool] = False
     """Whether it needs labels to be fitted."""
 
     @torch.no_grad()
@@ -66,15 +56,27 @@ class OnFeatures(OnViews):
             ModelNotSetException: If there is no encoder.
             ValueError: If the loader has no ID images, or one that the network does not take.
         """
-        if self.encoder is None:
-            raise ModelNotSetException
-        net = getattr(self.encoder, "__self__", None)
-        encoder = holder_view(self).encoder
+        encoder, net = self._encoder_view(), getattr(self.encoder, "__self__", None)
         z, y = [], []
         for images, labels in id_reader(net, data_loader, "data_loader", self.labelled):
-            z.append(encoder(images.to(self.device)).flatten(1))  # type: ignore[misc]
+            z.append(encoder(images.to(self.device)).flatten(1))
             y.append(torch.zeros(len(images)).long() if labels is None else labels)
         return self.fit_features(torch.cat(z), torch.cat(y))
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores ``(B,)`` of images ``(B, C, H, W)``, larger = more OOD.
+
+        Raises:
+            ModelNotSetException: If there is no encoder.
+            RequiresFittingException: If it has not been fitted.
+        """
+        return self.predict_features(self._encoder_view()(x.to(self.device)))
+
+    def _encoder_view(self) -> Callable[[Tensor], Tensor]:
+        if self.encoder is None:
+            raise ModelNotSetException
+        return holder_view(self).encoder  # type: ignore[return-value]
 
 
 class Thresholded(Detector):

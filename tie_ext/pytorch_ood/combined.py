@@ -96,29 +96,18 @@ class Combined(Thresholded, Detector):
         rule: str = "zsum",
     ):
         super().__init__()
-        if not isinstance(detectors, Sequence) or not all(
-            isinstance(member, Detector) for member in detectors
-        ):
-            got = (
-                [type(member).__name__ for member in detectors]
-                if isinstance(detectors, Sequence)
-                else type(detectors).__name__
-            )
-            raise TypeError(f"Expected a list of pytorch-ood detectors, but got {got}")
-        if not detectors:
+        members = detectors if isinstance(detectors, list | tuple) else [detectors]
+        if strange := [type(m).__name__ for m in members if not isinstance(m, Detector)]:
+            raise TypeError(f"Expected a list of pytorch-ood detectors, but got {strange[0]}")
+        if not members:
             raise ValueError("Expected at least one detector to combine, but got none")
         if false_alarm is not None:
             check_number("false_alarm", false_alarm, 0, 1, above=True)
-        self.detectors, self.false_alarm = list(detectors), false_alarm
+        self.detectors, self.false_alarm = list(members), false_alarm
         self.rule = check_rule(rule)
         self.network = network_of(self.detectors)
         self.reference: Reference | None = None  #: scale of the members' scores, once fitted
         self._forget_threshold()
-
-    @property
-    def device(self) -> torch.device | None:
-        """Device of the network."""
-        return self._infer_value_device(self.network)
 
     def to(self, device: str | torch.device) -> "Combined":
         """Move network, members and what was fitted to a device."""
@@ -187,9 +176,6 @@ class Combined(Thresholded, Detector):
             ValueError: If a score is not finite; for a TIENet, if the images are not finite, or
                 not of the shape and value range of training.
         """
-        self._net()
-        if self.reference is None:
-            raise RequiresFittingException
         return self.predict_scores(self.scores(x))
 
     def predict_scores(self, scores: Tensor) -> Tensor:
@@ -433,13 +419,11 @@ def _saved_reference(state: dict[str, Any], k: int) -> Reference:
         ValueError: If its parts do not fit together.
     """
     found = Reference(**state["reference"])
+    for part, value in found._asdict().items():
+        check_finite(value, part)
     shapes = [tuple(part.shape) for part in found]
-    finite = all(bool(part.isfinite().all()) for part in found)
-    if shapes != [(k,), (k,), (len(found.ordered), k)] or not finite:
-        raise ValueError(f"a reference of shapes {shapes} for {k} members, or one not finite")
-    ascending = found.ordered[1:] >= found.ordered[:-1]
-    if not bool((found.deviation > 0).all() and ascending.all()):
-        raise ValueError(
-            "a reference whose deviations are not positive or whose scores are not in order"
-        )
+    if shapes != [(k,), (k,), (len(found.ordered), k)]:
+        raise ValueError(f"a reference of shapes {shapes} for {k} members")
+    if not bool((found.deviation > 0).all() and (found.ordered.diff(dim=0) >= 0).all()):
+        raise ValueError("a reference with deviations <= 0, or scores that do not ascend")
     return found

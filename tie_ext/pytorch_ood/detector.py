@@ -141,8 +141,7 @@ class TIEDetector(Thresholded, LogitsDetector):
                 ``false_alarm``.
         """
         net = self._net()
-        view = eval_view(net)
-        batches = id_reader(net, data_loader, "data_loader")
+        view, batches = eval_view(net), id_reader(net, data_loader, "data_loader")
         return self.fit_logits(
             torch.cat([view(x.to(self.device), garbage=True) for x, _ in batches])
         )
@@ -172,9 +171,9 @@ class TIEDetector(Thresholded, LogitsDetector):
             ValueError: If the images are not finite, or not of the shape and value range of
                 training.
         """
-        net, x = self._net(), x.to(self.device)
-        net.check(x)
-        return self.predict_logits(eval_view(net)(x, garbage=True))
+        x = x.to(self.device)
+        self._net().check(x)
+        return super().predict(x)
 
     def predict_logits(self, logits: Tensor) -> Tensor:
         """Scores ``(B,)`` of n+1 logits ``(B, n+1)``, garbage last; larger = more OOD.
@@ -196,8 +195,8 @@ class TIEDetector(Thresholded, LogitsDetector):
             ValueError: If the images are not finite, or not of the shape and value range of
                 training.
         """
-        net, x = self._net(), x.to(self.device)
-        net.check(x)
+        x = x.to(self.device)
+        self._net().check(x)
         return self.export_module()(x)
 
     def export_module(self) -> nn.Module:

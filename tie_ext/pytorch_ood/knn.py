@@ -9,7 +9,7 @@ from pytorch_ood.api import DetectorInfo, RequiresFittingException
 from pytorch_ood.detector import KNN
 from torch import Tensor
 
-from tie_ext.pytorch_ood.base import OnFeatures
+from tie_ext.pytorch_ood.base import FeatureScore
 from tie_ext.scores.knn import knn_score
 from tie_ext.utils.checks import check_number, describe
 
@@ -17,7 +17,7 @@ K, MAX_SAMPLES = 50, 5000
 """Which neighbour counts, and features kept."""
 
 
-class SampledKNN(OnFeatures, KNN):
+class SampledKNN(FeatureScore, KNN):
     """Distance of an image's features to the k-th nearest of those of training images, all of
     length 1.
 

@@ -29,18 +29,12 @@ def load_detector(
         ValueError: If a file is truncated, foreign or of a newer major version.
     """
     folder = Path(folder)
+    own, combined = (place / "detector.json" for place in (folder, folder / "combined"))
     # Runs of 0.2.0 have the combination in a folder of its own.
-    folder = next(
-        (
-            place
-            for place in (folder, folder / "combined")
-            if os.path.lexists(place / "detector.json")
-        ),
-        folder,
-    )
-    path = folder / "detector.json"
-    if not os.path.lexists(path):
-        return TIEDetector.load(folder, backbone, device)
-    with reading(f"a detector.json at {path}"):
-        combined = read_json(path, "a detector.json")["format"] == FORMAT
-    return (Combined if combined else TIEDetector).load(folder, backbone, device)
+    path = combined if combined.exists() and not os.path.lexists(own) else own
+    kind: type[TIEDetector | Combined] = TIEDetector
+    if os.path.lexists(path):
+        with reading(f"a detector.json at {path}"):
+            if read_json(path, "a detector.json")["format"] == FORMAT:
+                kind = Combined
+    return kind.load(path.parent, backbone, device)

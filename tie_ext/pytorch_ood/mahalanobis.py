@@ -8,11 +8,11 @@ from pytorch_ood.api import DetectorInfo, Paper, RequiresFittingException, Task
 from pytorch_ood.detector import Mahalanobis
 from torch import Tensor
 
-from tie_ext.pytorch_ood.base import OnFeatures
+from tie_ext.pytorch_ood.base import FeatureScore
 from tie_ext.scores.mahalanobis import Gaussians, fit_gaussians
 
 
-class MahalanobisPlusPlus(OnFeatures, Mahalanobis):
+class MahalanobisPlusPlus(FeatureScore, Mahalanobis):
     """Mahalanobis distance between features of length 1: of an image to the nearest class.
 
     The norm of a feature varies with the network more than with the image, and breaks the
@@ -38,7 +38,7 @@ class MahalanobisPlusPlus(OnFeatures, Mahalanobis):
         tasks={Task.CLASSIFICATION},
         ai_coded=True,
     )
-    labelled = True
+    labelled: ClassVar = True
 
     def fit_features(self, z: Tensor, y: Tensor) -> "MahalanobisPlusPlus":
         """Learn the class means and their common covariance from features ``(N, F)`` and labels

@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 from pytorch_ood.api import (
     DetectorInfo,
-    FeaturesDetector,
     ModelNotSetException,
     RequiresFittingException,
     Task,
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 
 from tie_ext.outliers.base import Synthesizer
 from tie_ext.outliers.marginal import fit_rejection, marginal_features
-from tie_ext.pytorch_ood.base import id_reader
+from tie_ext.pytorch_ood.base import FeatureScore, id_reader
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.views import holder_view
 
 
-class RejectionNetwork(FeaturesDetector):
+class RejectionNetwork(FeatureScore):
     """DMR's rejection network B: a small network on the frozen features of a classifier, trained
     to tell ID images from synthesized outliers.
 
@@ -68,11 +66,11 @@ class RejectionNetwork(FeaturesDetector):
             ValueError: If the loader has no ID images or no labels, or one that the network does
                 not take.
         """
-        if self.encoder is None or self.synthesizer is None:
+        encoder, net = self._encoder_view(), getattr(self.encoder, "__self__", None)
+        if self.synthesizer is None:
             raise ModelNotSetException
-        net = getattr(self.encoder, "__self__", None)
         batches = list(id_reader(net, data_loader, "data_loader", labelled=True))
-        device, encoder = self.device or torch.device("cpu"), holder_view(self).encoder
+        device = self.device or torch.device("cpu")
         features, outlier = marginal_features(encoder, self.synthesizer, batches, device)  # type: ignore[arg-type]
         return self.fit_features(features, -outlier.long())
 
@@ -84,14 +82,6 @@ class RejectionNetwork(FeaturesDetector):
         """
         self.network = fit_rejection(x, y < 0, self.hidden, self.epochs, self.lr)
         return self
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores ``(B,)`` of images ``(B, C, H, W)``; see :meth:`predict_features`."""
-        if self.encoder is None:
-            raise ModelNotSetException
-        x = x if self.device is None else x.to(self.device)
-        return self.predict_features(holder_view(self).encoder(x))  # type: ignore[misc]
 
     def predict_features(self, x: Tensor) -> Tensor:
         """Log-odds ``(B,)`` of being an outlier, of features ``(B, F)``; larger = more OOD.

@@ -2,16 +2,16 @@
 
 from typing import ClassVar
 
-from pytorch_ood.api import DetectorInfo, LogitsDetector, Task
+from pytorch_ood.api import DetectorInfo, LogitsDetector, ModelNotSetException, Task
 from torch import Tensor, nn
 
-from tie_ext.pytorch_ood.base import OnViews
 from tie_ext.pytorch_ood.detector import PAPER
 from tie_ext.scores.decision import uncertainty
 from tie_ext.utils.checks import describe
+from tie_ext.utils.views import eval_view
 
 
-class UncertaintyEstimate(OnViews, LogitsDetector):
+class UncertaintyEstimate(LogitsDetector):
     """The paper's uncertainty estimate (UE) of any n-class network: the distance of its softmax
     from one-hot, in [0, 1].
 
@@ -30,6 +30,16 @@ class UncertaintyEstimate(OnViews, LogitsDetector):
     def __init__(self, model: nn.Module | None):
         super().__init__()
         self.model = model
+
+    def predict(self, x: Tensor) -> Tensor:
+        """UE ``(B,)`` of images ``(B, ...)``, by a view of the model in evaluation mode.
+
+        Raises:
+            ModelNotSetException: If there is no model.
+        """
+        if self.model is None:
+            raise ModelNotSetException
+        return self.predict_logits(eval_view(self.model)(x.to(self.device)))
 
     def predict_logits(self, logits: Tensor) -> Tensor:
         """UE ``(B,)`` in [0, 1] of logits ``(B, n)``, n >= 2; larger = more OOD.

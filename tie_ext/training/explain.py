@@ -17,7 +17,7 @@ too. Any classifier will do; it needs no garbage class.
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import find_layers
 from tie_ext.models.network import TIENet
 from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
+from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
@@ -81,7 +82,7 @@ class Layers:
         n, size = net.num_classes, self.head.mean.numel()
         count, total = torch.zeros(n), torch.zeros(n, size, dtype=torch.float64)
         square = torch.zeros_like(total)
-        for x, y in _reader(net, loader, labelled=True):
+        for x, y in _labelled(net, loader):
             s, y = self.read(x).double().cpu(), y.cpu()
             count.index_add_(0, y, torch.ones(len(y)))
             total.index_add_(0, y, s)
@@ -201,6 +202,10 @@ def _reader(net: TIENet, loader: Iterable, labelled: bool = False) -> BatchReade
     return BatchReader(loader, *bounds, labelled=labelled, id_only=True, rereadable=False)
 
 
+def _labelled(net: TIENet, loader: Iterable) -> Loader:
+    return cast(Loader, _reader(net, loader, labelled=True))
+
+
 def _with_head(
     model: nn.Module | TIENet,
     shape: Sequence[int],
@@ -275,7 +280,7 @@ def _nearest(net: TIENet, inversions: Tensor, loader: Iterable) -> Tensor:
     h = view.features(inversions.flatten(0, 1).to(device))
     nearest, least = torch.zeros_like(inversions), torch.full(inversions.shape[:2], math.inf)
     classes = torch.arange(net.num_classes)[:, None, None]
-    for x, y in _reader(net, loader, labelled=True):
+    for x, y in _labelled(net, loader):
         distance = torch.cdist(h, view.features(x.to(device))).cpu().reshape(*least.shape, -1)
         value, place = distance.masked_fill(y.cpu() != classes, math.inf).min(2)
         closer = value < least

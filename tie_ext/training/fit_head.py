@@ -4,6 +4,9 @@ Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.models.head`); ``t (N,
 outlier, 0 for an ID image.
 """
 
+import math
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +32,8 @@ class StatisticsCollector:
 
     def __init__(self, net: TIENet, memory: int):
         self.net = frozen_view(net)
-        rows = max(2, memory // (4 * net.garbage.mean.numel()))
+        head = cast(GarbageHead, net.garbage)
+        rows = max(2, memory // (4 * head.mean.numel()))
         self.id, self.ood = Reservoir(2 * rows), Reservoir(rows)
 
     @torch.no_grad()
@@ -67,6 +71,9 @@ def fit_head(
 
     Returns:
         The mean loss.
+
+    Raises:
+        ValueError: If the loss is not finite.
     """
     head.standardise(id_statistics)
     statistics = torch.cat([id_statistics, ood_statistics])
@@ -85,4 +92,10 @@ def fit_head(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    return float(torch.stack(losses).mean())
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise ValueError(
+            f"Expected a finite loss of the garbage head, but got {mean}, as the statistics of a "
+            "float16 network give it; give the network in float32 or bfloat16"
+        )
+    return mean

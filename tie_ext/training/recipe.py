@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 
@@ -80,10 +80,9 @@ class Recipe:
             synthesizers = [
                 make(name, net, **settings) for name, settings in self.synthesizers.items()
             ]
-            prior = [make(name, net) for name in self.prior]
-        return TIETrainer(
-            net, self.config, synthesizers, prior, CRITERIA[self.criterion], progress
-        )  # type: ignore[arg-type]
+            prior = cast(list[Prior], [make(name, net) for name in self.prior])
+        criterion = CRITERIA[self.criterion]
+        return TIETrainer(net, self.config, synthesizers, prior, criterion, progress)
 
     def methods(self) -> list[tuple[str, Settings]]:
         """The class of each synthesizer by name, and its settings.

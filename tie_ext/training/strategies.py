@@ -141,6 +141,9 @@ class GarbageStrategy(abc.ABC):
 
         They lag behind the weights, and behind garbage that is new in every epoch: measured on the
         demo, ID accuracy fell from 100 to 77 % between two epochs and came back in the next.
+
+        Not torch.optim.swa_utils.update_bn, which puts every layer into training mode, also those
+        that are frozen, and resets their statistics.
         """
         mixture = (x for x, _ in self.mix(sample))
         # PGD needs the statistics that the pass replaces.

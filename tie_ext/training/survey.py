@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor
 
+from tie_ext.outliers.base import Loader
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.distributed import gathered, total
-from tie_ext.utils.loader import BatchReader
 
 
-def survey(reader: BatchReader, num_classes: int, device: torch.device) -> Tensor:
+def survey(batches: Loader, num_classes: int, device: torch.device) -> Tensor:
     """Read all data before several processes train.
 
     A process that found bad data while others train would leave them waiting for it, so each reads
     its share before; what is wrong in one is raised in all.
 
     Arguments:
-        reader: The labelled batches of this process.
+        batches: Those of this process.
         num_classes: n.
         device: Where the processes communicate.
 
@@ -29,7 +29,7 @@ def survey(reader: BatchReader, num_classes: int, device: torch.device) -> Tenso
     counts = torch.zeros(num_classes, dtype=torch.long)
     sizes, error = torch.zeros(1, 2, dtype=torch.long), None
     try:
-        for _, y in reader:
+        for _, y in batches:
             counts += y.cpu().bincount(minlength=num_classes)
             sizes += torch.tensor([1, len(y) == 1])
     except Exception as found:

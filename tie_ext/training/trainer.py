@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
-from tie_ext.outliers.base import Prior, Synthesizer
+from tie_ext.outliers.base import Loader, Prior, Synthesizer
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.training.checkpoint import load_training, save_training
 from tie_ext.training.config import HeadConfig, SampleConfig, TIEConfig
@@ -109,8 +110,11 @@ class TIETrainer:
         multilayer = isinstance(net.garbage, GarbageHead)
         strategy = MultilayerGarbage if multilayer else LinearGarbage
         with seeded(self.config.seed, 0, rank(), 1):  # the stream of Recipe.trainer too
-            self.synthesizers = [Inversion(net)] if synthesizers is None else list(synthesizers)
-            self.prior = [strategy.prior_class(net)] if prior is None else list(prior)
+            if synthesizers is None:
+                synthesizers = [Inversion(net)]
+            if prior is None:
+                prior = [strategy.prior_class(net)]
+        self.synthesizers, self.prior = list(synthesizers), list(prior)
         self.pool = GarbagePool(share(self.config.pool_size), net.image_shape, net.low, net.high)
         with seeded(self.config.seed, 0, rank(), 2):
             self.pool.begin(self.prior, self.sample_config.at_once(net.image_shape))
@@ -150,16 +154,17 @@ class TIETrainer:
         t, n = len(self.log), self.net.num_classes
         bounds = self.image_shape, self.net.low, self.net.high
         reader = BatchReader(loader, n, *bounds, labelled=True, id_only=True)
+        batches = cast(Loader, reader)  # labelled
         if world() > 1 and not self._counted:
             # A stream of its own, so that the survey does not change the order of any epoch.
             with seeded(self.config.seed, 0, rank(), 3):
-                self._count(survey(reader, n, self.device))
+                self._count(survey(batches, n, self.device))
         with seeded(self.config.seed, t + 1, rank()):
             start = time.perf_counter()
-            losses, sample = self._train(reader) if self._counted else self._train_first(reader)
+            losses, sample = self._train(batches) if self._counted else self._train_first(batches)
             trained = time.perf_counter()
             for synthesizer in self.synthesizers:
-                losses |= synthesizer.fit(self.net, reader, t / max(1, self.config.epochs - 1))
+                losses |= synthesizer.fit(self.net, batches, t / max(1, self.config.epochs - 1))
             inverted = time.perf_counter()
             outcome = exclude(
                 self.net, sample, self.synthesizers, self.pool, self.config, self._bar
@@ -172,13 +177,13 @@ class TIETrainer:
         self.log.append(log)
         return log
 
-    def _train(self, reader: BatchReader) -> tuple[dict[str, float], Pairs]:
+    def _train(self, batches: Loader) -> tuple[dict[str, float], Pairs]:
         """A step on each batch of ID images and garbage; losses by name, and the sample."""
         self.garbage.begin()
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
         seen, losses, sample = torch.zeros(self.net.num_classes).long(), [], self._reservoir()
         counts = seen if self.counts is None else self.counts
-        for x, y in self.garbage.mix(sample.passing(self._counting(reader, seen))):
+        for x, y in self.garbage.mix(sample.passing(self._counting(batches, seen))):
             weights = class_weights(counts, self.config.garbage_weight).to(self.device)
             loss = self.garbage.loss(self.garbage.logits(x), y, weights)
             self.optimizer.zero_grad(set_to_none=True)
@@ -188,10 +193,10 @@ class TIETrainer:
             losses.append(loss.detach())
         if not losses:
             raise ValueError("Expected batches of two or more images in every epoch, but got none")
-        loss = float(gathered(torch.stack(losses), self.device).mean())
-        if not math.isfinite(loss):
+        mean = float(gathered(torch.stack(losses), self.device).mean())
+        if not math.isfinite(mean):
             raise FloatingPointError(
-                f"Expected a finite training loss, but got {loss} in epoch {len(self.log) + 1}; "
+                f"Expected a finite training loss, but got {mean} in epoch {len(self.log) + 1}; "
                 "lower `lr`"
             )
         if not self._counted:
@@ -199,15 +204,15 @@ class TIETrainer:
         size = self.sample_config.batch_size
         kept = list(zip(*(column.split(size) for column in sample.columns), strict=True))
         return {
-            "classifier": loss,
+            "classifier": mean,
             **self.garbage.finish(kept, len(self.log) + 1, self._last),
         }, kept
 
-    def _train_first(self, reader: BatchReader) -> tuple[dict[str, float], Pairs]:
+    def _train_first(self, batches: Loader) -> tuple[dict[str, float], Pairs]:
         """:meth:`_train`; bad data leaves network and optimiser as they were."""
         before = copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict()))
         try:
-            return self._train(reader)
+            return self._train(batches)
         except ValueError:
             self.net.load_state_dict(before[0])
             self.optimizer.load_state_dict(before[1])
@@ -227,9 +232,9 @@ class TIETrainer:
         """Whether this is the last epoch, whose network will be used."""
         return len(self.log) + 1 >= self.config.epochs
 
-    def _counting(self, reader: BatchReader, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _counting(self, batches: Loader, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The same batches; their images of each class are added to ``seen (n,)``."""
-        for x, y in self._bar(reader, "train"):
+        for x, y in self._bar(batches, "train"):
             seen += y.cpu().bincount(minlength=len(seen))
             yield x, y
 
