@@ -85,9 +85,9 @@ def check_images(
         if (x < low - slack).any() or (x > high + slack).any():
             raise ValueError(
                 f"Expected images in the value range {_range(low, high)} of the network, but got "
-                f"values in [{x.min().item():.4g}, {x.max().item():.4g}]; bring them there (divide "
-                "those of 0 to 255 by 255), or give their range as `low` and `high` where the "
-                "network is made"
+                f"values in [{x.min().item():.4g}, {x.max().item():.4g}]; bring them there "
+                "(divide those of 0 to 255 by 255), or give their range as `low` and `high` where "
+                "the network is made"
             )
 
 
@@ -132,7 +132,8 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
         raise ValueError(f"Expected integer labels of shape ({batch},), but got {describe(y)}")
     if (y < 0).any() or (y >= num_classes).any():
         raise ValueError(
-            f"Expected labels in [0, {num_classes}), but got labels in [{int(y.min())}, {int(y.max())}]"
+            f"Expected labels in [0, {num_classes}), "
+            f"but got labels in [{int(y.min())}, {int(y.max())}]"
         )
 
 
