@@ -509,7 +509,7 @@ def full(place: Path, every: int = 1) -> dict:
             failing = lambda n=number, f=folder, w=work: (
                 at_write(n, "half", lambda: enospc(f)),
                 _said(w),
-            )[1]  # noqa: E731
+            )[1]
             status = ended(start(failing, place / "said"))
             if status == 0:
                 break
