@@ -130,7 +130,30 @@ def test_import_tie_ext_loads_no_host_and_no_plotting():
     )
 
 
-RETIRED = [r"Dice", r"Ranged", r"widened", r"processed", r"surest", r"sureness", r"evaluating", r"deployed", r"DeployedCombination", r"Held", r"Kept", r"Told", r"read_line", r"teach", r"decider", r"cutoff", r"held_out_loader", r"MOST_LAYERS", r"MOST_CHANNELS", r"support.modules", r"stouffer", r"objective"]
+RETIRED = [
+    r"Dice",
+    r"Ranged",
+    r"widened",
+    r"processed",
+    r"surest",
+    r"sureness",
+    r"evaluating",
+    r"deployed",
+    r"DeployedCombination",
+    r"Held",
+    r"Kept",
+    r"Told",
+    r"read_line",
+    r"teach",
+    r"decider",
+    r"cutoff",
+    r"held_out_loader",
+    r"MOST_LAYERS",
+    r"MOST_CHANNELS",
+    r"support.modules",
+    r"stouffer",
+    r"objective",
+]
 """Identifiers that were replaced by the field's own; two of them stay in saved files."""
 FILES_NAME_THEM = {"stouffer": "saved_rule", "objective": "RENAMED"}
 """Functions and tables that read such files."""
