@@ -383,3 +383,165 @@ def test_networks_say_what_they_cannot_take(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         attached.main()
     assert "Expected --device cpu for airbench" in capsys.readouterr().err
+
+
+def tiny_classifier():
+    """Features and a last layer of a network for four classes, images that it takes, and their
+    labels.
+    """
+    features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 12), torch.nn.ReLU())
+    fc, x = torch.nn.Linear(12, 4), torch.rand(400, 3, 3, 3)
+    return features.requires_grad_(False), fc.requires_grad_(False), x, fc(features(x)).argmax(1)
+
+
+def test_rivals_score_features_as_their_host_scores_images():
+    pytest.importorskip("pytorch_ood")
+    import rivals
+    from pytorch_ood.detector import EnergyBased, MaxSoftmax, NNGuide, fDBD
+
+    features, fc, x, y = tiny_classifier()
+    new = torch.rand(50, 3, 3, 3)
+    found, failed = rivals.scores_of(
+        rivals.makers(fc, features(x), y), {"new": features(new).split(20)}
+    )
+    net = torch.nn.Sequential(features, fc)
+    loader = [(x, y)]
+    by_host = {
+        "MSP": MaxSoftmax(net),
+        "energy": EnergyBased(net),
+        "fDBD": fDBD(features, fc).fit(loader),
+        "NNGuide": NNGuide(features, fc).fit(loader),
+    }
+    for name, detector in by_host.items():
+        torch.testing.assert_close(found[name]["new"], detector.predict(new))
+    # Those that need an image of each class have a reason where this network predicts none of one.
+    assert set(found) | set(failed) == set(rivals.makers(fc, features(x), y))
+    assert all(of["new"].shape == (50,) and of["new"].isfinite().all() for of in found.values())
+
+
+def test_a_rival_that_cannot_be_fitted_has_a_reason_and_no_number():
+    pytest.importorskip("pytorch_ood")
+    import rivals
+
+    features, fc, x, _ = tiny_classifier()
+    y = torch.tensor([0, 3]).repeat(200)  # no image of classes 1 and 2
+    found, failed = rivals.scores_of(rivals.makers(fc, features(x), y), {"new": [features(x)]})
+    assert {"Mahalanobis", "RMD", "SHE"} <= set(failed)
+    assert {"MSP", "fDBD", "KNN"} <= set(found)
+    assert not set(found) & set(failed)
+
+
+def test_cadref_by_hand():
+    pytest.importorskip("pytorch_ood")
+    import rivals
+
+    fc = torch.nn.Linear(2, 2).requires_grad_(False)
+    fc.weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    fc.bias.zero_()
+    score = rivals.cadref(
+        fc, torch.tensor([[3.0, 1.0], [1.0, 1.5], [5.0, 1.0]])
+    )  # classes 0, 1, 0; the mean of 0 is (4, 1)
+    energy = torch.tensor([[2.0, -2.0], [-0.5, 0.5], [4.0, -4.0]]).logsumexp(1).mean()
+    new = torch.tensor([[6.0, 2.0]])  # two more for class 0, one more against it, of 8 in all
+    expected = 2 / 8 / torch.tensor([4.0, -4.0]).logsumexp(0) + 1 / 8 / energy
+    torch.testing.assert_close(score(new), expected[None])
+
+
+def test_histograms_and_their_divergence():
+    pytest.importorskip("pytorch_ood")
+    import rivals
+
+    shares = rivals.histogram(
+        torch.tensor([[0.0, 0.005, 1.0, 2.0]]), torch.tensor(0.0), torch.tensor(1.0)
+    )
+    assert shares[0, 0] == 0.5
+    assert shares[0, -1] == 0.25
+    assert shares.sum() == 0.75  # one value is beyond the range
+    torch.testing.assert_close(rivals.smoothed(shares, 4)[0, :2], torch.tensor([0.25, 0.125]))
+    p = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
+    found = rivals.divergence(p, p[0], 0.0)
+    torch.testing.assert_close(
+        found, torch.tensor([0.0, 0.4 * math.log(0.9 / 0.5) - 0.4 * math.log(0.1 / 0.5)])
+    )
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    st.lists(st.integers(0, 9), min_size=1, max_size=20),
+)
+def test_auroc_is_how_often_an_ood_image_scores_higher(inside, outside):
+    pytest.importorskip("pytorch_ood")
+    import rivals
+
+    wins = [(o > i) + (o == i) / 2 for o in outside for i in inside]
+    assert rivals.auroc(torch.tensor(inside), torch.tensor(outside)) == pytest.approx(
+        sum(wins) / len(wins)
+    )
+
+
+@given(st.integers(19, 200))
+def test_the_threshold_of_rivals_is_the_conformal_one(count):
+    pytest.importorskip("pytorch_ood")
+    import rivals
+
+    from tie_ext.scores.threshold import conformal_threshold
+
+    scores = torch.randperm(count).double()
+    assert rivals.threshold(scores) == conformal_threshold(scores, 0.05).item()
+
+
+def test_regret_is_against_the_best_rival_of_each_column():
+    pytest.importorskip("pytorch_ood")
+    import rivals
+
+    table = {
+        "a near": {"combine": 0.8, "head": 0.99, "KNN": 0.9, "GEN": 0.7, "RMD": None},
+        "a far": {"combine": 0.95, "head": 0.5, "KNN": 0.6, "GEN": 0.9, "RMD": 0.1},
+    }
+    ours = ("combine", "head")
+    found = rivals.regrets(table, "combine", ours)
+    assert found["a near"] == (pytest.approx(-0.1), "KNN")  # the head is ours, and no rival
+    assert found["a far"] == (pytest.approx(0.05), "GEN")
+    assert rivals.worst_and_mean(table, "combine", ours) == (
+        pytest.approx(-0.1),
+        pytest.approx(-0.025),
+        2,
+    )
+    assert rivals.worst_and_mean(table, "RMD", ours) == (
+        pytest.approx(-0.8),
+        pytest.approx(-0.8),
+        1,
+    )
+    assert rivals.worst_and_mean(table, "KNN", ours)[0] == pytest.approx(-0.3)
+
+
+def test_columns_are_means_over_sets_and_then_over_runs():
+    pytest.importorskip("pytorch_ood")
+    import public_networks
+
+    one = {"network": "n", "near": ["a"], "far": ["b", "c"], "validation": []}
+    first = one | {
+        "scores": {"s": {"a": [0.5, 0, 0], "b": [0.6, 0, 0], "c": [0.8, 0, 0]}, "t": None}
+    }
+    second = one | {"scores": {"s": {"a": [0.7, 0, 0], "b": [1.0, 0, 0]}, "t": None}}
+    found = public_networks.columns_of([first, second])
+    assert set(found) == {"n near", "n far"}
+    assert found["n near"]["s"][0] == pytest.approx(0.6)
+    assert found["n far"]["s"][0] == pytest.approx(0.85)
+    assert found["n near"]["t"] is None
+
+
+@pytest.mark.parametrize("known", [3, 4])
+def test_a_choice_of_classes_shares_no_image(known):
+    pytest.importorskip("pytorch_ood")
+    import public_networks
+
+    labels = {name: torch.arange(60) % 6 for name in ("own", *public_networks.VALIDATION)}
+    parts = public_networks.chosen_parts("own", known, (), 0, labels)
+    mine = [parts[name] for name in ("fit", "calibration", "test", "left out")]
+    assert torch.cat([part.rows for part in mine]).sort().values.equal(torch.arange(60))
+    assert set(parts["fit"].labels.tolist()) == set(range(known))
+    assert (parts["left out"].labels == -1).all()
+    left = set(labels["own"][parts["left out"].rows].tolist())
+    assert left.isdisjoint(labels["own"][parts["test"].rows].tolist())
+    assert len(left) == 6 - known

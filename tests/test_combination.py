@@ -1,4 +1,6 @@
-"""Several scores made one: the formulas, what they must not depend on, and the guarantee that conformal calibration gives them."""
+"""Several scores made one: the formulas, what they must not depend on, and the guarantee that
+conformal calibration gives them.
+"""
 
 import math
 from itertools import permutations
@@ -18,7 +20,9 @@ seeds = st.integers(0, 10**6)
 def draw(
     seed: int, count: int, k: int = 3, correlation: float = 0.8, step: float = 0.0
 ) -> torch.Tensor:
-    """Correlated scores ``(count, k)`` of different scales and shapes; tied on a grid where there is a step."""
+    """Correlated scores ``(count, k)`` of different scales and shapes; tied on a grid where there
+    is a step.
+    """
     rng = torch.Generator().manual_seed(seed)
     common, own = torch.randn(count, 1, generator=rng), torch.randn(count, k, generator=rng)
     scores = correlation * common + (1 - correlation**2) ** 0.5 * own

@@ -200,7 +200,8 @@ def test_scores_that_guarantee_nothing_are_refused(scores, false_alarm, message)
     st.sampled_from([0.01, 0.05, 0.1, 0.29, 0.5, 0.99]),
 )
 def test_of_exchangeable_inputs_the_threshold_accepts_the_share_it_promises(values, false_alarm):
-    # Each of the N+1 is as likely as any other to be the new one. Averaging over them all is the guarantee itself, for any values and ties.
+    # Each of the N+1 is as likely as any other to be the new one. Averaging over them all is the
+    # guarantee itself, for any values and ties.
     s = torch.tensor(values)
     assume(int(Fraction(str(false_alarm)) * len(s)) >= 1)
     accepted = sum(

@@ -1,4 +1,4 @@
-"""What searches for fooling images: it finds them, within bounds, and leaves the network as it was."""
+"""Adversarial inputs: attacks find them, within bounds, and leave the network as it was."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ N = 3
 
 
 def stripes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of three classes, a band at the top, in the middle or at the bottom, of any brightness on noise of any strength."""
+    """Images of three classes: a band at the top, in the middle or at the bottom, on noise."""
     rng = torch.Generator().manual_seed(seed)
     strength, brightness = torch.rand(2, count, 1, 1, 1, generator=rng)
     x, y = 0.5 * strength * torch.rand(count, 1, 28, 28, generator=rng), torch.arange(count) % N

@@ -1,4 +1,6 @@
-"""One Gaussian a class: against its definition, where a direction never varies, and what is refused."""
+"""One Gaussian a class: against its definition, where a direction never varies, and what is
+refused.
+"""
 
 import pytest
 import torch

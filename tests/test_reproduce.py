@@ -1,4 +1,4 @@
-"""``tie-ext reproduce``: cells are run once, tables are made of cells, what has no data is said."""
+"""The paper's tables, cell by cell: what is run, what is not, and what the tables say."""
 
 import json
 import math
@@ -116,7 +116,8 @@ def test_a_cell_of_other_settings_is_not_taken_for_one_of_these(done, monkeypatc
     )
     with pytest.raises(
         ValueError,
-        match=r"Expected mnist-allx1-tie-seed0 in .*cells.jsonl to be .*, but got one with lam 0.5 instead of 3.0",
+        match=r"Expected mnist-allx1-tie-seed0 in .*cells.jsonl to be .*, but got one with lam "
+        r"0.5 instead of 3.0",
     ):
         run.run_plan(replace(plan, methods=("predecessor", "tie"), recipe=changed(lam=3.0)), out)
     run.run_plan(
@@ -335,7 +336,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(root, tmp_path, capsys, monke
 
     monkeypatch.setattr(run, "run", stopped)
     assert main(["reproduce", "--root", str(root), "--out", str(tmp_path)]) == 130
-    assert "kept, go on with the same command" in capsys.readouterr().err
+    assert "kept, continue with the same command" in capsys.readouterr().err
 
 
 def test_methods_change_the_recipe_as_their_papers_say():
@@ -367,15 +368,15 @@ def test_every_method_sees_the_first_epoch_in_the_same_order(done, monkeypatch):
     images, *_ = run.image_sets("mnist", 0, None, done[1].root)
     orders = {}
     for method in ("tie", "plain"):
-        seen, draw = [], ImageBatches._rows
+        seen, draw = [], ImageBatches._order
         monkeypatch.setattr(
             ImageBatches,
-            "_rows",
+            "_order",
             lambda self, seen=seen, draw=draw: seen.append(draw(self)) or seen[-1],
         )
         train_method(method, Conv3, images, changed(seed=3), batch_size=8)
         orders[method] = seen
-        monkeypatch.setattr(ImageBatches, "_rows", draw)
+        monkeypatch.setattr(ImageBatches, "_order", draw)
     assert torch.equal(orders["tie"][0], orders["plain"][0])
 
 

@@ -107,7 +107,9 @@ def detectors_of(
         hosts = adversarial_inputs.host_scores(net, read(net, sets["train"])[1], sets["train"].y)
         parts = [adversarial_inputs.garbage_score, hosts["ViM"], hosts["GEN"]]
         scores["combined"] = adversarial_inputs.combined(parts, logits[:half], h[:half])
-        scores["combined, largest"] = adversarial_inputs.combined(parts, logits[:half], h[:half], largest)
+        scores["combined, largest"] = adversarial_inputs.combined(
+            parts, logits[:half], h[:half], largest
+        )
         if with_hosts:
             scores = {
                 name: hosts[name] for name in ("MSP", "energy", "Mahalanobis", "ViM")
@@ -171,7 +173,9 @@ def search(
         return
     kinds = starts(net, sets, y)
     paths: dict[tuple[str, str], dict[int, float]] = {}
-    for step, x in adversarial_inputs.ascend(net, torch.cat(list(kinds.values())), y.repeat(len(kinds)), seen):
+    for step, x in adversarial_inputs.ascend(
+        net, torch.cat(list(kinds.values())), y.repeat(len(kinds)), seen
+    ):
         last = step == adversarial_inputs.MARKS[-1]
         for kind, part in zip(kinds, x.split(len(y)), strict=True):
             for name, detector in detectors.items():

@@ -118,7 +118,10 @@ def main() -> None:
             x = torch.cat(list(starts(net, SEARCHED // 2).values()))
             y = torch.randint(net.num_classes, (len(x),))
             images = [
-                images for _, images in adversarial_inputs.ascend(net, x, y, detector, (STEPS // 3, STEPS))
+                images
+                for _, images in adversarial_inputs.ascend(
+                    net, x, y, detector, (STEPS // 3, STEPS)
+                )
             ]
             found = torch.cat([found, statistics(net, torch.cat(images))])
 

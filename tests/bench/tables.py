@@ -16,6 +16,7 @@ import fire
 import fooling_page
 import mutants
 import no_tie
+import public_page
 from cost_page import cost
 from page import cells_in, fill, percent
 
@@ -514,6 +515,7 @@ def documents() -> dict[str, str]:
         "research/attached.md": attached_page.page(),
         "research/benchmark.md": benchmark_page.page(),
         "research/detectors.md": detectors_page.page(),
+        "research/public_networks.md": public_page.page(),
         **detectors_page.pull_requests(),
         **{f"research/{name}": text for name, text in fooling_page.pages().items()},
         "research/explain.md": explained_page.page(),

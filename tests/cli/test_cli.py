@@ -1194,11 +1194,8 @@ def test_a_demo_touches_no_folder_of_anything_else(content, small_demo, run, tmp
     before = listed(out)
     assert small_demo(out) == 1
     error = capsys.readouterr().err
-    held = "network.safetensors" if content == "no run" else "run.json"
-    assert (
-        f"Expected a folder for the demo, but got {out}, which holds {held}"
-        in error
-    )
+    name = "network.safetensors" if content == "no run" else "run.json"
+    assert f"Expected a folder for the demo, but got {out}, which holds {name}" in error
     assert error.count("\n") == 1
     assert listed(out) == before
 
@@ -1348,8 +1345,7 @@ def test_a_run_of_an_earlier_version_is_read_and_not_gone_on_with(run, folder, t
     error = capsys.readouterr().err
     assert (
         "but got one that an earlier version made; finish it with that version, or start again "
-        "in another folder"
-        in error
+        "in another folder" in error
     )
     assert error.count("\n") == 1
     assert listed(old) == before

@@ -1,4 +1,6 @@
-"""Combined: one forward pass, halves that share no image, the guarantee, files and export; and Mahalanobis++ beside pytorch-ood's Mahalanobis."""
+"""Combined: one forward pass, halves that share no image, the guarantee, files and export; and
+Mahalanobis++ beside pytorch-ood's Mahalanobis.
+"""
 
 import json
 import shutil
@@ -122,7 +124,7 @@ def test_few_training_images_give_finite_scores_and_one_is_refused():
         combine(net, train_loader=loader(1), calibration_loader=loader(40))
     with pytest.raises(
         ValueError,
-        match="Expected calibration images that the network was not trained on, but got the training images again",
+        match=r"Expected calibration images .*, but got the training images again",
     ):
         combine(net, train_loader=(both := loader(40)), calibration_loader=both)
     with pytest.raises(ValueError, match="Expected a rule"):

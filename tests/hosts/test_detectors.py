@@ -1,4 +1,6 @@
-"""i-ODIN, DMR's rejection network, Mahalanobis++ and combinations: pytorch-ood's contract, and OpenOOD's i-ODIN on the same images."""
+"""i-ODIN, DMR's rejection network, Mahalanobis++ and combinations: pytorch-ood's contract, and
+OpenOOD's i-ODIN on the same images.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""TIE in pytorch-ood: the law book of its detectors, its benchmark, tuner and metrics, its own detectors on a TIENet, and files and export."""
+"""TIE in pytorch-ood: the law book of its detectors, its benchmark, tuner and metrics, its own
+detectors on a TIENet, and files and export.
+"""
 
 import copy
 import json

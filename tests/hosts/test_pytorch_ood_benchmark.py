@@ -1,4 +1,6 @@
-"""pytorch-ood as its users use it: its own benchmark on stand-ins for its images, and attach on a network of normalised images."""
+"""pytorch-ood as its users use it: its own benchmark on stand-ins for its images, and attach on a
+network of normalised images.
+"""
 
 import re
 import subprocess
@@ -96,7 +98,9 @@ def test_the_page_runs():
 
 @pytest.fixture
 def stand_ins(tmp_path) -> tuple[Path, Path]:
-    """Images and lists as the benchmark wants them, few and made up, OOD images larger: a root, and a hub folder that has the lists."""
+    """Images and lists as the benchmark wants them, few and made up, OOD images larger: a root,
+    and a hub folder that has the lists.
+    """
     root, hub = tmp_path / "images_classic", tmp_path / "hub"
     lists = hub / "openood_benchmark_imglist" / "benchmark_imglist" / "cifar10"
     lists.mkdir(parents=True)

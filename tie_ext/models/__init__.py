@@ -1,1 +1,1 @@
-"""The networks: TIENet, its garbage head, what layers say of an image, backbones, generator."""
+"""The networks: TIENet, its garbage head, statistics of layers, backbones, the generator."""

@@ -1,4 +1,6 @@
-"""The conditional generator: latent vectors ``z (B, Z)`` and soft class codes ``(B, n+1)`` to images ``(B, C, S, S)``."""
+"""The conditional generator: from latent vectors ``z (B, Z)`` and soft class codes ``(B, n+1)`` to
+images ``(B, C, S, S)``.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,22 +11,23 @@ from torch import Tensor, nn
 from tie_ext.utils.bounded import Bounded
 
 LARGEST = 11
-"""Codes of more entries are not scaled up any further."""
+"""Codes of more entries are scaled as codes of so many."""
 
 
 class Generator(Bounded):
-    """The conditional generator: latent vector and soft code to image, by 4 to 6 transposed convolutions.
+    """Four to six transposed convolutions from a latent vector and a soft code to an image.
 
     Arguments:
         image_shape: ``(C, H, W)`` of the images, square, 28 to 224 pixels, 1 or 3 channels.
         code_size: Length of the soft code, n+1.
         latent_size: Length Z of the latent vector.
-        width: Channels of the stage before the image; earlier stages have up to four times as many.
+        width: Channels of the last stage but the image; earlier stages have up to four times that.
         low: Smallest value of the data, a number or one a channel.
         high: Largest value of the data.
 
     Raises:
-        ValueError: If the shape is not square, too small or too large, or the channels are neither 1 nor 3.
+        ValueError: If the shape is not square, too small or too large, or has neither one nor
+            three channels.
 
     References:
         TIE, section 6.1: 4-6 transposed convolutions, normally distributed weights.
@@ -41,31 +44,21 @@ class Generator(Bounded):
     ):
         super().__init__(low, high)
         channels, size = check_image_shape(image_shape)
-        self.image_shape, self.code_size, self.latent_size = (
-            (channels, size, size),
-            code_size,
-            latent_size,
-        )
-
+        self.image_shape = (channels, size, size)
+        self.code_size, self.latent_size = code_size, latent_size
         sizes = [size]  # from the image down to a seed of at most 7x7
         while sizes[-1] > 7:
             sizes.append(math.ceil(sizes[-1] / 2))
         sizes.reverse()
-        sizes += [size] * max(0, 4 - len(sizes))  # the paper's least is four stages
-        widths = [min(4, 2 ** (len(sizes) - 2 - i)) * width for i in range(len(sizes) - 1)] + [
-            channels
-        ]
-
-        layers: list[nn.Module] = [
-            nn.ConvTranspose2d(latent_size + code_size, widths[0], sizes[0], bias=False)
-        ]
+        sizes += [size] * max(0, 4 - len(sizes))  # the paper has four at least
+        widths = [min(4, 2 ** (len(sizes) - 2 - i)) * width for i in range(len(sizes) - 1)]
+        widths.append(channels)
+        first = nn.ConvTranspose2d(latent_size + code_size, widths[0], sizes[0], bias=False)
+        layers: list[nn.Module] = [first]
         for i in range(1, len(sizes)):
-            layers += [nn.BatchNorm2d(widths[i - 1]), nn.ReLU(inplace=True)]
-            layers.append(
-                _upsample(
-                    widths[i - 1], widths[i], sizes[i - 1], sizes[i], bias=i == len(sizes) - 1
-                )
-            )
+            cin, cout, last = widths[i - 1], widths[i], i == len(sizes) - 1
+            layers += [nn.BatchNorm2d(cin), nn.ReLU(inplace=True)]
+            layers.append(_upsample(cin, cout, sizes[i - 1], sizes[i], bias=last))
         self.layers = nn.Sequential(*layers)
         for module in self.modules():
             if isinstance(module, nn.ConvTranspose2d):
@@ -73,19 +66,22 @@ class Generator(Bounded):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, code: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` in ``[low, high]`` from latent vectors ``(B, Z)`` and soft codes ``(B, n+1)``, rows summing to 1."""
-        # Of mean 0, and as large as of ten classes and garbage for any greater number, as z has variance 1.
-        seed = torch.cat([z, (code - 1 / self.code_size) * min(self.code_size, LARGEST)], dim=1)
-        x = self.layers(seed[:, :, None, None]).sigmoid()
-        return self.from_unit(x).contiguous()  # for the backbone, whose layout is its own
+        """Images ``(B, C, H, W)`` in ``[low, high]``.
+
+        Arguments:
+            z: Latent vectors ``(B, Z)``.
+            code: Soft codes ``(B, n+1)``, whose rows sum to 1.
+        """
+        # Of mean 0. The scale suits z of variance 1; it stops at ten classes and garbage.
+        scaled = (code - 1 / self.code_size) * min(self.code_size, LARGEST)
+        x = self.layers(torch.cat([z, scaled], dim=1)[:, :, None, None]).sigmoid()
+        return self.from_unit(x).contiguous()  # the backbone decides on its layout
 
 
 def _upsample(cin: int, cout: int, before: int, after: int, bias: bool) -> nn.ConvTranspose2d:
-    if after == before:
-        return nn.ConvTranspose2d(cin, cout, 3, 1, 1, bias=bias)
-    return nn.ConvTranspose2d(
-        cin, cout, 4 if after == 2 * before else 3, 2, 1, bias=bias
-    )  # to 2s, or to 2s - 1
+    """To the same size s, to 2s or to 2s - 1."""
+    stride = 1 if after == before else 2
+    return nn.ConvTranspose2d(cin, cout, 4 if after == 2 * before else 3, stride, 1, bias=bias)
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int]:
@@ -102,6 +98,7 @@ def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int]:
         or not 28 <= shape[1] <= 224
     ):
         raise ValueError(
-            f"Expected a square image shape (C, S, S) with C 1 or 3 and S in [28, 224], but got {shape}"
+            "Expected a square image shape (C, S, S) with C 1 or 3 and S in [28, 224], "
+            f"but got {shape}"
         )
     return shape[0], shape[1]

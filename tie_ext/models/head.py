@@ -56,7 +56,8 @@ class GarbageHead(nn.Module):
         """A view of the backbone, and the dict that its forward pass fills with the statistics of
         each layer that is read, by name.
         """
-        view, found = hook_view(backbone), dict[str, Tensor]()
+        found: dict[str, Tensor] = {}
+        view = hook_view(backbone)
         for name in self.layers:
             # Pooled at once: a ReLU that works in place comes next, and maps need not be kept.
             add_hook(view, name, partial(_pool_into, found, name))

@@ -1,4 +1,4 @@
-"""Which layers of a backbone are read, and which one of them is its classifier."""
+"""The layers of a backbone that a garbage head reads, and its classifier."""
 
 from functools import partial
 
@@ -15,20 +15,20 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
-    """The layers whose statistics tell most of any backbone: its convolutions, each with the
-    normalisation that comes next, or the blocks of a transformer.
+    """The layers to read: convolutions, each after the normalisation that follows it, or the
+    blocks of a transformer.
 
     Arguments:
         backbone: The network; left as it was.
-        x: An image ``(1, C, H, W)`` to try it on.
+        x: An image ``(1, C, H, W)`` for a trial run.
 
     Returns:
         The channels of at most :data:`MAX_LAYERS` of them by name, in the order of their calls.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If there are neither convolutions nor blocks.
     """
-    convolutions: dict[str, Tensor] = {}  # their maps, by the name of what gave them last
+    convolutions: dict[str, Tensor] = {}  # maps, by the layer that gave them: convolution or norm
     blocks: dict[str, int] = {}
     view = eval_view(backbone)
 
@@ -54,12 +54,12 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
         for name, channels in blocks.items()
         if not any(name.startswith(f"{other}.") for other in blocks)
     }
-    if len(found) < len(convolutions):  # a transformer has one, which cuts the image into patches
+    if len(found) < len(convolutions):  # a transformer has one, which makes patches
         found = {name: maps.shape[1] for name, maps in convolutions.items()}
     if not found:
         raise ValueError(
-            "Expected a backbone with convolutions or transformer blocks, whose maps tell OOD "
-            f"images, but got {type(backbone).__name__}"
+            "Expected a backbone with convolutions or transformer blocks for the head to read, "
+            f"but got {type(backbone).__name__}"
         )
     return _spread(found)
 
@@ -103,15 +103,15 @@ def cut_classifier(backbone: nn.Module) -> nn.Linear:
 
 
 def check_backbone(backbone: nn.Module, x: Tensor) -> None:
-    """Run a backbone once: what follows its last linear layer would be taken for features without
-    a word, and a wrong shape found late.
+    """Run a backbone once, since a layer after its last linear layer would silently become part of
+    the features, and a wrong shape would be found late.
 
     Arguments:
         backbone: The network; left as it was.
         x: An image ``(1, C, H, W)``.
 
     Raises:
-        ValueError: If it fails, or returns something else than its last linear layer does.
+        ValueError: If it fails, or does not return the output of its last linear layer.
     """
     kind, name = type(backbone).__name__, classifier_name(backbone)
     view, outputs = eval_view(backbone), []
@@ -121,7 +121,8 @@ def check_backbone(backbone: nn.Module, x: Tensor) -> None:
             y = view(x.to(next(backbone.parameters())))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise ValueError(
-            f"Expected a backbone for images {tuple(x.shape[1:])}, but {kind} fails on one: {error}"
+            f"Expected a backbone for images {tuple(x.shape[1:])}, "
+            f"but {kind} fails on one: {error}"
         ) from error
     if isinstance(y, Tensor) and outputs and _equal(y, outputs[-1]):
         return

@@ -1,7 +1,7 @@
 """The wrapper that gives any classifier one more output, the garbage class.
 
-Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``s (B, S)`` what the garbage
-logit is a function of, ``n`` ID classes, ``logits (B, n)`` or ``(B, n+1)`` with garbage last.
+Symbols: ``x (B, C, H, W)`` images, ``h (B, F)`` penultimate features, ``s (B, S)`` input of the
+garbage logit, ``n`` ID classes, ``logits (B, n)`` or ``(B, n+1)`` with garbage last.
 """
 
 import copy
@@ -21,15 +21,15 @@ from tie_ext.utils.checks import check_images, check_number, check_shape
 from tie_ext.utils.views import eval_view
 
 AUTOCAST_DTYPES = ("float32", "bfloat16")
-"""What a backbone can compute in while weights, features and logits stay as they are."""
+"""Types that a backbone can compute in; weights, features and logits keep theirs."""
 HEADS = ("linear", "multilayer")
-"""What gives the garbage logit: the paper's linear function of the penultimate features, or a
+"""The garbage logit: the paper's linear function of the penultimate features, or a
 :class:`~tie_ext.models.head.GarbageHead` on every layer."""
-_EXTRA = "_extra_state"  # PyTorch's name for what get_extra_state gives
+_EXTRA = "_extra_state"  # PyTorch's key for the result of get_extra_state
 
 
 class Outputs(NamedTuple):
-    """What one forward pass gives."""
+    """The results of one forward pass."""
 
     logits: Tensor
     """``(B, n+1)``, garbage last."""
@@ -40,28 +40,28 @@ class Outputs(NamedTuple):
 class TIENet(Bounded):
     """An n-class network with one more output, the garbage class.
 
-    ``forward(x)`` gives the n ID logits, so that every OOD score made for an n-class network reads
-    it unchanged; ``forward(x, garbage=True)`` gives all n+1. The last layer is split in two, ``fc``
-    (n outputs) and ``garbage`` (one); so ``fc`` is the ID classifier wherever a host looks for it.
+    ``forward(x)`` gives the n ID logits, so that every OOD score for n-class networks works
+    unchanged; ``forward(x, garbage=True)`` gives all n+1. The last layer is split into ``fc`` (n
+    outputs) and ``garbage`` (one), so that hosts find the ID classifier as ``fc``.
 
     Arguments:
-        backbone: A classifier ``(B, C, H, W) -> (B, m)`` that returns what its last linear layer
-            gives, logits and no softmax: a torchvision model, a network with ``fc``, or one of
-            :data:`~tie_ext.models.backbones.BACKBONES`. It is copied. Its last linear layer becomes
-            ``fc`` if it has n outputs (trained weights are kept), and is replaced if not.
+        backbone: A classifier ``(B, C, H, W) -> (B, m)`` that returns the logits of its last
+            linear layer, without a softmax: a torchvision model, a network with ``fc``, or one of
+            :data:`~tie_ext.models.backbones.BACKBONES`. It is copied. Its last linear layer
+            becomes ``fc`` if it has n outputs (trained weights are kept), and is replaced if not.
         num_classes: n >= 2.
         image_shape: ``(C, S, S)`` of the images; None to take any (TIE cannot train it then).
         low: Smallest value of the images, a number or one a channel (``Normalize`` of 0).
         high: Largest value of the images (``Normalize`` of 1).
         class_names: Name of each ID class, by label.
-        head: One of :data:`HEADS`; ``multilayer`` asks for an ``image_shape``. Or a
+        head: One of :data:`HEADS`; ``multilayer`` needs an ``image_shape``. Or a
             :class:`~tie_ext.models.head.GarbageHead`, which is copied.
 
     Raises:
-        ValueError: If the backbone has no linear layer to stand on, returns something else than its
-            last one does, or does not take images of ``image_shape`` (the latter two are tried
-            where it is given); if a number or a shape is out of range, low is not below high, or
-            the backbone has no layers for a head to read.
+        ValueError: If the backbone has no linear layer, does not return the output of its last
+            one, or fails on images of ``image_shape`` (the latter two are checked if it is given);
+            if a number or a shape is out of range, low is not below high, or the backbone has no
+            layers for a head to read.
 
     Example:
         >>> net = TIENet(Conv3(in_channels=1, num_classes=10), 10, image_shape=(1, 28, 28))
@@ -122,7 +122,7 @@ class TIENet(Bounded):
             head = GarbageHead(find_layers(self.backbone, ramp.to(**like)), cut.in_features)
         own = copy.deepcopy(head) if isinstance(head, GarbageHead) else None
         self.garbage = nn.Linear(cut.in_features, 1, **like) if own is None else own.to(**like)
-        # Infinite, which leaves level 2 off, until training has set it.
+        # Infinite until training sets it, so that level 2 rejects nothing.
         self.register_buffer("tau", torch.tensor(math.inf))
         self._autocast_dtype = "float32"
         for name in self.exact:
@@ -130,8 +130,8 @@ class TIENet(Bounded):
 
     @property
     def autocast_dtype(self) -> str:
-        """What the backbone computes in, one of :data:`AUTOCAST_DTYPES`. Training and attach set
-        it, and it is saved, so that a threshold meets the scores it was fitted to.
+        """The type that the backbone computes in, one of :data:`AUTOCAST_DTYPES`. Training and
+        attach set it, and it is saved, since a threshold is valid for scores of the same type.
         """
         return self._autocast_dtype
 
@@ -139,7 +139,8 @@ class TIENet(Bounded):
     def autocast_dtype(self, value: str) -> None:
         if value not in AUTOCAST_DTYPES:
             raise ValueError(
-                f"Expected autocast_dtype to be one of {', '.join(AUTOCAST_DTYPES)}, but got {value!r}"
+                f"Expected autocast_dtype to be one of {', '.join(AUTOCAST_DTYPES)}, "
+                f"but got {value!r}"
             )
         self._autocast_dtype = value
 
@@ -148,8 +149,8 @@ class TIENet(Bounded):
         return self.compute(self.backbone, x).flatten(1)
 
     def compute(self, part: Callable, x: Tensor, *args, **kwargs) -> Any:
-        """What a part of the backbone gives for images ``(B, C, H, W)``, computed in the network's
-        type and :attr:`autocast_dtype`; a tensor comes in the type of ``fc``.
+        """Call a part of the backbone on images ``(B, C, H, W)`` in the network's type and
+        :attr:`autocast_dtype`; a tensor is returned in the type of ``fc``.
         """
         x = x.to(self.fc.weight.dtype)
         if self.autocast_dtype == "float32":
@@ -176,8 +177,8 @@ class TIENet(Bounded):
         return Outputs(self.all_logits(h, s), h)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features ``(B, F)``, and what the garbage logit is a function of: the statistics
-        ``(B, S)`` of every layer that the head reads, or the features themselves.
+        """Features ``(B, F)``, and the input of the garbage logit: the statistics ``(B, S)`` of
+        every layer that the head reads, or the features themselves.
         """
         if not isinstance(self.garbage, GarbageHead):
             h = self.features(x)
@@ -187,12 +188,10 @@ class TIENet(Bounded):
         return h, self.garbage.statistics(found, h)
 
     def all_logits(self, h: Tensor, s: Tensor) -> Tensor:
-        """All n+1 logits ``(B, n+1)`` of features ``(B, F)`` and of what :meth:`statistics` gives
-        beside them.
-        """
+        """All n+1 logits ``(B, n+1)`` of features ``(B, F)`` and statistics ``(B, S)``."""
         logits, garbage = self.fc(h), self.garbage(s)
         if isinstance(self.garbage, GarbageHead):
-            # The softmax over n+1 outputs gives the head's own odds, whatever the ID logits are.
+            # So the softmax over n+1 outputs has the head's odds, whatever the ID logits are.
             garbage = logits.logsumexp(1, keepdim=True) + garbage
         return torch.cat([logits, garbage], dim=1)
 
@@ -214,7 +213,7 @@ class TIENet(Bounded):
         return decide(eval_view(self)(x, garbage=True), self.tau)
 
     def check(self, x: Tensor) -> None:
-        """Refuse what :meth:`decide` refuses.
+        """Check images as :meth:`decide` does.
 
         Raises:
             ValueError: If ``x`` is not a finite floating-point batch of images of the shape and
@@ -223,18 +222,18 @@ class TIENet(Bounded):
         check_images(x, self.image_shape, self.low.to(x.device), self.high.to(x.device))
 
     def get_extra_state(self) -> Tensor:
-        """Place of the type in :data:`AUTOCAST_DTYPES`: with it in the ``state_dict``, a checkpoint
-        of any program keeps it.
+        """Index in :data:`AUTOCAST_DTYPES`, in the ``state_dict`` so that any checkpoint keeps
+        it.
         """
-        # A tensor, as is all else that people expect of a state_dict.
+        # A tensor, as programs expect of a state_dict.
         return torch.tensor(AUTOCAST_DTYPES.index(self.autocast_dtype))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Put the type back."""
+        """Restore the type."""
         self.autocast_dtype = AUTOCAST_DTYPES[int(state)]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # Earlier checkpoints had float32 alone.
+        # Earlier checkpoints have float32 only.
         state_dict.setdefault(prefix + _EXTRA, torch.tensor(0))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

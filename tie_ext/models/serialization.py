@@ -1,4 +1,4 @@
-"""TIENet on disk. Files come from anywhere: what they claim is checked before anything is built."""
+"""TIENet on disk. Files may be hostile: their claims are checked before anything is built."""
 
 import math
 import os
@@ -16,8 +16,8 @@ from tie_ext.utils.checks import check_shape
 from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
 
 LARGEST_TRIED = 3 * 224 * 224
-"""Values of the largest image that a network from a file is tried on. A file that claims larger ones
-shall not take memory for them when it is read."""
+"""Values of the largest image for a trial run of a network from a file; one that claims larger
+images must not take memory for them when it is read."""
 
 
 def save_network(net: TIENet, path: str | os.PathLike) -> None:
@@ -43,7 +43,7 @@ def load_network(
     state = load_state(path, "network")
     with reading(f"a network of this architecture in {path}"):
         weights, names = state["weights"], state["classes"]
-        # Of the weights, not of what the header claims: a network is no larger than its file.
+        # From the weights, not from the header: a network is no larger than its file.
         n = len(weights["fc.weight"])
         good = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if state["num_classes"] != n or not good:
@@ -54,7 +54,7 @@ def load_network(
             backbone = _own_backbone(path, state["backbone"], weights)
         head = _head(state.get("head"), weights)
         net = _build(kind, backbone, n, state["image_shape"], weights, names, head)
-        dtype = state.get("precision", "float32")  # earlier files had none other
+        dtype = state.get("precision", "float32")  # earlier files have no other
         if dtype not in AUTOCAST_DTYPES:
             raise ValueError(
                 f"Expected autocast_dtype in {path} to be one of {', '.join(AUTOCAST_DTYPES)}, "
@@ -65,7 +65,7 @@ def load_network(
 
 
 def _own_backbone(path: str | os.PathLike, name: object, weights: dict[str, Tensor]) -> nn.Module:
-    """The one of :data:`BACKBONES` that weights are of; nothing larger than they are is made."""
+    """The backbone of :data:`BACKBONES` for some weights, built only if it has their shapes."""
     if name not in BACKBONES:
         raise ValueError(
             f"Expected a `backbone` for {path}, whose architecture is not one of "
@@ -73,7 +73,7 @@ def _own_backbone(path: str | os.PathLike, name: object, weights: dict[str, Tens
         )
     convolutions = (w for key, w in weights.items() if key.startswith("backbone.") and w.ndim == 4)
     channels = next((w.shape[1] for w in convolutions), 0)
-    with torch.device("meta"):  # which has shapes alone
+    with torch.device("meta"):  # shapes without memory
         plan = BACKBONES[str(name)](channels, len(weights["fc.weight"])).state_dict()
     for key, w in plan.items():
         found = weights[key if key.startswith("fc.") else f"backbone.{key}"]
@@ -83,7 +83,7 @@ def _own_backbone(path: str | os.PathLike, name: object, weights: dict[str, Tens
 
 
 def _head(saved: Any, weights: dict[str, Tensor]) -> str | GarbageHead:
-    """The garbage head that weights are of."""
+    """The garbage head for some weights."""
     if saved is None:
         return "linear"
     layers, hidden = saved["layers"], len(weights["garbage.network.0.bias"])
@@ -110,7 +110,8 @@ def _build(
 ) -> TIENet:
     """A network with the weights of a file."""
     dtype = weights["fc.weight"].dtype
-    features = int(backbone.get_submodule(classifier_name(backbone)).in_features)  # type: ignore[arg-type]
+    classifier: Any = backbone.get_submodule(classifier_name(backbone))
+    features = int(classifier.in_features)
     if dtype not in FLOATS or weights["fc.weight"].shape != (n, features):
         found = tuple(weights["fc.weight"].shape)
         raise ValueError(f"fc of {dtype} {found} instead of floating-point {(n, features)}")

@@ -1,8 +1,8 @@
-"""What a layer's output says of an image: four numbers a channel, over space or tokens.
+"""Statistics of a layer's output: four numbers a channel, over space or tokens.
 
-Symbols: ``a (B, C, H, W)`` or ``(B, T, C)`` a layer's output before its ReLU. The four are mean and
-deviation of what a ReLU lets through, which tell textures, and the largest and the smallest value,
-which tell a thin stroke: the place where a filter answers most.
+Symbols: ``a (B, C, H, W)`` or ``(B, T, C)`` output of a layer before its ReLU. The four are mean
+and deviation after the ReLU, which describe textures, and the largest and the smallest value,
+which reveal a thin stroke: the place where a filter responds most.
 """
 
 import torch
@@ -13,27 +13,30 @@ MAX_CHANNELS = 128
 STATISTICS = 4
 """Numbers of a channel."""
 PIECE = 2**17
-"""Numbers of a layer's output that a CPU pools at once."""
+"""Values of a layer's output that a CPU pools at once."""
 LANES = 128
-"""Numbers that lie side by side in what it pools, at most."""
+"""Contiguous values in what it pools, at most."""
 FLAT = 1e-6
 """Deviations are no smaller."""
 
 
 def pool_statistics(a: Tensor) -> Tensor:
-    """Four statistics ``(B, 4c)`` over space or tokens of a layer's output ``(B, C, H, W)`` or ``(B, T, C)``, of c <= 128 channels."""
+    """Four statistics ``(B, 4c)``, over space or tokens, of a layer's output ``(B, C, H, W)`` or
+    ``(B, T, C)``; c = min(C, 128).
+    """
     a = a.permute(0, 2, 3, 1) if a.ndim == 4 else a[:, :, None]  # (B, H, W, C), or (B, T, 1, C)
     if a.shape[3] > MAX_CHANNELS:
         a = a[..., torch.linspace(0, a.shape[3] - 1, MAX_CHANNELS).round().long().to(a.device)]
-    if a.requires_grad:
-        a = (
-            a.float().clone()
-        )  # a ReLU that works in place comes next, and the gradient wants what was there before
-    return _Statistics.apply(a) if a.requires_grad else _statistics(a)
+    if not a.requires_grad:
+        return _statistics(a)
+    # A copy, as the gradient needs the values and an in-place ReLU may come next.
+    return _Statistics.apply(a.float().clone())
 
 
 class _Statistics(torch.autograd.Function):
-    """:func:`_statistics` with its gradient in one expression: what autograd makes of it takes a CPU three times as long."""
+    """:func:`_statistics` with its gradient in one expression; autograd's own takes a CPU three
+    times as long.
+    """
 
     @staticmethod
     def forward(a: Tensor) -> Tensor:
@@ -56,10 +59,8 @@ class _Statistics(torch.autograd.Function):
         slope = torch.where(deviation > FLAT, of_deviation / (size * deviation), 0.0)
         out = torch.addcmul(of_mean / size - slope * mean, slope, a) * (a > 0)
         for value, by in ((largest, of_largest), (smallest, of_smallest)):
-            there = a == value
-            out = out + there * (
-                by / there.sum((1, 2), keepdim=True)
-            )  # shared by all places that have it
+            there = a == value  # all places with that value share its gradient
+            out = out + there * (by / there.sum((1, 2), keepdim=True))
         return out
 
 
@@ -67,36 +68,31 @@ def _statistics(a: Tensor) -> Tensor:
     """The four statistics ``(B, 4C)`` of ``(B, H, W, C)``."""
     places, channels = a.shape[1] * a.shape[2], a.shape[3]
     if a.stride(3) == 1:
-        # Some places side by side, as a CPU does best with long rows; and an image in parts, each of which fits its cache.
+        # Several places side by side, as a CPU is fast on long rows; and an image in parts, each
+        # of which fits its cache.
         lanes = _power_of_two(LANES // channels, places)
         parts = _power_of_two(2 * -(-places * channels // PIECE) - 1, places // lanes)
-        found = _moments(a.reshape(-1, places // (lanes * parts), lanes * channels), 1).view(
-            4, -1, parts * lanes, channels
-        )
+        rows = a.reshape(-1, places // (lanes * parts), lanes * channels)
+        found = _moments(rows, 1).view(4, -1, parts * lanes, channels)
     else:
         found = _moments(a.permute(0, 3, 1, 2).flatten(2), 2)[:, :, None]
     mean, square = found[:2].mean(2)
-    return torch.cat(
-        [
-            mean,
-            (square - mean.square()).clamp_min(FLAT**2).sqrt(),
-            found[2].amax(1),
-            found[3].amin(1),
-        ],
-        dim=1,
-    )
+    deviation = (square - mean.square()).clamp_min(FLAT**2).sqrt()
+    return torch.cat([mean, deviation, found[2].amax(1), found[3].amin(1)], dim=1)
 
 
-def _power_of_two(most: int, divides: int) -> int:
-    """The largest power of two up to ``most`` that divides a number; at least 1."""
+def _power_of_two(limit: int, divides: int) -> int:
+    """The largest power of two up to ``limit`` that divides a number; at least 1."""
     of = 1
-    while 2 * of <= most and divides % (2 * of) == 0:
+    while 2 * of <= limit and divides % (2 * of) == 0:
         of *= 2
     return of
 
 
 def _moments(rows: Tensor, dim: int) -> Tensor:
-    """Over a dimension of ``(N, ., .)``: mean and mean square of what a ReLU lets through, largest and smallest value; ``(4, N, .)``."""
+    """Mean and mean square after a ReLU, largest and smallest value ``(4, N, .)``, over a
+    dimension of ``(N, ., .)``.
+    """
 
     def of(piece: Tensor) -> Tensor:
         piece = piece.float()
@@ -104,7 +100,8 @@ def _moments(rows: Tensor, dim: int) -> Tensor:
         mean = through.mean(dim)
         return torch.stack([mean, through.square_().mean(dim), piece.amax(dim), piece.amin(dim)])
 
-    # A CPU does best with pieces that fit its cache; a graph that is recorded for other batch sizes takes them whole.
+    # A CPU is fastest on pieces that fit its cache. A traced graph must not depend on their
+    # number.
     if not rows.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return of(rows)
     return torch.cat([of(piece) for piece in rows.split(max(1, PIECE // rows[0].numel()))], dim=1)

@@ -1,1 +1,4 @@
-"""What every room uses and no paper is about: checks at the border, settings, files, several processes, random streams, modes of modules."""
+"""Helpers of every room: checks of input, the reader of loaders, views of modules, settings,
+files,
+several processes, random streams.
+"""

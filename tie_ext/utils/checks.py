@@ -1,4 +1,4 @@
-"""What crosses the border is looked at once, and refused in the same words everywhere: ``Expected ..., but got ...``."""
+"""Checks of user input, in one form everywhere: ``Expected ..., but got ...``."""
 
 import math
 import numbers
@@ -7,18 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_is_compiling = (
-    getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
-)  # torch 2.2 has it there
+# Where torch 2.2 has it.
+_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 MOST_VALUES = 2**24
-"""Of an image: 3 x 2364 x 2364."""
+"""Values of the largest image: 3 x 2364 x 2364."""
 
 
 def check_logits(logits: Tensor) -> None:
     """Refuse anything but a finite floating-point matrix of n+1 >= 3 columns.
 
     Raises:
-        ValueError: With what was expected and what came.
+        ValueError: With what was expected and what was given.
     """
     if (
         not isinstance(logits, Tensor)
@@ -27,7 +26,8 @@ def check_logits(logits: Tensor) -> None:
         or logits.shape[1] < 3
     ):
         raise ValueError(
-            f"Expected floating-point logits of shape (B, n+1) with n >= 2, but got {describe(logits)}"
+            "Expected floating-point logits of shape (B, n+1) with n >= 2, "
+            f"but got {describe(logits)}"
         )
     if _is_compiling() or torch.jit.is_tracing():
         return  # an exported program has no exceptions to raise
@@ -44,7 +44,8 @@ def check_finite(x: Tensor, name: str) -> None:
     if bad.any():
         row = int(bad.flatten(1).any(1).nonzero()[0]) if x.ndim > 1 else int(bad.nonzero()[0])
         raise ValueError(
-            f"Expected finite {name}, but got {int(bad.sum())} NaN or infinite values, the first in row {row}"
+            f"Expected finite {name}, but got {int(bad.sum())} NaN or infinite values, "
+            f"the first in row {row}"
         )
 
 
@@ -63,7 +64,7 @@ def check_images(
         high: Largest value allowed.
 
     Raises:
-        ValueError: With what was expected and what came.
+        ValueError: With what was expected and what was given.
     """
     wanted = f"(B, {', '.join(map(str, shape))})" if shape is not None else "(B, C, H, W)"
     if (
@@ -83,9 +84,10 @@ def check_images(
         slack = 1e-4  # normalisation in float32 rounds
         if (x < low - slack).any() or (x > high + slack).any():
             raise ValueError(
-                f"Expected images in the value range {_range(low, high)} of the network, but got values in "
-                f"[{x.min().item():.4g}, {x.max().item():.4g}]; bring them there (divide those of 0 to 255 by 255), or give their range as "
-                "`low` and `high` where the network is made"
+                f"Expected images in the value range {_range(low, high)} of the network, but got "
+                f"values in [{x.min().item():.4g}, {x.max().item():.4g}]; bring them there "
+                "(divide those of 0 to 255 by 255), or give their range as `low` and `high` where "
+                "the network is made"
             )
 
 
@@ -96,7 +98,8 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
         ``(C, H, W)``.
 
     Raises:
-        ValueError: If it is not three positive integers, or has more than :data:`MOST_VALUES` values.
+        ValueError: If it is not three positive integers, or has more than :data:`MOST_VALUES`
+            values.
     """
     good = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 3
     if not good or not all(
@@ -118,7 +121,7 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
     """Refuse anything but ``batch`` integer labels in ``[0, num_classes)``.
 
     Raises:
-        ValueError: With what was expected and what came.
+        ValueError: With what was expected and what was given.
     """
     if (
         not isinstance(y, Tensor)
@@ -129,7 +132,8 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
         raise ValueError(f"Expected integer labels of shape ({batch},), but got {describe(y)}")
     if (y < 0).any() or (y >= num_classes).any():
         raise ValueError(
-            f"Expected labels in [0, {num_classes}), but got labels in [{int(y.min())}, {int(y.max())}]"
+            f"Expected labels in [0, {num_classes}), "
+            f"but got labels in [{int(y.min())}, {int(y.max())}]"
         )
 
 
@@ -152,38 +156,32 @@ def check_class_counts(counts: Tensor) -> None:
 def check_number(
     name: str, value: float, low: float, high: float, *, integer: bool = False, above: bool = False
 ) -> None:
-    """Refuse a setting outside ``[low, high]`` (``(low, high]`` where ``above``), NaN, or a fraction where an integer is needed.
+    """Refuse a setting outside ``[low, high]`` (``(low, high]`` where ``above``), NaN, or a
+    fraction where an integer is needed.
 
     Raises:
-        ValueError: With the name of the setting, its range and what came.
+        ValueError: With the name of the setting, its range and its value.
     """
     kind = numbers.Integral if integer else numbers.Real  # numpy's numbers are among them
-    good = (
-        isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-    )  # which NaN is not, and the longest integers can be
+    # Compared as it is, since the longest integers have no float; NaN fails the comparison.
+    good = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
     if not good or (above and value == low):
-        left = "(" if above else "["
+        left, what = "(" if above else "[", "an integer" if integer else "a number"
         raise ValueError(
-            f"Expected {name} to be {'an integer' if integer else 'a number'} in {left}{low}, {high}], but got {value!r}"
+            f"Expected {name} to be {what} in {left}{low}, {high}], but got {value!r}"
         )
 
 
 def describe(x: object) -> str:
-    """Say what a value is, in the words of an error message."""
-    return (
-        f"a {x.dtype} tensor of shape {tuple(x.shape)}"
-        if isinstance(x, Tensor)
-        else f"{type(x).__name__}"
-    )
+    """A value as error messages name it: its type, and of a tensor dtype and shape."""
+    if isinstance(x, Tensor):
+        return f"a {x.dtype} tensor of shape {tuple(x.shape)}"
+    return type(x).__name__
 
 
 def _range(low: float | Tensor, high: float | Tensor) -> str:
-    """A range, or one a channel where they differ."""
-    lows, highs = torch.broadcast_tensors(
-        *(torch.as_tensor(value).flatten().cpu() for value in (low, high))
-    )
-    said = [
-        f"[{least:.4g}, {most:.4g}]"
-        for least, most in zip(lows.tolist(), highs.tolist(), strict=True)
-    ]
-    return said[0] if len(set(said)) == 1 else ", ".join(said) + " (by channel)"
+    """A value range in words, by channel where the channels differ."""
+    bounds = (torch.as_tensor(value).flatten().cpu() for value in (low, high))
+    lows, highs = (bound.tolist() for bound in torch.broadcast_tensors(*bounds))
+    ranges = [f"[{a:.4g}, {b:.4g}]" for a, b in zip(lows, highs, strict=True)]
+    return ranges[0] if len(set(ranges)) == 1 else ", ".join(ranges) + " (by channel)"

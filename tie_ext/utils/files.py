@@ -1,6 +1,7 @@
-"""Files that cannot run code: nested state as one safetensors file whose header holds the rest as JSON, written atomically.
+"""Files that cannot run code: a nested state as one safetensors file, with JSON in its header.
 
-A file either holds the whole of what was saved or does not exist: it is written beside its place, flushed to disk and moved there.
+A file either holds all that was saved or does not exist: it is written under another name, flushed
+to disk and then renamed.
 """
 
 import hashlib
@@ -42,23 +43,23 @@ _TYPES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-"""What safetensors calls each type."""
+"""Name of each type in safetensors."""
 
 
 def write_atomically(path: str | os.PathLike, *content: bytes | memoryview) -> None:
-    """Write a file whole or not at all; what was there before stays until the new content is on disk.
+    """Write a file whole or not at all; what was there before stays until the new content is on
+    disk.
 
     Arguments:
         path: The file.
-        content: What is written, one piece after the other, and not put together before.
+        content: What is written, piece after piece; the pieces are not joined in memory.
 
     Raises:
-        OSError: If it cannot be written (full disk, no permission), saying that the earlier file is intact.
+        OSError: If it cannot be written (full disk, no permission); an earlier file is intact.
     """
     path = Path(path)
-    part = path.with_name(
-        f".{path.name}.{uuid.uuid4().hex}.part"
-    )  # of its own, as another process may be writing the same file
+    # A name of its own, as another process may be writing the same file.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as f:
@@ -68,25 +69,28 @@ def write_atomically(path: str | os.PathLike, *content: bytes | memoryview) -> N
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as error:
-        with suppress(OSError):  # a folder that is no folder, or has just gone
+        with suppress(OSError):  # where the folder is a file, or was deleted
             part.unlink()
         kept = "the earlier file there is intact" if path.exists() else "nothing was left there"
-        reason = f"Expected to write {sum(map(len, content))} bytes to {path}, but got: {error.strerror or error}; {kept}"
+        reason = (
+            f"Expected to write {sum(map(len, content))} bytes to {path}, "
+            f"but got: {error.strerror or error}; {kept}"
+        )
         raise OSError(error.errno, reason) from error
 
 
 _HALF_WRITTEN = re.compile(r"\.(run\.json|.+\.safetensors)\.[0-9a-f]{32}\.part")
-"""What :func:`write_atomically` calls the files of a run before they are whole."""
+"""Names of the files of a run while :func:`write_atomically` writes them."""
 
 
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """One process at a time inside, for each folder; the lock goes with its process, however that ends.
+    """Lock a folder for one process; the lock ends with the process, however that ends.
 
-    What an earlier process that was killed had half written is cleared away.
+    Files that an earlier process had half written when it was killed are deleted.
 
     Raises:
-        ValueError: If another process is inside.
+        ValueError: If another process holds the lock.
         OSError: If the folder cannot be made or written to.
     """
     folder = Path(folder)
@@ -96,13 +100,12 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"Expected {folder} to be free, but got a folder that another process is writing a run to; wait for it, or stop it"
+            f"Expected {folder} to be free, but got a folder that another process is writing a "
+            "run to; wait for it, or stop it"
         ) from None
     try:
-        for place in (
-            folder,
-            folder / "epochs",
-        ):  # where such a process writes; below may lie other runs, and other people's files
+        # Nowhere else: folders below may be other runs, or other people's files.
+        for place in (folder, folder / "epochs"):
             for part in place.glob(".*.part"):
                 if _HALF_WRITTEN.fullmatch(part.name):
                     part.unlink(missing_ok=True)
@@ -113,13 +116,14 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """What goes wrong inside comes of a damaged or foreign file, and is said so in one line.
+    """Turn errors of damaged or foreign files into one line.
 
     Arguments:
-        what: What is read, and where: ``a network in PATH``.
+        what: What is read, and from where: ``a network in PATH``.
 
     Raises:
-        ValueError: ``Expected WHAT, but got a truncated or foreign one: ...``, unless what went wrong says already what was expected.
+        ValueError: ``Expected WHAT, but got a truncated or foreign one: ...``, unless the error
+            already says what was expected.
     """
     try:
         yield
@@ -139,27 +143,28 @@ def reading(what: str) -> Iterator[None]:
             else f"{type(error).__name__}: {error}"
         )
         raise ValueError(
-            f"Expected {what}, but got a truncated or foreign one: {shorten(said, 400, placeholder=' ...')}"
+            f"Expected {what}, but got a truncated or foreign one: "
+            + shorten(said, 400, placeholder=" ...")
         ) from error
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Fingerprint of a file's content."""
+    """SHA-256 of the content of a file, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:
-    """What a JSON file holds.
+    """The value in a JSON file.
 
     Arguments:
         path: The file.
         what: What it is, for the error.
 
     Raises:
-        FileNotFoundError: If there is no file, or something else in its place.
+        FileNotFoundError: If there is no file, or it is a folder or a pipe.
         ValueError: If it is not JSON.
     """
-    if not Path(path).is_file():  # reading a pipe would wait for ever
+    if not Path(path).is_file():  # reading a pipe could wait forever
         raise FileNotFoundError(f"Expected {what} at {path}, but got no file")
     with reading(f"{what} at {path}"):
         return json.loads(Path(path).read_bytes())
@@ -171,39 +176,33 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 
 def read_json_lines(path: str | os.PathLike, what: str) -> list[dict]:
-    """The records of a file that has one a line; none where there is no file.
+    """The records of a file with one JSON object a line; none if there is no file.
 
     Arguments:
         path: The file.
         what: What a line is, for the error.
 
     Raises:
-        ValueError: If a line is no JSON object, naming it.
+        ValueError: If a line is no JSON object, with its number.
     """
     records = []
-    for number, line in enumerate(
-        Path(path).read_bytes().splitlines() if Path(path).exists() else (), 1
-    ):
+    lines = Path(path).read_bytes().splitlines() if Path(path).exists() else ()
+    for number, line in enumerate(lines, 1):
         with reading(f"{what} in line {number} of {path}"):
             records.append(dict(json.loads(line)))
     return records
 
 
 def add_json_line(path: str | os.PathLike, record: dict, key: str) -> None:
-    """Put a record into a file that has one a line, in the order of a key, in the place of one that has the same; atomically.
-
-    Several processes may add to one file.
+    """Add a record to a file with one a line, sorted by a key; it replaces the record of the same
+    key. Several processes may add to one file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        others = [
-            other for other in read_json_lines(path, "a record") if other[key] != record[key]
-        ]
-        lines = (
-            json.dumps(each, allow_nan=False) + "\n"
-            for each in sorted([*others, record], key=lambda each: each[key])
-        )
+        others = [r for r in read_json_lines(path, "a record") if r[key] != record[key]]
+        ordered = sorted([*others, record], key=lambda r: r[key])
+        lines = (json.dumps(r, allow_nan=False) + "\n" for r in ordered)
         write_atomically(path, "".join(lines).encode())
 
 
@@ -229,7 +228,7 @@ def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
 
     Arguments:
         path: The file.
-        kind: What it holds (``"network"``, ``"training"``); :func:`load_state` asks for the same.
+        kind: What it holds (``"network"``, ``"training"``), which :func:`load_state` checks.
         state: The state.
 
     Raises:
@@ -238,7 +237,6 @@ def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)
-    # One entry, because safetensors writes several in an order that differs between processes, and equal runs shall give equal files.
     header = {FORMAT: json.dumps({"kind": kind, "version": VERSION, "state": skeleton})}
     write_atomically(path, *_serialised(tensors, header))
 
@@ -246,16 +244,21 @@ def save_state(path: str | os.PathLike, kind: str, state: dict) -> None:
 def _serialised(
     tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> Iterator[bytes | memoryview]:
-    """A safetensors file, piece by piece, its tensors where they lie; the library's own function takes memory for two copies of them."""
+    """A safetensors file, piece by piece, without a copy of its tensors.
+
+    The library's ``save`` takes memory for two copies of them. Its ``save_file`` refuses tensors
+    that share memory, and gives the file mode 0600 whatever the umask, so that only its owner
+    could read a network.
+    """
     layout: dict[str, Any] = {"__metadata__": metadata}
-    ordered = sorted(
-        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
-    )  # large types first, so that all are aligned
+    # Large types first, so that all are aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     end = 0
     for name, tensor in ordered:
         if tensor.dtype not in _TYPES:
             raise TypeError(
-                f"Expected a tensor of a type that safetensors have to save, but got {tensor.dtype} at {name}"
+                "Expected a tensor of a type that safetensors have to save, "
+                f"but got {tensor.dtype} at {name}"
             )
         start, end = end, end + tensor.numel() * tensor.element_size()
         layout[name] = {
@@ -276,11 +279,11 @@ def load_state(path: str | os.PathLike, kind: str, only: Collection[str] | None 
 
     Arguments:
         path: The file.
-        kind: What it is to hold.
-        only: The entries wanted, the others are not read; None for all.
+        kind: What it should hold.
+        only: The entries to read; None for all.
 
     Raises:
-        ValueError: If the file is truncated, of another program, of another kind or of a newer major version, saying which.
+        ValueError: If the file is truncated, of another program, kind or version.
         FileNotFoundError: If there is none.
     """
     path = Path(path)
@@ -292,12 +295,9 @@ def load_state(path: str | os.PathLike, kind: str, only: Collection[str] | None 
             skeleton = _skeleton(f.metadata() or {}, kind, wanted, path)
             with reading(f"{wanted} whose header is whole"):
                 if only is not None:
-                    skeleton = {
-                        "$items": [
-                            [key, value] for key, value in skeleton["$items"] if key in only
-                        ]
-                    }
-                # Each once, as a header may name one tensor many times.
+                    items = [[key, value] for key, value in skeleton["$items"] if key in only]
+                    skeleton = {"$items": items}
+                # Each tensor once, as a header may name it many times.
                 state = _unflatten(skeleton, cache(f.get_tensor))
     except (SafetensorError, OSError) as error:
         raise ValueError(
@@ -311,7 +311,7 @@ def load_state(path: str | os.PathLike, kind: str, only: Collection[str] | None 
 
 
 def _skeleton(metadata: dict, kind: str, wanted: str, path: Path) -> Any:
-    """The JSON of a state."""
+    """The state in a header, without its tensors."""
     if FORMAT not in metadata:
         raise ValueError(f"Expected {wanted}, but got a safetensors file of another program")
     with reading(f"{wanted} whose header is whole"):
@@ -321,7 +321,8 @@ def _skeleton(metadata: dict, kind: str, wanted: str, path: Path) -> Any:
         raise ValueError(f"Expected {wanted}, but got a {found!r} file")
     if version != VERSION:
         raise ValueError(
-            f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, but got version {version!r}; a newer tie_ext reads it"
+            f"Expected a {FORMAT} {kind} file of version {VERSION} at {path}, "
+            f"but got version {version!r}; a newer tie_ext reads it"
         )
     return skeleton
 
@@ -333,14 +334,10 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
             name += "'"
         tensors[name] = value.detach().cpu().contiguous()
         return {"$tensor": name}
-    if isinstance(
-        value, dict
-    ):  # as pairs, because JSON would turn an optimiser's integer keys into strings
-        return {
-            "$items": [
-                [key, _flatten(inner, f"{name}/{key}", tensors)] for key, inner in value.items()
-            ]
-        }
+    if isinstance(value, dict):
+        # As pairs, because JSON would turn an optimiser's integer keys into strings.
+        items = value.items()
+        return {"$items": [[key, _flatten(v, f"{name}/{key}", tensors)] for key, v in items]}
     if isinstance(value, list | tuple):
         return [_flatten(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
@@ -350,7 +347,8 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, numbers.Integral | numbers.Real):  # numpy's
         return _flatten(value.item(), name, tensors) if hasattr(value, "item") else float(value)
     raise TypeError(
-        f"Expected tensors, numbers, strings, lists and dicts to save, but got {type(value).__name__} at {name}"
+        "Expected tensors, numbers, strings, lists and dicts to save, "
+        f"but got {type(value).__name__} at {name}"
     )
 
 

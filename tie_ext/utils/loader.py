@@ -1,9 +1,10 @@
-"""One reader of loaders: what a batch may be, and what is refused, is decided here for every caller.
+"""One reader of loaders: what a batch may be, and what is refused, is decided here for every
+caller.
 
-A batch is images ``(B, C, H, W)`` alone, ``(images, labels, ...)`` of which the rest is ignored, or
-a mapping with images under one of :data:`IMAGE_KEYS` and labels under one of :data:`LABEL_KEYS`.
-Tensors and numpy arrays are taken; labels are integers of any type or one-hot rows. Labels < 0 are
-OOD by pytorch-ood's convention.
+A batch is images ``(B, C, H, W)`` alone, ``(images, labels, ...)`` of which the rest is ignored,
+or a mapping with images under one of :data:`IMAGE_KEYS` and labels under one of
+:data:`LABEL_KEYS`. Tensors and numpy arrays are taken; labels are integers of any type or one-hot
+rows. Labels < 0 are OOD by pytorch-ood's convention.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,8 @@ class BatchReader:
         low: Smallest value of an image, a number or ``(C, 1, 1)``; None to leave values unchecked.
         high: Largest value.
         labelled: Whether labels are needed.
-        id_only: Leave out images whose label is < 0, counted in :attr:`ood`; else they are refused.
+        id_only: Leave out images whose label is < 0, counted in :attr:`ood`; else they are
+            refused.
         name: What the loader is called in errors.
         rereadable: Whether it will be read more than once, which an iterator cannot be.
 
@@ -156,7 +158,9 @@ def _labels(labels: Any) -> Tensor:
 
 
 def _class_indices(labels: Tensor, count: int, num_classes: int | None) -> Tensor:
-    """Labels ``(B,)``, int64, of integers ``(B,)`` or ``(B, 1)``, or of one-hot rows ``(B, n)``."""
+    """Labels ``(B,)``, int64, of integers ``(B,)`` or ``(B, 1)``, or of one-hot rows ``(B,
+    n)``.
+    """
     if labels.shape == (count, 1) and not labels.is_floating_point():
         labels = labels[:, 0]
     if labels.ndim == 2 and labels.shape[0] == count and labels.shape[1] > 1:

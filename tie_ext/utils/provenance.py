@@ -1,4 +1,4 @@
-"""What a record says of how it was made: command, commit, versions, processor, memory."""
+"""Provenance of a record: command, commit, versions, processor, memory."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import torch
 
 
 def peak_memory() -> float | None:
-    """Most memory this process has held so far, MB (resident set); None where Python cannot tell, as on Windows."""
+    """Peak resident memory of this process, MB; None where Python does not know, as on Windows."""
     try:
         import resource
     except ImportError:
@@ -39,8 +39,9 @@ def provenance(
 
     Arguments:
         device: Where it computes.
-        packages: Whose versions are told, where they are installed.
-        places: Files and folders that lie elsewhere for everyone, by the name that the command has instead.
+        packages: Packages to list the versions of, where they are installed.
+        places: Files and folders that are elsewhere on each machine, by the name that replaces
+            them in the command.
     """
     versions = {"python": platform.python_version()}
     for package in ("tie_ext", *packages):
@@ -55,9 +56,8 @@ def provenance(
     except (OSError, subprocess.CalledProcessError):
         commit = None
     program = Path(sys.argv[0])
-    name = (
-        "tie-ext" if program.resolve() == where / "cli" / "main.py" else program.name
-    )  # the former: `python -m tie_ext.cli.main`
+    # `python -m tie_ext.cli.main` is the same command.
+    name = "tie-ext" if program.resolve() == where / "cli" / "main.py" else program.name
     command = shlex.join([name, *(_named(word, places) for word in sys.argv[1:])])
     return {
         "command": command,
@@ -69,7 +69,9 @@ def provenance(
 
 
 def _named(word: str, places: Mapping[str, str | Path]) -> str:
-    """A word of a command, with the name of a place instead of its path; so too behind ``--flag=`` and before what lies in it."""
+    """A word of a command with a place replaced by its name, also after ``--flag=`` and before the
+    rest of a path.
+    """
     flag, equals, value = word.rpartition("=")
     for name, place in places.items():
         path = os.fspath(place).rstrip("/")
@@ -79,19 +81,13 @@ def _named(word: str, places: Mapping[str, str | Path]) -> str:
 
 
 def processor(device: str | torch.device = "cpu") -> str:
-    """Name of what computes on ``device``; times are compared on one only, and sums differ from one to another in their last bits."""
+    """Name of the processor of ``device``. Times compare on one processor only, and the last bits
+    of sums differ between them.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path(
-        "/proc/cpuinfo"
-    )  # platform.processor() is empty on Linux, or names the architecture alone
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if cpuinfo.exists()
-        else []
-    )
+    # platform.processor() is empty on Linux, or the architecture only.
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

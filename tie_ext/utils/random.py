@@ -1,4 +1,4 @@
-"""Random streams: each part of a run draws from its own, so that what one part draws changes nothing in another."""
+"""Random streams: each part of a run has its own, so that a change in one changes no other."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,14 @@ from numpy.random import SeedSequence
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Fix torch's random state inside, and leave it outside as it was.
+    """Set torch's random state inside, and restore it after.
 
     Arguments:
-        key: Integers >= 0 that name the stream, such as seed, epoch and rank; different keys give independent streams.
+        key: Integers >= 0 that name the stream, such as seed, epoch and rank; different keys give
+            independent streams.
     """
-    # SeedSequence, as sums and products of the parts give the same seed for different parts; with the length, as it takes (1,) and (1, 0) for one.
+    # A sum or product of the parts would give one seed to different keys. With the length, as
+    # SeedSequence takes (1,) and (1, 0) for the same.
     (state,) = SeedSequence((len(key), *key)).generate_state(1, "uint64")
     with torch.random.fork_rng():
         torch.manual_seed(int(state))

@@ -1,6 +1,8 @@
-"""Settings objects: frozen dataclasses whose fields carry their help, range and choices, so that all three are written once.
+"""Settings objects: frozen dataclasses whose fields have their help, range and choices, each
+written once.
 
-The command line makes its flags of them, OpenOOD's adapter its keys, and construction refuses what is out of range.
+The command line makes its flags of them, OpenOOD's adapter its keys, and construction refuses
+values out of range.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -22,11 +24,11 @@ def setting(
     """A field of a settings object.
 
     Arguments:
-        default: Its value unless told otherwise; its type, and that of each entry of a tuple, is the type of the setting.
-        help: What it means, in a sentence or two, with unit and source.
+        default: The default; its type, and that of each entry of a tuple, is that of the setting.
+        help: Its meaning in a sentence or two, with unit and source.
         low: Smallest value allowed.
         high: Largest value allowed.
-        above: Whether the smallest is itself refused.
+        above: Whether ``low`` itself is refused.
         choices: The values allowed, where they are words.
     """
     return field(
@@ -37,17 +39,17 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """What every settings object does: refuse values out of range, and hold plain Python numbers whatever came.
+    """The base of settings objects: it refuses values out of range, and turns numbers of any type
+    into Python's.
 
     Raises:
-        ValueError: If a value is of the wrong type or out of range, with its name, its range and what came.
+        ValueError: If a value is of the wrong type or out of range, with its name and its range.
     """
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(
-                self, f.name, _checked(f.name, getattr(self, f.name), f.default, f.metadata)
-            )
+            value = _checked(f.name, getattr(self, f.name), f.default, f.metadata)
+            object.__setattr__(self, f.name, value)
 
 
 def plain(settings: Settings) -> dict[str, Any]:
@@ -62,9 +64,8 @@ def plain(settings: Settings) -> dict[str, Any]:
 def _checked(name: str, value: Any, default: Any, about: Any) -> Any:
     if about["choices"] is not None:
         if value not in about["choices"]:
-            raise ValueError(
-                f"Expected {name} to be one of {', '.join(map(repr, about['choices']))}, but got {value!r}"
-            )
+            choices = ", ".join(map(repr, about["choices"]))
+            raise ValueError(f"Expected {name} to be one of {choices}, but got {value!r}")
         return value
     if isinstance(default, tuple):
         if not isinstance(value, list | tuple) or len(value) != len(default):

@@ -62,9 +62,13 @@ class Detector(NamedTuple):
     deviation: Tensor
     """Standard deviation of the score on held-out ID images, > 0."""
 
+    def accepts(self, logits: Tensor, h: Tensor) -> Tensor:
+        """Whether images are accepted ``(B,)``."""
+        return self.score(logits, h) <= self.threshold
+
     def fooled(self, logits: Tensor, h: Tensor, y: Tensor) -> Tensor:
         """Whether images are accepted and predicted to be the target class, ``(B,)``."""
-        return (self.score(logits, h) <= self.threshold) & (logits[:, :-1].argmax(1) == y)
+        return self.accepts(logits, h) & (logits[:, :-1].argmax(1) == y)
 
 
 @torch.no_grad()
