@@ -21,8 +21,8 @@ QUANTILE = 0.9
 """Share of ID images below which a score that counts in its tail alone adds nothing. Such a score
 does not rank near images; what it says of nine ID images in ten is noise in a sum."""
 TAIL_WEIGHT = 0.75
-"""What one deviation in a tail is worth, in deviations of the body. On three public networks the
-worst column is the same for 0.5 to 1: below it far images lose, above it near ones."""
+"""Weight of a deviation in a tail, against one of the body. On public networks 0.5 to 1 differ by
+0.3 points of AUROC at most, but on CIFAR-100: there 1 costs 0.4 near, and 0.5 costs 0.6 far."""
 
 
 class Reference(NamedTuple):
