@@ -128,8 +128,8 @@ def fit_chosen(
     """Fit a combination of chosen members, without its KNN where that is not trusted.
 
     KNN is trusted where, of the images that set the scale, the vote of :data:`VOTERS` nearest
-    training images is right at least :data:`TRUST` times as often as the network. No image that
-    sets the threshold is asked, so that the false-alarm rate holds.
+    training images is right at least :data:`TRUST` times as often as the network, and the network
+    is right at all. No image that sets the threshold is asked, so that the false-alarm rate holds.
 
     Arguments:
         combined: The combination; it is fitted.
