@@ -275,7 +275,9 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     assert [type(member).__name__ for member in detector.detectors] == [
         "TIEDetector",
         "SampledKNN",
-        "GEN",
+        "EnergyBased",
+        "MahalanobisPlusPlus",
+        "BoundaryDistance",
     ]
     kept = load_state(out / "scores.safetensors", "scores")["combined"]
     judging = torch.randperm(40, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
