@@ -1,4 +1,6 @@
-"""What several test files need: a small network, small batches, and the place of real images where there is one."""
+"""What several test files need: a small network, small batches, and the place of real images where
+there is one.
+"""
 
 import os
 import sys
@@ -114,7 +116,9 @@ def find_openood() -> Path | None:
 
 @pytest.fixture(scope="session")
 def openood_root() -> Path:
-    """A checkout of OpenOOD whose packages are all there; what wants it is skipped, saying so, where there is none."""
+    """A checkout of OpenOOD whose packages are all there; what wants it is skipped, saying so,
+    where there is none.
+    """
     from tie_ext.openood.requirements import check_requirements
 
     found = find_openood()
@@ -165,7 +169,8 @@ def workplace(tmp_path_factory) -> Path:
         "import numpy, torch\n"
         "main, *runs = json.load(open('many.json'))\n"
         "for run in runs:\n"
-        "    random.seed(0), numpy.random.seed(0), torch.manual_seed(0)\n"  # SHE fails where no moved training image of a class is told right
+        # SHE fails where no moved training image of a class is told right
+        "    random.seed(0), numpy.random.seed(0), torch.manual_seed(0)\n"
         "    sys.argv = [main, *run]\n"
         "    runpy.run_path(main, run_name='__main__')\n"
     )

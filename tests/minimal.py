@@ -1,4 +1,5 @@
-"""tie_ext with the packages it declares and no others: every room of the core is imported, a network is trained, saved and read again.
+"""tie_ext with the packages it declares and no others: every room of the core is imported, a
+network is trained, saved and read again.
 
 pip install . && python tests/minimal.py
 """

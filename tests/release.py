@@ -1,4 +1,5 @@
-"""What a user gets: a wheel and an sdist are built, and the wheel works in an environment that had nothing.
+"""What a user gets: a wheel and an sdist are built, and the wheel works in an environment that had
+nothing.
 
 pip install build && python tests/release.py
 """
@@ -29,7 +30,9 @@ print(f"{len(found)} configs in {tie_ext.openood.configs()}")
 
 
 def build(out: Path) -> tuple[Path, Path]:
-    """The wheel and the sdist of this tree, in a folder; the wheel is made from the sdist, as ``python -m build`` does it."""
+    """The wheel and the sdist of this tree, in a folder; the wheel is made from the sdist, as
+    ``python -m build`` does it.
+    """
     subprocess.run(
         [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)],
         check=True,

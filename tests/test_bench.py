@@ -386,7 +386,9 @@ def test_networks_say_what_they_cannot_take(monkeypatch, capsys):
 
 
 def tiny_classifier():
-    """Features and a last layer of a network for four classes, images that it takes, and their labels."""
+    """Features and a last layer of a network for four classes, images that it takes, and their
+    labels.
+    """
     features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 12), torch.nn.ReLU())
     fc, x = torch.nn.Linear(12, 4), torch.rand(400, 3, 3, 3)
     return features.requires_grad_(False), fc.requires_grad_(False), x, fc(features(x)).argmax(1)

@@ -1,4 +1,6 @@
-"""The outlier method that CONTRIBUTING.md writes keeps the law book, once it is registered as it says."""
+"""The outlier method that CONTRIBUTING.md writes keeps the law book, once it is registered as it
+says.
+"""
 
 import inspect
 import re

@@ -22,11 +22,11 @@ the share of plain training's rate."""
 
 COUNTED = """## Counted by tests
 
-- Each training image is read once an epoch: `test_each_image_is_read_once_an_epoch_also_in_the_first_and_after_a_stop`; in OpenOOD,
+- Each training image is read once an epoch: `test_each_image_is_read_once_an_epoch`; in OpenOOD,
   `test_an_epoch_reads_each_image_once`.
 - No step waits for the device: `test_no_step_waits_for_the_device`.
-- A pool's slots are chosen before images are converted: `test_slots_are_chosen_before_images_are_converted_and_bit_for_bit_the_same`.
-- Attach passes each image twice, each outlier once: `test_images_pass_twice_and_outliers_once_in_memory_that_does_not_grow`.
+- A pool's slots are chosen before images are converted: `test_probability_and_slots_of_a_full_pool`.
+- Attach passes each image twice, each outlier once: `test_passes_and_memory_of_attach`.
 - Images on disk larger than the memory budget: `test_memory_does_not_grow_with_a_folder_that_is_larger_than_the_budget`."""
 """What needs no clock."""
 

@@ -506,10 +506,11 @@ def full(place: Path, every: int = 1) -> dict:
             shutil.rmtree(out, ignore_errors=True)
             folder = out if name == "train" else place / "shown"
             work = save if arguments is None else lambda a=arguments: cli(a)
-            failing = lambda n=number, f=folder, w=work: (
-                at_write(n, "half", lambda: enospc(f)),
-                _said(w),
-            )[1]  # noqa: E731
+
+            def failing(n=number, f=folder, w=work):
+                at_write(n, "half", lambda: enospc(f))
+                return _said(w)
+
             status = ended(start(failing, place / "said"))
             if status == 0:
                 break

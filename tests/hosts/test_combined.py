@@ -122,7 +122,7 @@ def test_few_training_images_give_finite_scores_and_one_is_refused():
         combine(net, train_loader=loader(1), calibration_loader=loader(40))
     with pytest.raises(
         ValueError,
-        match="Expected calibration images .*, but got the training images again",
+        match=r"Expected calibration images .*, but got the training images again",
     ):
         combine(net, train_loader=(both := loader(40)), calibration_loader=both)
     with pytest.raises(ValueError, match="Expected a rule"):

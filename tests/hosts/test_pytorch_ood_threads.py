@@ -1,4 +1,6 @@
-"""Threads that share a detector score as one does, from a network in training mode that stays so."""
+"""Threads that share a detector score as one does, from a network in training mode that stays
+so.
+"""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,6 @@
-"""What is particular to the other papers' outliers; the law book over all synthesizers is in test_synthesis.py."""
+"""What is particular to the other papers' outliers; the law book over all synthesizers is in
+test_synthesis.py.
+"""
 
 import json
 import math
@@ -242,7 +244,8 @@ def test_a_thousand_classes_take_no_plane_each_and_mixing_them_no_cube():
     )
     assert (
         float(done.stdout) < 300
-    )  # MB; as planes the classes of eight images took 1600, and to choose partners among 2000 16 000
+        # MB; as planes the classes of eight images took 1600, and to choose partners among 2000 16 000
+    )
 
 
 def test_the_vaes_encoder_is_told_the_class():

@@ -1,4 +1,6 @@
-"""Procedural images: each brush and family gives what its name says, in the shares asked for, fast and in little memory."""
+"""Procedural images: each brush and family gives what its name says, in the shares asked for, fast
+and in little memory.
+"""
 
 import math
 import time
@@ -279,7 +281,8 @@ def test_polygons_have_three_to_six_straight_sides(monkeypatch):
     sides = torch.stack(drawn).sum(0).flatten()
     assert sorted(sides.unique().tolist()) == [3, 4, 5, 6]
     assert (sides.bincount()[3:] > 60).all()
-    # Straight: along a side the distance is linear, so second differences vanish nearly everywhere.
+    # Straight: along a side the distance is linear, so second differences vanish nearly
+    # everywhere.
     bend = (d[:, 2:] + d[:, :-2] - 2 * d[:, 1:-1]).abs() < 1e-4
     assert bend.double().mean() > 0.85
     # Closed: none leaves its half-axes, of at most 1, by more than a corner of a triangle can.
@@ -376,7 +379,8 @@ def test_shapes_paint_one_to_24_log_uniformly(monkeypatch):
 def test_shapes_are_flat_areas_with_edges():
     def flat_and_edged(
         x,
-    ):  # share of images of which a fifth of the 5 x 5 windows are flat, and another has a clear step
+        # share of images of which a fifth of the 5 x 5 windows are flat, and another has a clear step
+    ):
         spread = F.max_pool2d(x, 5, 1) + F.max_pool2d(-x, 5, 1)
         flat, step = spread < 0.004, spread > 0.15
         return (flat.flatten(1).double().mean(1).gt(0.2) & step.flatten(1).any(1)).double().mean()
@@ -557,7 +561,9 @@ def test_a_share_above_one_is_refused():
 def test_500_small_colour_images_a_second(one_core):
     prior = Procedural(domain())
     prior.draw((100, 3, 32, 32))
-    start = time.process_time()  # of this process alone, so that a busy computer does not count; and half of the speed asked for
+    # of this process alone, so that a busy computer does not count; and half of the speed asked
+    # for
+    start = time.process_time()
     prior.draw((300, 3, 32, 32))
     assert 300 / (time.process_time() - start) > 250
 

@@ -1,4 +1,6 @@
-"""Each class of damage that a loader once took without a word, or failed on with another error than its own."""
+"""Each class of damage that a loader once took without a word, or failed on with another error
+than its own.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""What is saved comes back; what is damaged, foreign or hostile is refused; a failed write leaves what was there."""
+"""What is saved comes back; what is damaged, foreign or hostile is refused; a failed write leaves
+what was there.
+"""
 
 import json
 import math

@@ -72,7 +72,7 @@ class TIEDetector(Thresholded, LogitsDetector):
         ValueError: If a number is out of range.
 
     Example:
-        >>> detector = TIEDetector(net, false_alarm=0.05).fit(held_out_loader)  # doctest: +SKIP
+        >>> detector = TIEDetector(net, false_alarm=0.05).fit(calibration_loader)  # doctest: +SKIP
         >>> label, uncertainty, score, level = detector.decide(x)               # doctest: +SKIP
 
     References:
