@@ -11,7 +11,6 @@ from conftest import Small, make_small
 
 pytest.importorskip("pytorch_ood")
 from tie_ext.cli.classifier import classifier
-from tie_ext.cli.reproduce import adversarial_inputs
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Candidates
 from tie_ext.outliers.noise import Noise
@@ -20,6 +19,7 @@ from tie_ext.scores.threshold import SPLIT_SEED, conformal_threshold
 from tie_ext.training.attach import attach
 
 sys.path.append(str(Path(__file__).parent / "bench"))
+import adversarial_inputs
 import fooling_network
 import fooling_page
 

@@ -1040,3 +1040,20 @@ def test_momentum_after_an_error_while_settling():
     with pytest.raises(KeyError):
         settle_statistics(net, stops())
     assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_a_network_from_a_trained_classifier_trains_all_its_parts():
+    net = TIENet(Small(3).eval(), 3, SHAPE)
+    assert not net.training
+    before = net.backbone.conv[1].running_mean.clone()
+    TIETrainer(net, TINY, [Inversion(net, FEW)]).epoch(make_batches())
+    assert not torch.equal(net.backbone.conv[1].running_mean, before)
+
+
+def test_bad_data_leaves_the_mode_and_no_gradients():
+    net = TIENet(Small(3).eval(), 3, SHAPE)
+    good, (x, y) = make_batches()
+    with pytest.raises(ValueError, match="finite"):
+        TIETrainer(net, TINY, [Inversion(net, FEW)]).epoch([good, (x * float("nan"), y)])
+    assert not any(part.training for part in net.modules())
+    assert all(p.grad is None for p in net.parameters())

@@ -42,7 +42,7 @@ from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import TIEDetector
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils import files
-from tie_ext.utils.checks import MOST_VALUES
+from tie_ext.utils.checks import MAX_VALUES
 from tie_ext.utils.files import load_state, write_json
 from tie_ext.utils.provenance import peak_memory, provenance
 
@@ -648,7 +648,7 @@ def page() -> str:
         kill=table(aims), damage=table(kinds), disk=table(disks), command=record["command"], files=sum(of["files"] for of in fed["by file"].values()),
         halves=sum(of["kills that left a half-written file"] for of in killed["by aim"].values()),
         seconds=fed["seconds allowed"], memory=fed["MB allowed"],
-        values=MOST_VALUES, processor=record["processor"],
+        values=MAX_VALUES, processor=record["processor"],
         commit=record["commit"][:7],
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Which images that were searched for does a detector take for a class? The searchers are those of tie_ext/cli/reproduce/adversarial_inputs.py.
+"""Which images that were searched for does a detector take for a class? The searchers are those of tests/bench/adversarial_inputs.py.
 
     python tests/bench/fooling.py --root DATA docs/results/attached/work/fashionmnist-20000x10-conv3-seed0.safetensors
 
@@ -15,7 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+import adversarial_inputs
 import torch
+from adversarial_inputs import (
+    Detector,
+    Score,
+    outputs,
+    verdict,
+    with_threshold,
+)
 from attached import HELD, Trained, made_by, other_seeds, parser_of
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -25,14 +33,6 @@ from tie_ext import TIENet
 from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.images import ImageSet
-from tie_ext.cli.reproduce import adversarial_inputs
-from tie_ext.cli.reproduce.adversarial_inputs import (
-    Detector,
-    Score,
-    outputs,
-    verdict,
-    with_threshold,
-)
 from tie_ext.models.head import GarbageHead
 from tie_ext.outliers import Procedural
 from tie_ext.outliers.base import Candidates

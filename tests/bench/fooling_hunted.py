@@ -10,15 +10,15 @@ others, and what adaptive ascent from new starts finds against it after each rou
 import copy
 import time
 
+import adversarial_inputs
 import torch
+from adversarial_inputs import Detector, outputs, with_threshold
 from attached import Trained, made_by, parser_of
 from fooling import OUT, id_sets, read
 from torch import Tensor
 
 from tie_ext import TIENet
 from tie_ext.cli.batches import ImageBatches
-from tie_ext.cli.reproduce import adversarial_inputs
-from tie_ext.cli.reproduce.adversarial_inputs import Detector, outputs, with_threshold
 from tie_ext.models.head import GarbageHead
 from tie_ext.outliers import Procedural
 from tie_ext.training.config import HeadConfig

@@ -10,7 +10,9 @@ import json
 import time
 from itertools import product
 
+import adversarial_inputs
 import torch
+from adversarial_inputs import Detector, verdict
 from attached import Trained, made_by, parser_of
 from fooling import (
     GENERATOR,
@@ -26,8 +28,6 @@ from fooling import (
 from torch import Tensor
 
 from tie_ext import TIENet
-from tie_ext.cli.reproduce import adversarial_inputs
-from tie_ext.cli.reproduce.adversarial_inputs import Detector, verdict
 from tie_ext.outliers.base import Candidates
 from tie_ext.utils.files import write_json
 

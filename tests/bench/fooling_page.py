@@ -45,7 +45,7 @@ finished network takes for a class. Nothing that is found need look like the cla
 once it is found. An image is *found* where the detector accepts it *and* the network calls it the class asked for. Each kind of start, and each
 generator, has 50 images, so that 2 % are one image. A detector that gives a searcher no gradient looks hard to fool, until somebody searches by
 another of the same network. So every detector sees what was found by all searchers that all networks have, and *the strongest* counts.
-`tie_ext/cli/reproduce/adversarial_inputs.py` has the formulas.
+`tests/bench/adversarial_inputs.py` has the formulas.
 
 Detectors reject 5 % of ID images. *Level 1* is the garbage class's own decision, which rejects far fewer. *Combined* is of the
 garbage class, ViM and GEN, as `combine` was then (it has KNN now); *combined, largest* the same with `rule="max"`. Networks:

@@ -100,12 +100,12 @@ def picture(sets: dict[str, ImageSet], decided: dict[str, Decision], line: float
 def measured(
     net: TIENet, sets: dict[str, ImageSet], decided: dict[str, Decision], line: float
 ) -> dict:
-    """Shares by set: in garbage, uncertain, above the line; ID accuracy."""
+    """Shares by set: in garbage, uncertain, above threshold; ID accuracy."""
     of = {
         name: {
             "garbage": share(d.level == 1),
             "uncertain": share(d.level == 2),
-            "above the line": share(d.score > line),
+            "above threshold": share(d.score > line),
             "images": len(d.level),
         }
         for name, d in decided.items()
@@ -131,17 +131,17 @@ def card() -> str:
             "images": "digits (ID)" if name == "id" else name,
             "in garbage": f"{100 * of['garbage']:.2f}",
             "uncertain": f"{100 * of['uncertain']:.2f}",
-            "above the line": f"{100 * of['above the line']:.2f}",
+            "above threshold": f"{100 * of['above threshold']:.2f}",
         }
         for name, of in r["sets"].items()
     ]
     return (
         "# Model card: MNIST digits with a garbage class\n\n"
-        "`mnist.safetensors`: the paper's three-convolution network for 28x28 grey images in [0, 1], plainly trained on 20 000 MNIST images for 10 "
-        "epochs, and a garbage head attached to it, taught by procedural images. No OOD image was seen. To try things out, not for any use that "
-        "matters: 20 000 images and one seed. Half precision; read it by `TIENet.load(path).float()`.\n\n"
-        f"Made by `{r['command']}`. ID accuracy {100 * r['accuracy']:.2f} %. tau, from held-out digits: {r['tau']:.4f}. The line on the score that "
-        f"5 % of held-out digits are above: {r['line']:.2f}. Percent of test images:\n\n"
+        "`mnist.safetensors`: the paper's three-convolution network for 28x28 grey images in [0, 1], trained without a garbage class on 20 000 MNIST images for 10 "
+        "epochs, and a garbage head attached to it and fitted on procedural images. No OOD image was used. It is for trying things out, not for any use that "
+        "matters: 20 000 images and one seed. Half precision; load it with `TIENet.load(path).float()`.\n\n"
+        f"Made by `{r['command']}`. ID accuracy {100 * r['accuracy']:.2f} %. tau, from held-out digits: {r['tau']:.4f}. The threshold on the score that "
+        f"5 % of held-out digits exceed: {r['line']:.2f}. Percent of test images:\n\n"
         f"{table(rows)}\n\n"
         "MNIST: Y. LeCun, C. Cortes, C. Burges, CC BY-SA 3.0. The weights are under this repository's licence.\n"
     )

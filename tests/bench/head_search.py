@@ -44,7 +44,6 @@ TRIALS: dict[str, dict] = {
     "shapes, a tenth made of ID images": {"made": 0.1},
     "shapes, a third made of ID images": {"made": 1 / 3},
     "shapes alone": {"shares": {"shapes": 1.0}},
-    "shapes, leaves, fractals": {"shares": {**SHAPES, "leaves": 0.1, "fractals": 0.1}},
     "shapes, one an image": {"times": 1},
     "shapes, three an image": {"times": 3},
     "shapes, weight 3": {"weight": 3.0},

@@ -501,7 +501,7 @@ def test_to_moves_members_and_scale():
         ),
         (
             lambda: Combined([Pixels(make_net())], 0.1).fit(loader(60)),
-            r"one score an image from Pixels, but got .*\(7, 3\)",
+            r"one score per image from Pixels, but got .*\(7, 3\)",
         ),
     ],
 )

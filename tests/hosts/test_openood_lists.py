@@ -16,7 +16,7 @@ TREE = Path(__file__).parents[2]
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """Classes 2 and 10 with two images and one, an image without a class, and other files."""
+    """Classes 2 and 10 with two images and one per image without a class, and other files."""
     for name in (
         "svhn/train/10/b.png",
         "svhn/train/2/deep/a.JPG",

@@ -17,10 +17,7 @@ from tie_ext.outliers import Procedural, ProceduralSettings, primitives
 from tie_ext.outliers.primitives import CHUNK, Rng, clouds, fills, multiscale, tones
 from tie_ext.outliers.procedural import (
     FAMILIES,
-    chaos_game,
-    fractals,
     greyed,
-    leaves,
     masks,
     permuted_pixels,
     shapes,
@@ -425,40 +422,6 @@ def test_masks_are_two_fills_with_a_smooth_sharp_border(plain):
     border = (high.diff(dim=3).double().mean() + high.diff(dim=2).double().mean()) / 2
     assert 0.02 < border < 0.15  # where pixels are independent, it is a half
     assert 0.35 < high.double().mean() < 0.65
-
-
-def test_leaves_cover_the_image_and_most_are_small(plain, monkeypatch):
-    sizes = []
-    real = torch.hypot
-    monkeypatch.setattr(torch, "hypot", lambda x, y: sizes.append(real(x, y)) or sizes[-1])
-    covers = []
-    monkeypatch.setattr(
-        "tie_ext.outliers.procedural.antialiased",
-        lambda distance: covers.append((0.5 - distance).clamp(0, 1)) or covers[-1],
-    )
-    leaves((200, 1, 32, 32), RNG)
-    assert len(covers) == 48
-    radius = torch.stack(
-        [torch.where(c > 0.5, s, 0).amax((1, 2)) for c, s in zip(covers, sizes, strict=True)]
-    )
-    bare = torch.stack([c < 0.5 for c in covers]).all(0).double().mean()
-    assert bare < 0.5
-    # Of density r^-3 from 0.08, the share above r is (0.08 / r)^2.
-    assert abs((radius > 0.16).double().mean() - 0.25) < 0.08
-    assert 0.01 < (radius > 0.4).double().mean() < 0.06
-
-
-def test_fractals_repeat_themselves_and_are_thin(plain):
-    x = fractals((200, 1, 64, 64), RNG)
-    visited = (x < 0.899).double()
-    assert 0.03 < visited.mean() < 0.6
-    coarse = F.max_pool2d(visited, 4)
-    assert coarse.mean() > 1.15 * visited.mean()  # of an area with a plain edge the two are alike
-    points = chaos_game(50, 64, RNG)
-    assert torch.isfinite(points).all()
-    assert (
-        points.abs().max() < 20
-    )  # maps that shrink by 0.85 or more, and shift by less than 1.5, stay within 10 each way
 
 
 def tiles_of(x, n=4):

@@ -14,7 +14,7 @@ from conftest import make_batches, make_net, make_trainer
 from tie_ext import TIENet
 from tie_ext.training.log import EpochLog
 from tie_ext.training.pool import GarbagePool
-from tie_ext.utils.checks import MOST_VALUES, check_number, check_shape
+from tie_ext.utils.checks import MAX_VALUES, check_number, check_shape
 from tie_ext.utils.files import load_state, reading, save_state
 
 
@@ -87,7 +87,7 @@ def test_a_network_for_large_images_is_loaded_without_trying_it_on_one(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 28), (1, 28, 28, 28), (1, 0, 28), (1, 28, True), "abc", 3, (1, MOST_VALUES, 2)]
+    "shape", [(1, 28), (1, 28, 28, 28), (1, 0, 28), (1, 28, True), "abc", 3, (1, MAX_VALUES, 2)]
 )
 def test_what_is_no_shape_of_an_image_is_refused(shape):
     with pytest.raises(ValueError, match="Expected"):

@@ -169,7 +169,7 @@ def _of_folder(
 
     if split == "val":
         return files(*_list(_validation(places))).unlabelled()
-    assert path is not None  # as load() has found it
+    path = path or places[0]  # load() has found one
     train, test = (
         next((path / name for name in names if _is_split(path, name)), None)
         for names in (("train",), _TEST)

@@ -13,7 +13,7 @@ from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import combine
 from tie_ext.scores.decision import decide
-from tie_ext.scores.threshold import calibration_size
+from tie_ext.scores.threshold import images_needed
 from tie_ext.utils.files import save_state
 from tie_ext.utils.views import frozen_view
 
@@ -21,7 +21,7 @@ COMBINED = "combined"
 """What tables and scores call the combination."""
 FALSE_ALARM = 0.05
 """Share of ID images that a combination may reject, unless the user says."""
-NEEDED = 2 * calibration_size(FALSE_ALARM)
+NEEDED = images_needed(FALSE_ALARM)
 """ID test images that a combination takes."""
 
 Scores = dict[str, dict[str, Tensor]]
@@ -155,7 +155,7 @@ def score_combination(net: TIENet, images: RunImages, folder: Path | None = None
         folder: Where the detector is saved; None for nowhere.
 
     Returns:
-        The scores, under :data:`COMBINED`; ``id`` are those that set the threshold. None where
+        The scores, under :data:`COMBINED`; ``id`` are those that set the threshold. Empty where
         there are fewer test images than :data:`NEEDED`, or no head.
     """
     if len(images.test) < NEEDED or not isinstance(net.garbage, GarbageHead):

@@ -204,14 +204,17 @@ def load_decision(
             f"Expected a run folder, or a network's file, at {place}, but there is nothing"
         )
     folder = place if place.is_dir() else place.parent
-    home = folder / "combined" if (folder / "combined").is_dir() else folder  # of 0.2.0
+    old = folder / "combined"  # where 0.2.0 kept the detector of a run
+    inside = not (folder / "detector.json").is_file() and (old / "detector.json").is_file()
+    home = old if inside else folder
     detector: TIEDetector | Combined
     if place.is_dir() or place.name == "network.safetensors":
         detector = _with_architecture(load_detector, home, home / "network.safetensors", folder)
     else:
         detector = TIEDetector(_with_architecture(TIENet.load, place, place, folder))
     net = detector.network
-    assert isinstance(net, TIENet)
+    if not isinstance(net, TIENet):
+        raise TypeError(f"Expected a detector on a TIENet, but got {type(net).__name__}")
     if false_alarm is not None:
         known = detector.calibration_scores
         named = (COMBINED,) if isinstance(detector, Combined) else tuple(OWN.values())

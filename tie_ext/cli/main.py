@@ -1,5 +1,6 @@
 """The command line: ``tie-ext demo | train | attach | score | report | explain | reproduce``."""
 
+import errno
 import os
 import sys
 from argparse import Namespace
@@ -60,6 +61,10 @@ def _resume_hint(flags: Namespace) -> str:
     return ""
 
 
+_WRITING = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
+"""Errors of writing to a stream."""
+
+
 @contextmanager
 def _whole_output() -> Iterator[None]:
     """Flush the standard output at the end.
@@ -72,7 +77,7 @@ def _whole_output() -> Iterator[None]:
         sys.stdout.flush()
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno is None or error.filename is not None or reason.startswith("Expected"):
+        if error.errno not in _WRITING or error.filename is not None or "Expected" in reason:
             raise
         with suppress(OSError, ValueError):  # else Python tries again when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

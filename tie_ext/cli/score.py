@@ -142,6 +142,8 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         with open(path, "w", newline="") as out:
             yield out
     except OSError as error:
+        if error.filename not in (None, os.fspath(path)):
+            raise  # of an image, not of the rows
         raise OSError(
             f"Expected to write rows to {path}, but got: {error.strerror or error}"
         ) from error

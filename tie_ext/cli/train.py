@@ -35,7 +35,7 @@ def run(flags: Namespace) -> None:
     """Start a run, or resume one, train it to its last epoch, and print its results."""
     check_flags(vars(flags))
     given = {name: v for name, v in vars(flags).items() if name not in ("name", "device")}
-    folder = given.get("resume") or given.get("out")
+    folder = Path(given.get("resume") or given.get("out") or "")
     settings = _new_settings(given) if "resume" not in given else None
     if settings is None and len(given) > 1:
         others = ", ".join(f"--{name.replace('_', '-')}" for name in sorted({*given} - {"resume"}))
@@ -43,7 +43,6 @@ def run(flags: Namespace) -> None:
             f"Expected --resume RUN alone or with --device, but got {others} too; a run keeps its "
             "settings"
         )
-    assert folder is not None
     with processes.together(flags.device) as device:
         first = processes.first()
         record = _run(folder, settings, device, first)

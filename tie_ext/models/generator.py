@@ -22,7 +22,7 @@ class Generator(Bounded):
         code_size: Length of the soft code, n+1.
         latent_size: Length Z of the latent vector.
         width: Channels of the last stage but the image; earlier stages have up to four times that.
-        low: Smallest value of the data, a number or one a channel.
+        low: Smallest value of the data, a number or one per channel.
         high: Largest value of the data.
 
     Raises:

@@ -98,7 +98,8 @@ def cut_classifier(backbone: nn.Module) -> nn.Linear:
     """
     name = classifier_name(backbone)
     classifier = backbone.get_submodule(name)
-    setattr(_parent(backbone, name), name.rpartition(".")[2], nn.Identity())
+    identity = nn.Identity().train(classifier.training)
+    setattr(_parent(backbone, name), name.rpartition(".")[2], identity)
     return classifier  # type: ignore[return-value]
 
 

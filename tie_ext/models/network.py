@@ -51,7 +51,7 @@ class TIENet(Bounded):
             becomes ``fc`` if it has n outputs (trained weights are kept), and is replaced if not.
         num_classes: n >= 2.
         image_shape: ``(C, S, S)`` of the images; None to take any (TIE cannot train it then).
-        low: Smallest value of the images, a number or one a channel (``Normalize`` of 0).
+        low: Smallest value of the images, a number or one per channel (``Normalize`` of 0).
         high: Largest value of the images (``Normalize`` of 1).
         class_names: Name of each ID class, by label.
         head: One of :data:`HEADS`; ``multilayer`` needs an ``image_shape``. Or a
@@ -103,7 +103,7 @@ class TIENet(Bounded):
         self.image_shape = None if image_shape is None else check_shape(image_shape)
         if self.image_shape is not None and len(self.low) not in (1, self.image_shape[0]):
             raise ValueError(
-                f"Expected low and high to be numbers or {self.image_shape[0]}, one a channel, "
+                f"Expected low and high to be numbers or {self.image_shape[0]}, one per channel, "
                 f"but got {len(self.low)}"
             )
         # Copied, since the caller's network keeps its last layer; and without torch.compile's
@@ -127,6 +127,10 @@ class TIENet(Bounded):
         self._autocast_dtype = "float32"
         for name in self.exact:
             setattr(self, name, getattr(self, name).to(cut.weight.device))
+        # Of a network in evaluation mode no part is frozen: .train() means all of it.
+        self.training = self.backbone.training
+        self.garbage.train(self.training)
+        self.fc.train(self.training)
 
     @property
     def autocast_dtype(self) -> str:

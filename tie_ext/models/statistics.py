@@ -1,4 +1,4 @@
-"""Statistics of a layer's output: four numbers a channel, over space or tokens.
+"""Statistics of a layer's output: four numbers per channel, over space or tokens.
 
 Symbols: ``a (B, C, H, W)`` or ``(B, T, C)`` output of a layer before its ReLU. The four are mean
 and deviation after the ReLU, which describe textures, and the largest and the smallest value,

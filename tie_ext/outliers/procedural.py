@@ -69,70 +69,6 @@ def masks(shape: Sequence[int], rng: Rng) -> Tensor:
     return fills(shape, rng).lerp(fills(shape, rng), antialiased(distance))
 
 
-def leaves(shape: Sequence[int], rng: Rng) -> Tensor:
-    """Dead leaves: 48 discs over one another, whose radii follow the power law of natural images,
-    density proportional to r^-3.
-
-    References:
-        A. Lee, D. Mumford, J. Huang. *Occlusion models for natural images*. IJCV 2001.
-    """
-    M, _, H, W = shape
-    canvas, smallest, largest = fills(shape, rng), 0.08, 1.0
-    for _ in range(48):
-        x, y = grid((M, H, W), rng, spread=1.0)
-        uniform = rng.uniform(M, 1, 1)
-        # The inverse of the distribution function.
-        radius = (smallest**-2 + uniform * (largest**-2 - smallest**-2)) ** -0.5
-        distance = (torch.hypot(x, y) - radius) * (min(H, W) / 2)
-        canvas.lerp_(fills(shape, rng), antialiased(distance)[:, None])
-    return canvas
-
-
-def fractals(shape: Sequence[int], rng: Rng) -> Tensor:
-    """The density of the attractors of 2 to 4 random affine maps, as a blend of two fills.
-
-    References:
-        M. Barnsley. *Fractals Everywhere*, 1988: the chaos game.
-    """
-    M, _, H, W = shape
-    points = chaos_game(M, max(64, H * W // 8), rng)
-    low, high = points.amin(1, keepdim=True), points.amax(1, keepdim=True)
-    zoom, size = rng.log_uniform(0.7, 2, M, 1, 1), torch.tensor([H, W], device=rng.device)
-    at = (((points - low) / (high - low).clamp(min=1e-6) - 0.5) * zoom + 0.5) * size
-    inside = ((at >= 0) & (at < size)).all(2)
-    row, column = at.long().unbind(2)
-    # One bin more, for points outside the image.
-    bins = torch.where(inside, row * W + column, H * W)
-    density = torch.zeros(M, H * W + 1, device=rng.device)
-    density = density.scatter_add_(1, bins, torch.ones_like(at[..., 0]))[:, :-1]
-    blend = 1 - (-density * rng.log_uniform(0.3, 3, M, 1)).exp()
-    return fills(shape, rng).lerp(fills(shape, rng), blend.view(M, 1, H, W))
-
-
-def chaos_game(count: int, walkers: int, rng: Rng) -> Tensor:
-    """Points ``(count, 16 * walkers, 2)`` of the attractors of ``count`` random systems of affine
-    maps.
-    """
-    turn, back = (rotation(rng.uniform(count, 4, high=2 * math.pi)) for _ in range(2))
-    # Each map shrinks, so that there is an attractor.
-    A = turn @ torch.diag_embed(rng.uniform(count, 4, 2, low=0.2, high=0.85)) @ back
-    b, maps = rng.uniform(count, 4, 2, low=-1, high=1), 2 + rng.integers(3, count, 1)
-    p, visited = rng.uniform(count, walkers, 2, low=-1, high=1), []
-    for step in range(24):
-        which = (rng.uniform(count, walkers) * maps).long()
-        rows = A.flatten(2).gather(1, which[..., None].expand(-1, -1, 4)).unflatten(2, (2, 2))
-        p = (rows * p[:, :, None]).sum(3) + b.gather(1, which[..., None].expand(-1, -1, 2))
-        if step >= 8:  # by then a walker is within about a hundredth of the attractor
-            visited.append(p)
-    return torch.cat(visited, 1)
-
-
-def rotation(angle: Tensor) -> Tensor:
-    """Rotations ``(..., 2, 2)`` by angles ``(...)``."""
-    rows = [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
-    return torch.stack(rows, dim=-1).unflatten(-1, (2, 2))
-
-
 def greyed(images: Tensor, rng: Rng) -> Tensor:
     """Images of which half have lost nearly all colour; grey ones ``(M, 1, H, W)`` are returned as
     they are.
@@ -186,11 +122,9 @@ FAMILIES: dict[str, tuple[float, Callable[[Sequence[int], Rng], Tensor]]] = {
     "shapes": (0.7, shapes),
     "waves": (0.05, waves),
     "masks": (0.15, masks),
-    "leaves": (0.0, leaves),
-    "fractals": (0.0, fractals),
 }
-"""Procedural families: share of the mixture, and function that renders ``(M, C, H, W)``. Those of
-share 0 have not been measured yet."""
+"""Procedural families: share of the mixture, and function that renders ``(M, C, H, W)``. Dead
+leaves and fractals, tried beside these, lowered the worst set (docs/research/attached.md)."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +159,7 @@ class Procedural(Prior):
         a network, and free.
         """
         rng = Rng(self.low.device)
-        mixture = [(share, render) for share, render in FAMILIES.values() if share]
+        mixture = list(FAMILIES.values())
         images, twins = torch.empty(*shape, device=rng.device), shape[0] // 2
         family = rng.stratified(len(images) - twins, [share for share, _ in mixture])
         for i, (_, render) in enumerate(mixture):

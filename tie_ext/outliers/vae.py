@@ -80,7 +80,7 @@ class VAE(Bounded):
         return known if self.conditional else torch.full_like(known, 1 / self.num_classes)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Negative evidence lower bound, nats an image: squared error of a Gaussian of
+        """Negative evidence lower bound, nats per image: squared error of a Gaussian of
         :data:`DEVIATION`, plus the KL divergence of the posterior.
         """
         mean, log_variance = self.posterior(x, y)
@@ -102,7 +102,7 @@ def fit_vae(vae: VAE, loader: Loader, epochs: int, lr: float = 1e-3) -> float:
         lr: Learning rate of Adam.
 
     Returns:
-        Mean loss of the last pass, nats an image.
+        Mean loss of the last pass, nats per image.
 
     Raises:
         ValueError: If no batch has two images.

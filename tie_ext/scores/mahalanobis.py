@@ -1,4 +1,4 @@
-"""Mahalanobis distance of features ``(N, F)``: a Gaussian a class, one covariance for all."""
+"""Mahalanobis distance of features ``(N, F)``: one Gaussian per class, one covariance for all."""
 
 import torch
 from torch import Tensor

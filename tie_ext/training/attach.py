@@ -28,7 +28,7 @@ from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
-from tie_ext.utils.views import frozen_view
+from tie_ext.utils.views import eval_view, frozen_view
 
 LAM = 2.0
 """lambda of level 2, the loop's default."""
@@ -59,7 +59,7 @@ def attach(
             dicts (:mod:`tie_ext.utils.loader`); images with a label < 0 are left out. A
             ``DataLoader`` or a list: something that can be read more than once.
         num_classes: n.
-        low: Smallest value of the images, a number or one a channel (``Normalize`` of 0).
+        low: Smallest value of the images, a number or one per channel (``Normalize`` of 0).
         high: Largest value of the images (``Normalize`` of 1).
         class_names: Name of each ID class, by label.
         synthesizers: Propose the outliers; each is fitted once, to model and images. None for
@@ -91,12 +91,13 @@ def attach(
         raise ValueError(
             "`synthesizers` is empty; pass a Synthesizer, or None for procedural images"
         )
-    x = BatchReader(loader).first().images
+    with seeded(seed, 1):  # a loader that shuffles draws from a stream of its own
+        x = BatchReader(loader).first().images
     head_config = head_config or HeadConfig()
     with seeded(seed), torch.enable_grad():  # a caller under no_grad gets the same head
         net = TIENet(model, num_classes, x.shape[1:], low, high, class_names, "multilayer").eval()
         net.autocast_dtype = autocast_dtype
-        outputs = model(x[:1].to(next(model.parameters()))).shape[1]
+        outputs = eval_view(model)(x[:1].to(next(model.parameters()))).shape[1]
         if outputs != num_classes:
             raise ValueError(
                 f"Expected a model with {num_classes} outputs, as num_classes says, but got one "

@@ -188,7 +188,8 @@ def explain(
     Raises:
         ValueError: If num_classes is missing, or model or images are not as expected.
     """
-    shape = BatchReader(loader).first().images.shape[1:]
+    with seeded(seed, 1):  # a loader that shuffles draws from a stream of its own
+        shape = BatchReader(loader).first().images.shape[1:]
     with seeded(seed):
         net = _with_head(model, shape, num_classes, low, high)
         layers = Layers(net, loader)

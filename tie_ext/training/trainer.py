@@ -211,11 +211,15 @@ class TIETrainer:
     def _train_first(self, batches: Loader) -> tuple[dict[str, float], Pairs]:
         """:meth:`_train`; bad data leaves network and optimiser as they were."""
         before = copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict()))
+        modes = [(part, part.training) for part in self.net.modules()]
         try:
             return self._train(batches)
         except ValueError:
             self.net.load_state_dict(before[0])
             self.optimizer.load_state_dict(before[1])
+            self.optimizer.zero_grad(set_to_none=True)
+            for part, mode in modes:
+                part.training = mode
             raise
 
     def _reservoir(self) -> Reservoir:

@@ -1,4 +1,3 @@
 """Helpers of every room: checks of input, the reader of loaders, views of modules, settings,
-files,
-several processes, random streams.
+files, several processes, random streams.
 """

@@ -12,7 +12,7 @@ class Bounded(nn.Module):
     1)``.
 
     Arguments:
-        low: Smallest value of the data, a number or one a channel.
+        low: Smallest value of the data, a number or one per channel.
         high: Largest value of the data.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Where torch 2.2 has it.
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
-MOST_VALUES = 2**24
+MAX_VALUES = 2**24
 """Values of the largest image: 3 x 2364 x 2364."""
 
 
@@ -98,7 +98,7 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
         ``(C, H, W)``.
 
     Raises:
-        ValueError: If it is not three positive integers, or has more than :data:`MOST_VALUES`
+        ValueError: If it is not three positive integers, or has more than :data:`MAX_VALUES`
             values.
     """
     good = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 3
@@ -109,9 +109,9 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
         raise ValueError(
             f"Expected the shape (C, H, W) of an image, three positive integers, but got {shape!r}"
         )
-    if math.prod(shape) > MOST_VALUES:
+    if math.prod(shape) > MAX_VALUES:
         raise ValueError(
-            f"Expected images of at most {MOST_VALUES} values, but got the shape {tuple(shape)}"
+            f"Expected images of at most {MAX_VALUES} values, but got the shape {tuple(shape)}"
         )
     C, H, W = (int(side) for side in shape)
     return C, H, W

@@ -7,6 +7,7 @@ or a mapping with images under one of :data:`IMAGE_KEYS` and labels under one of
 rows. Labels < 0 are OOD by pytorch-ood's convention.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from tie_ext.utils.checks import check_images, check_labels, describe
+
+log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "data")
 """Keys of the images in a batch that is a mapping; the first that is there counts."""
@@ -85,6 +88,8 @@ class BatchReader:
             if len(images):
                 left += len(images)
                 yield Batch(images, labels)
+        if self.ood:
+            log.info("%s: left out %d images with labels < 0, as OOD", self.name, self.ood)
         if not left:
             found = f"{self.ood} with labels < 0 alone" if self.ood else "an empty loader"
             raise ValueError(f"Expected ID images in {self.name}, but got {found}")
@@ -143,7 +148,8 @@ def read_batch(batch: Any, name: str = "loader") -> tuple[Tensor, Tensor | None]
             f"Expected batches (B, C, H, W) from {name}, but got an image {tuple(images.shape)}; "
             + BATCHED.format("dataset")
         )
-    return images, _labels(parts[1]) if len(parts) > 1 else None
+    labels = parts[1] if len(parts) > 1 else None
+    return images, None if labels is None else _labels(labels)
 
 
 def _labels(labels: Any) -> Tensor:
@@ -167,7 +173,7 @@ def _class_indices(labels: Tensor, count: int, num_classes: int | None) -> Tenso
         one_hot = ((labels == 0) | (labels == 1)).all() and (labels.long().sum(1) == 1).all()
         if not bool(one_hot) or labels.shape[1] != (num_classes or labels.shape[1]):
             raise ValueError(
-                f"Expected one label an image, an integer or a one-hot row"
+                f"Expected one label per image, an integer or a one-hot row"
                 f"{f' of {num_classes}' if num_classes else ''}, but got {describe(labels)}"
             )
         labels = labels.long().argmax(1)

@@ -18,6 +18,8 @@ def seeded(*key: int) -> Iterator[None]:
     # A sum or product of the parts would give one seed to different keys. With the length, as
     # SeedSequence takes (1,) and (1, 0) for the same.
     (state,) = SeedSequence((len(key), *key)).generate_state(1, "uint64")
-    with torch.random.fork_rng():
+    # Of GPUs only where they are in use already: forking their states would start them all.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
         torch.manual_seed(int(state))
         yield
