@@ -348,7 +348,7 @@ class Combined(Thresholded, Detector):
             column, name = member_score(member, self.network, outputs, x), type(member).__name__
             if column.shape != (len(x),):
                 raise ValueError(
-                    f"Expected one score an image from {name}, "
+                    f"Expected one score per image from {name}, "
                     f"but got {describe(column)} for {len(x)}"
                 )
             check_finite(column, f"scores from {name}")
