@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext.scores.combination import FORMULAS, check_rule, reference
+from tie_ext.scores.combination import FORMULAS, body_and_tails, check_rule, reference
 from tie_ext.scores.threshold import conformal_threshold
 
 rules = pytest.mark.parametrize("rule", list(FORMULAS))
@@ -53,6 +53,7 @@ def test_every_rule_is_the_formula_of_its_paper():
     score = torch.tensor([[2.0, 15.0]])  # z of 1 and -1/2, p of 2/4 and 3/4
     found = {name: rule(learned, score).item() for name, rule in FORMULAS.items()}
     half, most = torch.tensor(0.5), torch.tensor(0.75)
+    assert found["tails"] == pytest.approx((1 - 0.5) / 2)
     assert found["zsum"] == pytest.approx((1 - 0.5) / 2**0.5)
     assert found["fisher"] == pytest.approx(-2 * (half.log() + most.log()).item())
     assert found["simes"] == pytest.approx(-most.log().item())  # of 2 * 2/4 and 3/4
@@ -146,8 +147,86 @@ def test_scores_that_set_no_scale_are_refused(scores, message):
 def test_a_rule_that_is_none_is_refused():
     assert check_rule("max") == "max"
     for bad in ("mean", "fisher", None, ["max"]):
-        with pytest.raises(ValueError, match="one of zsum, max, but got"):
+        with pytest.raises(ValueError, match="one of tails, zsum, max, but got"):
             check_rule(bad)
+
+
+# Body and tails.
+
+WEIGHTS = torch.tensor([1.0, 0.0, 2.0])
+weightings = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=3, max_size=3).map(
+    torch.tensor
+)
+
+
+def test_body_and_tails_is_its_formula():
+    scores = torch.arange(20.0)[:, None] * torch.tensor([1.0, 10.0, 100.0])
+    learned, deviation = reference(scores, WEIGHTS), scores[:, 0].std()
+    new = torch.tensor([[0.0, 170.0, 0.0], [9.5, 190.0, 950.0], [19.0, 270.0, 950.0]])
+    body = torch.tensor([-9.5, 0, 9.5 / 3])  # the third counts twice
+    tail = torch.tensor([0, 2.0, 10.0])  # above 17, the eighteenth of twenty
+    torch.testing.assert_close(
+        body_and_tails(learned, new), (body + 0.75 * tail) / deviation, rtol=1e-5, atol=1e-5
+    )
+
+
+@given(seeds, weightings, st.integers(0, 2), st.floats(0, 1e3))
+def test_a_larger_score_never_makes_body_and_tails_smaller(seed, weights, column, more):
+    learned, new = reference(draw(seed, 40), weights), draw(seed + 1, 10)
+    raised = new.clone()
+    raised[:, column] += more
+    assert (body_and_tails(learned, raised) >= body_and_tails(learned, new) - 1e-5).all()
+
+
+@given(seeds, weightings, st.sampled_from(list(permutations(range(3)))))
+def test_weights_go_with_their_scores(seed, weights, order):
+    ours, new = draw(seed, 40), draw(seed + 1, 10)
+    torch.testing.assert_close(
+        body_and_tails(reference(ours[:, order], weights[list(order)]), new[:, order]),
+        body_and_tails(reference(ours, weights), new),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@given(seeds, st.floats(0.01, 100), st.floats(-100, 100))
+def test_the_unit_of_a_tail_is_nothing(seed, scale, shift):
+    ours, new = draw(seed, 40).double(), draw(seed + 1, 10).double()
+    a, b = torch.tensor([1.0, scale, 1.0]).double(), torch.tensor([0.0, shift, 0.0]).double()
+    torch.testing.assert_close(
+        body_and_tails(reference(ours * a + b, WEIGHTS), new * a + b),
+        body_and_tails(reference(ours, WEIGHTS), new),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+@given(seeds)
+def test_a_tail_adds_nothing_below_its_quantile_and_something_above(seed):
+    ours, new = draw(seed, 40), draw(seed + 1, 10)
+    learned, quantile = reference(ours, WEIGHTS), ours[:, 1].sort().values[35]
+    below, above = new.clone(), new.clone()
+    below[:, 1] = torch.minimum(below[:, 1], quantile)
+    above[:, 1] = torch.maximum(above[:, 1], quantile) + ours[:, 1].std()
+    body = (learned.standardise(new)[:, [0, 2]] * torch.tensor([1.0, 2.0])).sum(1) / 3
+    torch.testing.assert_close(body_and_tails(learned, below), body, rtol=1e-4, atol=1e-4)
+    assert (body_and_tails(learned, above) >= body + 0.7).all()
+
+
+@given(seeds, st.sampled_from([None, torch.ones(3), torch.full((3,), 2.0), torch.zeros(3)]))
+def test_without_tails_or_without_a_body_it_is_the_mean(seed, weights):
+    ours, new = draw(seed, 40), draw(seed + 1, 10)
+    learned = reference(ours, weights)
+    torch.testing.assert_close(
+        body_and_tails(learned, new), learned.standardise(new).mean(1), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("rule", ["zsum", "max", "fisher", "simes"])
+def test_the_other_rules_know_no_weights(rule):
+    ours, new = draw(3, 60), draw(4, 20)
+    weighted = FORMULAS[rule](reference(ours, WEIGHTS), new)
+    assert torch.equal(weighted, FORMULAS[rule](reference(ours), new))
 
 
 # The guarantee.
@@ -166,7 +245,7 @@ def false_alarms(
     rates = []
     for seed in range(draws):
         scores = draw(seed, 2 * half + 200, k, correlation, step)
-        learned = reference(scores[:half])
+        learned = reference(scores[:half], torch.arange(float(k)))
         threshold = conformal_threshold(FORMULAS[rule](learned, scores[half : 2 * half]), alpha)
         rates.append((FORMULAS[rule](learned, scores[2 * half :]) > threshold).float().mean())
     return torch.stack(rates)
@@ -184,6 +263,7 @@ def test_the_false_alarm_rate_holds_whatever_the_dependence(rule, step, correlat
     )  # standard errors of the mean: it is passed by chance once in 740
     assert rates.mean() <= alpha + margin
     if not step and rule in (
+        "tails",
         "zsum",
         "max",
     ):  # without ties it is no smaller than it has to be: 39 + 1 images reject 2 or 8

@@ -89,7 +89,8 @@ def host_scores(net: TIENet, h: Tensor, y: Tensor) -> dict[str, Score]:
         h: Features ``(N, F)`` of its training images.
         y: Their labels ``(N,)``.
     """
-    fitted, plus = Mahalanobis(None).fit_features(h, y), fit_gaussians(F.normalize(h), y)
+    fitted = Mahalanobis(None).fit_features(h, y)
+    plus = fit_gaussians(F.normalize(h), y, shrinkage=True)
     gaussians = Gaussians(fitted.mu, fitted.precision)
     vim = ViM(None, d=net.feature_size // 2, w=net.fc.weight, b=net.fc.bias).fit_features(h, y)
 

@@ -94,7 +94,7 @@ HEADS = {
 """Heads by the outliers that teach them; one does not see the ID images processed another way."""
 NETWORKS = {**BACKBONES, "airbench": airbench.AirBench, RESNET18: openood_resnet18}
 SAMPLED = "KNN of 5000"
-"""What :func:`tie_ext.combine` has of it."""
+"""What :func:`tie_ext.combine` keeps of it."""
 HALF = "04"
 """Ends the name of a set of whose ten classes 0 to 4 are ID."""
 MOST = 2000

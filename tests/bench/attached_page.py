@@ -344,7 +344,7 @@ def _combined() -> list[str]:
         f"Every combination of up to three scores, by every rule of `tie_ext.scores.combination`, on {len(record['runs'])} networks:\n"
         f"{', '.join(record['runs'])}; {len(record['validation'])} in all. Of those whose AUROC in the worst\n"
         "validation column is within 0.2 of the best, the highest mean over the validation columns is chosen.\n"
-        "*Chosen* is what `tie_ext.combine` has, but that it keeps 5000 training images for KNN, and here KNN has all. *Combine before* is what it\n"
+        "*Chosen* is what `tie_ext.combine` had then, but that it kept 5000 training images for KNN, and here KNN has all. *Combine before* is what it\n"
         "had in version 0.2.0: the same rule chose it when there were fewer networks.\n"
         "The OOD test sets were looked at for this table alone. False alarms: ID test images above the threshold that\n"
         f"{percent([record['false_alarm']], 0)} % of them may exceed.\n"
@@ -368,7 +368,7 @@ def _later() -> list[str]:
         return []
     record = json.loads(LATER.read_text())
     text = (
-        "The same on networks that were trained after that search. *Combine* is what `tie_ext.combine` has, with 5000 training images for KNN.\n"
+        "The same on networks that were trained after that search. *Combine* is what `tie_ext.combine` had then, with 5000 training images for KNN.\n"
         "That it follows the search, and how many images it keeps, was decided when cifar10-45000x10-airbench-seed0 was seen: by validation sets,\n"
         f"but its OOD test sets were on the same screen. Networks: {', '.join(record['runs'])}.\n"
     )

@@ -96,7 +96,7 @@ def judged(scores: Mapping, members: tuple[str, ...], rule: str) -> dict:
 
 
 COMBINE = (("GEN", SAMPLED, "head"), "stouffer")
-"""What :func:`tie_ext.combine` has: the choice of the record, with KNN of fewer training images."""
+"""What :func:`tie_ext.combine` had until body and tails: the choice of the record, with KNN of fewer training images."""
 BEFORE = (("GEN", "ViM", "head"), "stouffer")
 """What it had, chosen when there were fewer networks."""
 

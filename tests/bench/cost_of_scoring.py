@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tie_ext import Combined, TIENet, attach
 from tie_ext.cli import registry
 from tie_ext.models.backbones import ResNet20
-from tie_ext.pytorch_ood import combine
+from tie_ext.pytorch_ood.combine import Sample, chosen_members
+from tie_ext.pytorch_ood.knn import MAX_SAMPLES
 from tie_ext.training.config import HeadConfig
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
@@ -42,16 +43,11 @@ def made(backbone: nn.Module, size: int, device: str) -> tuple[TIENet, Combined]
     batches = [(part, torch.arange(len(part)) % 10) for part in x.split(20)]
     # What the head has learned costs nothing here.
     net = attach(backbone.to(device), batches, 10, head_config=HeadConfig(steps=10))
-    combined = combine(
-        net, train_loader=batches, calibration_loader=list(batches), false_alarm=0.2
-    )
-    knn = combined.detectors[1]
-    knn.k, rows = (
-        50,
-        torch.rand(knn.max_samples, net.feature_size, device=device),
-    )  # as many as it keeps of a real training set
-    knn.fit_features(rows, torch.zeros(len(rows), dtype=torch.long))
-    return net, combined
+    # As many training images as combine keeps, and its KNN, trusted or not.
+    rows = torch.rand(MAX_SAMPLES, net.feature_size, device=device)
+    sample = Sample(rows, torch.arange(MAX_SAMPLES) % 10)
+    members = chosen_members(sample, net, (net.fc.weight, net.fc.bias))
+    return net, Combined(members, 0.2).fit(batches)
 
 
 def seconds(work: Callable[[Tensor], object], x: Tensor) -> float:

@@ -41,7 +41,8 @@ from tie_ext.pytorch_ood import (
     TIEDetector,
     UncertaintyEstimate,
 )
-from tie_ext.pytorch_ood.combine import chosen_members
+from tie_ext.pytorch_ood.combine import Sample, chosen_members, fit_chosen
+from tie_ext.pytorch_ood.members import Outputs
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 from tie_ext.utils.random import seeded
@@ -143,8 +144,10 @@ def makers(net: TIENet, seen: dict[str, Seen]) -> dict[str, Callable[[], Detecto
 @torch.no_grad()
 def combination(net: TIENet, seen: dict[str, Seen]) -> Combined:
     """What :func:`tie_ext.pytorch_ood.combine` gives, of a pass that has been made."""
-    detector = Combined(chosen_members(seen["train"].features, net))
-    return detector.fit_scores(member_scores(detector, seen["held"]))
+    sample, held = Sample(seen["train"].features, seen["train"].y), seen["held"]
+    detector = Combined(chosen_members(sample, net, (net.fc.weight, net.fc.bias)))
+    outputs = Outputs(held.logits[:, :-1], held.features, held.logits)
+    return fit_chosen(detector, sample, [(outputs, held.y)])
 
 
 def member_scores(detector: Combined, of: Seen) -> Tensor:

@@ -241,28 +241,31 @@ def own_scores(
     """Scores by name and set of the head, of combine's KNN and of what combine gives, and the
     threshold of the latter."""
     from tie_ext import Combined
-    from tie_ext.pytorch_ood.combine import chosen_members
+    from tie_ext.pytorch_ood.combine import chosen_members, fit_chosen, sample_features
     from tie_ext.pytorch_ood.members import Outputs
+    from tie_ext.utils.random import seeded
 
     net.garbage.load_state_dict(head)
-    combined = Combined(chosen_members(seen["fit"].features))
 
     def outputs(of: Seen) -> Outputs:
         pairs = zip(of.features.split(2000), of.statistics.split(2000), strict=True)
         every = torch.cat([net.all_logits(*pair) for pair in pairs])
         return Outputs(every[:, :-1], of.features, every)
 
-    found = {
-        name: combined.score_outputs(outputs(of)) for name, of in seen.items() if name != "fit"
-    }
-    combined.fit_scores(found["calibration"])
+    given = {name: outputs(of) for name, of in seen.items()}
+    with seeded(0):
+        sample = sample_features([(given.pop("fit"), seen["fit"].labels)])
+    members = chosen_members(sample, None, (net.fc.weight, net.fc.bias))
+    held = [(given["calibration"], seen["calibration"].labels)]
+    combined = fit_chosen(Combined(members), sample, held)
     scores = {
-        label: {name: of[:, i] for name, of in found.items()} for i, label in enumerate(OURS[1:])
+        OURS[0]: {
+            name: combined.predict_scores(combined.score_outputs(of)) for name, of in given.items()
+        },
+        OURS[1]: {name: members[0].predict_logits(of.all_logits) for name, of in given.items()},
+        OURS[2]: {name: members[1].predict_features(of.features) for name, of in given.items()},
     }
-    return {
-        OURS[0]: {name: combined.predict_scores(of) for name, of in found.items()},
-        **scores,
-    }, float(combined.threshold)
+    return scores, float(combined.threshold)
 
 
 def said_by(places: Mapping[str, Path]) -> dict:

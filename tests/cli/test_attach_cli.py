@@ -275,7 +275,9 @@ def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     assert [type(member).__name__ for member in detector.detectors] == [
         "TIEDetector",
         "SampledKNN",
-        "GEN",
+        "EnergyBased",
+        "MahalanobisPlusPlus",
+        "BoundaryDistance",
     ]
     kept = load_state(out / "scores.safetensors", "scores")["combined"]
     judging = torch.randperm(40, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
@@ -355,7 +357,7 @@ def test_a_run_folder_of_0_2_0_scores_as_it_did(many, weights, tmp_path, capsys)
     save_state(out / "combined" / "members.safetensors", "members", {**saved, **state})
     shutil.copy(out / "network.safetensors", out / "combined")
     about = json.loads((out / "detector.json").read_text())
-    about |= {"version": 1, "rule": "stouffer", "fitted_here": []}
+    about |= {"version": 1, "fitted_here": []}
     about["members_sha256"] = sha256(out / "combined" / "members.safetensors")
     write_json(out / "combined" / "detector.json", about)
     for name in ("detector.safetensors", "detector.json"):

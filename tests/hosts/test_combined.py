@@ -18,7 +18,8 @@ from tie_ext import TIENet, attach
 from tie_ext.models.backbones import Conv3, Conv5
 from tie_ext.scores.combination import RULES, reference
 from tie_ext.scores.decision import uncertainty
-from tie_ext.scores.knn import knn_score, pairwise_distances
+from tie_ext.scores.knn import knn_labels, knn_score, pairwise_distances
+from tie_ext.scores.mahalanobis import fit_gaussians
 from tie_ext.scores.threshold import conformal_threshold, split
 
 pytest.importorskip("pytorch_ood")
@@ -27,12 +28,14 @@ from pytorch_ood.api import LogitsDetector, ModelNotSetException, RequiresFittin
 
 from tie_ext import Combined, TIEDetector, combine
 from tie_ext.pytorch_ood import (
+    BoundaryDistance,
     MahalanobisPlusPlus,
     SampledKNN,
     UncertaintyEstimate,
     load_detector,
 )
-from tie_ext.pytorch_ood.members import MEMBERS
+from tie_ext.pytorch_ood.combine import Sample, chosen_members, fit_chosen
+from tie_ext.pytorch_ood.members import MEMBERS, Outputs
 
 rules = pytest.mark.parametrize("rule", list(RULES))
 
@@ -67,6 +70,7 @@ def every_member(net: TIENet) -> list:
         theirs.MaxSoftmax: lambda: theirs.MaxSoftmax(net, t=3.0),
         theirs.ViM: lambda: theirs.ViM(net.features, 4, net.fc.weight, net.fc.bias),
         theirs.KNN: lambda: theirs.KNN(net.features, k=3),
+        BoundaryDistance: lambda: BoundaryDistance(net.features, net.fc.weight, net.fc.bias),
         SampledKNN: lambda: SampledKNN(net.features, k=3, max_samples=10),
         TIEDetector: lambda: TIEDetector(net, t=0.5),
     }
@@ -89,24 +93,133 @@ def three(net: TIENet | None = None, **settings) -> Combined:
     return Combined(members, **{"false_alarm": 0.1, **settings})
 
 
-# The members that validation chose.
+# The members that are recommended.
 
 
-@pytest.mark.parametrize("rule", ["zsum", "max"])
-def test_combine_is_the_garbage_class_gen_and_knn_of_the_training_images(rule):
+def trusts(net: TIENet, training, held) -> bool:
+    """Whether the nearest neighbours are right about as often as the network, on the images that
+    set the scale.
+    """
+    (z, y), (x, labels) = [
+        (torch.cat([a for a, _ in of]), torch.cat([b for _, b in of])) for of in (training, held)
+    ]
+    unit, rows = torch.nn.functional.normalize, split(len(x), 0.1)[0]
+    distances = torch.cdist(unit(net.features(x)), unit(net.features(z)))
+    votes = y[distances.argsort(1)[:, :5]].mode(1).values
+    right = [(of == labels)[rows].sum() for of in (votes, net(x).argmax(1))]
+    return bool(right[0] >= 0.95 * right[1] > 0)
+
+
+@rules
+@pytest.mark.parametrize("seed", [2, 3, 4, 5])
+def test_combine_is_body_and_tails_of_scores_of_the_hosts(rule, seed):
     net = trained().eval()
-    training, held, x = loader(300, seed=1), loader(40, seed=2), images()[0]
+    training, held, x = loader(300, seed=1), loader(40, seed=seed), images()[0]
     found = combine(
         net, train_loader=training, calibration_loader=held, false_alarm=0.1, rule=rule
     )
-    knn = theirs.KNN(net.features, k=3).fit(training)  # one in a hundred
-    expected = Combined([TIEDetector(net), knn, theirs.GEN(net)], 0.1, rule).fit(held)
+    plus = MahalanobisPlusPlus(net.features).fit(training)
+    fdbd = theirs.fDBD(net.features, net.fc).fit(training)
+    body = [theirs.KNN(net.features, k=3).fit(training)] if trusts(net, training, held) else []
+    members = [TIEDetector(net), *body, theirs.EnergyBased(net), plus, fdbd]
+    expected = Combined(members, 0.1, rule).fit(held)
     torch.testing.assert_close(found(x), expected(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-3, atol=1e-3)
-    assert (
-        combine(net, train_loader=training, calibration_loader=held, false_alarm=None).threshold
-        is None
+    weights = [0.0, *[2.0] * len(body), 1.0, 0.0, 1.0]
+    assert found.reference.weights.tolist() == weights
+    without = combine(
+        net, train_loader=training, calibration_loader=held, false_alarm=None, rule=rule
     )
+    assert without.threshold is None
+
+
+@pytest.mark.parametrize("which", ["train_loader", "calibration_loader"])
+def test_knn_is_not_trusted_where_a_loader_has_no_labels(which):
+    net = trained().eval()
+    loaders = {"train_loader": list(loader(100, seed=1)), "calibration_loader": list(loader(40))}
+    y = net.outputs(images(40)[0]).logits[:, :-1].argmax(1)  # so that the network is right
+    loaders["calibration_loader"] = [(images(40)[0], y)]
+    loaders[which] = [x for x, _ in loaders[which]]
+    found = combine(net, **loaders)
+    assert SampledKNN not in map(type, found.detectors)
+    assert found.decide(images()[0]).score.isfinite().all()
+
+
+def world(classes: int, images: int, spread: float, seed: int = 0, labelled: bool = True):
+    """Features of classes that lie apart, their labels, and a layer that knows their means."""
+    rng = torch.Generator().manual_seed(seed)
+    means = torch.randn(classes, 12, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(images) % classes
+    z = means[y] + spread * torch.randn(images, 12, generator=rng)
+    return z, y if labelled else None, (means, -means.square().sum(1) / 2)
+
+
+def given(z, layer) -> Outputs:
+    """What a network of this layer gives, whose garbage logit is a length."""
+    logits = z @ layer[0].T + layer[1]
+    return Outputs(logits, z, torch.cat([logits, z.norm(dim=1, keepdim=True)], dim=1))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("classes", "count"), [(2, 100), (2, 2), (100, 100), (1000, 100)])
+def test_few_images_many_classes_and_no_labels(classes, count, labelled):
+    z, y, layer = world(classes, count, 0.3, labelled=labelled)
+    sample = Sample(z, y)
+    held, labels, _ = world(classes, 40, 0.3, seed=1)
+    combined = Combined(chosen_members(sample, None, layer), 0.05)
+    fit_chosen(combined, sample, [(given(part, layer), labels[:20]) for part in held.split(20)])
+    new = torch.cat([9 * torch.randn(30, 12), torch.zeros(1, 12), z])
+    assert combined.predict_scores(combined.score_outputs(given(new, layer))).isfinite().all()
+    # Neighbours cannot share a class of one image, nor of images that nobody has labelled.
+    trusted = SampledKNN in map(type, combined.detectors)
+    assert trusted == (labelled and classes == 2 and count == 100)
+
+
+def chosen_by(sample, layer, z, labels) -> Combined:
+    combined = Combined(chosen_members(sample, None, layer), 0.1)
+    return fit_chosen(combined, sample, [(given(z, layer), labels)])
+
+
+def test_trust_asks_no_image_that_sets_the_threshold():
+    sample = Sample(*(parts := world(3, 200, 0.5))[:2])
+    layer = parts[2]
+    z, y, _ = world(3, 60, 0.5, seed=1)
+    calibrating = split(60, 0.1)[1]
+    trusted = chosen_by(sample, layer, z, y)
+    assert SampledKNN in map(type, trusted.detectors)
+    otherwise, wrong = z.clone(), y.clone()
+    otherwise[calibrating] = torch.randn(30, 12)
+    wrong[calibrating] = (y[calibrating] + 1) % 3
+    for features, labels in ((otherwise, y), (z, wrong), (otherwise, wrong)):
+        same = chosen_by(sample, layer, features, labels)
+        assert [type(m) for m in same.detectors] == [type(m) for m in trusted.detectors]
+        assert all(map(torch.equal, same.reference, trusted.reference))
+    # The same labels are wrong of a sample whose classes have other names, and the network's right.
+    renamed = Sample(sample.features, (sample.labels + 1) % 3)
+    for labels in (y, wrong):
+        assert SampledKNN not in map(type, chosen_by(renamed, layer, z, labels).detectors)
+
+
+def test_the_false_alarm_rate_holds_where_trust_is_estimated():
+    alpha, count, rates, trusted = 0.1, 40, [], []
+    z, y, layer = world(6, 90, 1.6)
+    sample = Sample(z, y)
+    members = chosen_members(sample, None, layer)
+    for seed in range(300):
+        z, y, _ = world(6, count + 200, 1.6, seed=seed + 1)
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
+        held, new = z[order[:count]], z[order[count:]]
+        combined = fit_chosen(
+            Combined(members, alpha), sample, [(given(held, layer), y[order[:count]])]
+        )
+        scores = combined.predict_scores(combined.score_outputs(given(new, layer)))
+        rates.append((scores > combined.threshold).float().mean())
+        trusted.append(SampledKNN in map(type, combined.detectors))
+    rates = torch.stack(rates)
+    assert 0.1 < sum(trusted) / len(trusted) < 0.9
+    margin = 3 * rates.std() / len(rates) ** 0.5
+    # 20 + 1 images reject 2 of them.
+    assert 2 / 21 - margin <= rates.mean() <= alpha + margin
 
 
 def test_few_training_images_give_finite_scores_and_one_is_refused():
@@ -235,16 +348,16 @@ def test_the_halves_share_no_image_and_each_does_its_work():
     assert scaling.tolist() != sorted(
         scaling.tolist()
     )  # as a loader may have its classes in order
-    learned = reference(scores[scaling])
+    learned = reference(scores[scaling], torch.tensor([0.0, 0, 1]))  # energy is the body
     torch.testing.assert_close(
         detector.reference, learned, rtol=1e-4, atol=1e-4
     )  # sums of batches of other sizes
     torch.testing.assert_close(
         detector.threshold,
-        conformal_threshold(RULES["zsum"](learned, scores[calibrating]), 0.1),
+        conformal_threshold(RULES["tails"](learned, scores[calibrating]), 0.1),
     )
     torch.testing.assert_close(
-        detector(images()[0]), RULES["zsum"](learned, detector.scores(images()[0]))
+        detector(images()[0]), RULES["tails"](learned, detector.scores(images()[0]))
     )
 
 
@@ -307,7 +420,7 @@ def test_another_rule_forgets_the_line_and_ranks_by_itself():
     assert len(
         {tuple(three(rule=rule).fit(loader(60)).decide(x).score.tolist()) for rule in RULES}
     ) == len(RULES)
-    with pytest.raises(ValueError, match="one of zsum"):
+    with pytest.raises(ValueError, match="one of tails"):
         detector.set_hyperparameters(rule="mean")
 
 
@@ -341,7 +454,7 @@ def test_to_moves_members_and_scale():
     [
         (lambda: Combined([]), "at least one detector"),
         (lambda: three(false_alarm=0), "false_alarm"),
-        (lambda: three(rule="mean"), "one of zsum"),
+        (lambda: three(rule="mean"), "one of tails"),
         (lambda: three().fit([]), "Expected ID images in calibration_loader, but got"),
         (
             lambda: three().fit([(images()[0], torch.full((24,), -1))]),
@@ -610,7 +723,7 @@ def rewrite(folder: Path, change) -> None:
         (lambda f: (f / "detector.json").write_text("[1]"), "truncated or foreign"),
         (lambda f: edit(f, format="tie_ext detector"), "truncated or foreign"),
         (lambda f: edit(f, version=4), "newer tie_ext"),
-        (lambda f: edit(f, rule="mean"), "one of zsum"),
+        (lambda f: edit(f, rule="mean"), "one of tails"),
         (lambda f: edit(f, false_alarm=7), "Expected false_alarm"),
         (lambda f: edit(f, threshold="hostile"), "Expected threshold"),
         (lambda f: drop(f, "threshold"), "without 'threshold'"),
@@ -687,6 +800,12 @@ def rewrite(folder: Path, change) -> None:
             lambda f: rewrite(f, lambda s: s["reference"].update(mean=torch.zeros(2))),
             "for 5 members",
         ),
+        (
+            lambda f: rewrite(f, lambda s: s["reference"].update(weights=torch.ones(2))),
+            "for 5 members",
+        ),
+        (lambda f: rewrite(f, lambda s: s["reference"]["weights"].zero_()), "or all 0"),
+        (lambda f: rewrite(f, lambda s: s["reference"]["weights"].sub_(1)), "weights below 0"),
     ],
 )
 def test_a_damaged_or_foreign_folder_is_refused(saved, change, message):
@@ -704,6 +823,18 @@ def test_a_saved_detector_has_room_for_what_comes_later(saved):
     state = load_state(saved / "detector.safetensors", "detector")
     assert state["training_features"] is None
     assert state["calibration_scores"].shape == (40,)
+
+
+def test_weights_are_kept_and_a_file_of_before_has_none(saved):
+    x, whole = images()[0], Combined.load(saved)
+    assert whole.reference.weights.tolist() == [0, 0, 1, 1, 2]
+    rewrite(saved, lambda s: s["reference"].pop("weights"))
+    before = Combined.load(saved)
+    assert before.reference.weights is None
+    mean = before.reference.standardise(before.scores(x)).mean(1)
+    torch.testing.assert_close(before(x), mean, rtol=1e-4, atol=1e-4)
+    edit(saved, rule="stouffer")
+    torch.testing.assert_close(Combined.load(saved)(x), mean * 5**0.5, rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_scores_that_are_none_are_refused(saved):
@@ -912,30 +1043,68 @@ def test_sampled_knn_says_what_it_cannot_use():
     assert fitted.fit_features(z, y).predict_features(z).isfinite().all()
 
 
+def test_the_nearest_vote_for_a_label():
+    sample = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]))
+    labels, z = torch.tensor([5, 5, 2, 2]), torch.tensor([[3.0, 0.2], [0.2, 3], [1, 1]])
+    assert knn_labels(z, sample, labels, 3).tolist()[:2] == [5, 2]
+    assert knn_labels(z, sample, labels, 1).tolist()[:2] == [5, 2]
+    assert knn_labels(z, sample, torch.tensor([5, 7, 7, 7]), 4).tolist() == [7, 7, 7]
+
+
+# fDBD.
+
+
+@pytest.mark.parametrize("classes", [2, 7, 300])
+def test_boundary_distance_is_their_fdbd(classes):
+    head, z = nn.Linear(12, classes), torch.randn(60, 12)
+    ours = BoundaryDistance(None, head.weight, head.bias).fit_features(z)
+    new = 3 * torch.randn(40, 12)
+    expected = theirs.fDBD(None, head).fit_features(z).predict_features(new)
+    torch.testing.assert_close(ours.predict_features(new), expected, rtol=1e-4, atol=1e-5)
+    plain = BoundaryDistance(None, head.weight).fit_features(z)
+    head.bias.data.zero_()
+    expected = theirs.fDBD(None, head).fit_features(z).predict_features(new)
+    torch.testing.assert_close(plain.predict_features(new), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_boundary_distance_of_classes_with_the_same_weights_and_of_the_mean_itself():
+    w = torch.randn(3, 4)[[0, 1, 2, 0]]
+    ours = BoundaryDistance(None, w, torch.randn(4)).fit_features(z := torch.randn(20, 4))
+    assert ours.predict_features(torch.cat([z, z.mean(0, keepdim=True)])).isfinite().all()
+    with pytest.raises(RequiresFittingException):
+        BoundaryDistance(None, w).predict_features(z)
+    with pytest.raises(ModelNotSetException):
+        BoundaryDistance(None, w).predict(images()[0])
+
+
 # Mahalanobis++.
 
 
-def test_mahalanobis_plus_plus_is_their_mahalanobis_on_features_of_length_1():
+def test_mahalanobis_plus_plus_is_mahalanobis_on_features_of_length_1_with_shrinkage():
     z, y, new = (
         torch.randn(600, 6) * torch.rand(600, 1) * 5,
         torch.arange(600) % N,
         torch.randn(50, 6),
     )
     z[:, 0] += 2 * y
+    unit, ours = torch.nn.functional.normalize, MahalanobisPlusPlus(None).fit_features(z, y)
+    want = fit_gaussians(unit(z), y, shrinkage=True).distance(unit(new))
+    torch.testing.assert_close(ours.predict_features(new), want)
+    torch.testing.assert_close(ours.predict_features(100 * new), want, rtol=1e-3, atol=1e-3)
+    # Of many images little is shrunk; their covariance is a sum over the images.
+    z, y = z.repeat(50, 1) + 0.1 * torch.randn(30000, 6), y.repeat(50)
+    ours = MahalanobisPlusPlus(None).fit_features(z, y).predict_features(new)
+    by_hand = theirs.Mahalanobis(None).fit_features(unit(z), y).predict_features(unit(new))
+    torch.testing.assert_close(ours, 30000 * by_hand, rtol=1e-2, atol=1e-2)
+
+
+def test_mahalanobis_plus_plus_scores_what_it_was_fitted_to_last():
+    z, y, new = torch.randn(60, 6), torch.arange(60) % N, torch.randn(50, 6)
     ours = MahalanobisPlusPlus(None).fit_features(z, y)
-    by_hand = theirs.Mahalanobis(None).fit_features(z / z.norm(dim=1, keepdim=True), y)
-    want = by_hand.predict_features(new / new.norm(dim=1, keepdim=True))
-    torch.testing.assert_close(
-        ours.predict_features(new), 600 * want, rtol=1e-3, atol=1e-3
-    )  # whose covariance is a sum over the images
-    torch.testing.assert_close(
-        ours.predict_features(100 * new), ours.predict_features(new), rtol=1e-3, atol=1e-3
-    )
-    assert not torch.allclose(
-        600 * theirs.Mahalanobis(None).fit_features(z, y).predict_features(new),
-        600 * want,
-        rtol=0.1,
-    )
+    first = ours.predict_features(new)
+    second = ours.fit_features(z[:30], y[:30]).predict_features(new)
+    assert not torch.equal(first, second)
+    assert ours.to("meta").predict_features(new.to("meta")).is_meta
 
 
 def test_mahalanobis_plus_plus_before_fit_and_on_labels_that_are_none():

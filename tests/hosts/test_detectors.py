@@ -20,6 +20,7 @@ from pytorch_ood.detector import ODIN
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
 from tie_ext.pytorch_ood import (
     IODIN,
+    BoundaryDistance,
     Combined,
     MahalanobisPlusPlus,
     RejectionNetwork,
@@ -46,6 +47,7 @@ MAKERS = {
     "RejectionNetwork": rejection,
     "MahalanobisPlusPlus": lambda net: MahalanobisPlusPlus(net.features),
     "SampledKNN": lambda net: SampledKNN(net.features, k=3),
+    "BoundaryDistance": lambda net: BoundaryDistance(net.features, net.fc.weight, net.fc.bias),
     "Combined": combined,
 }
 

@@ -383,7 +383,7 @@ def id_loaders(classes: int = 3) -> dict:
     return {"train": batches(150, 0), "val": batches(40, 1)}
 
 
-@pytest.mark.parametrize("rule", ["zsum", "max"])
+@pytest.mark.parametrize("rule", ["tails", "zsum", "max"])
 @pytest.mark.parametrize("network", ["tie_net", "lenet"])
 def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, rule):
     from openood.networks.lenet import LeNet
@@ -391,6 +391,7 @@ def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, r
     from openood.utils.config import Config
 
     from tie_ext.scores.combination import RULES, reference
+    from tie_ext.scores.mahalanobis import fit_gaussians
 
     torch.manual_seed(0)
     net = build() if network == "tie_net" else LeNet(3)
@@ -410,26 +411,60 @@ def test_combined_is_the_rule_on_scores_that_id_images_scale(openood, network, r
     assert torch.equal(pred, net(x).argmax(1))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
-    # KNN by hand: the distance to the nearest of 150 training features, all of length 1.
-    train = torch.nn.functional.normalize(
-        net(torch.cat([batch["data"] for batch in loaders["train"]]), return_feature=True)[
-            1
-        ].detach()
-    )
+    unit = torch.nn.functional.normalize
+    (z, y), (val, labels) = [
+        (torch.cat([of["data"] for of in batches]), torch.cat([of["label"] for of in batches]))
+        for batches in (loaders["train"], loaders["val"])
+    ]
+    train = net(z, return_feature=True)[1].detach()
+    gaussians = fit_gaussians(unit(train), y, shrinkage=True)
+
+    def distances(h):
+        return torch.cdist(unit(h).double(), unit(train).double()).float()
+
+    def fdbd(logits, h):
+        gaps = torch.cdist(net.fc.weight, net.fc.weight) + torch.eye(len(net.fc.weight))
+        margin, label = logits.max(1, keepdim=True)
+        far = ((margin - logits) / gaps[label[:, 0]]).sum(1) / (len(gaps) - 1)
+        return -far / (h - train.mean(0)).norm(dim=1)
 
     def scores(x):
         logits, h = net(x, return_feature=True)
-        p = logits.softmax(1).clamp(1e-7, 1 - 1e-7)
-        distances = torch.cdist(torch.nn.functional.normalize(h).double(), train.double()).float()
-        found = [distances.amin(dim=1), (p * (1 - p)).pow(0.1).mean(1)]
-        return torch.stack(
-            [ood_score(net(x, garbage=True)), *found] if network == "tie_net" else found, dim=1
-        ).detach()
+        own = [ood_score(net(x, garbage=True))] if network == "tie_net" else []
+        knn = [distances(h).amin(dim=1)] if trusted else []  # the nearest of 150
+        plus, energy = gaussians.distance(unit(h)), -logits.logsumexp(1)
+        return torch.stack([*own, *knn, energy, plus, fdbd(logits, h)], 1).detach()
 
-    val = torch.cat([batch["data"] for batch in loaders["val"]])
-    torch.testing.assert_close(
-        conf, -RULES[rule](reference(scores(val)), scores(x)), rtol=1e-2, atol=5e-2
-    )  # small deviations are divided by
+    logits, h = net(val, return_feature=True)
+    votes = y[distances(h).argsort(1)[:, :5]].mode(1).values
+    trusted = (votes == labels).sum() >= 0.95 * (logits.argmax(1) == labels).sum() > 0
+    weights = torch.tensor([0.0] * (network == "tie_net") + [2.0] * trusted + [1, 0, 1])
+    expected = -RULES[rule](reference(scores(val), weights), scores(x))
+    torch.testing.assert_close(conf, expected, rtol=1e-2, atol=5e-2)  # of small deviations
+
+
+def test_combined_says_that_it_finds_no_last_layer(openood, capsys):
+    from tie_ext.openood import CombinedPostprocessor
+
+    class Otherwise(nn.Module):
+        """Its last layer has a name of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(147, 12), nn.ReLU())
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x, return_feature=False):
+            h = self.body(x)
+            return (self.head(h), h) if return_feature else self.head(h)
+
+    torch.manual_seed(0)
+    post = CombinedPostprocessor()
+    post.setup(Otherwise(), id_loaders(), Unread())
+    _, line = capsys.readouterr().out.splitlines()
+    assert re.search("Otherwise has no linear last layer.*without fDBD", line)
+    assert "BoundaryDistance" not in [type(m).__name__ for m in post.combined.detectors]
+    assert post.postprocess(Otherwise(), torch.rand(4, 3, 28, 28))[1].isfinite().all()
 
 
 def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
@@ -447,7 +482,7 @@ def test_combined_sets_up_once_and_says_what_it_cannot_use(openood):
     conf = post.postprocess(net, x)[1]
     post.setup(net, {}, {})
     assert torch.equal(post.postprocess(net, x)[1], conf)
-    with pytest.raises(ValueError, match="one of zsum"):
+    with pytest.raises(ValueError, match="one of tails"):
         CombinedPostprocessor(
             Config(
                 {"postprocessor": {"name": "tie_combined", "postprocessor_args": {"rule": "mean"}}}

@@ -35,7 +35,12 @@ from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.utils import GridSearch
 
 from tie_ext import Combined, TIEDetector
-from tie_ext.pytorch_ood import MahalanobisPlusPlus, SampledKNN, UncertaintyEstimate
+from tie_ext.pytorch_ood import (
+    BoundaryDistance,
+    MahalanobisPlusPlus,
+    SampledKNN,
+    UncertaintyEstimate,
+)
 
 N = 3
 OURS = {"TIEDetector": TIEDetector, "UncertaintyEstimate": UncertaintyEstimate}
@@ -472,6 +477,9 @@ def upstream_info(monkeypatch):
     smoke = module.TestAllDetectorsSmoke
     makers = {cls: lambda cls=cls: cls(trained().eval()) for cls in OURS.values()}
     makers[MahalanobisPlusPlus] = lambda: MahalanobisPlusPlus(trained().eval().features)
+    makers[BoundaryDistance] = lambda: BoundaryDistance(
+        (net := trained().eval()).features, net.fc.weight, net.fc.bias
+    )
     makers[SampledKNN] = lambda: SampledKNN(trained().eval().features, k=3)
     makers[Combined] = lambda: Combined([TIEDetector(trained().eval())], false_alarm=0.5)
     built = [(cls.__name__, make) for cls, make in makers.items()]

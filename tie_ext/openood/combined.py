@@ -1,6 +1,7 @@
-"""Garbage class, KNN and GEN combined, as an OpenOOD postprocessor: larger conf = more ID."""
+"""What :func:`tie_ext.combine` combines, as an OpenOOD postprocessor: larger conf = more ID."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from openood.utils.config import Config
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from tie_ext.models.network import TIENet
 from tie_ext.openood.loaders import PlainImages
 from tie_ext.openood.postprocessors import Postprocessor
-from tie_ext.pytorch_ood.combine import chosen_members, sample_features
+from tie_ext.pytorch_ood.combine import chosen_members, fit_chosen, sample_features
 from tie_ext.pytorch_ood.combined import Combined, saved_rule
 from tie_ext.pytorch_ood.members import Outputs, forward
 from tie_ext.utils.loader import BatchReader
@@ -21,10 +22,11 @@ from tie_ext.utils.views import eval_view
 class CombinedPostprocessor(Postprocessor):
     """Postprocessor ``tie_combined``: the members of :func:`tie_ext.combine` by one forward pass.
 
-    These are the garbage class of a ``tie_net``, KNN and GEN; of any other network the latter two.
-    Its parameter is the ``rule``, a name in :data:`tie_ext.scores.combination.RULES`. It is set up
-    on ID images alone: KNN keeps features of training images, and validation images set the scale
-    of each score. They are read in the same way in every script, and no seed changes the result.
+    Of a network that is no ``tie_net`` the garbage class is left out, and of one whose last layer
+    is not found fDBD. Its parameter is the ``rule``, a name in
+    :data:`tie_ext.scores.combination.RULES`. It is set up on ID images alone: training images fit
+    the members, and validation images set the scale of each score and say whether KNN is trusted.
+    They are read in the same way in every script, and no seed changes the result.
     """
 
     name = "tie_combined"
@@ -36,7 +38,7 @@ class CombinedPostprocessor(Postprocessor):
 
     @no_grad()
     def setup(self, net: nn.Module, id_loader_dict: dict, ood_loader_dict: dict) -> None:
-        """Fit KNN on ``id_loader_dict["train"]`` and the scales on ``id_loader_dict["val"]``.
+        """Fit the members on ``id_loader_dict["train"]``, the scales on ``id_loader_dict["val"]``.
 
         No OOD image is read.
 
@@ -48,18 +50,25 @@ class CombinedPostprocessor(Postprocessor):
             return
         inner = getattr(net, "module", net)
         garbage, view = isinstance(inner, TIENet), eval_view(inner)
+        with seeded(0):
+            sample = sample_features(_outputs(view, id_loader_dict, "train"))
+        layer = _last_layer(inner, sample.features)
+        self._say_what_is_missing(type(inner).__name__, garbage, layer is not None)
+        combined = Combined(chosen_members(sample, None, layer, garbage), None)
+        combined.rule = self.rule
+        self.combined = fit_chosen(combined, sample, _outputs(view, id_loader_dict, "val"))
+
+    def _say_what_is_missing(self, network: str, garbage: bool, layer: bool) -> None:
         if not garbage:
             tqdm.write(
-                f"{type(inner).__name__} has no garbage class, so that {self.name} combines KNN "
-                "and GEN alone; trainer attach would give it one"
+                f"{network} has no garbage class, so that {self.name} goes without it; "
+                "trainer attach would give it one"
             )
-        with seeded(0):
-            train = _outputs(view, id_loader_dict, "train")
-            features = sample_features(outputs.features for outputs in train)  # type: ignore[misc]
-        combined = Combined(chosen_members(features, garbage=garbage), None)
-        combined.rule = self.rule
-        val = map(combined.score_outputs, _outputs(view, id_loader_dict, "val"))
-        self.combined = combined.fit_scores(torch.cat(list(val)))
+        if not layer:
+            tqdm.write(
+                f"{network} has no linear last layer in get_fc() or fc, so that {self.name} goes "
+                "without fDBD"
+            )
 
     @no_grad()
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +92,22 @@ def _read(net: nn.Module, x: Tensor) -> Outputs:
     return Outputs(logits, h.flatten(1))
 
 
-def _outputs(net: nn.Module, loaders: dict, split: str) -> Iterator[Outputs]:
-    """What members read of the ID images of a loader."""
+def _outputs(net: nn.Module, loaders: dict, split: str) -> Iterator[tuple[Outputs, Tensor | None]]:
+    """What members read of the ID images of a loader, and their labels."""
     images, device = PlainImages(loaders[split], loaders["val"]), next(net.parameters()).device
     for batch in BatchReader(images, id_only=True, name=f"OpenOOD's {split} loader"):
-        yield _read(net, batch.images.to(device))
+        yield _read(net, batch.images.to(device)), batch.labels
+
+
+def _last_layer(net: nn.Module, features: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weights ``(n, F)`` and biases ``(n,)`` of the last layer, which takes features ``(N, F)``;
+    None where it is not found.
+    """
+    fc: Any = getattr(net, "fc", None)
+    found = (fc.weight, fc.bias) if isinstance(fc, nn.Linear) else None
+    if hasattr(net, "get_fc"):
+        found = net.get_fc()  # type: ignore[operator]
+    if found is None:
+        return None
+    w, b = (None if part is None else torch.as_tensor(part).to(features) for part in found)
+    return (w, b) if w is not None and w.shape[1:] == features.shape[1:] else None

@@ -18,7 +18,7 @@ PACKAGES = {
     "diffdist": ("diffdist", ""),
     "faiss": ("faiss-cpu", ""),
     "statsmodels": ("statsmodels", ""),
-    "pytorch_ood": ("pytorch-ood", ">=0.4"),  # for the plug-in itself: KNN and GEN
+    "pytorch_ood": ("pytorch-ood", ">=0.4"),  # for the plug-in itself: tie_combined
     "timm": ("timm", ""),
     "foolbox": ("foolbox", ""),
     "gdown": ("gdown", ""),

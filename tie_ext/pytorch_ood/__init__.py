@@ -5,6 +5,7 @@ are OOD.
 from tie_ext.pytorch_ood.combine import combine
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import ExportModule, TIEDetector
+from tie_ext.pytorch_ood.fdbd import BoundaryDistance
 from tie_ext.pytorch_ood.iodin import IODIN
 from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.load import load_detector
@@ -14,6 +15,7 @@ from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
 
 __all__ = [
     "IODIN",
+    "BoundaryDistance",
     "Combined",
     "ExportModule",
     "MahalanobisPlusPlus",

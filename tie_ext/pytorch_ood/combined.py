@@ -30,6 +30,7 @@ from tie_ext.pytorch_ood.members import (
     network_of,
     reads,
     state_of,
+    weights_of,
 )
 from tie_ext.scores.combination import FORMULAS, RULES, Reference, check_rule
 from tie_ext.scores.decision import Decision, decide_by_score
@@ -59,7 +60,9 @@ class Combined(Thresholded, Detector):
             EnergyBased(net)]``.
         false_alarm: Share of new ID inputs that may be rejected, in (0, 1]. None for scores
             without a threshold: all held-out images then set the scale.
-        rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`.
+        rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`. By
+            ``tails`` each member has the weight of its entry in
+            :data:`tie_ext.pytorch_ood.members.MEMBERS`, or 1 without an entry.
 
     Raises:
         TypeError: If the members are not pytorch-ood detectors.
@@ -93,7 +96,7 @@ class Combined(Thresholded, Detector):
         self,
         detectors: Sequence[Detector],
         false_alarm: float | None = 0.05,
-        rule: str = "zsum",
+        rule: str = "tails",
     ):
         super().__init__()
         members = detectors if isinstance(detectors, list | tuple) else [detectors]
@@ -163,7 +166,8 @@ class Combined(Thresholded, Detector):
         """
         self.reference = None
         self._forget_threshold()
-        found = calibrate(self._checked(scores), self.rule, self.false_alarm)
+        weights = weights_of(self.detectors)
+        found = calibrate(self._checked(scores), self.rule, self.false_alarm, weights)
         self.reference, self.calibration_scores, self.threshold = found
         return self
 
@@ -344,7 +348,7 @@ class Combined(Thresholded, Detector):
             column, name = member_score(member, self.network, outputs, x), type(member).__name__
             if column.shape != (len(x),):
                 raise ValueError(
-                    f"Expected one score an image from {name}, "
+                    f"Expected one score per image from {name}, "
                     f"but got {describe(column)} for {len(x)}"
                 )
             check_finite(column, f"scores from {name}")
@@ -420,10 +424,13 @@ def _saved_reference(state: dict[str, Any], k: int) -> Reference:
     """
     found = Reference(**state["reference"])
     for part, value in found._asdict().items():
-        check_finite(value, part)
-    shapes = [tuple(part.shape) for part in found]
-    if shapes != [(k,), (k,), (len(found.ordered), k)]:
+        if value is not None:
+            check_finite(value, part)
+    shapes = [tuple(part.shape) for part in found if part is not None]
+    if shapes != [(k,), (k,), (len(found.ordered), k), (k,)][: len(shapes)]:
         raise ValueError(f"a reference of shapes {shapes} for {k} members")
     if not bool((found.deviation > 0).all() and (found.ordered.diff(dim=0) >= 0).all()):
         raise ValueError("a reference with deviations <= 0, or scores that do not ascend")
+    if found.weights is not None and not (found.weights.min() >= 0 and found.weights.sum() > 0):
+        raise ValueError("a reference with weights below 0, or all 0")
     return found

@@ -16,7 +16,8 @@ class MahalanobisPlusPlus(FeatureScore, Mahalanobis):
     """Mahalanobis distance between features of length 1: of an image to the nearest class.
 
     The norm of a feature varies with the network more than with the image, and breaks the
-    assumption of one covariance for all classes.
+    assumption of one covariance for all classes. The covariance is shrunk by Ledoit and Wolf's
+    formula, which the paper's is not, so that a hundred images are enough to fit it.
 
     Arguments:
         encoder: Penultimate features ``(B, ...) -> (B, F)`` of the classifier; None to use
@@ -24,7 +25,8 @@ class MahalanobisPlusPlus(FeatureScore, Mahalanobis):
 
     References:
         M. Müller, M. Hein. *Mahalanobis++: Improving OOD detection via feature normalization*.
-        ICML 2025, arXiv:2505.18032.
+        ICML 2025, arXiv:2505.18032. O. Ledoit, M. Wolf. *A well-conditioned estimator for
+        large-dimensional covariance matrices*. Journal of Multivariate Analysis, 2004.
     """
 
     info: ClassVar = DetectorInfo(
@@ -39,16 +41,18 @@ class MahalanobisPlusPlus(FeatureScore, Mahalanobis):
         ai_coded=True,
     )
     labelled: ClassVar = True
+    _gaussians: Gaussians | None = None
 
-    def fit_features(self, z: Tensor, y: Tensor) -> "MahalanobisPlusPlus":
+    def fit_features(self, z: Tensor, y: Tensor | None) -> "MahalanobisPlusPlus":
         """Learn the class means and their common covariance from features ``(N, F)`` and labels
-        ``(N,)``.
+        ``(N,)``; without labels, or with fewer than two images a class, one mean for all.
 
         Raises:
-            ValueError: If the features are not finite, or a label is negative or has no image.
+            ValueError: If the features are not finite, or a label is negative.
         """
         z = F.normalize(z.detach().to(self.device or z.device))
-        self.mu, self.precision = fit_gaussians(z, y)
+        found = fit_gaussians(z, y, shrinkage=True)
+        self.mu, self.precision = found.mu, found.precision
         return self
 
     @torch.no_grad()
@@ -59,6 +63,17 @@ class MahalanobisPlusPlus(FeatureScore, Mahalanobis):
         Raises:
             RequiresFittingException: If it has not been fitted.
         """
+        return self.gaussians().distance(F.normalize(z))
+
+    def gaussians(self) -> Gaussians:
+        """What was fitted; made once for each fit, load or move.
+
+        Raises:
+            RequiresFittingException: If it has not been fitted.
+        """
         if self.mu is None:
             raise RequiresFittingException
-        return Gaussians(self.mu, self.precision).distance(F.normalize(z))
+        found = self._gaussians
+        if found is None or found.mu is not self.mu or found.precision is not self.precision:
+            found = self._gaussians = Gaussians(self.mu, self.precision)
+        return found

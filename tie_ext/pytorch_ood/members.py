@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pytorch_ood.api import (
     Detector,
     FeaturesDetector,
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.detector import TIEDetector
+from tie_ext.pytorch_ood.fdbd import BoundaryDistance
 from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
@@ -50,7 +52,14 @@ def predictor(member: Any) -> Callable[[Tensor], Tensor]:
 
 
 class MemberSpec(NamedTuple):
-    """How a detector is saved, loaded and exported. Files hold numbers and tensors, no code."""
+    """How a detector is weighted, saved, loaded and exported. Files hold numbers and tensors, no
+    code.
+    """
+
+    weight: float = 1.0
+    """In the body of a combination (:func:`tie_ext.scores.combination.body_and_tails`); 0 for a
+    score that finds far images and does not rank near ones, and counts in its tail alone.
+    """
 
     settings: tuple[str, ...] = ()
     """Attributes that are numbers or None."""
@@ -71,6 +80,11 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(p.log() * p).sum(dim=1)
 
 
+def _mahalanobis_plus_plus(member: MahalanobisPlusPlus) -> Callable[[Tensor], Tensor]:
+    gaussians = member.gaussians()  # before anything is traced
+    return lambda z: gaussians.distance(F.normalize(z))
+
+
 def _make_knn(net: TIENet, saved: dict[str, Any]) -> KNN:
     member = KNN(net.features, saved["k"], saved["normalize"])
     member.knn.fit(saved["images"].numpy())  # of length 1 already, where they are to be
@@ -84,6 +98,7 @@ def _read_knn(member: KNN, name: str) -> Any:
 
 MEMBERS: dict[type[Detector], MemberSpec] = {
     TIEDetector: MemberSpec(
+        weight=0,
         settings=("false_alarm", "lam", "t"),
         tensors=("tau", "threshold"),
         make=lambda net, saved: TIEDetector(net, saved["false_alarm"], saved["lam"], saved["t"]),
@@ -96,22 +111,33 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
     Entropy: MemberSpec(exported=lambda member: _entropy),
     GEN: MemberSpec(settings=("gamma", "M")),
     Mahalanobis: MemberSpec(
+        weight=0,
         tensors=("mu", "cov", "precision"),
         # Its own reads `.data`, which torch.export does not follow.
         exported=lambda member: Gaussians(member.mu, member.precision).distance,
     ),
-    MahalanobisPlusPlus: MemberSpec(tensors=("mu", "precision")),
+    MahalanobisPlusPlus: MemberSpec(
+        weight=0,
+        tensors=("mu", "precision"),
+        exported=_mahalanobis_plus_plus,
+    ),
+    BoundaryDistance: MemberSpec(
+        tensors=("w", "b", "train_mean"),
+        make=lambda net, saved: BoundaryDistance(net.features, saved["w"], saved["b"]),
+    ),
     ViM: MemberSpec(
         settings=("d", "alpha"),
         tensors=("w", "b", "u", "principal_subspace"),
         make=lambda net, saved: ViM(net.features, saved["d"], saved["w"], saved["b"]),
     ),
     SampledKNN: MemberSpec(
+        weight=2,
         settings=("k", "max_samples"),
         tensors=("sample",),
         make=lambda net, saved: SampledKNN(net.features, saved["k"], saved["max_samples"]),
     ),
     KNN: MemberSpec(
+        weight=2,
         settings=("k", "normalize"),
         tensors=("images",),
         make=_make_knn,
@@ -145,6 +171,11 @@ def check_spec(member: Detector, net: nn.Module | None) -> MemberSpec:
             f"but got {name} on something else"
         )
     return spec
+
+
+def weights_of(members: Sequence[Detector]) -> Tensor:
+    """Weights ``(k,)`` of members in the body of a combination."""
+    return torch.tensor([float(MEMBERS.get(type(m), MemberSpec()).weight) for m in members])
 
 
 def state_of(member: Detector, net: nn.Module | None) -> dict[str, Any]:

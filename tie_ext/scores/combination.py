@@ -1,13 +1,14 @@
 r"""Several OOD scores combined: each is brought to a common scale on ID images, then summed.
 
 Symbols: ``scores (N, k)``, those of N images by k detectors, larger = more OOD; ``z`` standardised
-scores; ``p`` conformal p-values.
+scores; ``w`` weights in the body; ``p`` conformal p-values.
 
 The scale is learned from ID images alone, so that no OOD image is needed to combine. It does not
 bound the false-alarm rate: the threshold of :func:`tie_ext.scores.threshold.calibrate` does, which
 is set on other ID images, whatever the dependence between the scores.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,13 @@ import torch
 from torch import Tensor
 
 from tie_ext.utils.checks import check_finite, describe
+
+QUANTILE = 0.9
+"""Share of ID images below which a score that counts in its tail alone adds nothing. Such a score
+does not rank near images; what it says of nine ID images in ten is noise in a sum."""
+TAIL_WEIGHT = 0.75
+"""Weight of a deviation in a tail, against one of the body. On public networks 0.5 to 1 differ by
+0.3 points of AUROC at most, but on CIFAR-100: there 1 costs 0.4 near, and 0.5 costs 0.6 far."""
 
 
 class Reference(NamedTuple):
@@ -26,6 +34,9 @@ class Reference(NamedTuple):
     """``(k,)`` standard deviations, > 0."""
     ordered: Tensor
     """``(N, k)``, each column in ascending order."""
+    weights: Tensor | None = None
+    """``(k,)`` weights in the body, >= 0 and not all 0; 0 for a score that counts in its tail
+    alone. None: all 1."""
 
     def standardise(self, scores: Tensor) -> Tensor:
         """Scores ``(B, k)`` in deviations from the ID mean, ``(B, k)``; larger = more OOD."""
@@ -47,11 +58,12 @@ class Reference(NamedTuple):
         return (1 + as_high).to(scores.dtype) / (len(self.ordered) + 1)
 
 
-def reference(scores: Tensor) -> Reference:
+def reference(scores: Tensor, weights: Tensor | None = None) -> Reference:
     """Learn the scale of each score.
 
     Arguments:
         scores: Scores ``(N, k)`` of ID images, larger = more OOD.
+        weights: Weights ``(k,)`` in the body, >= 0; None, or all 0, for equal weights.
 
     Raises:
         ValueError: If they are not a finite floating-point matrix of two rows or more, or a column
@@ -73,7 +85,32 @@ def reference(scores: Tensor) -> Reference:
             f"Expected scores that differ between ID images, but got "
             f"{ordered[0, column].item():.4g} for all in column {column}"
         )
-    return Reference(scores.mean(dim=0), deviation, ordered)
+    if weights is not None:
+        weights = weights.to(scores) if bool((weights > 0).any()) else None
+    return Reference(scores.mean(dim=0), deviation, ordered, weights)
+
+
+def body_and_tails(learned: Reference, scores: Tensor) -> Tensor:
+    r"""Weighted mean of standardised scores, and the tails of those that do not count in it:
+    :math:`\frac{\sum_i w_i z_i}{\sum_i w_i} + 0.75 \sum_{j: w_j = 0} \max(0, z_j - q_j)`.
+
+    A score that finds far images and is blind to near ones would blur the sum; here it adds
+    nothing until it exceeds :math:`q_j`, its own 0.9 quantile on ID images.
+
+    Arguments:
+        learned: The scale of the scores, and the weights :math:`w`.
+        scores: ``(B, k)``, larger = more OOD.
+
+    Returns:
+        Combined score ``(B,)``, larger = more OOD.
+    """
+    z = learned.standardise(scores)
+    if learned.weights is None:
+        return z.mean(dim=1)
+    row = learned.ordered[math.ceil(QUANTILE * len(learned.ordered)) - 1]
+    excess = (z - learned.standardise(row)).clamp_min(0) * (learned.weights == 0)
+    body = (z * learned.weights).sum(dim=1) / learned.weights.sum()
+    return body + TAIL_WEIGHT * excess.sum(dim=1)
 
 
 def zsum(learned: Reference, scores: Tensor) -> Tensor:
@@ -120,8 +157,8 @@ def _simes(learned: Reference, scores: Tensor) -> Tensor:
 
 
 Rule = Callable[[Reference, Tensor], Tensor]
-RULES: dict[str, Rule] = {"zsum": zsum, "max": largest}
-"""Rules by name, the default first."""
+RULES: dict[str, Rule] = {"tails": body_and_tails, "zsum": zsum, "max": largest}
+"""Rules by name, the default first. The others know no weights."""
 FORMULAS: dict[str, Rule] = {**RULES, "fisher": _fisher, "simes": _simes}
 """:data:`RULES`, and those that only detectors of 0.2.0 name."""
 

@@ -1,4 +1,4 @@
-"""Distance to the k-th nearest of a sample of training features, on the unit sphere.
+"""The nearest of a sample of training features, on the unit sphere: their distance and labels.
 
 Symbols: ``z (B, F)`` features of images; ``sample (M, F)`` those of training images, of length 1.
 """
@@ -22,8 +22,29 @@ def knn_score(z: Tensor, sample: Tensor, k: int) -> Tensor:
     References:
         Y. Sun et al. *Out-of-Distribution Detection with Deep Nearest Neighbors*. ICML 2022.
     """
+    return _nearest(z, sample, k)[0][:, -1]
+
+
+def knn_labels(z: Tensor, sample: Tensor, labels: Tensor, k: int) -> Tensor:
+    """The most frequent label among the k nearest of a sample.
+
+    Arguments:
+        z: ``(B, F)``.
+        sample: ``(M, F)``, of length 1, M >= k.
+        labels: ``(M,)``, of the sample.
+        k: How many vote, >= 1.
+
+    Returns:
+        Labels ``(B,)``.
+    """
+    return labels[_nearest(z, sample, k)[1]].mode(dim=1).values
+
+
+def _nearest(z: Tensor, sample: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances and rows ``(B, k)`` of the k nearest of a sample, the nearest first."""
     distances = pairwise_distances(F.normalize(z.to(sample.dtype)), sample)
-    return distances.topk(k, largest=False).values[:, -1]
+    values, rows = distances.topk(k, largest=False)
+    return values, rows
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:

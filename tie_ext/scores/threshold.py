@@ -28,7 +28,9 @@ class Calibration(NamedTuple):
     """Largest score of an accepted input, a scalar; None without a false-alarm rate."""
 
 
-def calibrate(scores: Tensor, rule: str, false_alarm: float | None) -> Calibration:
+def calibrate(
+    scores: Tensor, rule: str, false_alarm: float | None, weights: Tensor | None = None
+) -> Calibration:
     """Learn the scale of each score on one half of the ID images, and the threshold on the other.
 
     As no image is in both halves, the false-alarm rate of the threshold holds whatever the rule
@@ -39,12 +41,14 @@ def calibrate(scores: Tensor, rule: str, false_alarm: float | None) -> Calibrati
         rule: How they are combined, a name in :data:`tie_ext.scores.combination.FORMULAS`.
         false_alarm: Share of new ID images that may be rejected, in (0, 1]; None for no threshold,
             and all images set the scale.
+        weights: Weights ``(k,)`` of the scores, as
+            :func:`tie_ext.scores.combination.reference` takes them.
 
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
     scale_rows, threshold_rows = split(len(scores), false_alarm)
-    learned = reference(scores[scale_rows.to(scores.device)])
+    learned = reference(scores[scale_rows.to(scores.device)], weights)
     if false_alarm is None:
         return Calibration(learned, None, None)
     combined = FORMULAS[rule](learned, scores[threshold_rows.to(scores.device)])
