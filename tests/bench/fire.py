@@ -346,7 +346,7 @@ def loaders(kind: str, out: Path, image: Path) -> dict[str, Callable[[], Any]]:
     def resume() -> None:
         torch.manual_seed(0)
         settings = read_settings(out)
-        net = TIENet(BACKBONES["conv3"](3, 2), 2, (3, 28, 28), garbage=settings.recipe.head)
+        net = TIENet(BACKBONES["conv3"](3, 2), 2, (3, 28, 28), head=settings.recipe.head)
         trainer = settings.recipe.trainer(net)
         trainer.load(out / "training.safetensors")
         trainer.epoch(

@@ -679,8 +679,8 @@ class Headless(nn.Sequential):
         (lambda: Softmaxed(2, 3), "but Softmaxed returns probabilities; leave the softmax out"),
         (
             Flat,
-            "Expected a backbone with convolutions or transformer blocks, whose maps tell OOD "
-            "images, but got Flat",
+            "Expected a backbone with convolutions or transformer blocks for the head to read, "
+            "but got Flat",
         ),
         (
             Headless,
