@@ -23,8 +23,8 @@ from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import eval_view
 
 VOTERS, TRUST = 5, 0.95
-"""KNN ranks near images only where neighbours share a class, which is taken to be so where the vote
-of 5 training images is right at least 0.95 times as often as the network."""
+"""KNN ranks near images only where neighbours share a class, which is taken to be so where
+the vote of 5 training images is right at least 0.95 times as often as the network."""
 
 
 class Sample(NamedTuple):
