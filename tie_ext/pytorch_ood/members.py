@@ -1,8 +1,8 @@
 """The registry of members: the detectors that a combination can save and export.
 
 To add a score, write it as a pytorch-ood detector with ``predict_logits`` or
-``predict_features`` (larger = more OOD), and pass it to :class:`tie_ext.Combined` among others. One
-entry in :data:`MEMBERS` makes it savable and exportable, and gives its weight. What
+``predict_features`` (larger = more OOD), and pass it to :class:`tie_ext.Combined` among others.
+One entry in :data:`MEMBERS` makes it savable and exportable, and gives its weight. What
 :func:`tie_ext.combine` combines is listed in ``chosen_members`` of
 :mod:`tie_ext.pytorch_ood.recommended`.
 
