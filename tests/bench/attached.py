@@ -50,7 +50,7 @@ from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.outliers import make
-from tie_ext.pytorch_ood.combine import fit_knn
+from tie_ext.pytorch_ood.recommended import fit_knn
 from tie_ext.utils.files import add_json_line, save_state
 from tie_ext.utils.provenance import provenance
 from tie_ext.utils.random import seeded

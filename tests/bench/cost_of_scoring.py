@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tie_ext import Combined, TIENet, attach
 from tie_ext.cli import registry
 from tie_ext.models.backbones import ResNet20
-from tie_ext.pytorch_ood.combine import Sample, chosen_members
 from tie_ext.pytorch_ood.knn import MAX_SAMPLES
+from tie_ext.pytorch_ood.recommended import Sample, chosen_members
 from tie_ext.training.config import HeadConfig
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance

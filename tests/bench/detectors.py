@@ -41,8 +41,8 @@ from tie_ext.pytorch_ood import (
     TIEDetector,
     UncertaintyEstimate,
 )
-from tie_ext.pytorch_ood.combine import Sample, chosen_members, fit_chosen
 from tie_ext.pytorch_ood.members import Outputs
+from tie_ext.pytorch_ood.recommended import Sample, chosen_members, fit_chosen
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 from tie_ext.utils.random import seeded
@@ -143,7 +143,7 @@ def makers(net: TIENet, seen: dict[str, Seen]) -> dict[str, Callable[[], Detecto
 
 @torch.no_grad()
 def combination(net: TIENet, seen: dict[str, Seen]) -> Combined:
-    """What :func:`tie_ext.pytorch_ood.combine` gives, of a pass that has been made."""
+    """What :func:`tie_ext.combine` gives, of a pass that has been made."""
     sample, held = Sample(seen["train"].features, seen["train"].y), seen["held"]
     detector = Combined(chosen_members(sample, net, (net.fc.weight, net.fc.bias)))
     outputs = Outputs(held.logits[:, :-1], held.features, held.logits)

@@ -241,8 +241,8 @@ def own_scores(
     """Scores by name and set of the head, of combine's KNN and of what combine gives, and the
     threshold of the latter."""
     from tie_ext import Combined
-    from tie_ext.pytorch_ood.combine import chosen_members, fit_chosen, sample_features
     from tie_ext.pytorch_ood.members import Outputs
+    from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, sample_features
     from tie_ext.utils.random import seeded
 
     net.garbage.load_state_dict(head)

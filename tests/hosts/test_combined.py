@@ -34,8 +34,8 @@ from tie_ext.pytorch_ood import (
     UncertaintyEstimate,
     load_detector,
 )
-from tie_ext.pytorch_ood.combine import Sample, chosen_members, fit_chosen
 from tie_ext.pytorch_ood.members import MEMBERS, Outputs
+from tie_ext.pytorch_ood.recommended import Sample, chosen_members, fit_chosen
 
 rules = pytest.mark.parametrize("rule", list(RULES))
 

@@ -11,9 +11,9 @@ from tqdm import tqdm
 from tie_ext.models.network import TIENet
 from tie_ext.openood.loaders import PlainImages
 from tie_ext.openood.postprocessors import Postprocessor
-from tie_ext.pytorch_ood.combine import chosen_members, fit_chosen, sample_features
 from tie_ext.pytorch_ood.combined import Combined, saved_rule
 from tie_ext.pytorch_ood.members import Outputs, forward
+from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, sample_features
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
 from tie_ext.utils.views import eval_view

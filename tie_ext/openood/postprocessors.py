@@ -48,7 +48,7 @@ class Postprocessor(BasePostprocessor):
 
 
 class TIEPostprocessor(Postprocessor):
-    """Postprocessor ``tie``: both levels in one score, :func:`tie_ext.ood_score`.
+    """Postprocessor ``tie``: both levels in one score, :func:`tie_ext.scores.decision.ood_score`.
 
     Its parameter is the temperature ``t``, which OpenOOD can search for.
     """

@@ -2,7 +2,6 @@
 are OOD.
 """
 
-from tie_ext.pytorch_ood.combine import combine
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import ExportModule, TIEDetector
 from tie_ext.pytorch_ood.fdbd import BoundaryDistance
@@ -10,6 +9,7 @@ from tie_ext.pytorch_ood.iodin import IODIN
 from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.load import load_detector
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
+from tie_ext.pytorch_ood.recommended import combine
 from tie_ext.pytorch_ood.rejection import RejectionNetwork
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
 

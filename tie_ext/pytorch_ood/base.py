@@ -70,7 +70,11 @@ class FeatureScore(FeaturesDetector):
         Raises:
             ModelNotSetException: If there is no encoder.
             RequiresFittingException: If it has not been fitted.
+            ValueError: On a TIENet, if the images are not finite, or not of the shape and value
+                range of training.
         """
+        if isinstance(net := getattr(self.encoder, "__self__", None), TIENet):
+            net.check(x)
         return self.predict_features(self._encoder_view()(x.to(self.device)))
 
     def _encoder_view(self) -> Callable[[Tensor], Tensor]:

@@ -164,8 +164,6 @@ class Combined(Thresholded, Detector):
         """As :meth:`fit`, from the members' scores ``(N, k)`` of held-out ID images
         (:meth:`scores`).
         """
-        self.reference = None
-        self._forget_threshold()
         weights = weights_of(self.detectors)
         found = calibrate(self._checked(scores), self.rule, self.false_alarm, weights)
         self.reference, self.calibration_scores, self.threshold = found

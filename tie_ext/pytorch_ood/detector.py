@@ -50,9 +50,9 @@ FORMAT = "tie_ext detector"
 class TIEDetector(Thresholded, LogitsDetector):
     """Garbage class and uncertainty of a network trained by TIE, as a detector.
 
-    The score is :func:`tie_ext.ood_score`, the log-odds of the garbage class. It needs no fitting:
-    ``fit`` sets the threshold of :meth:`decide`. A network trained by :class:`tie_ext.TIETrainer`
-    has a threshold of its own, the paper's tau of its last epoch.
+    The score is :func:`tie_ext.scores.decision.ood_score`, the log-odds of the garbage class. It
+    needs no fitting: ``fit`` sets the threshold of :meth:`decide`. A network trained by
+    :class:`tie_ext.TIETrainer` has a threshold of its own, the paper's tau of its last epoch.
 
     ``detector.model`` gives the n+1 logits of the network, always in evaluation mode, so that
     ``Benchmark.evaluate(..., cache=True)`` keeps them apart from the n logits that detectors made
@@ -119,8 +119,9 @@ class TIEDetector(Thresholded, LogitsDetector):
             ValueError: If a name is unknown or a value out of range.
         """
         check_number("t", kwargs.get("t", 1.0), 0, 1e6, above=True)
+        super().set_hyperparameters(**kwargs)
         self._forget_threshold()
-        return super().set_hyperparameters(**kwargs)
+        return self
 
     @torch.no_grad()
     def fit(self, data_loader: Iterable) -> "TIEDetector":
@@ -155,11 +156,12 @@ class TIEDetector(Thresholded, LogitsDetector):
         if not len(logits):
             raise ValueError("Expected logits of ID images (labels >= 0) to fit on, but got none")
         self._check(logits)
-        self.tau = None
-        self._forget_threshold()
         if self.false_alarm is not None:
-            return self.recalibrate(self.false_alarm, self.predict_logits(logits))
+            self.recalibrate(self.false_alarm, self.predict_logits(logits))
+            self.tau = None
+            return self
         tau = exclusion_threshold(uncertainty(upcast(logits).softmax(dim=1)), self.lam)
+        self._forget_threshold()
         self.tau = torch.as_tensor(tau, device=self.device or logits.device)
         return self
 

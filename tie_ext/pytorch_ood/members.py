@@ -1,11 +1,13 @@
 """The registry of members: the detectors that a combination can save and export.
 
-To add a score to the combination, write it as a pytorch-ood detector with ``predict_logits`` or
-``predict_features`` (larger = more OOD), and give it one entry in :data:`MEMBERS`. Detectors
-without an entry can be members too; they are neither saved nor exported.
+To add a score, write it as a pytorch-ood detector with ``predict_logits`` or
+``predict_features`` (larger = more OOD), and pass it to :class:`tie_ext.Combined` among others.
+One entry in :data:`MEMBERS` makes it savable and exportable, and gives its weight. What
+:func:`tie_ext.combine` combines is listed in ``chosen_members`` of
+:mod:`tie_ext.pytorch_ood.recommended`.
 
 One forward pass of the network serves all members that read its logits or features. Members that
-read something else, such as ODIN, run by themselves.
+read something else, such as ODIN, make their own forward pass.
 """
 
 import inspect

@@ -19,6 +19,7 @@ from tie_ext.pytorch_ood.members import Outputs, forward
 from tie_ext.scores.combination import check_rule
 from tie_ext.scores.knn import knn_labels
 from tie_ext.scores.threshold import split
+from tie_ext.utils.checks import check_number
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import eval_view
 
@@ -73,9 +74,11 @@ def combine(
         TypeError: If the network is no TIENet.
         ValueError: If there are fewer than two training images, too few for calibration, or the
             same loader twice, if images or labels are not those of the network, or the rule is
-            unknown.
+            unknown or ``false_alarm`` out of range.
     """
-    check_rule(rule)  # before any image is read
+    check_rule(rule)  # all arguments before any image is read
+    if false_alarm is not None:
+        check_number("false_alarm", false_alarm, 0, 1, above=True)
     device = TIEDetector(net).device  # a TypeError where it has no garbage class
     if calibration_loader is train_loader:
         raise ValueError(
@@ -170,7 +173,8 @@ def sample_features(
     """A uniform random sample of at most ``max_samples`` of the images whose features and labels,
     where they have any, are in batches.
     """
-    sample, labelled = Reservoir(max_samples), True
+    # A stream of its own: the same images give the same detector, and the caller's stream stays.
+    sample, labelled = Reservoir(max_samples, torch.Generator().manual_seed(0)), True
     for outputs, labels in batches:
         labelled = labelled and labels is not None
         none = torch.zeros(len(outputs.logits), dtype=torch.long)
