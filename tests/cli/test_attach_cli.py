@@ -208,7 +208,7 @@ def test_too_few_test_images_for_a_threshold_are_said_before_the_work(
     )
     with pytest.raises(
         pytest.fail.Exception,
-        match="12 held-out images are too few for a threshold, which takes 38: tie-ext score "
+        match="12 held-out images are too few for a threshold, which takes 37: tie-ext score "
         "decides by",
     ):
         main(attach(folder, weights, tmp_path / "run"))
