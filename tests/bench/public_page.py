@@ -34,7 +34,7 @@ this command makes (it goes on where it was stopped; each record holds its own c
 Measured with tie_ext {version}, pytorch-ood {host}. **Worst regret**: for each network, and for
 its near and its far sets apart, AUROC of the detector that `combine` gives minus that of the best
 single score of others *of that very column, chosen by looking at it*; AUROC is averaged over sets,
-seeds and choices of classes before. The worst of these is the number. Today it is **{worst}**, and
+seeds and choices of classes before. The worst of these is the number. At that version it is **{worst}**, and
 the mean over columns {mean}. The best a single score can do is {single}.
 
 - **CIFAR.** Weights: akamaster/pytorch_resnet_cifar10 and Vitor-OP/ood-neural-collapse-cifar100.
@@ -61,7 +61,7 @@ NAC's, made to be tuned for each network, nearly every image is covered in full.
 and VRA shape pooled features. ViM has half of the dimensions. Mahalanobis++ is pytorch-ood's
 Mahalanobis on features of length 1. WeiPer + KLD has its authors' settings for CIFAR-10, CIFAR-100
 and ImageNet, by the number of classes; they were found on features of 512 and more dimensions, and
-its histograms of 64 are noise. *combine* is today's (garbage head, KNN, GEN); *attach* the head
+its histograms of 64 are noise. *combine* is that version's (garbage head, KNN, GEN summed), before body and tails; *attach* the head
 alone.
 """
 
