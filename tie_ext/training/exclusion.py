@@ -42,7 +42,7 @@ def exclude(
         synthesizers: Propose the candidates.
         pool: The garbage pool.
         config: lambda, and how many candidates each synthesizer proposes.
-        bar: Puts a progress bar of some name around batches.
+        bar: Wraps batches in a progress bar with a title.
 
     Returns:
         Fields of :class:`~tie_ext.training.log.EpochLog`: ``tau``, ``accuracy``, and what a

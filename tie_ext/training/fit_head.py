@@ -48,7 +48,7 @@ class StatisticsCollector:
 
     @torch.no_grad()
     def add_ood(self, x: Tensor, batch_size: int) -> None:
-        """Add outliers ``(M, C, S, S)``, so many in one forward pass."""
+        """Add outliers ``(M, C, S, S)``, ``batch_size`` per forward pass."""
         for images in x.split(batch_size):
             self.ood.add(self.net.statistics(images.to(self.net.low.device))[1])
 

@@ -119,6 +119,6 @@ class GarbagePool:
 
 
 def draw(prior: Prior, count: int, image_shape: Sequence[int], at_once: int) -> Iterator[Tensor]:
-    """So many new images ``(M, C, H, W)`` of a prior, M <= at_once at a time."""
+    """New images ``(M, C, H, W)`` of a prior, at most ``at_once`` at a time."""
     for first in range(0, count, at_once):
         yield prior.draw((min(at_once, count - first), *image_shape))
