@@ -518,7 +518,9 @@ def room_file(module: str) -> str:
 
 
 def test_the_rooms_in_contributing_are_those_there_are():
-    table = project_file("CONTRIBUTING.md").partition("## The subpackages")[2].partition("\n## ")[0]
+    table = (
+        project_file("CONTRIBUTING.md").partition("## The subpackages")[2].partition("\n## ")[0]
+    )
     named = {word.strip("/") for word in re.findall(r"`([\w/]+?)`", table)}
     front = {path.stem for path in HOUSE.glob("*.py")} - {"__init__"}
     assert {
