@@ -50,8 +50,8 @@ class Combined(Thresholded, Detector):
     dependence between the scores (:func:`tie_ext.scores.threshold.calibrate`).
 
     All members that read the network's logits (n, or n+1 of a :class:`tie_ext.TIENet`) or its
-    ``features`` share one forward pass. Others, such as ODIN, make their own. All run through views
-    in evaluation mode, which leave the network as it is, so that threads can share a detector. A
+    ``features`` share one forward pass. Others, such as ODIN, make their own. All use views in
+    evaluation mode, which leave the network as it is, so that threads can share a detector. A
     function that a member was given in the place of a network is called as it is.
 
     Arguments:
