@@ -52,7 +52,7 @@ def combine(
     and Mahalanobis++ find far images and are blind to near ones, so that they count only where
     they exceed nearly all ID images (:func:`tie_ext.scores.combination.body_and_tails`). This
     combination was chosen on networks that others trained, by its largest distance from the best
-    single score.
+    single score on their test sets.
 
     Arguments:
         net: A network with a garbage class, as :func:`tie_ext.attach` gives it.
