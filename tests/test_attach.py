@@ -556,3 +556,11 @@ def test_a_float16_network_whose_head_overflows_is_refused():
         ValueError, match="Expected a finite loss of the garbage head, but got nan"
     ):
         attach(Conv3(1, 3).half().eval(), [stripes()], 3)
+
+
+def test_attach_leaves_parts_in_training_mode_as_they_were():
+    model, (x, y) = Small(3).eval(), stripes(24)
+    model.conv[1].train()  # a BatchNorm layer under a root in evaluation mode
+    before = model.conv[1].running_mean.clone()
+    attach(model, [(x, y)], 3, head_config=HeadConfig(steps=2))
+    assert torch.equal(model.conv[1].running_mean, before)

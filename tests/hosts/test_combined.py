@@ -1114,3 +1114,15 @@ def test_mahalanobis_plus_plus_before_fit_and_on_labels_that_are_none():
         MahalanobisPlusPlus(None).predict(images()[0])
     with pytest.raises(ValueError, match="labels in"):
         MahalanobisPlusPlus(None).fit_features(torch.zeros(2, 2), torch.tensor([0, -1]))
+
+
+def test_the_sample_of_training_features_is_the_same_for_the_same_images():
+    from tie_ext.pytorch_ood.members import Outputs
+    from tie_ext.pytorch_ood.recommended import sample_features
+
+    h = torch.randn(60, 4)
+    given = [(Outputs(torch.zeros(60, 2), h), torch.arange(60) % 2)]
+    state = torch.get_rng_state()
+    one, again = (sample_features(given, 20).features for _ in range(2))
+    assert torch.equal(one, again)
+    assert torch.equal(torch.get_rng_state(), state)
