@@ -927,7 +927,7 @@ def test_a_loss_that_overflowed_is_left_out_of_the_record(copied):
     from tie_ext.utils.files import load_state
 
     log = [
-        EpochLog.of_record(entry)
+        EpochLog(**entry)
         for entry in load_state(copied / "training.safetensors", "training")["log"]
     ]
     trainer = SimpleNamespace(

@@ -6,7 +6,6 @@ import io
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -18,7 +17,6 @@ from tie_ext.cli.folder import OWN, is_attached, load_decision, load_scores, rea
 from tie_ext.cli.snapshots import load_examples, load_snapshots
 from tie_ext.cli.tables import WORDS, decides, id_rows, idle, ood_rows
 from tie_ext.outliers import SYNTHESIZERS
-from tie_ext.training.log import EpochLog
 from tie_ext.utils.files import load_state, reading, write_atomically
 
 Snapshots = Mapping[int, Mapping[str, Tensor]]
@@ -61,7 +59,7 @@ def _read_log(folder: Path) -> list[dict]:
     log = load_state(folder / "training.safetensors", "training", ("log",))["log"]
     if not log:
         raise ValueError(f"Expected a log of a finished epoch at {folder}, but got none")
-    return [asdict(EpochLog.of_record(entry)) for entry in log]
+    return log
 
 
 def _figures(

@@ -1,7 +1,7 @@
 """A method by the names of its parts, as command lines, configs and records have them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from tie_ext.training.strategies import Criterion
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.distributed import rank
 from tie_ext.utils.random import seeded
-from tie_ext.utils.settings import Settings, plain
+from tie_ext.utils.settings import plain
 
 CRITERIA: dict[str, Criterion] = {"garbage": F.cross_entropy, "uniform": uniform_criterion}
 """Losses by name: garbage is a class of its own, or (ASCOOD's) all outputs are equally likely."""
@@ -84,26 +84,12 @@ class Recipe:
         criterion = CRITERIA[self.criterion]
         return TIETrainer(net, self.config, synthesizers, prior, criterion, progress)
 
-    def methods(self) -> list[tuple[str, Settings]]:
-        """The class of each synthesizer by name, and its settings.
-
-        Raises:
-            TypeError: If a setting is unknown.
-            ValueError: If one is out of range.
-        """
-        known = {name: SYNTHESIZERS[name] for name in self.synthesizers}
-        return [
-            (cls.__name__, replace(usual, **self.synthesizers[name]))  # type: ignore[type-var]
-            for name, (cls, usual) in known.items()
-        ]
-
     def record(self) -> dict[str, Any]:
         """The method as JSON, with every setting, defaults included."""
-        settings = {}
-        for name, changed in self.synthesizers.items():
-            settings[name] = plain(
-                type(SYNTHESIZERS[name][1])(**{**asdict(SYNTHESIZERS[name][1]), **changed})
-            )  # type: ignore[call-overload]
+        settings = {
+            name: plain(replace(SYNTHESIZERS[name][1], **changed))  # type: ignore[type-var]
+            for name, changed in self.synthesizers.items()
+        }
         parts = {"prior": list(self.prior), "criterion": self.criterion, "head": self.head}
         return {"config": plain(self.config), "synthesizers": settings, **parts}
 
@@ -127,5 +113,5 @@ class Recipe:
             record["criterion"],
             record.get("head", "linear"),
         )
-        recipe.methods()  # which looks at their settings
+        recipe.record()  # which looks at the settings of synthesizers
         return recipe
