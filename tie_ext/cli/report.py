@@ -68,7 +68,6 @@ def _figures(
     """Name, caption and figure."""
     net, decide = load_decision(folder)
     names = [*(net.class_names or map(str, range(net.num_classes))), "garbage"]
-    _check_outputs(folder, snapshots, log, len(names))
     last = snapshots[max(snapshots)]
     if "inversions" in last:
         caption = "Inversions over the epochs: what each class looks like to the network"
@@ -108,23 +107,6 @@ def _outliers(record: Mapping) -> list[tuple[str, str, str]]:
         for i, name in enumerate(synthesizers)
         if name in SYNTHESIZERS
     ]
-
-
-def _check_outputs(
-    folder: Path, snapshots: Snapshots, log: Sequence[Mapping], outputs: int
-) -> None:
-    """Refuse snapshots and logs of a network with another number of outputs."""
-    for epoch, snapshot in snapshots.items():
-        rows = len(snapshot["inversions"]) if "inversions" in snapshot else outputs
-        if rows != outputs or int(snapshot["labels"].max()) >= outputs:
-            raise ValueError(
-                f"Expected figures of {outputs} outputs in epoch {epoch} of {folder}, but got "
-                "those of another network"
-            )
-    if any(len(entry["proposed"]) != outputs for entry in log):
-        raise ValueError(
-            f"Expected a log of {outputs} outputs at {folder}, but got that of another network"
-        )
 
 
 def _results(record: Mapping) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tie_ext.training.log import EpochLog
 from tie_ext.utils.files import check_state, load_state, reading, save_state
+from tie_ext.utils.settings import differences
 
 if TYPE_CHECKING:
     from tie_ext.training.trainer import TIETrainer
@@ -84,15 +85,10 @@ def _check_settings(path: str | os.PathLike, state: Mapping, trainer: "TIETraine
         prefix = f"{type(s).__name__} {i + 1}."
         mine |= _settings(prefix, s.settings)
         theirs |= _settings(prefix, type(s.settings)()) | _named(prefix, saved)
-    if mine != theirs:
-        other = [
-            f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}"
-            for key in {**mine, **theirs}
-            if theirs.get(key) != mine.get(key)
-        ]
+    if other := differences(theirs, mine):
         raise ValueError(
             f"Expected the training state of a run with the settings of this one in {path}, "
-            f"but got {', '.join(other)}"
+            f"but got {other}"
         )
 
 
