@@ -5,13 +5,16 @@ import sys
 
 import pytest
 import torch
+from conftest import SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tie_ext import attach
+from tie_ext import TIENet, attach
 from tie_ext.models.backbones import Conv3
 from tie_ext.outliers.primitives import CHUNK, Rng
 from tie_ext.training.augmentation import CorruptionConfig, blur, corrupt, warp
+from tie_ext.training.config import HeadConfig
+from tie_ext.training.fit_head import StatisticsCollector
 
 CONFIG = CorruptionConfig()
 
@@ -28,7 +31,7 @@ def test_corrupted_images_keep_shape_and_range(seed, count, channels, height, wi
     rng = Rng("cpu", torch.Generator().manual_seed(seed))
     x = torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
     before = x.clone()
-    y = corrupt(x, rng)
+    y = corrupt(x, rng, CONFIG)
     assert y.shape == x.shape
     assert torch.equal(x, before)
     assert bool(((y >= 0) & (y <= 1)).all())
@@ -37,14 +40,14 @@ def test_corrupted_images_keep_shape_and_range(seed, count, channels, height, wi
 def test_corruptions_of_values_beyond_the_range():
     x = torch.full((200, 1, 8, 8), -1e-6)
     x[:, :, 4:] = 1 + 1e-6
-    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)))
+    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)), CONFIG)
     assert bool(((y >= 0) & (y <= 1)).all())
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_images_of_any_floating_point_type(kind):
     x = torch.rand(50, 3, 12, 12).to(kind)
-    y = corrupt(x, Rng())
+    y = corrupt(x, Rng(), CONFIG)
     assert y.dtype == torch.float32
     model = Conv3(3, 2).eval()
     assert attach(model, [torch.rand(8, 3, 28, 28, dtype=torch.float64)], 2).tau.isfinite()
@@ -62,7 +65,7 @@ def test_rotation_of_a_wide_image():
 def test_seeds_of_corruptions():
     x = torch.rand(20, 3, 16, 16)
     one, again, other = (
-        corrupt(x, Rng("cpu", torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)
+        corrupt(x, Rng("cpu", torch.Generator().manual_seed(seed)), CONFIG) for seed in (0, 0, 1)
     )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -70,7 +73,7 @@ def test_seeds_of_corruptions():
 
 def test_corruptions_differ_between_images():
     x = torch.rand(1, 1, 16, 16).repeat(640, 1, 1, 1)
-    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)))
+    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)), CONFIG)
     same = (y == x).flatten(1).all(1)
     assert 1 <= int(same.sum()) <= 30  # each of six changes is made to half: one in 64 has none
     assert len(y[~same].unique(dim=0)) == int((~same).sum())
@@ -83,12 +86,14 @@ def test_large_images_are_changed_a_few_at_a_time(monkeypatch):
         lambda x, rng, config: seen.append(x) or x,
     )
     x = torch.rand(5, 3, 224, 224)
-    assert torch.equal(corrupt(x, Rng()), x)
+    assert torch.equal(corrupt(x, Rng(), CONFIG), x)
     assert all(piece.numel() <= CHUNK for piece in seen)
 
 
 def test_a_flat_image_differs_in_tone_and_noise_alone():
-    y = corrupt(torch.full((400, 1, 20, 20), 0.5), Rng("cpu", torch.Generator().manual_seed(0)))
+    y = corrupt(
+        torch.full((400, 1, 20, 20), 0.5), Rng("cpu", torch.Generator().manual_seed(0)), CONFIG
+    )
     mean, deviation = y.mean((1, 2, 3)), y.std((1, 2, 3))
     # Gamma first, then brightness: 0.5 ** 1.25 - 0.075 to 0.5 ** 0.8 + 0.075.
     assert 0.5**CONFIG.gamma - 0.08 < float(mean.min()) < 0.42
@@ -143,3 +148,13 @@ def test_head_fitted_to_corruptions_accepts_blur(monkeypatch):
         rejected.append(float((net.decide(softer).level == 1).float().mean()))
     assert rejected[0] < 0.02
     assert rejected[1] > 0.3
+
+
+def test_settings_of_the_head_say_how_images_are_corrupted():
+    x, net = torch.rand(4, *SHAPE), TIENet(Conv3(1, 3), 3, SHAPE, head="multilayer").eval()
+    for probability, same in ((0.0, True), (1.0, False)):
+        config = HeadConfig(corruption=CorruptionConfig(probability=probability))
+        collector = StatisticsCollector(net, config)
+        collector.add_id(x)
+        corrupted, plain = collector.id.rows.chunk(2)
+        assert torch.equal(corrupted, plain) == same

@@ -27,20 +27,22 @@ class StatisticsCollector:
 
     Arguments:
         net: The network, whose garbage head reads every layer; left as it was.
-        memory: Bytes of the statistics of outliers, and half of those of ID images.
+        config: Bytes that are kept of statistics, and how ID images are corrupted.
+        share: Part of the bytes that is this process's.
     """
 
-    def __init__(self, net: TIENet, memory: int):
+    def __init__(self, net: TIENet, config: HeadConfig, share: int = 1):
         self.net = frozen_view(net)
         head = cast(GarbageHead, net.garbage)
-        rows = max(2, memory // (4 * head.mean.numel()))
+        self.corruption = config.corruption
+        rows = max(2, config.memory // (4 * head.mean.numel() * share))
         self.id, self.ood = Reservoir(2 * rows), Reservoir(rows)
 
     @torch.no_grad()
     def add_id(self, x: Tensor) -> Tensor:
         """Add ID images ``(B, C, S, S)``; returns their penultimate features ``(B, F)``."""
         net = self.net
-        corrupted = net.from_unit(corrupt(net.to_unit(x), Rng(x.device)))
+        corrupted = net.from_unit(corrupt(net.to_unit(x), Rng(x.device), self.corruption))
         for images in (corrupted, x):
             h, s = net.statistics(images)
             self.id.add(s)
