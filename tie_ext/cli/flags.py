@@ -57,6 +57,105 @@ def interactive() -> bool:
     return sys.stderr.isatty()
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; ``name`` is the command."""
+    about = "Out-of-distribution detection with a garbage class for image classifiers."
+    parser = argparse.ArgumentParser(
+        prog="tie-ext", description=about, epilog=EXAMPLES, formatter_class=_Examples
+    )
+    parser.add_argument("--version", action="version", version=f"tie_ext {__version__}")
+    commands = parser.add_subparsers(
+        required=True, dest="name", metavar=" | ".join(COMMANDS), parser_class=_Command
+    )
+    for name, (about, add_flags) in COMMANDS.items():
+        add_flags(commands.add_parser(name, help=about, description=about))
+    return parser
+
+
+def _demo(demo) -> None:
+    about = "folder for table, figures and detector"
+    demo.path("output", "--out", "FOLDER", about, default=Path("demo"))
+    demo.flag("output", "--seed", "random seed", default=0, type=int, metavar="N")
+
+
+def _train(train) -> None:
+    train.epilog, train.argument_default = FOLDERS, argparse.SUPPRESS
+    train.usage = "tie-ext train --data SET --out RUN [flags]\n       tie-ext train --resume RUN"
+    train.path("output", "--out", "RUN", "new run folder")
+    train.path("output", "--resume", "RUN", "continue a run that was stopped")
+    train.settings(TrainSettings, "data", required=False)
+    train.device("network")
+    train.method()
+    about = "what gives the garbage logit: a head on every layer, or the paper's linear function "
+    train.flag("method", "--head", f"{about}(default: multilayer)", choices=HEADS)
+    listed = ", ".join(SYNTHESIZERS)
+    about = f"what proposes outliers: {listed}, several with commas, or none (default: inversion)"
+    train.flag("method", "--synthesizer", about, metavar="NAME")
+    about = f"what fills the garbage pool at first: {', '.join(PRIORS)}, likewise "
+    about += "(default: procedural; with linear, multiscale)"
+    train.flag("method", "--prior", about, metavar="NAME")
+
+
+def _attach(attach) -> None:
+    attach.epilog = f"{WEIGHTS} {FOLDERS}"
+    attach.usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ..."
+    attach.path("output", "--out", "RUN", "new run folder", required=True)
+    attach.settings(AttachSettings, "data")
+    attach.device("network")
+
+
+def _score(score) -> None:
+    score.usage = "tie-ext score RUN IMAGE [IMAGE ...] [flags]"
+    about = "folder of a run or of a saved detector, or a network's file"
+    score.path("data", "run", "RUN", about)
+    about = "image files, and folders with all below them"
+    score.path("data", "images", "IMAGE", about, nargs="+")
+    about = "reject at most this share of new ID images, by a threshold on the score "
+    about += "(default: the detector's own rule, 0.05 for a combination)"
+    score.flag("method", "--false-alarm", about, type=float, metavar="RATE")
+    score.device("method")
+    score.path("output", "--out", "FILE", "file for the rows (default: standard output)")
+    score.flag("output", "--format", "of the rows", default="csv", choices=("csv", "jsonl"))
+    about = "name the likeliest class of a rejected image too"
+    score.flag("output", "--every-label", about, action="store_true")
+
+
+def _report(report) -> None:
+    report.path("data", "run", "RUN", "run folder")
+
+
+def _explain(explain) -> None:
+    explain.path("data", "run", "RUN", "run folder")
+    about = "where the run's data sets are (default: as in the run)"
+    explain.flag("data", "--root", about, metavar="FOLDER")
+    how = {"type": int, "metavar": "N"}
+    explain.flag("method", "--steps", "generator steps", default=STEPS, **how)
+
+
+def _reproduce(reproduce) -> None:
+    reproduce.usage = "tie-ext reproduce [flags]"
+    about = "folder for cells and tables"
+    reproduce.path("output", "--out", "FOLDER", about, default=Path("reproduce"))
+    reproduce.settings(ReproduceSettings, "data")
+    reproduce.method(without=("seed",))
+    reproduce.device("method")
+
+
+COMMANDS = {
+    "demo": ("train and compare on built-in images, in a minute or two", _demo),
+    "train": ("train a network with TIE", _train),
+    "attach": ("give a trained network a garbage class, without training it again", _attach),
+    "score": ("label, level, uncertainty and score of images, one row per image", _score),
+    "report": ("figures, table and settings of a run on an HTML page", _report),
+    "explain": ("show what the classes look like to a network, and why it rejects", _explain),
+    "reproduce": (
+        "compute the paper's tables, one line of JSON per cell; continues where it was stopped",
+        _reproduce,
+    ),
+}
+"""What each command does, and what adds its flags."""
+
+
 class _Flags(argparse.HelpFormatter):
     """Help with room for long flags."""
 
@@ -119,105 +218,6 @@ class _Command(argparse.ArgumentParser):
         self.settings(TIEConfig, "method", without=without)
         for name, settings in METHODS.items():
             self.settings(settings, f"method: --synthesizer {name}", f"{name}-")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; ``name`` is the command."""
-    about = "Out-of-distribution detection with a garbage class for image classifiers."
-    parser = argparse.ArgumentParser(
-        prog="tie-ext", description=about, epilog=EXAMPLES, formatter_class=_Examples
-    )
-    parser.add_argument("--version", action="version", version=f"tie_ext {__version__}")
-    commands = parser.add_subparsers(
-        required=True, dest="name", metavar=" | ".join(COMMANDS), parser_class=_Command
-    )
-    for name, (about, add_flags) in COMMANDS.items():
-        add_flags(commands.add_parser(name, help=about, description=about))
-    return parser
-
-
-def _demo(demo: _Command) -> None:
-    about = "folder for table, figures and detector"
-    demo.path("output", "--out", "FOLDER", about, default=Path("demo"))
-    demo.flag("output", "--seed", "random seed", default=0, type=int, metavar="N")
-
-
-def _train(train: _Command) -> None:
-    train.epilog, train.argument_default = FOLDERS, argparse.SUPPRESS
-    train.usage = "tie-ext train --data SET --out RUN [flags]\n       tie-ext train --resume RUN"
-    train.path("output", "--out", "RUN", "new run folder")
-    train.path("output", "--resume", "RUN", "continue a run that was stopped")
-    train.settings(TrainSettings, "data", required=False)
-    train.device("network")
-    train.method()
-    about = "what gives the garbage logit: a head on every layer, or the paper's linear function "
-    train.flag("method", "--head", f"{about}(default: multilayer)", choices=HEADS)
-    listed = ", ".join(SYNTHESIZERS)
-    about = f"what proposes outliers: {listed}, several with commas, or none (default: inversion)"
-    train.flag("method", "--synthesizer", about, metavar="NAME")
-    about = f"what fills the garbage pool at first: {', '.join(PRIORS)}, likewise "
-    about += "(default: procedural; with linear, multiscale)"
-    train.flag("method", "--prior", about, metavar="NAME")
-
-
-def _attach(attach: _Command) -> None:
-    attach.epilog = f"{WEIGHTS} {FOLDERS}"
-    attach.usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ..."
-    attach.path("output", "--out", "RUN", "new run folder", required=True)
-    attach.settings(AttachSettings, "data")
-    attach.device("network")
-
-
-def _score(score: _Command) -> None:
-    score.usage = "tie-ext score RUN IMAGE [IMAGE ...] [flags]"
-    about = "folder of a run or of a saved detector, or a network's file"
-    score.path("data", "run", "RUN", about)
-    about = "image files, and folders with all below them"
-    score.path("data", "images", "IMAGE", about, nargs="+")
-    about = "reject at most this share of new ID images, by a threshold on the score "
-    about += "(default: the detector's own rule, 0.05 for a combination)"
-    score.flag("method", "--false-alarm", about, type=float, metavar="RATE")
-    score.device("method")
-    score.path("output", "--out", "FILE", "file for the rows (default: standard output)")
-    score.flag("output", "--format", "of the rows", default="csv", choices=("csv", "jsonl"))
-    about = "name the likeliest class of a rejected image too"
-    score.flag("output", "--every-label", about, action="store_true")
-
-
-def _report(report: _Command) -> None:
-    report.path("data", "run", "RUN", "run folder")
-
-
-def _explain(explain: _Command) -> None:
-    explain.path("data", "run", "RUN", "run folder")
-    about = "where the run's data sets are (default: as in the run)"
-    explain.flag("data", "--root", about, metavar="FOLDER")
-    how = {"type": int, "metavar": "N"}
-    explain.flag("method", "--steps", "generator steps", default=STEPS, **how)
-
-
-def _reproduce(reproduce: _Command) -> None:
-    reproduce.usage = "tie-ext reproduce [flags]"
-    about = "folder for cells and tables"
-    reproduce.path("output", "--out", "FOLDER", about, default=Path("reproduce"))
-    reproduce.settings(ReproduceSettings, "data")
-    reproduce.method(without=("seed",))
-    reproduce.device("method")
-
-
-COMMANDS = {
-    "demo": ("train and compare on built-in images, in a minute or two", _demo),
-    "train": ("train a network with TIE", _train),
-    "attach": ("give a trained network a garbage class, without training it again", _attach),
-    "score": ("label, level, uncertainty and score of images, one row per image", _score),
-    "report": ("figures, table and settings of a run on an HTML page", _report),
-    "explain": ("show what the classes look like to a network, and why it rejects", _explain),
-    "reproduce": (
-        "compute the paper's tables, one line of JSON per cell; continues where it was stopped",
-        _reproduce,
-    ),
-}
-"""What each command does, and what adds its flags."""
 
 
 def _help(about: str, default: Any) -> str:

@@ -8,9 +8,8 @@ modules imported later copy the wrapper themselves.
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import openood.evaluation_api.postprocessor as api
@@ -106,15 +105,25 @@ def _swap(functions: dict[Callable, Callable]) -> None:
                     setattr(module, key, functions[value])
 
 
-def _registered(function: Callable, *args: Any) -> Any:
-    """Call a function of OpenOOD's in a new process, where nothing is registered yet."""
-    register()
-    return function(*args)
+class Registered:
+    """A function of OpenOOD's that is called in a new process, where nothing is registered yet.
+
+    Arguments:
+        function: The function; found by its name there.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args):
+        """Register, then call it."""
+        register()
+        return self.function(*args)
 
 
 def _with_registration(original: Callable) -> Callable:
     def launch(main_func, *args, **kwargs):
-        return original(partial(_registered, main_func), *args, **kwargs)
+        return original(Registered(main_func), *args, **kwargs)
 
     return launch
 

@@ -23,13 +23,15 @@ from tie_ext.outliers.base import Synthesizer
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.scores.decision import uncertainty, upcast
 from tie_ext.scores.threshold import exclusion_threshold
-from tie_ext.training.config import HeadConfig, TIEConfig
+from tie_ext.training.config import HeadConfig
 from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import FIRST_BATCH, seeded
 from tie_ext.utils.views import eval_view, frozen_view
 
+LAM = 2.0
+"""lambda of level 2, the loop's default."""
 ROWS = 4096
 """Statistics that the head scores at once."""
 
@@ -121,7 +123,7 @@ def _collect(
     progress: bool,
 ) -> StatisticsCollector:
     """Statistics of all ID images and of the outliers proposed beside them, in one pass."""
-    statistics = StatisticsCollector(net, config)
+    statistics = StatisticsCollector(net, config.memory, config.corruption)
     counts = torch.zeros(net.num_classes, dtype=torch.long)
     for x, y in tqdm(reader, desc="attach: images", leave=False, disable=not progress):
         x = x.to(net.low.device)
@@ -150,7 +152,7 @@ def _tau(net: TIENet, statistics: Tensor) -> float:
     """
     dtype, size = net.fc.weight.dtype, net.feature_size
     logits = [net.all_logits(s[:, :size].to(dtype), s) for s in statistics.split(ROWS)]
-    return exclusion_threshold(uncertainty(upcast(torch.cat(logits)).softmax(1)), TIEConfig.lam)
+    return exclusion_threshold(uncertainty(upcast(torch.cat(logits)).softmax(1)), LAM)
 
 
 class _Labelled:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.primitives import Rng
-from tie_ext.training.augmentation import corrupt
+from tie_ext.training.augmentation import CorruptionConfig, corrupt
 from tie_ext.training.config import HeadConfig
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import frozen_view
@@ -27,15 +27,15 @@ class StatisticsCollector:
 
     Arguments:
         net: The network, whose garbage head reads every layer; left as it was.
-        config: Bytes that are kept of statistics, and how ID images are corrupted.
-        share: Part of the bytes that is this process's.
+        memory: Bytes of the statistics of outliers, and half of those of ID images.
+        corruption: How strongly ID images are corrupted.
     """
 
-    def __init__(self, net: TIENet, config: HeadConfig, share: int = 1):
+    def __init__(self, net: TIENet, memory: int, corruption: CorruptionConfig):
         self.net = frozen_view(net)
         head = cast(GarbageHead, net.garbage)
-        self.corruption = config.corruption
-        rows = max(2, config.memory // (4 * head.mean.numel() * share))
+        self.corruption = corruption
+        rows = max(2, memory // (4 * head.mean.numel()))
         self.id, self.ood = Reservoir(2 * rows), Reservoir(rows)
 
     @torch.no_grad()

@@ -221,7 +221,7 @@ class MultilayerGarbage(GarbageStrategy):
     def _fit_head(self, sample: Pairs, epoch: int, last: bool) -> float:
         """Fit the head to the sample, to the pool, and to new images of the prior; its loss."""
         config = self.head_config
-        statistics = StatisticsCollector(self.net, config, world())
+        statistics = StatisticsCollector(self.net, config.memory // world(), config.corruption)
         bar = f"epoch {epoch}: head"
         for x, _ in tqdm(sample, desc=bar, leave=False, disable=not self.progress):
             statistics.add_id(x.to(self.device))
