@@ -9,7 +9,7 @@ from conftest import Small
 
 import tie_ext
 from tie_ext import TIENet
-from tie_ext.training.explain import _MAX_SHIFT, Layers, _blur, _nearest, _shift, explain
+from tie_ext.training.explain import MAX_SHIFT, Layers, _blur, _nearest, _shift, explain
 
 N = 3
 """Classes."""
@@ -81,7 +81,7 @@ def test_blur_and_shift_of_generated_images(trained, monkeypatch):
     assert (
         {row for row, *_ in places}
         == {column for _, column, *_ in places}
-        == set(range(14 - 28 // _MAX_SHIFT, 15 + 28 // _MAX_SHIFT))
+        == set(range(14 - 28 // MAX_SHIFT, 15 + 28 // MAX_SHIFT))
     )
     seen = []
     for name, of in (("_blur", _blur), ("_shift", _shift)):

@@ -30,7 +30,7 @@ def test_corrupted_images_keep_shape_and_range(seed, count, channels, height, wi
     rng = Rng("cpu", torch.Generator().manual_seed(seed))
     x = torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
     before = x.clone()
-    y = corrupt(x, rng, CONFIG)
+    y = corrupt(x, rng)
     assert y.shape == x.shape
     assert torch.equal(x, before)
     assert bool(((y >= 0) & (y <= 1)).all())
@@ -39,14 +39,14 @@ def test_corrupted_images_keep_shape_and_range(seed, count, channels, height, wi
 def test_corruptions_of_values_beyond_the_range():
     x = torch.full((200, 1, 8, 8), -1e-6)
     x[:, :, 4:] = 1 + 1e-6
-    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)), CONFIG)
+    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)))
     assert bool(((y >= 0) & (y <= 1)).all())
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_images_of_any_floating_point_type(kind):
     x = torch.rand(50, 3, 12, 12).to(kind)
-    y = corrupt(x, Rng(), CONFIG)
+    y = corrupt(x, Rng())
     assert y.dtype == torch.float32
     model = Conv3(3, 2).eval()
     assert attach(model, [torch.rand(8, 3, 28, 28, dtype=torch.float64)], 2).tau.isfinite()
@@ -64,7 +64,7 @@ def test_rotation_of_a_wide_image():
 def test_seeds_of_corruptions():
     x = torch.rand(20, 3, 16, 16)
     one, again, other = (
-        corrupt(x, Rng("cpu", torch.Generator().manual_seed(seed)), CONFIG) for seed in (0, 0, 1)
+        corrupt(x, Rng("cpu", torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)
     )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -72,7 +72,7 @@ def test_seeds_of_corruptions():
 
 def test_corruptions_differ_between_images():
     x = torch.rand(1, 1, 16, 16).repeat(640, 1, 1, 1)
-    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)), CONFIG)
+    y = corrupt(x, Rng("cpu", torch.Generator().manual_seed(0)))
     same = (y == x).flatten(1).all(1)
     assert 1 <= int(same.sum()) <= 30  # each of six changes is made to half: one in 64 has none
     assert len(y[~same].unique(dim=0)) == int((~same).sum())
@@ -85,14 +85,12 @@ def test_large_images_are_changed_a_few_at_a_time(monkeypatch):
         lambda x, rng, config: seen.append(x) or x,
     )
     x = torch.rand(5, 3, 224, 224)
-    assert torch.equal(corrupt(x, Rng(), CONFIG), x)
+    assert torch.equal(corrupt(x, Rng()), x)
     assert all(piece.numel() <= CHUNK for piece in seen)
 
 
 def test_a_flat_image_differs_in_tone_and_noise_alone():
-    y = corrupt(
-        torch.full((400, 1, 20, 20), 0.5), Rng("cpu", torch.Generator().manual_seed(0)), CONFIG
-    )
+    y = corrupt(torch.full((400, 1, 20, 20), 0.5), Rng("cpu", torch.Generator().manual_seed(0)))
     mean, deviation = y.mean((1, 2, 3)), y.std((1, 2, 3))
     # Gamma first, then brightness: 0.5 ** 1.25 - 0.075 to 0.5 ** 0.8 + 0.075.
     assert 0.5**CONFIG.gamma - 0.08 < float(mean.min()) < 0.42

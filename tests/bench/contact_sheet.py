@@ -14,7 +14,7 @@ from torch import Tensor
 from tie_ext.outliers import Domain, Procedural
 from tie_ext.outliers.primitives import Rng
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
-from tie_ext.training.augmentation import CorruptionConfig, corrupt
+from tie_ext.training.augmentation import corrupt
 
 SHEET = Path(__file__).parents[2] / "docs" / "figures" / "procedural.png"
 SIDE, GAP, LABEL = 32, 2, 96
@@ -61,7 +61,7 @@ def rows() -> dict[str, list[Tensor]]:
         **made,
         "mixture": [mixture.draw(s) for s in sizes],
         "ID images": images,
-        "processed": [corrupt(x, rng, CorruptionConfig()) for x in images],
+        "processed": [corrupt(x, rng) for x in images],
         "shuffled tiles": [shuffled_tiles(x, rng) for x in images],
         "permuted pixels": [permuted_pixels(x, rng) for x in images],
     }

@@ -22,7 +22,7 @@ from tie_ext.models.head import GarbageHead
 from tie_ext.models.statistics import STATISTICS
 from tie_ext.outliers.primitives import Rng
 from tie_ext.outliers.procedural import FAMILIES, greyed, permuted_pixels, shuffled_tiles
-from tie_ext.training.augmentation import CorruptionConfig, corrupt
+from tie_ext.training.augmentation import corrupt
 from tie_ext.training.config import HeadConfig
 from tie_ext.training.fit_head import fit_head
 from tie_ext.utils.files import write_json
@@ -140,14 +140,10 @@ def main() -> None:
     most = {name: max(parts.get(name, 0) for _, _, parts in plans) for name in (*FAMILIES, *MADE)}
     with seeded(0):
         outside = outliers(net, ImageBatches(sets["train"], 500), most)
-        again = statistics(
-            net,
-            (corrupt(x, Rng(), CorruptionConfig()) for x, _ in ImageBatches(sets["train"], 500)),
-        )[0]
-        way = statistics(
-            net,
-            (corrupt(x, Rng(), CorruptionConfig()) for x, _ in ImageBatches(sets["held"], 500)),
-        )
+        again = statistics(net, (corrupt(x, Rng()) for x, _ in ImageBatches(sets["train"], 500)))[
+            0
+        ]
+        way = statistics(net, (corrupt(x, Rng()) for x, _ in ImageBatches(sets["held"], 500)))
     seen["held, processed"] = way
     results = {}
     for label, trial, parts in plans:

@@ -44,19 +44,20 @@ class CorruptionConfig(Settings):
     noise: float = setting(0.02, "Largest standard deviation of the noise.", low=0, high=1)
 
 
-def corrupt(x: Tensor, rng: Rng, config: CorruptionConfig) -> Tensor:
+def corrupt(x: Tensor, rng: Rng, config: CorruptionConfig | None = None) -> Tensor:
     """Corrupt images: an affine warp, blur, contrast, gamma, brightness and noise, each by chance.
 
     Arguments:
         x: Images ``(B, C, H, W)`` in [0, 1], or beyond it by rounding.
         rng: Source of random numbers, on the device of the images.
-        config: Strengths.
+        config: Strengths; None for the defaults.
 
     Returns:
         Images ``(B, C, H, W)`` in [0, 1], float32.
     """
     if not len(x):
         return x.float()
+    config = config or CorruptionConfig()
     return torch.cat([_corrupt_piece(piece, rng, config) for piece in rng.split(x, x[0].numel())])
 
 

@@ -36,12 +36,10 @@ from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import FIRST_BATCH, seeded
 from tie_ext.utils.views import eval_view, frozen_view
 
-STEPS = 600
-"""Steps of the generator."""
-_BATCH, _LR = 32, 2e-3
-"""Images in a step, and Adam's learning rate in the first, which falls
+STEPS, BATCH, LR = 600, 32, 2e-3
+"""Steps of the generator, images in a step, and Adam's learning rate in the first, which falls
 along half a cosine."""
-_MAX_SHIFT = 8
+MAX_SHIFT = 8
 """Images are shifted by at most this fraction of their size: 1/8, as in training."""
 
 
@@ -242,11 +240,11 @@ def _invert(
 
     generator = Generator(net.image_shape or (), n, low=net.low.cpu(), high=net.high.cpu())
     generator = generator.to(device)
-    optimizer = torch.optim.Adam(generator.parameters(), lr=_LR)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=LR)
     schedule = CosineAnnealingLR(optimizer, max(1, steps))
     with torch.enable_grad():
         for _ in tqdm(range(steps), desc="explain: inversion", leave=False, disable=not progress):
-            y = torch.randint(n, (_BATCH,), device=device)
+            y = torch.randint(n, (BATCH,), device=device)
             h, s = net.statistics(_shift(generate(generator, y)))
             unlike = ((s - means[y]) / deviations[y]).square().log1p().mean()
             loss = F.cross_entropy(net.fc(h), y) + statistics_weight * unlike
@@ -256,8 +254,8 @@ def _invert(
             schedule.step()
     generator, y = generator.eval(), torch.arange(n, device=device).repeat_interleave(per_class)
     with torch.no_grad():
-        x = torch.cat([generate(generator, part) for part in y.split(_BATCH)])
-        label = torch.cat([net(part).argmax(1) for part in x.split(_BATCH)])
+        x = torch.cat([generate(generator, part) for part in y.split(BATCH)])
+        label = torch.cat([net(part).argmax(1) for part in x.split(BATCH)])
     return x.cpu(), (label == y).double().mean().item()
 
 
@@ -271,7 +269,7 @@ def _blur(x: Tensor) -> Tensor:
 def _shift(x: Tensor) -> Tensor:
     """Images ``(B, C, S, S)``, all shifted by the same few pixels; their border is continued."""
     size = x.shape[-1]
-    reach = size // _MAX_SHIFT
+    reach = size // MAX_SHIFT
     top, left = torch.randint(2 * reach + 1, (2,)).tolist()
     return F.pad(x, (reach,) * 4, mode="replicate")[..., top : top + size, left : left + size]
 
