@@ -97,7 +97,7 @@ def _train(train) -> None:
 
 
 def _attach(attach) -> None:
-    attach.epilog = f"{WEIGHTS} {FOLDERS}"
+    attach.epilog, attach.argument_default = f"{WEIGHTS} {FOLDERS}", argparse.SUPPRESS
     attach.usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ..."
     attach.path("output", "--out", "RUN", "new run folder", required=True)
     attach.settings(AttachSettings, "data")
