@@ -209,7 +209,7 @@ class _Command(argparse.ArgumentParser):
                 value["choices"] = about["choices"]
             else:
                 value |= {"type": kind, "metavar": flag.get("metavar", METAVARS[kind])}
-                value["nargs"] = "*" if isinstance(f.default, tuple) else None
+                value["nargs"] = "+" if isinstance(f.default, tuple) else None
             name = f"--{prefix}{f.name.replace('_', '-')}"
             self.flag(flag.get("group", group), name, _help(about["help"], f.default), **value)
 
