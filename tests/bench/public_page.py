@@ -63,12 +63,22 @@ def front() -> str:
     for score in (*OURS[:2], *rivals()[:SHOWN]):
         row = {"detector": LABELS.get(score, score)}
         for kind in ("near", "far"):
-            of = [c[score][0] for name, c in columns().items() if kind in name and c.get(score)]
-            row[f"{kind}: mean (worst)"] = f"{percent(mean(of))} ({percent(min(of))})"
-        far = [c[score][2] for name, c in columns().items() if "far" in name and c.get(score)]
-        row["far: rejected"] = percent(mean(far))
-        rows.append(row | {"worst regret": percent(summary()["regret"][score][0])})
+            of = [
+                c[score] for name, c in columns().items() if name.endswith(kind) and c.get(score)
+            ]
+            row[f"{kind}: mean (worst)"] = (
+                f"{percent(mean(a for a, *_ in of))} ({percent(min(of)[0])})"
+            )
+        row["far: rejected"] = percent(mean(share for *_, share in of))
+        rows.append(row | {"worst regret": _worst(score)})
     return table(rows)
+
+
+def _worst(score: str) -> str:
+    """Worst regret, and of how many columns if it has no number in some."""
+    found = summary()["regret"]
+    worst, _, count = found[score]
+    return percent(worst) + ("" if count == found[OURS[0]][2] else f" (of {count})")
 
 
 def regret() -> str:
@@ -105,8 +115,8 @@ def every() -> str:
     """Worst and mean regret of every score."""
     found = summary()["regret"]
     rows = [
-        {"score": LABELS.get(name, name), "worst regret": percent(found[name][0])}
-        | {"mean regret": percent(found[name][1]), "columns": found[name][2]}
+        {"score": LABELS.get(name, name), "worst regret": _worst(name)}
+        | {"mean regret": percent(found[name][1])}
         for name in (*OURS, *rivals())
     ]
     return table(rows)
@@ -149,13 +159,12 @@ def facts() -> dict[str, str]:
     """Single numbers of the page."""
     found = summary()
     worst, average, _ = found["regret"][OURS[0]]
-    best = rivals()[0]
     column = min(found["of combine"], key=lambda name: found["of combine"][name]["regret"])
     return {
         "worst": percent(worst),
         "mean": percent(average),
         "where": _called(column),
-        "single": f"{best} {percent(found['regret'][best][0])}",
+        "single": f"{_worst(rivals()[0])}, {rivals()[0]}",
         "version": f"tie_ext {found['versions']['tie_ext']} at commit {found['commit'][:7]}, "
         f"pytorch-ood {found['versions']['pytorch-ood']}",
     }

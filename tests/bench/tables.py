@@ -26,7 +26,9 @@ OTHERS = {
     "public every": public_page.every,
     "public runs": public_page.accuracies,
     "public reasons": public_page.reasons,
-    **{f"public {name}": lambda name=name: public_page.facts()[name] for name in public_page.FACTS},
+    **{
+        f"public {name}": lambda name=name: public_page.facts()[name] for name in public_page.FACTS
+    },
     "mutants": mutants.shown,
 }
 """What may stand in a page beside numbers of cells and of history."""
