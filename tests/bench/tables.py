@@ -3,6 +3,7 @@
 python tests/bench/tables.py
 """
 
+import re
 from pathlib import Path
 
 import benchmark_page
@@ -15,6 +16,12 @@ from tie_ext.cli.reproduce.tables import tables as reproduced
 
 BENCH = Path(__file__).parent
 DOCS = BENCH.parents[1] / "docs"
+OUTSIDE = (
+    "../README.md",
+    "../patches/pytorch-ood/0001-TIE-detector.md",
+    "../patches/pytorch-ood/0002-Combined-detector.md",
+)
+"""Pages elsewhere that have tables."""
 RUNS = ("reproduce", "loop")
 """Folders of cells whose every table is shown."""
 OTHERS = {
@@ -34,12 +41,14 @@ OTHERS = {
 """What may stand in a page beside numbers of cells and of history."""
 
 
-def readme() -> str:
-    """README.md, with the table of public networks between its two comments."""
-    start = "<!-- tests/bench/tables.py fills in docs/results/public_networks here -->\n"
-    end = "<!-- and ends here -->"
-    before, rest = (DOCS.parent / "README.md").read_text().split(start)
-    return f"{before}{start}{public_page.front()}\n{end}{rest.split(end)[1]}"
+INSERTED = re.compile(r"(<!-- tests/bench/tables.py fills in (.*) here -->\n)[^<]*")
+"""A comment that names a place, and what stands up to the next comment."""
+
+
+def inserted(name: str) -> str:
+    """A page outside docs/ with each table behind the comment that names it."""
+    text = (DOCS / name).read_text()
+    return INSERTED.sub(lambda m: f"{m[1]}{fill(f'{{{{{m[2]}}}}}', OTHERS)}\n", text)
 
 
 def documents() -> dict[str, str]:
@@ -51,7 +60,7 @@ def documents() -> dict[str, str]:
         **texts,
         "research/benchmark.md": benchmark_page.page(),
         "research/cost.md": cost(),
-        "../README.md": readme(),
+        **{name: inserted(name) for name in OUTSIDE},
         **{f"results/{run}/tables.md": reproduced(DOCS / "results" / run) for run in RUNS},
     }
 
