@@ -43,6 +43,16 @@ from public_data import Images
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tie_ext import Combined, TIENet, attach
+from tie_ext.cli.batches import shifted
+from tie_ext.cli.classifier import classifier
+from tie_ext.models.backbones import Conv3
+from tie_ext.pytorch_ood.members import Outputs
+from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, sample_features
+from tie_ext.scores.threshold import conformal_threshold
+from tie_ext.utils.provenance import provenance
+from tie_ext.utils.random import seeded
+
 SEEDS = (0, 1, 2)
 CHOICES = 5
 """Random choices of the classes that are ID, each with a seed of its own."""
@@ -93,10 +103,13 @@ class Backbone(NamedTuple):
 
 
 def public(name: str, blocks: int, num_classes: int, project: bool = False) -> Callable:
-    """Who makes a public ResNet."""
-    return lambda root, cache: public_data.resnet(
-        root / "networks" / f"{name}.safetensors", blocks, num_classes, project
-    )
+    """Who makes a public ResNet, of the folders of images and of the cache."""
+
+    def make(root: Path, cache: Path) -> nn.Module:
+        path = root / "networks" / f"{name}.safetensors"
+        return public_data.resnet(path, blocks, num_classes, project)
+
+    return make
 
 
 def small_sets(own: str, near: Sequence[str]) -> dict[str, int | None]:
@@ -110,25 +123,35 @@ def small_sets(own: str, near: Sequence[str]) -> dict[str, int | None]:
 
 
 def conv3(own: str, root: Path, cache: Path) -> nn.Module:
-    """The paper's CNN, trained here for five epochs, once."""
-    from attached import train
-
-    from tie_ext import TIENet
-    from tie_ext.cli.classifier import classifier
-    from tie_ext.cli.images import ImageSet
-    from tie_ext.models.backbones import Conv3
-    from tie_ext.utils.random import seeded
-
+    """The paper's CNN, trained here once."""
     path = cache / "networks" / f"{own}-conv3.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        images = ImageSet(*public_data.read(root, f"{own}-train", 28, 1, 2 * FIT))
         with seeded(0):
             net = TIENet(Conv3(1, 10), 10, (1, 28, 28))
         with torch.enable_grad():
-            train(net, images, 5, 0, path.with_suffix(".training"))
+            train(net, public_data.read(root, f"{own}-train", 28, 1, 2 * FIT))
         net.save(path)
     return classifier(TIENet.load(path))
+
+
+def train(net: nn.Module, images: Images, epochs: int = 5, size: int = 128) -> None:
+    """Cross-entropy by SGD with one cycle of the learning rate, images shifted."""
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    steps = epochs * -(-len(images.y) // size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
+    net.train()
+    for epoch in range(epochs):
+        with seeded(0, epoch):
+            for rows in torch.randperm(len(images.y)).split(size):
+                x = shifted(images.x[rows], images.x.shape[-1] // 8).float() / 255
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), images.y[rows]).backward()
+                optimizer.step()
+                schedule.step()
+    net.eval()
 
 
 PHOTO_SETS = {
@@ -214,24 +237,13 @@ BACKBONES = {
 }
 
 
-# What is used of tie_ext, all of it.
+# What is measured.
 
 
 def reader(model: nn.Module, backbone: Backbone, num_classes: int):
     """The network with a head on every layer that has learned nothing yet."""
-    from tie_ext import TIENet
-
     shape = (len(backbone.mean), backbone.size, backbone.size)
     return TIENet(model, num_classes, shape, *backbone.range, head="multilayer").eval()
-
-
-def fitted_head(
-    model: nn.Module, backbone: Backbone, num_classes: int, batches: list, seed: int
-) -> dict[str, Tensor]:
-    """Weights of the head that attach fits."""
-    from tie_ext import attach
-
-    return attach(model, batches, num_classes, *backbone.range, seed=seed).garbage.state_dict()
 
 
 @torch.no_grad()
@@ -240,11 +252,6 @@ def own_scores(
 ) -> tuple[dict[str, dict[str, Tensor]], float]:
     """Scores by name and set of the head, of combine's KNN and of what combine gives, and the
     threshold of the latter."""
-    from tie_ext import Combined
-    from tie_ext.pytorch_ood.members import Outputs
-    from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, sample_features
-    from tie_ext.utils.random import seeded
-
     net.garbage.load_state_dict(head)
 
     def outputs(of: Seen) -> Outputs:
@@ -266,13 +273,6 @@ def own_scores(
         OURS[2]: {name: members[1].predict_features(of.features) for name, of in given.items()},
     }
     return scores, float(combined.threshold)
-
-
-def said_by(places: Mapping[str, Path]) -> dict:
-    """Command, commit and versions of a record."""
-    from tie_ext.utils.provenance import provenance
-
-    return provenance(places=places)
 
 
 OURS = ("combine", "attach", "combine's KNN")
@@ -451,23 +451,25 @@ class Run:
         return Images(read(self.root, self.network.backbone, source).x[rows[:most]], labels[:most])
 
     def head(self, model: nn.Module) -> dict[str, Tensor]:
-        """What attach taught, once."""
-        path = self.folder / "head.safetensors"
-        if not path.exists():
-            start, images = time.perf_counter(), self.images("fit")
-            pairs = list(self.backbone.batches(images, self.backbone.batch))
-            every = (
-                len(images.y.unique()) == self.network.num_classes
-            )  # else attach would miss the labels of some classes
-            batches = pairs if every else [x for x, _ in pairs]
-            head = fitted_head(model, self.backbone, self.network.num_classes, batches, self.seed)
-            write(path, {**head, "seconds": torch.tensor(time.perf_counter() - start)})
-        return load_file(path)
+        """What attach fitted, and its seconds."""
 
-    def score(self) -> None:
-        """Every score that reads features, once."""
-        if (self.folder / "scores.safetensors").exists():
-            return
+        def fit() -> dict[str, Tensor]:
+            start, images = time.perf_counter(), self.images("fit")
+            batches = list(self.backbone.batches(images, self.backbone.batch))
+            if len(images.y.unique()) < self.network.num_classes:
+                batches = [x for x, _ in batches]  # else attach would miss labels of some classes
+            made = attach(
+                model, batches, self.network.num_classes, *self.backbone.range, seed=self.seed
+            )
+            return {
+                **made.garbage.state_dict(),
+                "seconds": torch.tensor(time.perf_counter() - start),
+            }
+
+        return once(self.folder / "head.safetensors", fit)
+
+    def score(self) -> dict[str, Tensor]:
+        """Every score that reads features, with these, logits, labels and the last layer."""
         model = self.model()
         head = self.head(model)
         seconds = head.pop("seconds")
@@ -477,67 +479,44 @@ class Run:
         sets = {of: one.features.split(2000) for of, one in seen.items() if of != "fit"}
         found, failed = rivals.scores_of(rivals.makers(fc, h, y), sets)
         own, threshold = own_scores(net, head, seen)
-        tensors = {
-            f"scores/{name}/{of}": one
-            for name, sets in (own | found).items()
-            for of, one in sets.items()
-        }
+        self.note("failed", failed)
+        self.note("sources", {of: part.source for of, part in self.parts.items()})
+        tensors = flat(own | found)
         for of, one in seen.items():
-            tensors |= {
-                f"features/{of}": one.features,
-                f"logits/{of}": fc(one.features),
-                f"labels/{of}": one.labels,
-            }
-            tensors[f"rows/{of}"] = self.parts[of].rows
-        (self.folder / "failed.json").write_text(json.dumps(failed, indent=1))
-        (self.folder / "sources.json").write_text(
-            json.dumps({of: part.source for of, part in self.parts.items()}, indent=1)
-        )
-        last = {
-            "weight": fc.weight,
-            "bias": fc.bias,
-            "threshold": torch.tensor(threshold),
-            "seconds": seconds,
-        }
-        write(self.folder / "scores.safetensors", tensors | last)
-        print(f"{self.name}, seed {self.seed}: scored; attach took {seconds:.0f} s", flush=True)
+            tensors |= {f"features/{of}": one.features, f"logits/{of}": fc(one.features)}
+            tensors |= {f"labels/{of}": one.labels, f"rows/{of}": self.parts[of].rows}
+        last = {"weight": fc.weight, "bias": fc.bias, "threshold": torch.tensor(threshold)}
+        return tensors | last | {"seconds": seconds}
 
-    def gradients(self) -> None:
-        """Scores that read images or early layers, once, on the first images of each set."""
-        path = self.folder / "gradients.safetensors"
-        if path.exists():
-            return
-        start, model = time.perf_counter(), self.model()
+    def gradients(self) -> dict[str, Tensor]:
+        """Scores that read images or early layers, of the first images of each set."""
+        model = self.model()
         stages, layers, last = self.backbone.parts(model)
         few = 500 if self.backbone.size < 100 else 50
-        size = 50
-        fit = list(self.backbone.batches(self.images("fit"), size))
+        fit = list(self.backbone.batches(self.images("fit"), 50))
         sets = {
-            of: [x for x, _ in self.backbone.batches(self.images(of, few), size)]
+            of: [x for x, _ in self.backbone.batches(self.images(of, few), 50)]
             for of in self.parts
             if of not in ("fit", *VALIDATION)
         }
         make = rivals.image_makers(model, stages, layers, last, self.network.num_classes, fit)
         found, failed = rivals.scores_of(make, sets)
-        write(
-            path,
-            {
-                f"scores/{name}/{of}": one
-                for name, of_set in found.items()
-                for of, one in of_set.items()
-            },
-        )
-        (self.folder / "failed_gradients.json").write_text(json.dumps(failed, indent=1))
-        print(
-            f"{self.name}: ODIN, Gram and NAC, {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
+        self.note("failed_gradients", failed)
+        return flat(found)
+
+    def note(self, name: str, of: Mapping[str, str]) -> None:
+        """Words beside the scores."""
+        (self.folder / f"{name}.json").write_text(json.dumps(of, indent=1))
+
+    def cached(self, kind: str) -> dict[str, Tensor]:
+        """What ``score`` or ``gradients`` gives, computed once."""
+        path = self.folder / f"{kind}.safetensors"
+        return once(path, {"scores": self.score, "gradients": self.gradients}[kind])
 
     def scores(self) -> dict[str, dict[str, Tensor]]:
         """All scores by name and set."""
         found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for file in ("scores", "gradients"):
-            path = self.folder / f"{file}.safetensors"
+        for path in map(self.folder.joinpath, ("scores.safetensors", "gradients.safetensors")):
             for key, one in (load_file(path) if path.exists() else {}).items():
                 if key.startswith("scores/"):
                     _, name, of = key.split("/")
@@ -546,52 +525,61 @@ class Run:
 
     def failed(self) -> dict[str, str]:
         """Why there are no scores of some names."""
-        paths = [self.folder / name for name in ("failed.json", "failed_gradients.json")]
-        return {
-            name: why
-            for path in paths
-            if path.exists()
-            for name, why in json.loads(path.read_text()).items()
-        }
+        paths = sorted(self.folder.glob("failed*.json"))
+        return {name: why for path in paths for name, why in json.loads(path.read_text()).items()}
 
     def record(self) -> dict:
         """AUROC, FPR@95 and the share rejected at 5 % false alarms, by score and set."""
-        kept = load_file(self.folder / "scores.safetensors")
+        kept = self.cached("scores")
         right = kept["logits/test"].argmax(1) == kept["labels/test"]
-        numbers: dict[str, dict | None] = {}
+        numbers: dict[str, dict | None] = dict.fromkeys(self.failed())
         for name, of in self.scores().items():
-            threshold = (
-                float(kept["threshold"])
-                if name == OURS[0]
-                else rivals.threshold(of["calibration"])
+            own = name == OURS[0]
+            limit = float(
+                kept["threshold"] if own else conformal_threshold(of["calibration"], 0.05)
             )
-            numbers[name] = {
-                "false alarms": round((of["test"] > threshold).double().mean().item(), 4)
-            }
-            for ood in of:
-                if ood not in ("calibration", "test"):
-                    three = (
-                        rivals.auroc(of["test"], of[ood]),
-                        rivals.fpr95(of["test"], of[ood]),
-                        (of[ood] > threshold).double().mean().item(),
-                    )
-                    numbers[name][ood] = [round(value, 4) for value in three]
-        about = {
+            numbers[name] = {"false alarms": share(of["test"], limit)}
+            for ood in (name for name in of if name not in ("calibration", "test")):
+                pair = of["test"], of[ood]
+                three = rivals.auroc(*pair), rivals.fpr95(*pair), share(of[ood], limit)
+                numbers[name][ood] = [round(value, 4) for value in three]
+        return {
             "network": self.name,
             "seed": self.seed,
-            "accuracy": round(right.double().mean().item(), 4),
-        }
-        sets = {"near": self.network.near, "far": self.network.far, "validation": VALIDATION}
-        sizes = {
+            "accuracy": share(right.float(), 0.5),
+            "near": self.network.near,
+            "far": self.network.far,
+            "validation": VALIDATION,
             "images": {name: len(part.rows) for name, part in self.parts.items()},
             "attach, seconds": round(float(kept["seconds"])),
+            "scores": numbers,
+            "why not": self.failed(),
         }
-        return (
-            about
-            | sets
-            | sizes
-            | {"scores": numbers | dict.fromkeys(self.failed()), "why not": self.failed()}
-        )
+
+
+def share(scores: Tensor, limit: float) -> float:
+    """How many are above a limit."""
+    return round((scores > limit).double().mean().item(), 4)
+
+
+def flat(scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Scores by name and set, as a file has them."""
+    return {
+        f"scores/{name}/{of}": one for name, sets in scores.items() for of, one in sets.items()
+    }
+
+
+def once(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in a file, which are computed if it does not exist; written whole or not at
+    all, so that a run that was stopped resumes."""
+    if not path.exists():
+        start = time.perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: of.detach().contiguous().clone() for name, of in make().items()}
+        save_file(tensors, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+        print(f"{path.parent.name}/{path.stem}: {time.perf_counter() - start:.0f} s", flush=True)
+    return load_file(path)
 
 
 @cached
@@ -611,24 +599,19 @@ def passed(name: str, root: Path, cache: Path, num_classes: int) -> None:
     """One pass over each set of a backbone that has not been passed yet."""
     backbone = BACKBONES[name]
     left = {of: cache / "passes" / name / f"{of}.safetensors" for of in backbone.sets}
-    left = {of: path for of, path in left.items() if not path.exists()}
-    if not left:
+    if all(path.exists() for path in left.values()):
         return
-    net = reader(
-        backbone.make(root, cache).to(memory_format=torch.channels_last).eval(),
-        backbone,
-        num_classes,
-    )
-    for of, path in left.items():
-        start = time.perf_counter()
+    model = backbone.make(root, cache).to(memory_format=torch.channels_last).eval()
+    net = reader(model, backbone, num_classes)
+
+    def given(of: str) -> dict[str, Tensor]:
         images = backbone.read(root, of)
         pairs = [net.statistics(x) for x, _ in backbone.batches(images, backbone.batch)]
-        found = {
-            "features": torch.cat([h for h, _ in pairs]),
-            "statistics": torch.cat([s for _, s in pairs]),
-        }
-        write(path, {**found, "labels": images.y})
-        print(f"{name}: {len(images.y)} of {of}, {time.perf_counter() - start:.0f} s", flush=True)
+        features, statistics = map(torch.cat, zip(*pairs, strict=True))
+        return {"features": features, "statistics": statistics, "labels": images.y}
+
+    for of, path in left.items():
+        once(path, partial(given, of))
 
 
 def linear(h: Tensor, y: Tensor, num_classes: int) -> nn.Linear:
@@ -647,16 +630,6 @@ def linear(h: Tensor, y: Tensor, num_classes: int) -> nn.Linear:
 
     optimizer.step(loss)
     return fc
-
-
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: of.detach().contiguous().clone() for name, of in tensors.items()},
-        path.with_suffix(".new"),
-    )
-    path.with_suffix(".new").replace(path)
 
 
 def main() -> None:
@@ -691,14 +664,14 @@ def main() -> None:
             1000 if NETWORKS[name].linear else NETWORKS[name].num_classes,
         )
         run = Run(name, seed, a.images, a.cache)
-        run.score()
+        run.cached("scores")
         keep(run, a.out, places)
     for name in () if a.fast else a.networks:
         run = Run(name, NETWORKS[name].seeds[0], a.images, a.cache)
-        run.gradients()
+        run.cached("gradients")
         keep(run, a.out, places)
     summary = summed(a.out, a.images, a.cache, list(NETWORKS))
-    (a.out / "regret.json").write_text(json.dumps(summary | said_by(places)) + "\n")
+    (a.out / "regret.json").write_text(json.dumps(summary | provenance(places=places)) + "\n")
     print(json.dumps(summary["of combine"], indent=1), summary["regret"][OURS[0]], flush=True)
 
 
@@ -793,7 +766,7 @@ def keep(run: Run, out: Path, places: Mapping[str, Path]) -> None:
     path, record = out / f"{run.name}-seed{run.seed}.json", json.loads(json.dumps(run.record()))
     before = json.loads(path.read_text()) if path.exists() else {}
     if any(before.get(key) != value for key, value in record.items()):
-        path.write_text(json.dumps(record | said_by(places)) + "\n")
+        path.write_text(json.dumps(record | provenance(places=places)) + "\n")
 
 
 if __name__ == "__main__":
