@@ -633,42 +633,24 @@ def linear(h: Tensor, y: Tensor, num_classes: int) -> nn.Linear:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--images", type=Path, required=True, help="packed image sets, and networks/"
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        required=True,
-        help="passes, heads and scores, which are not committed",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="records")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name in ("images", "cache", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(CHOICES)))
     parser.add_argument("--fast", action="store_true", help="leave out ODIN, Gram and NAC")
     a = parser.parse_args()
     torch.set_num_threads(1)
     a.out.mkdir(parents=True, exist_ok=True)
-    pairs = [
-        (name, seed) for seed in a.seeds for name in a.networks if seed in NETWORKS[name].seeds
-    ]
+    pairs = [(n, seed) for seed in a.seeds for n in a.networks if seed in NETWORKS[n].seeds]
+    firsts = [] if a.fast else [(n, NETWORKS[n].seeds[0]) for n in a.networks]
     places = {"DATA": a.images, "CACHE": a.cache}
-    for name, seed in pairs:
-        passed(
-            NETWORKS[name].backbone,
-            a.images,
-            a.cache,
-            1000 if NETWORKS[name].linear else NETWORKS[name].num_classes,
-        )
+    for kind, (name, seed) in [("scores", p) for p in pairs] + [("gradients", p) for p in firsts]:
+        network = NETWORKS[name]
+        of = 1000 if network.linear else network.num_classes
+        passed(network.backbone, a.images, a.cache, of)
         run = Run(name, seed, a.images, a.cache)
-        run.cached("scores")
-        keep(run, a.out, places)
-    for name in () if a.fast else a.networks:
-        run = Run(name, NETWORKS[name].seeds[0], a.images, a.cache)
-        run.cached("gradients")
+        run.cached(kind)
         keep(run, a.out, places)
     summary = summed(a.out, a.images, a.cache, list(NETWORKS))
     (a.out / "regret.json").write_text(json.dumps(summary | provenance(places=places)) + "\n")
@@ -699,32 +681,30 @@ def columns_of(records: Sequence[Mapping]) -> dict[str, dict[str, list[float] | 
     }
 
 
-def bootstrapped(runs: Sequence[Run], kind: str, times: int = 200) -> dict[str, Tensor]:
-    """AUROC ``(times,)`` of a network's near or far sets by score, mean over its runs, images
+def interval(runs: Sequence[Run], kind: str, best: str, times: int = 200) -> list[float]:
+    """The middle 95 % of what combine has more than a rival, mean over runs that have it, images
     drawn again with replacement."""
-    found: dict[str, list[Tensor]] = defaultdict(list)
+    gaps = []
     for run in runs:
-        for name, of in run.scores().items():
-            rng = torch.Generator().manual_seed(
-                run.seed
-            )  # the same images for scores of the same images
-            sets = [ood for ood in getattr(run.network, kind) if ood in of]
-            found[name].append(torch.tensor([drawn(of, sets, rng) for _ in range(times)]))
-    return {name: torch.stack(values).mean(0) for name, values in found.items()}
+        scores, sets = run.scores(), getattr(run.network, kind)
+        ours, theirs = (drawn(scores[name], sets, run.seed, times) for name in (OURS[0], best))
+        gaps.append(ours - theirs)
+    ends = torch.stack(gaps).mean(0).quantile(torch.tensor([0.025, 0.975]))
+    return [round(value, 4) for value in ends.tolist()]
 
 
-def drawn(of: Mapping[str, Tensor], sets: Sequence[str], rng: torch.Generator) -> float:
-    """AUROC, mean over the sets, of images drawn with replacement."""
-    again = {
-        name: of[name][torch.randint(len(of[name]), (len(of[name]),), generator=rng)]
-        for name in ("test", *sets)
-    }
-    return mean(rivals.auroc(again["test"], again[name]) for name in sets)
+def drawn(of: Mapping[str, Tensor], sets: Sequence[str], seed: int, times: int) -> Tensor:
+    """AUROC ``(times,)``, mean over the sets; the same seed draws the same images."""
+    rng = torch.Generator().manual_seed(seed)
 
+    def again(name: str) -> Tensor:
+        return of[name][torch.randint(len(of[name]), (len(of[name]),), generator=rng)]
 
-def interval(values: Tensor) -> list[float]:
-    """The middle 95 %."""
-    return [round(value, 4) for value in values.quantile(torch.tensor([0.025, 0.975])).tolist()]
+    def once_more() -> float:
+        inside, *outside = map(again, ("test", *sets))
+        return mean(rivals.auroc(inside, x) for x in outside)
+
+    return torch.tensor([once_more() for _ in range(times)])
 
 
 def summed(out: Path, root: Path, cache: Path, networks: Sequence[str]) -> dict:
@@ -737,21 +717,15 @@ def summed(out: Path, root: Path, cache: Path, networks: Sequence[str]) -> dict:
         for column, scores in columns.items()
         if not column.endswith("validation")
     }
-    found: dict = {"columns": columns, "of combine": {}, "intervals": {}}
+    found: dict = {"columns": columns, "of combine": {}}
     for column, (value, best) in rivals.regrets(table, OURS[0], OURS).items():
         found["of combine"][column] = {"regret": round(value, 4), "best": best}
         name, kind = column.split()
         if BACKBONES[NETWORKS[name].backbone].size > 100:
-            runs = [
-                Run(name, seed, root, cache)
-                for seed in NETWORKS[name].seeds
-                if (out / f"{name}-seed{seed}.json").exists()
-            ]
-            again = bootstrapped(runs, kind)
-            found["of combine"][column]["interval"] = interval(again[OURS[0]] - again[best])
-            found["intervals"][column] = {
-                score: interval(values) for score, values in again.items()
-            }
+            seeds = [s for s in NETWORKS[name].seeds if (out / f"{name}-seed{s}.json").exists()]
+            runs = [Run(name, seed, root, cache) for seed in seeds]
+            some = [run for run in runs if best in run.scores()]
+            found["of combine"][column]["interval"] = interval(some, kind, best)
     every = {name for of in table.values() for name, value in of.items() if value is not None}
     worst = {name: rivals.worst_and_mean(table, name, OURS) for name in every}
     found["regret"] = {
