@@ -326,26 +326,27 @@ def whole(labels: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Part]
     }
 
 
+def three(of: str, rows: Sequence[Tensor], labels: Tensor) -> dict[str, Part]:
+    """Images to fit on, for calibration and to test."""
+    names = ("fit", "calibration", "test")
+    return {n: Part(of, some, labels[some]) for n, some in zip(names, rows, strict=True)}
+
+
 def small_parts(own: str, seed: int, labels: Mapping[str, Tensor]) -> dict[str, Part]:
     """Nine tenths of the training images at most, held-out and test images of the ID test set."""
     train, test = f"{own}-train", f"{own}-test"
     fit = order(len(labels[train]), seed)[: min(FIT, len(labels[train]) * 9 // 10)]
     held, judged = order(len(labels[test]), 0).tensor_split([HELD])
-    parts = {"fit": (train, fit), "calibration": (test, held), "test": (test, judged)}
-    rows = {name: Part(of, rows, labels[of][rows]) for name, (of, rows) in parts.items()}
-    return rows | whole(labels, [name for name in labels if not name.startswith(f"{own}-")])
+    own_test = three(test, (held[:0], held, judged), labels[test])
+    others = whole(labels, [name for name in labels if not name.startswith(f"{own}-")])
+    return own_test | {"fit": Part(train, fit, labels[train][fit])} | others
 
 
 def imagenet_parts(seed: int, labels: Mapping[str, Tensor]) -> dict[str, Part]:
     """One image of each class: 600 to fit on, 200 held out, 200 to test."""
     of = "photos_imagenet"
-    three = zip(
-        ("fit", "calibration", "test"),
-        order(len(labels[of]), seed).tensor_split([600, 800]),
-        strict=True,
-    )
-    parts = {name: Part(of, rows, labels[of][rows]) for name, rows in three}
-    return parts | whole(labels, (*PHOTOS_FAR, *VALIDATION))
+    rows = order(len(labels[of]), seed).tensor_split([600, 800])
+    return three(of, rows, labels[of]) | whole(labels, (*PHOTOS_FAR, *VALIDATION))
 
 
 def chosen_parts(
@@ -353,23 +354,15 @@ def chosen_parts(
 ) -> dict[str, Part]:
     """A random choice of the classes, two thirds of their images to fit on, a ninth held out; near
     is what was left out."""
-    y = labels[of]
-    classes = order(int(y.max()) + 1, seed)
+    classes = order(int(labels[of].max()) + 1, seed)
     label = torch.full_like(classes, -1)
     label[classes[:known].sort().values] = torch.arange(known)
-    rows = (label[y] >= 0).nonzero()[:, 0]
-    rows = rows[order(len(rows), seed)]
-    three = rows.tensor_split([len(rows) * 6 // 9, len(rows) * 7 // 9])
-    parts = {
-        name: Part(of, some, label[y[some]])
-        for name, some in zip(("fit", "calibration", "test"), three, strict=True)
-    }
-    others = (label[y] < 0).nonzero()[:, 0]
-    return (
-        parts
-        | {"left out": Part(of, others, label[y[others]])}
-        | whole(labels, (*far, *VALIDATION))
-    )
+    y = label[labels[of]]
+    rows = (y >= 0).nonzero()[:, 0]
+    rows = rows[order(len(rows), seed)].tensor_split([len(rows) * 6 // 9, len(rows) * 7 // 9])
+    others = (y < 0).nonzero()[:, 0]
+    left = {"left out": Part(of, others, y[others])}
+    return three(of, rows, y) | left | whole(labels, (*far, *VALIDATION))
 
 
 def small(
