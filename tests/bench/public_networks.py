@@ -43,12 +43,10 @@ from public_data import Images
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tie_ext import Combined, TIENet, attach
+from tie_ext import TIENet
 from tie_ext.cli.batches import shifted
 from tie_ext.cli.classifier import classifier
 from tie_ext.models.backbones import Conv3
-from tie_ext.pytorch_ood.members import Outputs
-from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, sample_features
 from tie_ext.scores.threshold import conformal_threshold
 from tie_ext.utils.provenance import provenance
 from tie_ext.utils.random import seeded
@@ -246,12 +244,26 @@ def reader(model: nn.Module, backbone: Backbone, num_classes: int):
     return TIENet(model, num_classes, shape, *backbone.range, head="multilayer").eval()
 
 
+def fitted_head(
+    model: nn.Module, backbone: Backbone, num_classes: int, batches: list, seed: int
+) -> dict[str, Tensor]:
+    """Weights of the head that attach fits."""
+    from tie_ext import attach
+
+    return attach(model, batches, num_classes, *backbone.range, seed=seed).garbage.state_dict()
+
+
 @torch.no_grad()
 def own_scores(
     net, head: Mapping[str, Tensor], seen: Mapping[str, "Seen"]
 ) -> tuple[dict[str, dict[str, Tensor]], float]:
     """Scores by name and set of the head, of combine's KNN and of what combine gives, and the
     threshold of the latter."""
+    from tie_ext import Combined
+    from tie_ext.pytorch_ood.members import Outputs
+    from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, sample_features
+    from tie_ext.utils.random import seeded
+
     net.garbage.load_state_dict(head)
 
     def outputs(of: Seen) -> Outputs:
@@ -451,11 +463,9 @@ class Run:
             batches = list(self.backbone.batches(images, self.backbone.batch))
             if len(images.y.unique()) < self.network.num_classes:
                 batches = [x for x, _ in batches]  # else attach would miss labels of some classes
-            made = attach(
-                model, batches, self.network.num_classes, *self.backbone.range, seed=self.seed
-            )
+            head = fitted_head(model, self.backbone, self.network.num_classes, batches, self.seed)
             return {
-                **made.garbage.state_dict(),
+                **head,
                 "seconds": torch.tensor(time.perf_counter() - start),
             }
 
