@@ -197,7 +197,7 @@ def add_json_line(path: str | os.PathLike, record: dict, key: str) -> None:
     with FileLock(path.with_name(f".{path.name}.lock")):
         others = [r for r in read_json_lines(path, "a record") if r[key] != record[key]]
         ordered = sorted([*others, record], key=lambda r: r[key])
-        lines = (json.dumps(r, allow_nan=False) + "\n" for r in ordered)
+        lines = (json.dumps(r, allow_nan=False, separators=(",", ":")) + "\n" for r in ordered)
         write_atomically(path, "".join(lines).encode())
 
 

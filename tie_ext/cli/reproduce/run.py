@@ -24,7 +24,7 @@ from tie_ext.cli.flags import check_flags, interactive, recipe_of, settings_of
 from tie_ext.cli.images import Images, ImageSet, RunImages
 from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.reproduce.comparison import cell, check_method, has_garbage
-from tie_ext.cli.reproduce.tables import CELLS, read_cells, tables
+from tie_ext.cli.reproduce.tables import CELLS, brief, read_cells, tables
 from tie_ext.cli.settings import ReproduceSettings
 from tie_ext.cli.snapshots import to_bytes
 from tie_ext.models.backbones import BACKBONES
@@ -134,7 +134,7 @@ def run_plan(plan: Plan, out: Path, device: str = "cpu", progress: bool = False)
         )
         record["level2"] = level_2(net, images, garbage=has_garbage(method))
         net.save(out / "networks" / f"{stem}.safetensors")
-        add_json_line(path, record, "cell")
+        add_json_line(path, brief(record), "cell")
         state.unlink(missing_ok=True)
     _judge_inversions(out)
     _note_missing(out / "not_run.json", plan.data, missing)
