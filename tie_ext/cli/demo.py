@@ -4,6 +4,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +23,9 @@ from tie_ext.training.recipe import Recipe
 from tie_ext.utils.files import locked, write_json
 
 
-def recipe(seed: int = 0, **changes: int) -> Recipe:
+def recipe(seed: int = 0, **changes: Any) -> Recipe:
     """Two minutes of training on 2000 small images (``--train``)."""
-    few = {"epochs": 6, "candidates": 1100, "pool_size": 2000, **changes}
+    few = {"epochs": 6, "candidates": 1100, "pool_size": 2000} | changes
     synthesizers = {"inversion": {"steps": 40, "width": 16}}
     return Recipe(TIEConfig(seed=seed, **few), synthesizers, head="multilayer")
 
@@ -34,7 +35,7 @@ def run(flags: Namespace) -> None:
     check_flags(vars(flags))
     start, folder = time.perf_counter(), flags.out
     train, calibration, new = demo_images.clothes()
-    images = RunImages(train, calibration, demo_images.strangers())
+    images = RunImages(train, calibration, {**demo_images.strangers()})
     _check_folder(folder)
     with locked(folder):
         _check_folder(folder)  # again: another process may have used it meanwhile
