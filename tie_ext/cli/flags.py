@@ -16,6 +16,7 @@ from tie_ext.cli.settings import AttachSettings, ImageSettings, TrainSettings
 from tie_ext.models.network import HEADS
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
+from tie_ext.scores.threshold import GUARANTEES
 from tie_ext.training.config import TIEConfig
 from tie_ext.training.explain import STEPS
 from tie_ext.training.recipe import PRIORS, Recipe, names
@@ -64,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="tie-ext", description=about, epilog=EXAMPLES, formatter_class=_Examples
     )
     parser.add_argument("--version", action="version", version=f"tie_ext {__version__}")
-    add = (_demo, _train, _attach, _score, _report, _explain, _reproduce)
+    add = (_demo, _train, _attach, _score, _calibrate, _report, _explain, _reproduce)
     commands = parser.add_subparsers(
         required=True, dest="name", metavar=" | ".join(each.__name__[1:] for each in add)
     )
@@ -139,6 +140,8 @@ def _score(commands) -> None:
         help="reject at most this share of new ID images, by a threshold on the score (default: "
         "the detector's own rule, 0.05 for a combination)",
     )
+    about = "carry a monitor of drift from run to run; exit code 3 once it has raised its alarm"
+    _path(method, "--monitor", "STATE", about)
     _device(method)
     output = score.add_argument_group("output")
     _path(output, "--out", "FILE", "file for the rows (default: standard output)")
@@ -147,9 +150,41 @@ def _score(commands) -> None:
     output.add_argument("--every-label", action="store_true", help=about)
 
 
+def _calibrate(commands) -> None:
+    calibrate = _command(
+        commands,
+        "calibrate",
+        "set the threshold of a saved detector anew, on ID images from where it is used",
+        usage="tie-ext calibrate RUN IMAGE [IMAGE ...] [flags]",
+    )
+    data = calibrate.add_argument_group("data")
+    _path(data, "run", "RUN", "folder of a run or of a saved detector; its threshold is replaced")
+    about = "ID images that nothing was trained on: files, and folders with all below them"
+    _path(data, "images", "IMAGE", about, nargs="+")
+    method = calibrate.add_argument_group("method")
+    about = "reject at most this share of new ID images (default: the detector's, else 0.05)"
+    method.add_argument("--false-alarm", type=float, metavar="RATE", help=about)
+    about = "what it bounds: the rate on average over such sets of images, or that of these images"
+    method.add_argument(
+        "--guarantee", choices=GUARANTEES, help=f"{about} (default: the detector's, else average)"
+    )
+    about = "probability that the bound holds, for pac (default: the detector's, else 0.95)"
+    method.add_argument("--confidence", type=float, metavar="P", help=about)
+    about = "a threshold for each predicted class that has enough images"
+    method.add_argument("--per-class", action="store_true", help=about)
+    _device(method)
+
+
 def _report(commands) -> None:
-    report = _command(commands, "report", "figures, table and settings of a run on an HTML page")
-    _path(report, "run", "RUN", "run folder")
+    report = _command(
+        commands,
+        "report",
+        "figures, table and settings of a run on an HTML page; with --images, what is rejected",
+    )
+    _path(report, "run", "RUN", "run folder; with --images also that of a saved detector")
+    about = "group the images below that are rejected, on the page RUN/rejected.html"
+    _path(report, "--images", "FOLDER", about)
+    _path(report, "--export", "DIR", "copy the images of each group into a folder of its own")
 
 
 def _explain(commands) -> None:

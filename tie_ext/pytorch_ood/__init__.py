@@ -9,6 +9,7 @@ from tie_ext.pytorch_ood.iodin import IODIN
 from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.load import load_detector
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
+from tie_ext.pytorch_ood.monitor import Drift, Monitor
 from tie_ext.pytorch_ood.recommended import combine
 from tie_ext.pytorch_ood.rejection import RejectionNetwork
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
@@ -17,8 +18,10 @@ __all__ = [
     "IODIN",
     "BoundaryDistance",
     "Combined",
+    "Drift",
     "ExportModule",
     "MahalanobisPlusPlus",
+    "Monitor",
     "RejectionNetwork",
     "SampledKNN",
     "TIEDetector",
