@@ -1,4 +1,4 @@
-"""``tie-ext calibrate``: the threshold of a saved detector anew, on images from where it is used."""
+"""``tie-ext calibrate``: a threshold anew, on images from where the detector is used."""
 
 from argparse import Namespace
 
@@ -27,10 +27,10 @@ def run(flags: Namespace) -> None:
     with usage():
         guarantee = Guarantee(
             flags.guarantee or detector.guarantee,
-            flags.confidence or detector.confidence,
+            _first(flags.confidence, detector.confidence),
             flags.per_class or detector.per_class,
         )
-        rate = flags.false_alarm or detector.false_alarm or FALSE_ALARM
+        rate = _first(flags.false_alarm, detector.false_alarm, FALSE_ALARM)
         check_number("--false-alarm", rate, 0, 1, above=True)
     check_square(net)
     net.to(flags.device)
@@ -49,6 +49,10 @@ def run(flags: Namespace) -> None:
         )
         detector.save(home)
     print(tell(detector, scores, labels, was))
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
 
 
 @torch.no_grad()

@@ -35,7 +35,9 @@ DRIFT = 3
 
 
 def run(flags: Namespace) -> int:
-    """Load the detector of a run, and write a row for each image as it is scored; the exit code."""
+    """Load the detector of a run, and write a row for each image as it is scored; gives the exit
+    code.
+    """
     check_flags({"device": flags.device})
     if flags.false_alarm is not None:
         with usage():

@@ -12,6 +12,7 @@ from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.monitor import Drift, Monitor
 from tie_ext.pytorch_ood.recommended import combine
 from tie_ext.pytorch_ood.rejection import RejectionNetwork
+from tie_ext.pytorch_ood.rejects import Group, Rejects, rejects
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
 
 __all__ = [
@@ -20,12 +21,15 @@ __all__ = [
     "Combined",
     "Drift",
     "ExportModule",
+    "Group",
     "MahalanobisPlusPlus",
     "Monitor",
     "RejectionNetwork",
+    "Rejects",
     "SampledKNN",
     "TIEDetector",
     "UncertaintyEstimate",
     "combine",
     "load_detector",
+    "rejects",
 ]

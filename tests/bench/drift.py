@@ -1,0 +1,125 @@
+"""How many images a monitor takes to find a change of the images, written to docs/results/.
+
+python tests/bench/drift.py --root DATA --cache FOLDER
+"""
+
+import argparse
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from judged import judged
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from tie_ext.cli.tables import table
+from tie_ext.pytorch_ood import Monitor
+from tie_ext.utils.files import read_json, write_json
+from tie_ext.utils.provenance import provenance
+
+RECORD = Path(__file__).parents[2] / "docs" / "results" / "drift.json"
+HELD_OUT = (40, 200, 1000)
+BEFORE, AFTER, STREAMS = 100, 1000, 20
+"""Unchanged images, changed images, and streams, of which the median is taken."""
+
+
+def jpeg(x: Tensor, quality: int) -> Tensor:
+    """Images ``(B, 1, S, S)`` of [0, 1] as JPEG gives them back."""
+    out = []
+    for image in (x[:, 0] * 255).round().byte().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "jpeg", quality=quality)
+        out.append(np.asarray(Image.open(file)))
+    return torch.from_numpy(np.stack(out))[:, None].float() / 255
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """Images brought to another size and back, bilinearly."""
+    small = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    return F.interpolate(small, x.shape[2:], mode="bilinear", antialias=True)
+
+
+def noisy(x: Tensor, deviation: float) -> Tensor:
+    """Images with white noise."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return (x + deviation * noise).clamp(0, 1)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "blur, deviation 0.6 pixels": lambda x: gaussian_blur(x, 5, 0.6),
+    "blur, deviation 1 pixel": lambda x: gaussian_blur(x, 5, 1.0),
+    "brightness + 5 %": lambda x: (1.05 * x).clamp(0, 1),
+    "brightness + 20 %": lambda x: (1.2 * x).clamp(0, 1),
+    "noise, deviation 0.02": partial(noisy, deviation=0.02),
+    "noise, deviation 0.05": partial(noisy, deviation=0.05),
+    "resized to 24 pixels and back": partial(resized, size=24),
+    "resized to 32 pixels and back": partial(resized, size=32),
+    "JPEG, quality 75": partial(jpeg, quality=75),
+    "JPEG, quality 30": partial(jpeg, quality=30),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    flags = parser.parse_args()
+    of = judged("clothes", flags.root, flags.cache)
+    pool = of.known[: max(HELD_OUT) + BEFORE]
+    after = of.known[len(pool) :][:AFTER]
+    clean = scores(of.detector, pool)
+    found = {}
+    for name, change in CHANGES.items():
+        changed = scores(of.detector, change(after))
+        found[name] = {str(n): powers(of.detector, clean, changed, n) for n in HELD_OUT}
+        found[name]["rejected"] = (changed > of.detector.threshold).double().mean().item()
+        print(name, found[name], flush=True)
+    places = {"DATA": flags.root, "FOLDER": flags.cache}
+    write_json(RECORD, {"changes": found, "after": len(after)} | provenance(places=places))
+
+
+def scores(detector, x: Tensor) -> Tensor:
+    return torch.cat([detector.predict(part) for part in x.split(100)])
+
+
+def powers(detector, clean: Tensor, changed: Tensor, held_out: int) -> dict:
+    """Images after the change until the alarm, in each stream, and the false alarms before it."""
+    waits, false = [], 0
+    for seed in range(STREAMS):
+        rng = torch.Generator().manual_seed(seed)
+        own = clean[torch.randperm(len(clean), generator=rng)]
+        detector.recalibrate(0.05, own[:held_out])
+        monitor = Monitor(detector)
+        before = own[held_out : held_out + BEFORE]
+        false += monitor.update(before).alarm is not None
+        order = torch.randperm(len(changed), generator=rng)
+        alarm = monitor.update(changed[order]).alarm
+        waits.append(None if alarm is None else alarm - len(before))
+    return {"waits": waits, "false_alarms": false}
+
+
+def page() -> str:
+    """The table of docs/drift.md."""
+    record = read_json(RECORD, "the record of drift")
+    rows = []
+    for name, found in record["changes"].items():
+        row = {"change": name, "rejected": f"{100 * found['rejected']:.0f} %"}
+        for n in HELD_OUT:
+            waits = found[str(n)]["waits"]
+            hits = [wait for wait in waits if wait is not None]
+            middle = median(wait if wait is not None else float("inf") for wait in waits)
+            text = "-" if not hits else f"{len(hits)} of {len(waits)} streams"
+            row[f"{n} held out"] = text if middle == float("inf") else f"{middle:.0f}"
+        rows.append(row)
+    return table(rows)
+
+
+if __name__ == "__main__":
+    main()
