@@ -13,17 +13,21 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
-from judged import judged
+from judged import Judged, judged
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from tie_ext.cli.tables import table
 from tie_ext.pytorch_ood import Monitor
+from tie_ext.scores.monitor import BETS, bet, gains, kept, p_value
 from tie_ext.utils.files import read_json, write_json
 from tie_ext.utils.provenance import provenance
 
 RECORD = Path(__file__).parents[2] / "docs" / "results" / "drift.json"
+FIGURE = RECORD.parents[1] / "figures" / "drift.png"
+SHOWN = "blur, deviation 1 pixel"
 HELD_OUT = (40, 200, 1000)
 BEFORE, AFTER, STREAMS = 100, 1000, 20
 """Unchanged images, changed images, and streams, of which the median is taken."""
@@ -81,8 +85,12 @@ def main() -> None:
         found[name] = {str(n): powers(of.detector, clean, changed, n) for n in HELD_OUT}
         found[name]["rejected"] = (changed > of.detector.threshold).double().mean().item()
         print(name, found[name], flush=True)
+    figure(of, clean, after)
+    rates = {str(n): naive(n) for n in HELD_OUT[:2]}
     places = {"DATA": flags.root, "FOLDER": flags.cache}
-    write_json(RECORD, {"changes": found, "after": len(after)} | provenance(places=places))
+    write_json(
+        RECORD, {"changes": found, "after": len(after), "naive": rates} | provenance(places=places)
+    )
 
 
 def scores(detector, x: Tensor) -> Tensor:
@@ -103,6 +111,42 @@ def powers(detector, clean: Tensor, changed: Tensor, held_out: int) -> dict:
         alarm = monitor.update(changed[order]).alarm
         waits.append(None if alarm is None else alarm - len(before))
     return {"waits": waits, "false_alarms": false}
+
+
+def naive(held_out: int, streams: int = 1000, images: int = 2000) -> float:
+    """Share of unchanged streams in which the same bets raise an alarm, were scores ranked among
+    the held-out ones alone."""
+    rng = np.random.default_rng(0)
+    held, stream = rng.standard_normal((streams, held_out)), rng.standard_normal((streams, images))
+    capital, largest = np.zeros((streams, BETS)), np.ones(streams)
+    for t in range(1, images + 1):
+        above = (held > stream[:, t - 1 : t]).sum(axis=1)
+        gain = gains(p_value(above, 0, held_out, 1 - rng.random(streams)))
+        capital = bet(capital, t, gain)
+        largest = np.maximum(largest, capital.sum(axis=1) + kept(t))
+    return float((largest >= 1000).mean())
+
+
+def figure(of: Judged, clean: Tensor, after: Tensor) -> None:
+    """Evidence over a stream that is blurred from its middle on."""
+    of.detector.recalibrate(0.05, clean[:200])
+    blurred = scores(of.detector, CHANGES[SHOWN](after[:200]))
+    drawing = Figure(figsize=(7, 2.6), layout="constrained")
+    ax = drawing.subplots()
+    for stream, label in ((clean[200:600], "unchanged"), (blurred, f"{SHOWN} from image 200 on")):
+        stream = stream if label == "unchanged" else torch.cat([clean[200:400], blurred])
+        monitor = Monitor(of.detector)
+        seen = [monitor.update(score).evidence for score in stream]
+        ax.semilogy(range(1, len(seen) + 1), seen, label=label)
+        drift = monitor.drift
+        if drift.alarm is not None:
+            ax.plot(drift.alarm, 1000, "k.")
+            words = f" alarm at {drift.alarm}: scores {drift.direction} since {drift.since}"
+            ax.text(drift.alarm, 1000, words, va="top", fontsize=8)
+    ax.axhline(1000, color="k", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="images", ylabel="evidence", ylim=(0.5, 1e7))
+    ax.legend(fontsize=8, loc="upper left", frameon=False)
+    drawing.savefig(FIGURE, dpi=100)
 
 
 def page() -> str:

@@ -11,6 +11,7 @@ from statistics import mean, median
 import attached_page
 import benchmark_page
 import detectors_page
+import drift_page
 import explained_page
 import fire
 import fooling_page
@@ -519,6 +520,7 @@ def documents() -> dict[str, str]:
         **detectors_page.pull_requests(),
         **{f"research/{name}": text for name, text in fooling_page.pages().items()},
         "research/explain.md": explained_page.page(),
+        "drift.md": drift_page.page(),
         "research/under_fire.md": fire.page(),
         "research/no_tie.md": no_tie.page() if no_tie.RECORD.exists() else "",
         "research/mutants.md": mutants.page() if mutants.RECORD.exists() else "",
