@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from drift import noisy
 from judged import Judged, judged
+from matplotlib.figure import Figure
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
@@ -22,8 +23,9 @@ from tie_ext.utils.provenance import provenance
 from tie_ext.utils.views import eval_view
 
 RECORD = Path(__file__).parents[2] / "docs" / "results" / "rejects.json"
+FIGURE = RECORD.parents[1] / "figures" / "rejects.png"
+SHOWN = 12
 SETS = {"clothes": "clothes, 5 of 10 known", "flowers": "flowers, 3 of 5 known; receipts, blood"}
-KINDS = {"far": "far", "near": "near", "preprocessing": "preprocessing"}
 
 
 def main() -> None:
@@ -33,6 +35,7 @@ def main() -> None:
     flags = parser.parse_args()
     found = {name: judge(judged(name, flags.root, flags.cache)) for name in SETS}
     places = {"DATA": flags.root, "FOLDER": flags.cache}
+    figure(judged("clothes", flags.root, flags.cache))
     write_json(RECORD, {"sets": found} | provenance(places=places))
 
 
@@ -64,6 +67,21 @@ def judge(of: Judged) -> dict:
     }
 
 
+def figure(of: Judged) -> None:
+    """The most typical images of each group."""
+    found = rejects(of.detector, of.x.split(50))
+    drawing = Figure(figsize=(7, 0.55 * len(found.groups)), layout="constrained")
+    axes = drawing.subplots(len(found.groups), SHOWN, squeeze=False)
+    for line, group in zip(axes, found.groups, strict=True):
+        for ax, image in zip(line, of.x[group.rows[:SHOWN]], strict=False):
+            ax.imshow(image[0], cmap="gray")
+        for ax in line:
+            ax.axis("off")
+        words = f"{len(group.rows)} images, {group.kind}"
+        line[0].text(-3, 14, words, ha="right", va="center", fontsize=8)
+    drawing.savefig(FIGURE, dpi=90)
+
+
 def flat(found: Rejects) -> tuple[list[int], list[int]]:
     """Places of rejected images, and the group of each; those of none have one of their own."""
     parts = [*(group.rows for group in found.groups), *found.others.split(1)]
@@ -86,12 +104,25 @@ def changes(of: Judged) -> dict[str, Tensor]:
 
 
 def called(of: Judged, x: Tensor) -> dict[str, int]:
-    """How many of the rejected images are in groups of each kind."""
+    """How many rejected images are in groups of each kind, of changed ones alone."""
     counts: Counter = Counter()
-    for group in rejects(of.detector, [*of.x[:300].split(50), *x.split(50)]).groups:
-        rows = group.rows[group.rows >= min(300, len(of.x))]
-        counts[group.kind] += len(rows)
+    for group in rejects(of.detector, x.split(50)).groups:
+        counts[group.kind] += len(group.rows)
     return dict(counts)
+
+
+def said() -> str:
+    """What changed images of known classes are called."""
+    sets = read_json(RECORD, "the record of rejected images")["sets"]
+    words = []
+    for name, of in sets.items():
+        for change, counts in of["changed"].items():
+            right, every = counts.get("preprocessing", 0), sum(counts.values())
+            words.append(f"{name}, {change}: {right} of {every}")
+    return (
+        "Rejected images of known classes that were blurred, made noisy or brighter, and are in "
+        f"groups called *unusual preprocessing*: {'; '.join(words)}."
+    )
 
 
 def page() -> str:

@@ -128,7 +128,7 @@ def saved_scores(state: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
             raise ValueError(f"Expected calibration scores (M,), but got {describe(scores)}")
         check_finite(scores, "calibration scores")
     if labels is not None:
-        good = isinstance(labels, Tensor) and labels.dtype == torch.int64 and scores is not None
-        if not good or labels.shape != scores.shape or bool((labels < 0).any()):
+        good = isinstance(labels, Tensor) and labels.dtype == torch.int64
+        if not good or scores is None or labels.shape != scores.shape or bool((labels < 0).any()):
             raise ValueError(f"Expected a class of each score, but got {describe(labels)}")
     return scores, labels

@@ -135,8 +135,8 @@ class Monitor:
     def drift(self) -> Drift:
         """What it has found so far."""
         rejected, interval = sum(self.recent), rate_interval(sum(self.recent), len(self.recent))
-        found = self.found or (None, None, None)
-        return Drift(self.images, self.evidence, *found, rejected, interval)
+        alarm, since, direction = self.found or (None, None, None)
+        return Drift(self.images, self.evidence, alarm, since, direction, rejected, interval)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write its state as JSON, atomically; its length does not grow with the stream.

@@ -28,11 +28,12 @@ DISTINCT = 0.1
 """Silhouette, in [-1, 1], above which groups are told apart."""
 SMALLEST = 5
 """Images of a group; fewer are left over."""
-ENOUGH = 20
-"""Accepted images that say how far from ID images a layer usually finds images."""
+ODD = 2**0.5
+"""Distance from which on a layer finds images odd: twice the mean square of ID images. About 5 %
+of ID images are as far."""
 KINDS = ("far", "near", "preprocessing")
-"""``far``: the garbage class is the most likely. ``near``: it is not; the network wavers between
-classes. ``preprocessing``: the early layers find the images odd and the last one does not."""
+"""``far``: the garbage class is the most likely for most of the images. Else ``preprocessing``:
+a layer of the first half finds them odd, and none of the second half odder. Else ``near``."""
 
 
 class Group(NamedTuple):
@@ -47,8 +48,8 @@ class Group(NamedTuple):
     share: float
     """Share of its images whose nearest class is the first, in [0, 1]."""
     layers: dict[str, float]
-    """How far from ID images each layer finds them, from the first on: the median distance,
-    divided by what 5 % of the accepted images exceed; above 1 = odd."""
+    """How far from ID images each layer finds them, from the first on: the median root mean
+    square of its standardised statistics, divided by :data:`ODD`; above 1 = odd."""
 
 
 class Rejects(NamedTuple):
@@ -70,8 +71,7 @@ def rejects(detector: TIEDetector | Combined, loader: Iterable) -> Rejects:
 
     Arguments:
         detector: A fitted detector on a :class:`tie_ext.TIENet`.
-        loader: Batches of images, with or without labels, which are not read. The accepted ones
-            among them say what is usual.
+        loader: Batches of images, with or without labels, which are not read.
 
     Raises:
         TypeError: If the network is no TIENet.
@@ -83,7 +83,6 @@ def rejects(detector: TIEDetector | Combined, loader: Iterable) -> Rejects:
         raise TypeError(f"Expected a detector on a TIENet, but got {type(net).__name__}")
     view, count = eval_view(net), 0
     kept = Reservoir(MAX_REJECTED, torch.Generator().manual_seed(0))
-    accepted = []
     for x, _ in BatchReader(loader, None, net.image_shape, net.low, net.high, rereadable=False):
         x = x.to(net.low.device)
         out = detector.decide(x).level > 0
@@ -91,12 +90,11 @@ def rejects(detector: TIEDetector | Combined, loader: Iterable) -> Rejects:
         logits = view.all_logits(h, s)
         row = torch.arange(count, count + len(x), device=x.device)
         kept.add(row[out], h[out], s[out], logits[out])
-        accepted.append(distance_of(net, s[~out]))
         count += len(x)
     if not kept.seen:
         return Rejects(count, 0, (), torch.empty(0).long())
     rows, h, s, logits = (part.cpu() for part in kept.columns)
-    distances = distance_of(net, s) / usual(torch.cat(accepted))
+    distances = layer_distances(net, s) / ODD
     groups, others = [], [rows[:0]]
     for part in clusters(components(h, s)):
         if len(part) < SMALLEST:
@@ -151,7 +149,7 @@ def layer_names(net: TIENet) -> list[str]:
     return [*(head.layers if isinstance(head, GarbageHead) else ()), "features"]
 
 
-def distance_of(net: TIENet, s: Tensor) -> Tensor:
+def layer_distances(net: TIENet, s: Tensor) -> Tensor:
     """Root mean square ``(B, L)`` of the standardised statistics ``(B, S)`` of each layer, about 1
     for ID images; ones where the network has no head that knows their scale.
     """
@@ -164,24 +162,28 @@ def distance_of(net: TIENet, s: Tensor) -> Tensor:
     return torch.stack([part.mean(dim=1).sqrt() for part in (*layers, features)], dim=1)
 
 
-def usual(distances: Tensor) -> Tensor:
-    """The distance ``(L,)`` that 5 % of accepted images exceed ``(N, L)``; 1 where there are too
-    few of them to say.
+def kind_of(garbage: float, distances: list[float]) -> str:
+    """One of :data:`KINDS`.
+
+    Arguments:
+        garbage: Share of images whose most likely output is garbage, in [0, 1].
+        distances: Of each layer, the first first; above 1 = odd.
     """
-    if len(distances) < ENOUGH:
-        return torch.ones(distances.shape[1])
-    return distances.cpu().quantile(0.95, dim=0)
+    half = len(distances) // 2
+    if garbage > 0.5:
+        return "far"
+    return "preprocessing" if max([0.0, *distances[:half]]) > max(1, *distances[half:]) else "near"
 
 
 def _group(net: TIENet, rows: Tensor, logits: Tensor, distances: Tensor) -> Group:
     """A group of the images in some rows."""
-    garbage = logits.argmax(dim=1) == net.num_classes
+    garbage = (logits.argmax(dim=1) == net.num_classes).double().mean()
     nearest, second = logits[:, :-1].topk(2, dim=1).indices.T
     votes = nearest.bincount(minlength=net.num_classes)
     first = int(votes.argmax())
     next_votes = second[nearest == first].bincount(minlength=net.num_classes)
     middle = distances.median(dim=0).values.tolist()
-    kind = "far" if bool(garbage.double().mean() > 0.5) else "near"
+    kind = kind_of(float(garbage), middle)
     labels = first, int(next_votes.argmax())
     layers = dict(zip(layer_names(net), middle, strict=True))
     return Group(rows, kind, labels, float(votes[first]) / len(rows), layers)
