@@ -71,6 +71,15 @@ def test_bets_are_fair():
     assert np.isfinite(m.gains([1.0, 1e-9])).all()
 
 
+@pytest.mark.parametrize("t", [1, 2, 50])
+def test_money_neither_grows_nor_shrinks_on_average(t):
+    p = (np.arange(1_000_000) + 0.5) / 1_000_000
+    capital = np.linspace(0.1, 2, m.BETS)
+    after = m.bet(capital, t, m.gains(p)).sum(axis=1).mean() + m.kept(t)
+    assert after == pytest.approx(capital.sum() + m.kept(t - 1), rel=0.01)
+    assert m.kept(0) == 1
+
+
 def test_p_values_of_exchangeable_scores_are_uniform_and_independent():
     # All orders of four scores, of which two are equal: each p-value is uniform given the others.
     from itertools import permutations

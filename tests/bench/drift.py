@@ -60,11 +60,13 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "blur, deviation 0.6 pixels": lambda x: gaussian_blur(x, 5, 0.6),
     "blur, deviation 1 pixel": lambda x: gaussian_blur(x, 5, 1.0),
     "brightness + 20 %": lambda x: (1.2 * x).clamp(0, 1),
+    "brightness + 60 %": lambda x: (1.6 * x).clamp(0, 1),
     "noise, deviation 0.05": partial(noisy, deviation=0.05),
+    "noise, deviation 0.15": partial(noisy, deviation=0.15),
     "resized to 24 pixels and back": partial(resized, size=24),
-    "resized to 32 pixels and back": partial(resized, size=32),
-    "JPEG, quality 75": partial(jpeg, quality=75),
+    "resized to 16 pixels and back": partial(resized, size=16),
     "JPEG, quality 30": partial(jpeg, quality=30),
+    "JPEG, quality 5": partial(jpeg, quality=5),
 }
 
 

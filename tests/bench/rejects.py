@@ -32,11 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     flags = parser.parse_args()
-    found = {name: judge(judged(name, flags.root, flags.cache)) for name in SETS}
+    sets = read_json(RECORD, "a record")["sets"] if RECORD.exists() else {}
+    for name in flags.sets:
+        of = judged(name, flags.root, flags.cache)
+        if name == "clothes":
+            figure(of)
+        sets[name] = judge(of)
     places = {"DATA": flags.root, "FOLDER": flags.cache}
-    figure(judged("clothes", flags.root, flags.cache))
-    write_json(RECORD, {"sets": found} | provenance(places=places))
+    write_json(RECORD, {"sets": sets} | provenance(places=places))
 
 
 def judge(of: Judged) -> dict:
