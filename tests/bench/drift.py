@@ -5,6 +5,7 @@ python tests/bench/drift.py --root DATA --cache FOLDER
 
 import argparse
 import io
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -151,20 +152,39 @@ def figure(of: Judged, clean: Tensor, after: Tensor) -> None:
     drawing.savefig(FIGURE, dpi=100)
 
 
-def page() -> str:
+def power() -> str:
     """The table of docs/drift.md."""
-    record = read_json(RECORD, "the record of drift")
     rows = []
-    for name, found in record["changes"].items():
+    for name, found in _record()["changes"].items():
         row = {"change": name, "rejected": f"{100 * found['rejected']:.0f} %"}
         for n in HELD_OUT:
             waits = found[str(n)]["waits"]
             hits = [wait for wait in waits if wait is not None]
-            middle = median(wait if wait is not None else float("inf") for wait in waits)
+            middle = median(wait if wait is not None else math.inf for wait in waits)
             text = "-" if not hits else f"{len(hits)} of {len(waits)} streams"
-            row[f"{n} held out"] = text if middle == float("inf") else f"{middle:.0f}"
+            row[f"{n} held out"] = text if middle == math.inf else f"{middle:.0f}"
         rows.append(row)
     return table(rows)
+
+
+def false() -> str:
+    """Alarms without a change."""
+    none = [_record()["changes"]["none"][str(n)] for n in HELD_OUT]
+    alarms = sum(of["false_alarms"] + sum(wait is not None for wait in of["waits"]) for of in none)
+    return f"{alarms} of {sum(len(of['waits']) for of in none)}"
+
+
+def _record() -> dict:
+    return read_json(RECORD, "the record of drift")
+
+
+PLACES: dict[str, Callable[[], str]] = {
+    "power": power,
+    "false": false,
+    "after": lambda: str(_record()["after"]),
+    "naive": lambda: f"{100 * _record()['naive']['40']:.0f} %",
+}
+"""What stands in docs/drift.md."""
 
 
 if __name__ == "__main__":

@@ -147,5 +147,9 @@ def page() -> str:
     return table(rows)
 
 
+PLACES = {"table": page, "called": said}
+"""What stands in docs/drift.md."""
+
+
 if __name__ == "__main__":
     main()

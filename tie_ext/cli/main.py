@@ -3,6 +3,7 @@ reproduce``.
 """
 
 import errno
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         has found drift, 130 when interrupted.
     """
     flags = make_parser().parse_args(arguments)
+    _show_log()
     try:
         with _whole_output():
             status = import_module(COMMANDS[flags.name]).run(flags) or 0
@@ -49,6 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return _report(f"stopped{_resume_hint(flags)}", 130)
     return status
+
+
+def _show_log() -> None:
+    """Show what the package logs on the standard error, each message once."""
+    log, seen = logging.getLogger("tie_ext"), set[str]()
+
+    def new(record: logging.LogRecord) -> bool:
+        known = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > known
+
+    log.handlers = [logging.StreamHandler()]
+    log.handlers[0].addFilter(new)
+    log.setLevel(logging.INFO)
 
 
 def _report(error: str, status: int) -> int:
