@@ -1,7 +1,8 @@
 """pytorch-ood's own benchmark of an attached network: OpenOOD's CIFAR-10 sets, evaluated by ``Benchmark.evaluate``.
 
-    python tests/bench/benchmark.py --root DATA/images_classic docs/results/attached/work/cifar10-45000x28-resnet20-seed0-head.safetensors
+    python tests/bench/benchmark.py --root DATA/images_classic --public NETWORKS/cifar10_resnet20_akamaster.safetensors
 
+The network is one that :func:`tie_ext.attach` has saved, of images in [0, 1], or (``--public``) the public ResNet-20, to which it is attached here.
 The images lie in ROOT and the lists where pytorch-ood looks for them: both are what ``CIFAR10_OpenOOD(ROOT, transform)`` downloads, with gdown.
 ``--lists FOLDER`` makes lists there, of the folders in ROOT, for whoever has the images and not the lists. OOD sets without a list or an image are
 left out and named. A row for each detector and OOD set is printed, and kept in docs/results/benchmark.json with ``--keep``.
@@ -10,17 +11,18 @@ left out and named. A row for each detector and OOD set is printed, and kept in 
 import argparse
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import public_data
 import torch
 from pytorch_ood.api import Detector
 from pytorch_ood.benchmark import Benchmark, CIFAR10_OpenOOD
 from pytorch_ood.detector import EnergyBased, MaxSoftmax
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
-from tie_ext import TIENet
+from tie_ext import TIENet, attach
 from tie_ext.cli.tables import table
 from tie_ext.openood.lists import write_list
 from tie_ext.pytorch_ood import TIEDetector, combine
@@ -30,6 +32,8 @@ from tie_ext.utils.provenance import provenance
 OUT = Path(__file__).parents[2] / "docs" / "results" / "benchmark.json"
 SIZE = 32
 """Pixels to a side; the lists have larger and smaller images too."""
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the public network's images."""
 VALIDATION = 1000
 """ID test images that are for validation, in lists of our own."""
 
@@ -37,7 +41,7 @@ VALIDATION = 1000
 class AtHand(CIFAR10_OpenOOD):
     """The benchmark with the OOD sets that are on disk, and at most so many images of each set, drawn with one seed."""
 
-    def __init__(self, root: str, most: int | None):
+    def __init__(self, root: str, most: int | None, *last: Callable):
         lists = Path(
             torch.hub.get_dir(), "openood_benchmark_imglist", "benchmark_imglist", self._subdir
         )
@@ -50,7 +54,7 @@ class AtHand(CIFAR10_OpenOOD):
             pair for pair in CIFAR10_OpenOOD._ood_imglists if pair[0] not in self.missing
         ]
         super().__init__(
-            root, Compose([Resize(SIZE), CenterCrop(SIZE), ToTensor()]), download=False
+            root, Compose([Resize(SIZE), CenterCrop(SIZE), ToTensor(), *last]), download=False
         )
         if not self.test_oods:
             raise ValueError(
@@ -99,6 +103,12 @@ def few(images: Dataset, most: int | None) -> Dataset:
     return Subset(images, order[:most].sort().values.tolist())
 
 
+def attached_public(path: Path, training: DataLoader) -> TIENet:
+    """The public ResNet-20 with a garbage class."""
+    low, high = ([(of - m) / s for m, s in zip(MEAN, DEVIATION, strict=True)] for of in (0.0, 1.0))
+    return attach(public_data.resnet(path, 3, 10), training, 10, low, high)
+
+
 def evaluated(
     benchmark: Benchmark, detectors: Mapping[str, Detector], loader: Mapping
 ) -> list[dict]:
@@ -142,18 +152,19 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--keep", action="store_true", help=f"write {OUT.name}")
+    parser.add_argument("--public", action="store_true", help="a public ResNet-20, to attach to")
     parser.add_argument("network", type=Path, help="an attached network of images in [0, 1]")
     a = parser.parse_args()
     if a.lists:
         write_lists(Path(a.root), a.lists)
-    net = TIENet.load(a.network)
-    benchmark = AtHand(a.root, a.images)
+    benchmark = AtHand(a.root, a.images, *([Normalize(MEAN, DEVIATION)] if a.public else []))
     for name, reason in benchmark.missing.items():
         print(f"{name} is left out: {reason}", flush=True)
     loader = {"batch_size": a.batch_size}
     training, held_out = (
         DataLoader(images, **loader) for images in (benchmark.train_set(), benchmark.val_in)
     )
+    net = attached_public(a.network, training) if a.public else TIENet.load(a.network)
     detectors = {
         "MSP": MaxSoftmax(net),
         "energy": EnergyBased(net),
@@ -167,7 +178,8 @@ def main() -> None:
         sets = (benchmark.train_in, benchmark.val_in, benchmark.test_in, *benchmark.test_oods)
         images = {name: len(of) for name, of in zip(names, sets, strict=True)}
         lists = " --lists FOLDER" if a.lists else ""
-        command = f"benchmark.py --root DATA/images_classic{lists} --images {a.images} --keep docs/results/attached/work/{a.network.name}"
+        place = "--public NETWORKS" if a.public else "docs/results/attached/work"
+        command = f"benchmark.py --root DATA/images_classic{lists} --images {a.images} --keep {place}/{a.network.name}"
         write_json(
             OUT,
             {
