@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from attached_page import CALLED, judged_rows
+import benchmark_page
+from attached_page import CALLED
 from detectors import IMAGES, OURS, TIMED
 from page import percent
 
@@ -120,8 +121,8 @@ def pull_requests() -> dict[str, str]:
         ]
         columns = [{key: row[key] for key in row if key != "seconds"} for row in head + theirs]
         texts["0001-TIE-detector.md"] = table(columns)
-    if single := judged_rows():
-        texts["0002-Combined-detector.md"] = table(single)
+    if combined := benchmark_page.pull_request():
+        texts["0002-Combined-detector.md"] = combined
     return {
         f"../patches/pytorch-ood/{name}": _filled(PATCHES / name, evidence)
         for name, evidence in texts.items()

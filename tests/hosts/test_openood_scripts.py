@@ -438,7 +438,7 @@ def test_torchvisions_weights_are_attached_to_and_scored(checkout, monkeypatch, 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", read)
     arguments = of_the_page("attach --id-data imagenet --tvs-pretrained")
     arguments[arguments.index("--arch") + 1] = arch
-    more = ["--fsood"] if arch == "vit-b-16" else []
+    more = ["--fsood"] if arch in ("vit-b-16", "regnet") else []
     launch(*arguments, *more)
     assert asked == [get_weight(weights).url]
     out = checkout / "results" / f"imagenet_{arch}_tvsv1_base_default"

@@ -70,12 +70,12 @@ class Toy(ToyBenchmark):
 torch.manual_seed(0)
 benchmark, found = Toy(), []
 for cache in (False, True):
-    detectors = {cls.__name__: make(net_of(2, 2)) for cls, make in BUILD.items()}
-    for built in detectors.values():
+    detectors = [make(net_of(2, 2)) for make in BUILD.values()]
+    for built in detectors:
         if built.requires_fit:
             built.fit(DataLoader(benchmark.train_set(), batch_size=16))
     found.append(benchmark.evaluate(detectors, loader_kwargs={"batch_size": 2}, cache=cache))
-assert {row["Detector"] for row in found[0]} == {cls.__name__ for cls in BUILD}
+assert len(found[0]) == len(BUILD)
 for one, other in zip(*found):
     assert one == other and 0 <= one["AUROC"] <= 1, (one, other)
 """

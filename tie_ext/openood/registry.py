@@ -112,23 +112,13 @@ def _get_postprocessor_of_api(original, config_root, name, id_data_name):
 
 
 def _launch(original, main_func, *args, **kwargs):
-    return original(Registered(main_func), *args, **kwargs)
+    return original(partial(_registered, main_func), *args, **kwargs)
 
 
-class Registered:
-    """A function of OpenOOD's that is called in a new process, where nothing is registered yet.
-
-    Arguments:
-        function: The function; found by its name there.
-    """
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *args):
-        """Register, then call it."""
-        register()
-        return self.function(*args)
+def _registered(function: Callable, *args):
+    """Call a function in a new process, where nothing is registered yet."""
+    register()
+    return function(*args)
 
 
 def _with_checkpoints(original: type[nn.Module], size: int) -> type[nn.Module]:
