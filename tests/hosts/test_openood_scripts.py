@@ -337,13 +337,14 @@ def checkout(openood_root, openood, place, monkeypatch):
 
 
 def make_small(monkeypatch) -> None:
-    """OpenOOD's networks for ImageNet, with few layers and channels."""
+    """The networks that OpenOOD's scripts build, with few layers and channels."""
     import openood.networks as networks
     from torchvision.models.regnet import BlockParams
 
-    for name in ("ResNet50", "ResNet18_224x224"):
+    for name in ("ResNet18_32x32", "ResNet18_224x224", "ResNet50"):
         init = getattr(networks, name).__base__.__init__
-        monkeypatch.setattr(init, "__defaults__", (init.__defaults__[0], [1] * 4, 1000))
+        block, _, num_classes = init.__defaults__
+        monkeypatch.setattr(init, "__defaults__", (block, [1] * 4, num_classes))
     vit, swin = (224, 16, 1, 2, 16, 32, 1000), ([4, 4], 8, [1] * 4, [1] * 4, [7, 7], 0.2, 1000)
     monkeypatch.setattr(networks.ViT_B_16.__base__.__init__, "__defaults__", vit)
     monkeypatch.setattr(networks.Swin_T.__base__.__init__, "__defaults__", swin)
