@@ -25,7 +25,7 @@ class AttachPostprocessor(CombinedPostprocessor):
 
     def __init__(self, config: Config | None = None):
         super().__init__(config)
-        self.net: TIENet | None = None
+        self.net: nn.Module | None = None
 
     def setup(self, net: nn.Module, id_loader_dict: dict, ood_loader_dict: dict) -> None:
         """Attach, on ``id_loader_dict["train"]``, and set the combination up; no OOD image is
@@ -34,11 +34,11 @@ class AttachPostprocessor(CombinedPostprocessor):
         Raises:
             ValueError: If the network or the images do not suit :func:`tie_ext.attach`.
         """
-        inner = getattr(net, "module", net)
         if self.net is None:
+            inner = getattr(net, "module", net)
             plain = not isinstance(inner, TIENet)
             self.net = attached(inner, id_loader_dict, self.config.dataset) if plain else inner
-        super().setup(self.net, id_loader_dict, ood_loader_dict)
+        super().setup(self.net, id_loader_dict, ood_loader_dict)  # type: ignore[arg-type]
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
         """ID label ``(B,)`` and conf ``(B,)`` of images ``(B, 3, S, S)``.

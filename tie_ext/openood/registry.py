@@ -138,7 +138,7 @@ def _with_checkpoints(original: type[nn.Module], size: int) -> type[nn.Module]:
     return Network
 
 
-_REPLACEMENTS = {
+_REPLACEMENTS: dict[Callable, Callable] = {
     openood.trainers.utils.get_trainer: _get_trainer,
     openood.recorders.utils.get_recorder: _get_recorder,
     openood.networks.utils.get_network: _get_network,
@@ -166,9 +166,10 @@ def register() -> None:
     networks = openood.networks
     changed = {name: _with_checkpoints(getattr(networks, name), SIZES[name]) for name in SIZES}
     _undo.enter_context(replaced(networks, **changed))
-    for table, ours in ((info.num_classes_dict, CLASSES), (api.postprocessors, POSTPROCESSORS)):
-        for name in ours.keys() - table.keys():
-            table[name] = ours[name]
+    tables: list[tuple[dict, dict]] = [(info.num_classes_dict, CLASSES)]
+    for table, entries in [*tables, (api.postprocessors, POSTPROCESSORS)]:
+        for name in entries.keys() - table.keys():
+            table[name] = entries[name]
             _undo.callback(table.pop, name)
 
 
