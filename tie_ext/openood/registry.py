@@ -166,8 +166,11 @@ def register() -> None:
     networks = openood.networks
     changed = {name: _with_checkpoints(getattr(networks, name), SIZES[name]) for name in SIZES}
     _undo.enter_context(replaced(networks, **changed))
-    tables: list[tuple[dict, dict]] = [(info.num_classes_dict, CLASSES)]
-    for table, entries in [*tables, (api.postprocessors, POSTPROCESSORS)]:
+    tables: list[tuple[dict, dict]] = [
+        (info.num_classes_dict, CLASSES),
+        (api.postprocessors, POSTPROCESSORS),
+    ]
+    for table, entries in tables:
         for name in entries.keys() - table.keys():
             table[name] = entries[name]
             _undo.callback(table.pop, name)
