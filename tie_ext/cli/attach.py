@@ -9,7 +9,7 @@ from pathlib import Path
 from tie_ext.cli import data, registry, tables
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
-from tie_ext.cli.flags import check_flags, interactive, settings_of, usage
+from tie_ext.cli.flags import check_flags, settings_of, usage
 from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
 from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import AttachSettings, load_images
@@ -56,7 +56,7 @@ def run(flags: Namespace) -> None:
             high,
             classes,
             seed=settings.seed,
-            progress=interactive(),
+            progress=True,
             autocast_dtype=settings.autocast_dtype,
         )
         numbers = _save(folder, settings, flags.device, net, images)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tie_ext.cli import report, tables
 from tie_ext.cli.classifier import attached, plain_network
 from tie_ext.cli.evaluation import evaluate, metrics, score_combination
-from tie_ext.cli.flags import check_flags, interactive
+from tie_ext.cli.flags import check_flags
 from tie_ext.cli.folder import clear, read_record, read_settings, written
 from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
@@ -46,7 +46,7 @@ def run(flags: Namespace) -> None:
         _check_folder(folder, settings)  # again: another process may have used it meanwhile
         clear(folder)
         print("1 of 2: TIE, a network trained with its garbage class", flush=True)
-        record = train_in(folder, settings, images, progress=interactive())
+        record = train_in(folder, settings, images, progress=True)
         print("2 of 2: a plain network, and a garbage class attached to it", flush=True)
         numbers, scores = _compare(settings, images)
         numbers = {"TIE": record["numbers"], **numbers}
@@ -63,9 +63,9 @@ def _compare(settings: TrainSettings, images: RunImages) -> tuple[dict, dict]:
     """Numbers and scores of a plain network, and of a garbage class attached to it."""
     config = settings.recipe.config
     plain = plain_network(
-        BACKBONES["conv3"], images.train, config, BATCH_SIZE, shift=0, progress=interactive()
+        BACKBONES["conv3"], images.train, config, BATCH_SIZE, shift=0, progress=True
     )
-    net = attached(plain, images.train, config.seed, interactive())
+    net = attached(plain, images.train, config.seed, progress=True)
     numbers, scores = {}, {}
     numbers[ATTACH], found = evaluate(net, images)
     scores[ATTACH] = found["score"]
