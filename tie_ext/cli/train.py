@@ -58,12 +58,11 @@ def _new_settings(given: Mapping[str, Any]) -> TrainSettings:
     if "data" not in given or "out" not in given:
         raise UsageError("Expected --data and --out (or --resume RUN), but not both were given")
     with usage():
-        registry.check_name(given.get("backbone", "conv3"))
+        registry.check_name(given.get("backbone", TrainSettings.backbone))
     head = given.get("head", "multilayer")
     prior = "procedural" if head == "multilayer" else "multiscale"
-    backbone = "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5"
     recipe = recipe_of({"prior": prior, **given, "head": head})
-    return settings_of(TrainSettings, {"backbone": backbone, **given}, recipe=recipe)
+    return settings_of(TrainSettings, given, recipe=recipe)
 
 
 def _run(folder: Path, settings: TrainSettings | None, device: str, first: bool) -> dict:
