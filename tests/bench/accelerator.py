@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     torch.manual_seed(0)
-    record: dict = {"quick": a.quick, "networks": {}}
+    record: dict = {"command": "accelerator.py", "quick": a.quick, "networks": {}}
     for name in NETWORKS:
         for dtype in ("float32",) if a.quick else ("float32", "bfloat16"):
             record["networks"][f"{name}, {dtype}"] = found = measure(name, dtype, a)

@@ -16,8 +16,7 @@ WANTED = {("mnist", 60_000): 1.5, ("mnist", 20_000): 2.0, ("cifar10", 50_000): 1
 HOSTED, READS = 1.6, 1.1
 """Promised inside OpenOOD: epochs of its own trainer that one takes, and how often each image is read."""
 SCORING, LEFT, MORE_MB = 1.05, 0.9, 300
-"""Promised: passes of the backbone that scoring takes; the share of a DataLoader's rate; MB that ten times the images take more;
-the share of plain training's rate."""
+"""Promised: passes of the backbone that scoring takes; the share of a DataLoader's rate; MB that ten times the images take more."""
 
 
 COUNTED = """## Counted by tests
