@@ -100,11 +100,8 @@ class TrainSettings(ImageSettings):
         low=0,
         high=LARGEST_SIDE,
     )
-    backbone: str = setting(
-        "conv3",
-        f"{BACKBONE} (default: conv3, which learns most in a minute on a CPU)",
-        **NETWORK,
-    )
+    # It learns most in a minute, colour images too.
+    backbone: str = setting("conv3", f"{BACKBONE} (default: conv3)", **NETWORK)
     weights: str | None = setting(
         None,
         "start from this state_dict; its classes may be others",

@@ -41,8 +41,8 @@ class TIEConfig(Settings):
     )
     candidates: int = setting(
         2000,
-        "Outliers that each synthesizer proposes in an epoch: a tenth of the pool, for any number "
-        "of classes; with a head on every layer as many as the sample has ID images, at most.",
+        "Outliers that each synthesizer proposes in an epoch: a tenth of the pool; beside a head "
+        "on every layer fewer, where there are few images.",
         low=1,
         high=10**9,
     )
