@@ -106,7 +106,7 @@ def test_images_that_the_head_is_fitted_to_in_each_epoch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("images", "effort"), [(10, 1 / 12), (6250, 1 / 12), (37_500, 0.5), (75_000, 1), (10**7, 1)]
+    ("images", "effort"), [(10, 1 / 16), (4687, 1 / 16), (37_500, 0.5), (75_000, 1), (10**7, 1)]
 )
 def test_effort_by_the_number_of_images(images, effort):
     assert make_trainer().garbage.effort(images) == pytest.approx(effort)

@@ -41,9 +41,9 @@ FULL = 75_000
 """ID images of an epoch after whose training a head on every layer is fitted in full, and
 inversion takes all its steps. With fewer the share falls in proportion: TIE then adds about 0.3
 of plain training."""
-LEAST = 1 / 12
+LEAST = 1 / 16
 """The smallest share."""
-FEWEST_STEPS = 50
+FEWEST_STEPS = 30
 """Steps of the head in an epoch at least, where so many are asked for."""
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Loss of logits ``(B, n+1)``, targets ``(B,)`` in ``[0, n]`` and class weights ``(n+1,)``."""
