@@ -83,7 +83,7 @@ def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
 
 def set_head_defaults(monkeypatch: pytest.MonkeyPatch, **changes) -> None:
     """Other defaults of HeadConfig, for programs that offer no way to give one."""
-    defaults = {f.name: f.default for f in fields(HeadConfig)}
+    defaults = {f.name: getattr(HeadConfig(), f.name) for f in fields(HeadConfig)}
     values = tuple((defaults | changes).values())
     monkeypatch.setattr(HeadConfig.__init__, "__defaults__", values)
 

@@ -11,9 +11,9 @@ from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.cli.classifier import train_plain
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import HEADS
-from tie_ext.outliers import Inversion, Noise, Procedural
+from tie_ext.outliers import Inversion, InversionSettings, Noise, Procedural
 from tie_ext.outliers.saliency import uniform_criterion
-from tie_ext.training.config import HeadConfig
+from tie_ext.training.config import HeadConfig, SampleConfig
 from tie_ext.training.recipe import Recipe
 
 QUICK = HeadConfig(steps=30, epoch_steps=20)
@@ -65,7 +65,8 @@ def test_a_pool_begins_with_what_suits_its_garbage_class():
 
 def test_the_head_learns_the_pool():
     net = make_net()
-    trainer = TIETrainer(net, TINY, [], [Noise(net)], head_config=HeadConfig(epoch_steps=300))
+    once, head = replace(TINY, epochs=1), HeadConfig(steps=300)
+    trainer = TIETrainer(net, once, [], [Noise(net)], head_config=head)
     trainer.pool.images.zero_()
     trainer.pool.images[:, :, ::2] = 255
     log = trainer.epoch(make_batches())
@@ -92,7 +93,7 @@ def test_images_that_the_head_is_fitted_to_in_each_epoch(monkeypatch):
         ),
     )
     monkeypatch.setattr(
-        "tie_ext.training.fit_head.corrupt", lambda x, rng: corrupted.append(len(x)) or x
+        "tie_ext.training.fit_head.corrupt", lambda x, *_: corrupted.append(len(x)) or x
     )
     net = make_net()
     config = replace(TINY, garbage_weight=2.0)
@@ -105,6 +106,37 @@ def test_images_that_the_head_is_fitted_to_in_each_epoch(monkeypatch):
     assert sum(corrupted) == 30  # each image of both epochs
     # The ID images as they are and corrupted; in the last epoch more outliers and steps.
     assert fitted == [(30, 45, 20, 6.0), (30, 60, 30, 6.0)]
+
+
+@pytest.mark.parametrize(
+    ("images", "effort"), [(10, 1 / 16), (4687, 1 / 16), (37_500, 0.5), (75_000, 1), (10**7, 1)]
+)
+def test_effort_by_the_number_of_images(images, effort):
+    assert make_trainer().garbage.effort(images) == pytest.approx(effort)
+    assert conftest.make_trainer(conftest.make_small()).garbage.effort(images) == 1
+
+
+def test_what_follows_training_is_in_proportion_to_the_images(monkeypatch):
+    steps, fitted = [], []
+    monkeypatch.setattr("tie_ext.training.strategies.FULL", 32)  # of which 16 are a half
+    monkeypatch.setattr("tie_ext.training.strategies.FEWEST_STEPS", 3)
+    monkeypatch.setattr(
+        "tie_ext.training.strategies.fit_head",
+        lambda head, id_statistics, ood_statistics, config, progress: (
+            fitted.append((len(id_statistics) // 2, config.steps)) or 0.5
+        ),
+    )
+    net = make_net()
+    inversion = Inversion(net, InversionSettings(steps=8, width=4, batch_size=2))
+    step = inversion._step
+    inversion._step = lambda *args: steps.append(1) or step(*args)
+    sample, head = SampleConfig(size=12, last_size=20), HeadConfig(steps=30, epoch_steps=10)
+    config = replace(TINY, candidates=100)
+    trainer = TIETrainer(net, config, [inversion], head_config=head, sample_config=sample)
+    proposed = [sum(trainer.epoch(make_batches()).proposed) for _ in range(2)]
+    assert len(steps) == 2 * 4
+    assert fitted == [(6, 5), (10, 30)]  # the last epoch keeps more, and fits the head in full
+    assert proposed == [6, 10]
 
 
 def test_more_weight_of_garbage_puts_more_in_it():
@@ -148,8 +180,8 @@ def test_head_loop_skips_batches_of_one():
     trainer = make_trainer(lam=-float("inf"))
     log = trainer.epoch(make_batches(sizes=(8, 1)))
     assert log.excluded == log.proposed
-    assert sum(log.excluded) == 16
-    assert log.pool == len(trainer.pool) == 36  # 20 of the prior beside them
+    assert sum(log.excluded) == 9  # one for each image of the sample
+    assert log.pool == len(trainer.pool) == 29  # 20 of the prior beside them
 
 
 def test_what_a_head_cannot_learn_is_refused():

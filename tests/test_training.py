@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+import sys
 from dataclasses import asdict, replace
 
 import conftest
@@ -36,6 +38,7 @@ from tie_ext.training.strategies import GARBAGE_SHARE, class_weights
 from tie_ext.training.survey import survey
 from tie_ext.utils.batchnorm import settle_statistics
 from tie_ext.utils.files import load_state, save_state
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import seeded
 
 
@@ -810,17 +813,37 @@ def test_losses_of_all_synthesizers():
     assert sum(log.proposed) == 2 * TINY.candidates
 
 
-@pytest.mark.parametrize("progress", [None, False, True])
-def test_progress_bars(progress, capsys):
-    asked = {} if progress is None else {"progress": progress}
-    trainer = TIETrainer(make_net(), TINY, [], **asked)
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("asked", [{}, {"progress": False}, {"progress": True}])
+def test_progress_of_an_epoch(asked, terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr("tie_ext.utils.progress.SECONDS", 0.0)
+    net = make_net()
+    trainer = TIETrainer(net, TINY, [Inversion(net, FEW)], **asked)
     trainer.epoch(make_batches())
     trainer.epoch(make_batches())
     shown = capsys.readouterr().err
-    stages = [f"epoch {epoch}: {stage}:" for epoch in (1, 2) for stage in ("train", "tau")]
-    assert [stage in shown for stage in stages] == [bool(progress)] * 4
-    assert "\n" not in shown  # bars that are done do not stay
+    stages = [f"epoch {t}: {s}:" for t in (1, 2) for s in ("train", "invert", "tau", "exclude")]
+    assert [stage in shown for stage in stages] == [asked.get("progress", False)] * 8
     assert ("epoch 3" in shown, "epoch 0" in shown) == (False, False)
+    # Bars that are done do not stay; lines do.
+    assert ("\n" in shown, "\r" in shown) == (
+        bool(shown) and not terminal,
+        bool(shown) and terminal,
+    )
+    if shown and not terminal:
+        assert re.search(r"^epoch 1: train: 16/16 \[.* images/s, loss \d", shown, re.MULTILINE)
+
+
+def test_lines_of_progress_are_ten_seconds_apart(capsys, monkeypatch):
+    now = [1000.0]
+    for clock in ("time.time", "tqdm.std.time"):
+        monkeypatch.setattr(clock, lambda: now[0])
+    monkeypatch.setattr(Progress, "last", now[0])
+    for stage in "abc":  # of 8 seconds each
+        for _ in Progress(range(4), stage):
+            now[0] += 2
+    assert [line[0] for line in capsys.readouterr().err.splitlines()] == ["b", "c"]
 
 
 def test_the_default_is_tie_as_in_the_paper():

@@ -2,12 +2,11 @@
 
     python tests/bench/cost.py epoch --root DATA --data mnist --images 60000
     python tests/bench/cost.py epoch --root DATA --data mnist --images 20000
-    python tests/bench/cost.py epoch --root DATA --data mnist --images 20000 --adversarial-steps 5 --garbage layers
+    python tests/bench/cost.py epoch --root DATA --data mnist --images 20000 --adversarial-steps 5 --head multilayer
     python tests/bench/cost.py epoch --root DATA --data cifar10 --images 50000 --backbone resnet20
     python tests/bench/cost.py memory
     python tests/bench/cost.py classes
     python tests/bench/cost.py large
-    python tests/bench/cost.py accelerator --device cuda
     python tests/bench/cost.py head --root DATA NETWORK
     python tests/bench/cost.py detection before-0=RUN after-0=RUN ...
 
@@ -26,7 +25,7 @@ from statistics import median
 
 import torch
 
-from tie_ext import TIEConfig, TIENet, TIETrainer, attach
+from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches, shifted, training_batches
 from tie_ext.cli.classifier import classifier, train_plain
@@ -58,7 +57,7 @@ def epoch(a: argparse.Namespace) -> dict:
     images = data.load(a.data, "train", a.root).first(a.images)
     batches, config, shape = (
         training_batches(images),
-        TIEConfig(epochs=max(2, a.repeats), adversarial_steps=a.search),
+        TIEConfig(epochs=max(2, a.repeats), adversarial_steps=a.adversarial_steps),
         images.shape,
     )
     record: dict = {
@@ -66,15 +65,15 @@ def epoch(a: argparse.Namespace) -> dict:
         "images": len(images),
         "backbone": a.backbone,
         "repeats": a.repeats,
-        "search": a.search,
+        "search": a.adversarial_steps,
         "garbage": {},
     }
-    for garbage in a.garbage:
+    for garbage in a.head:
         plain, net = (
             TIENet(BACKBONES[a.backbone](shape[0], 10), 10, shape, head=kind)
             for kind in ("linear", garbage)
         )
-        trainer = Recipe(config, prior=(PRIOR[garbage],), garbage=garbage).trainer(net)
+        trainer = Recipe(config, prior=(PRIOR[garbage],), head=garbage).trainer(net)
         of: dict[str, list[float]] = {"plain": [], "tie": []}
         for _ in range(a.repeats):
             of["plain"].append(
@@ -214,51 +213,6 @@ def large(a: argparse.Namespace) -> dict:
     return found
 
 
-def accelerator(a: argparse.Namespace) -> dict:
-    """Images a second by the clock on the wall: plain training and TIE's loop in bfloat16, and attach to a torchvision ResNet-50 at 224 pixels."""
-    import torchvision
-
-    def clock() -> float:
-        if a.device != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
-    def per_second(count: int, work: Callable[[], object]) -> float:
-        start = clock()
-        work()
-        return count / (clock() - start)
-
-    images = many(10, 32, a.images // 10)
-    batches, config = (
-        training_batches(images, 512),
-        TIEConfig(epochs=a.repeats + 1, autocast_dtype="bfloat16"),
-    )
-    plain, net = (
-        TIENet(BACKBONES["residual"](3, 10), 10, images.shape, head=kind).to(a.device)
-        for kind in ("linear", "multilayer")
-    )
-    plain.autocast_dtype = config.autocast_dtype
-    trainer = Recipe(config, prior=("procedural",), head="multilayer").trainer(net)
-    rates: dict[str, list[float]] = {"plain": [], "TIE": []}
-    for _ in range(a.repeats):
-        rates["plain"].append(
-            per_second(len(images), lambda: train_plain(plain, batches, replace(config, epochs=1)))
-        )
-        rates["TIE"].append(per_second(len(images), lambda: trainer.epoch(batches)))
-        print({name: round(values[-1]) for name, values in rates.items()}, flush=True)
-    model = torchvision.models.resnet50(num_classes=10).eval().to(a.device)
-    x = torch.rand(64, 3, 224, 224)
-    wide = [(x, torch.arange(64) % 10)] * (a.images // 64 // 10 or 1)
-    attached = per_second(64 * len(wide), lambda: attach(model, wide, 10))
-    ratio = median(rates["TIE"]) / median(rates["plain"])
-    return {
-        "images": len(images),
-        "per_second": rates,
-        "ratio": ratio,
-        "attach": {"images": 64 * len(wide), "per_second": attached},
-    }
-
-
 def head(a: argparse.Namespace) -> dict:
     """Some epochs of the loop around a network of attached.py that learns no more, scored as attached.py scores its head."""
     import attached
@@ -346,10 +300,6 @@ def main() -> None:
     three.add_argument("--epochs", type=int, default=3)
     three.add_argument("--kind", choices=HEADS, default="multilayer")
     commands.add_parser("large", help=large.__doc__)
-    six = commands.add_parser("accelerator", help=accelerator.__doc__)
-    six.add_argument("--device", default="cuda")
-    six.add_argument("--images", type=int, default=50_000)
-    six.add_argument("--repeats", type=int, default=5)
     four = commands.add_parser("head", help=head.__doc__)
     four.add_argument("network", type=Path, help="NETWORK.safetensors of attached.py")
     four.add_argument("--root", default="data")
@@ -358,13 +308,13 @@ def main() -> None:
     five.add_argument("runs", nargs="+", metavar="NAME=RUN")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    known = (epoch, memory, classes, large, accelerator, head, detection)
+    known = (epoch, memory, classes, large, head, detection)
     found = {of.__name__: of for of in known}[a.what](a)
     if found:
         stem = a.what
         if a.what == "epoch":
             stem += f"-{a.data}-{found['images']}-{a.backbone}" + (
-                f"-search{a.search}" if a.search else ""
+                f"-search{a.adversarial_steps}" if a.adversarial_steps else ""
             )
         if a.what == "head":
             stem += f"-{a.network.stem}"

@@ -11,7 +11,7 @@ from torch import nn
 from tie_ext.cli import data, registry, tables
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
-from tie_ext.cli.flags import check_flags, interactive, settings_of, usage
+from tie_ext.cli.flags import check_flags, settings_of, usage
 from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
 from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import AttachSettings, load_images
@@ -85,7 +85,7 @@ def attach_in(
         high,
         images.train.classes,
         seed=settings.seed,
-        progress=interactive(),
+        progress=True,
         autocast_dtype=settings.autocast_dtype,
     )
     return _save(folder, settings, device, net, images)

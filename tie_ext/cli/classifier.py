@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from tie_ext.cli.batches import ImageBatches, training_batches
 from tie_ext.cli.images import Images
 from tie_ext.models.network import TIENet
 from tie_ext.training.attach import attach
 from tie_ext.training.config import TIEConfig
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import seeded
 
 
@@ -53,7 +53,7 @@ def train_plain(
     for t in range(config.epochs):
         optimizer.param_groups[0]["lr"] = config.lr_in(t)
         with seeded(config.seed, t + 1, 0):  # the stream of TIE's epoch
-            bar = tqdm(batches, desc=f"epoch {t + 1}: plain", leave=False, disable=not progress)
+            bar = Progress(batches, f"epoch {t + 1}: plain", disable=not progress)
             for x, y in bar:
                 loss = F.cross_entropy(net(x.to(device)), y.to(device))
                 optimizer.zero_grad(set_to_none=True)

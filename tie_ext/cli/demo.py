@@ -11,7 +11,7 @@ from torch import Tensor
 from tie_ext.cli import demo_images, registry, report, tables
 from tie_ext.cli.attach import attach_in
 from tie_ext.cli.batches import SCORING, scaled
-from tie_ext.cli.flags import check_flags, interactive
+from tie_ext.cli.flags import check_flags
 from tie_ext.cli.folder import clear, load_decision, read_record, written
 from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import AttachSettings, TrainSettings
@@ -85,7 +85,7 @@ def _train(folder: Path, images: RunImages, seed: int) -> None:
     """A network trained with its garbage class from the start."""
     settings = TrainSettings(data="demo", recipe=recipe(seed))
     print(f"training a network by TIE: {settings.recipe.config.epochs} epochs", flush=True)
-    train_in(folder, settings, images, progress=interactive())
+    train_in(folder, settings, images, progress=True)
 
 
 def _say(start: float, what: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tie_ext.cli import page
 from tie_ext.cli.batches import ImageBatches, scaled
 from tie_ext.cli.figures import inversion_grid, layer_bars, spread
-from tie_ext.cli.flags import check_flags, interactive
+from tie_ext.cli.flags import check_flags
 from tie_ext.cli.folder import is_attached, load_decision, read_record
 from tie_ext.cli.score import LEVELS
 from tie_ext.cli.settings import ImageSettings, load_images
@@ -56,7 +56,7 @@ def run(flags: Namespace) -> None:
         settings = ImageSettings(**chosen)
     images, test, _ = load_images(settings, seed, net.image_shape[0])
     batches = ImageBatches(images.first(MAX_IMAGES), 250, scale=net)
-    found = explain(net, batches, steps=flags.steps, progress=interactive())
+    found = explain(net, batches, steps=flags.steps, progress=True)
     found.layers.calibrate(ImageBatches(test, 250, scale=net))
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decide, examples, names)

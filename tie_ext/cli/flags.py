@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -51,11 +50,6 @@ def usage() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UsageError(error) from error
-
-
-def interactive() -> bool:
-    """Whether to show progress bars."""
-    return sys.stderr.isatty()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -73,7 +73,8 @@ def gallery(title: str, shown: Iterable[Shown]) -> str:
             f'<li{" class=warn" * mistake}><img alt="{html.escape(title)}: {text}" '
             f'src="{data_url(_png(image))}"><span>{text}</span></li>'
         )
-    return f'<h3>{html.escape(title)}</h3><ul class="gallery">{"".join(found)}</ul>'
+    heading = f"<h3>{html.escape(title)}</h3>" if title else ""
+    return f'{heading}<ul class="gallery">{"".join(found)}</ul>'
 
 
 def figure(folder: Path, name: str, caption: str, drawn: Figure) -> str:

@@ -3,29 +3,25 @@
 RUN/rejected.html   the page, which needs no other file
 """
 
-import base64
-import html
-import io
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from tie_ext.cli import page
 from tie_ext.cli.batches import scaled
-from tie_ext.cli.flags import interactive
 from tie_ext.cli.folder import load_run
 from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.report import write_page
 from tie_ext.cli.score import BATCH, check_square, list_images
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.base import Thresholded
 from tie_ext.pytorch_ood.monitor import rate_interval
 from tie_ext.pytorch_ood.rejects import Group, Rejects, rejects
+from tie_ext.utils.progress import Progress
 
 SHOWN = 16
 """Thumbnails of a group."""
@@ -40,18 +36,19 @@ def run(flags: Namespace) -> None:
     check_square(net)
     files = list_images([flags.images])
     images = ImageFiles.of(files, *net.image_shape[:2])  # type: ignore[index]
-    with tqdm(total=len(files), desc="report", unit=" images", disable=not interactive()) as bar:
+    with Progress(total=len(files), desc="report", unit=" images") as bar:
         found = rejects(detector, _batches(images, net, bar))
     for number, group in enumerate(found.groups, 1):
         if flags.export is not None:
             export([files[row] for row in group.rows.tolist()], flags.export / name(number, group))
     folder = flags.run if flags.run.is_dir() else flags.run.parent
     names = net.class_names or tuple(map(str, range(net.num_classes)))
-    body = list(_body(found, detector, files, names))
-    print(write_page(folder / "rejected.html", "what is rejected", body))
+    body = list(_body(found, files, names))
+    about = lead(found, detector)
+    print(page.write_page(folder / "rejected.html", "What is rejected", about, body))
 
 
-def _batches(images: ImageFiles, net: TIENet, bar: tqdm) -> Iterator[Tensor]:
+def _batches(images: ImageFiles, net: TIENet, bar: Progress) -> Iterator[Tensor]:
     for pixels in images.parts(torch.arange(len(images)).split(BATCH)):
         yield scaled(pixels, net)
         bar.update(len(pixels))
@@ -79,61 +76,59 @@ def export(files: Sequence[str], folder: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def _body(
-    found: Rejects, detector: Thresholded, files: Sequence[str], names: Sequence[str]
-) -> Iterator[str]:
-    yield STYLE
-    yield "<h1>What is rejected</h1>"
+def lead(found: Rejects, detector: Thresholded) -> str:
+    """How many images are rejected, in a sentence or two."""
     low, high = (100 * end for end in rate_interval(found.rejected, found.images))
     about = (
-        f"<p>{found.rejected} of {found.images} images are rejected; 95 % interval of the rate: "
+        f"{found.rejected} of {found.images} images are rejected; 95 % interval of the rate: "
         f"{low:.1f} to {high:.1f} %."
     )
     if detector.false_alarm is not None:
         about += f" The threshold may reject {100 * detector.false_alarm:.3g} % of ID images."
-    yield f"{about}</p>"
+    return about
+
+
+def _body(found: Rejects, files: Sequence[str], names: Sequence[str]) -> Iterator[str]:
     for number, group in enumerate(found.groups, 1):
-        yield from _group(number, group, files, names)
+        yield _group(number, group, files, names)
     if len(found.others):
-        yield f"<h2>{len(found.others)} others, alike to none of these</h2>"
-        yield thumbnails([files[row] for row in found.others.tolist()[:SHOWN]])
+        title = f"{len(found.others)} others, alike to none of these"
+        yield page.section(title, thumbnails([files[row] for row in found.others.tolist()]))
     if not found.groups:
-        yield f"<p>{'Too few to group.' if found.rejected else 'Nothing to group.'}</p>"
+        yield page.paragraph("Too few to group." if found.rejected else "Nothing to group.")
 
 
-def _group(number: int, group: Group, files: Sequence[str], names: Sequence[str]) -> Iterator[str]:
-    first, second = (html.escape(names[label]) for label in group.labels)
+def _group(number: int, group: Group, files: Sequence[str], names: Sequence[str]) -> str:
+    first, second = (names[label] for label in group.labels)
     about = {
         "far": "far: the garbage class",
         "near": f"near: between {first} and {second}",
         "preprocessing": "unusual preprocessing",
     }
-    yield f"<h2>Group {number}: {len(group.rows)} images, {about[group.kind]}</h2>"
-    yield f"<p>{ADVICE[group.kind]}</p>"
-    yield thumbnails([files[row] for row in group.rows.tolist()[:SHOWN]])
     odd = [f"{layer} ({value:.1f})" for layer, value in group.layers.items() if value > 1]
-    yield (
-        f"<p>Nearest class: {first} ({group.share:.0%} of them). Layers that find them odd, the "
-        f"first layer first: {html.escape(', '.join(odd)) or 'none'}.</p>"
+    return page.section(
+        f"Group {number}: {len(group.rows)} images, {about[group.kind]}",
+        page.paragraph(ADVICE[group.kind]),
+        thumbnails([files[row] for row in group.rows.tolist()]),
+        page.paragraph(
+            f"Nearest class: {first} ({group.share:.0%} of them). Layers that find them odd, the "
+            f"first layer first: {', '.join(odd) or 'none'}."
+        ),
     )
 
 
 def thumbnails(files: Sequence[str]) -> str:
-    """Small copies of images, as HTML."""
-    return f'<div class="thumbnails">{"".join(map(_thumbnail, files))}</div>'
+    """Small copies of the first images."""
+    return page.gallery("", (page.Shown(_small(file), Path(file).name) for file in files[:SHOWN]))
 
 
-def _thumbnail(file: str) -> str:
+def _small(file: str) -> Tensor:
     from PIL import Image
 
-    data = io.BytesIO()
     with Image.open(file) as image:
         small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
-    small.save(data, "png" if max(small.size) < SIDE else "jpeg")
-    source = base64.b64encode(data.getvalue()).decode()
-    title = html.escape(os.fspath(file))
-    return f'<img alt="{title}" title="{title}" src="data:image;base64,{source}">'
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 
 ADVICE = {
@@ -146,5 +141,3 @@ ADVICE = {
     "tie-ext calibrate with good images from there.",
 }
 """What to do about a group, by its kind."""
-STYLE = """<style>.thumbnails{display:flex;flex-wrap:wrap;gap:4px}
-.thumbnails img{width:84px;height:84px;object-fit:contain;image-rendering:auto}</style>"""

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tie_ext.cli import figures, page
+from tie_ext.cli import figures, page, rejected
 from tie_ext.cli.batches import scaled
 from tie_ext.cli.evaluation import COMBINED
 from tie_ext.cli.flags import UsageError
@@ -27,8 +27,6 @@ SHOWN = 10
 def run(flags: Namespace) -> None:
     """Write the page, and print its path."""
     if flags.images is not None:
-        from tie_ext.cli import rejected  # which reads this module
-
         rejected.run(flags)
     elif flags.export is not None:
         raise UsageError("Expected --images FOLDER beside --export, but got it alone")
@@ -65,9 +63,9 @@ def lead(record: Mapping) -> str:
         return "The run has not reached its last epoch; there are no test scores yet."
     numbers = record["numbers"]
     known, decision = f"{100 * numbers['accuracy']:.1f} % accurate", numbers.get("decision")
-    rejected = decision["rejected"] if decision else numbers["rejected"]
-    least = min(rejected, key=rejected.__getitem__)
-    found = f"Of other images it rejects {100 * rejected[least]:.1f} % ({least}) or more."
+    shares = decision["rejected"] if decision else numbers["rejected"]
+    least = min(shares, key=shares.__getitem__)
+    found = f"Of other images it rejects {100 * shares[least]:.1f} % ({least}) or more."
     if decision is None:
         return f"The network is {known} on its classes. {found}".strip()
     promise = f"at most {decision['false_alarm']:.0%} of new images of its classes on average"
@@ -129,12 +127,12 @@ def _body(
 def _shown(x: Tensor, decision, name: str, names: Sequence[str]) -> Iterator[page.Shown]:
     """Some accepted images of a set, then some rejected ones, from all over it."""
     sides = [((decision.level > 0) == side).nonzero().flatten() for side in (False, True)]
-    for rejected, (rows, others) in enumerate(zip(sides, sides[::-1], strict=True)):
+    for wrong, (rows, others) in enumerate(zip(sides, sides[::-1], strict=True)):
         for row in figures.spread(rows, max(SHOWN // 2, SHOWN - len(others))):
             label, score = names[int(decision.label[row])], decision.score[row]
             word = LEVELS[int(decision.level[row])]
             caption = f"{word}, {label}, {score:.1f}"
-            yield page.Shown(x[row], caption, bool(rejected) == (name == "id"))
+            yield page.Shown(x[row], caption, bool(wrong) == (name == "id"))
 
 
 def _sets(numbers: Mapping) -> list[dict[str, object]]:

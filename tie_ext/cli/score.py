@@ -12,16 +12,16 @@ from typing import TextIO, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tie_ext.cli.batches import scaled
-from tie_ext.cli.flags import check_flags, interactive, usage
+from tie_ext.cli.flags import check_flags, usage
 from tie_ext.cli.folder import load_run
 from tie_ext.cli.images import ImageFiles, images_below
 from tie_ext.cli.watch import Watch
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import Decision
 from tie_ext.utils.checks import check_number
+from tie_ext.utils.progress import Progress
 
 LEVELS = ("accepted", "garbage", "uncertain")
 """Words for the levels of a decision."""
@@ -49,7 +49,8 @@ def run(flags: Namespace) -> int:
     if flags.monitor is not None:
         watch = Watch(flags.monitor, detector, decide)
         decide = watch.decide
-    progress = interactive() and (flags.out is not None or not sys.stdout.isatty())
+    # A bar between rows on one terminal would tear them.
+    progress = flags.out is not None or not (sys.stdout.isatty() and sys.stderr.isatty())
     rows = score(net, decide, files, flags.every_label, progress)
     errors = []
     with _output(flags.out) as out:
@@ -119,7 +120,7 @@ def score(
         decide: Gives the decision on a batch of its images.
         files: Paths.
         every_label: Name the likeliest class of a rejected image too.
-        progress: Show a progress bar.
+        progress: Show progress.
 
     Returns:
         For each file its row, of :data:`COLUMNS`, and what is wrong with it, or None. An
@@ -127,7 +128,7 @@ def score(
     """
     images = ImageFiles.of(files, *net.image_shape[:2])  # type: ignore[index]
     parts = torch.arange(len(images)).split(BATCH)
-    with tqdm(total=len(images), desc="score", unit=" images", disable=not progress) as bar:
+    with Progress(desc="score", total=len(images), unit=" images", disable=not progress) as bar:
         for part, (x, broken) in zip(parts, images.decoded(parts), strict=True):
             decisions = zip(*(field.tolist() for field in decide(scaled(x, net))), strict=True)
             for place, (label, uncertainty, value, level) in enumerate(decisions):

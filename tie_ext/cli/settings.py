@@ -100,9 +100,8 @@ class TrainSettings(ImageSettings):
         low=0,
         high=LARGEST_SIDE,
     )
-    backbone: str = setting(
-        None, f"{BACKBONE} (default: conv3 for grey, conv5 for colour images)", **NETWORK
-    )
+    # It learns most in a minute, colour images too.
+    backbone: str = setting("conv3", f"{BACKBONE} (default: conv3)", **NETWORK)
     weights: str | None = setting(
         None,
         "start from this state_dict; its classes may be others",
@@ -110,12 +109,6 @@ class TrainSettings(ImageSettings):
         metavar="FILE",
     )
     recipe: Recipe = field(default_factory=Recipe)
-
-    def __post_init__(self) -> None:
-        if self.backbone is None:
-            grey = data.own_shape(self.data)[0] == 1
-            object.__setattr__(self, "backbone", "conv3" if grey else "conv5")
-        super().__post_init__()
 
     def record(self) -> dict:
         """The settings as JSON has them."""

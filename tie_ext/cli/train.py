@@ -16,7 +16,7 @@ from tie_ext.cli import data, processes, registry, tables
 from tie_ext.cli.batches import training_batches
 from tie_ext.cli.classifier import make_network
 from tie_ext.cli.evaluation import evaluate_run, too_few
-from tie_ext.cli.flags import UsageError, check_flags, interactive, recipe_of, settings_of, usage
+from tie_ext.cli.flags import UsageError, check_flags, recipe_of, settings_of, usage
 from tie_ext.cli.folder import OWN, holds_attached, read_record, read_settings
 from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
@@ -85,7 +85,7 @@ def _run(folder: Path, settings: TrainSettings | None, device: str, first: bool)
     with locked(folder) if first else nullcontext():
         if new:
             _refuse_a_run(folder)  # again: another process may have started one meanwhile
-        return train_in(folder, settings, images, device, first and interactive())
+        return train_in(folder, settings, images, device, progress=first)
 
 
 def _refuse_a_run(folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tie_ext.models.network import TIENet
 from tie_ext.utils.bounded import Bounded
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.settings import Settings
 
 Loader = Iterable[tuple[Tensor, Any]]
@@ -60,6 +61,11 @@ class Synthesizer(Bounded, abc.ABC):
 
     settings_class: ClassVar[type[Settings]] = Settings
     """A frozen dataclass of :func:`tie_ext.utils.settings.setting` fields."""
+    effort: float = 1.0
+    """Share of the steps in its settings that :meth:`fit` takes, in (0, 1]; TIE's loop lowers it
+    where there are few images."""
+    title: str = ""
+    """Of the progress bar of :meth:`fit`; none is shown without it."""
 
     def __init__(self, domain: TIENet | Domain, settings: Settings | None = None):
         super().__init__(domain.low.cpu(), domain.high.cpu())
@@ -97,6 +103,13 @@ class Synthesizer(Bounded, abc.ABC):
         Returns:
             The :class:`Candidates`, on the device of ``x``.
         """
+
+    def _steps(self, count: int) -> Iterable[int]:
+        """The share of ``count`` steps that :attr:`effort` says, one at least, in a progress
+        bar.
+        """
+        steps = range(max(1, round(self.effort * count)))
+        return Progress(steps, self.title, disable=not self.title)
 
     def _garbage(self, x: Tensor) -> Candidates:
         """Images ``(M, C, H, W)``, all for the garbage class."""

@@ -105,7 +105,7 @@ class InversionSettings(Settings):
 
     steps: int = setting(
         80,
-        "Generator steps an epoch; it is kept from epoch to epoch (their cost: "
+        "Most generator steps an epoch; it is kept from epoch to epoch (their cost: "
         "docs/research/cost.md).",
         low=1,
         high=10**6,
@@ -161,8 +161,8 @@ class Inversion(Synthesizer):
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.settings.lr)
 
     def fit(self, classifier: TIENet, loader: Loader, progress: float) -> dict[str, float]:
-        """Train the generator for ``steps`` steps against the frozen classifier; see
-        :meth:`Synthesizer.fit`. The ID data is not read.
+        """Train the generator against the frozen classifier; see :meth:`Synthesizer.fit`. The ID
+        data is not read.
         """
         weights = {
             "kl": self.settings.alpha,
@@ -171,7 +171,7 @@ class Inversion(Synthesizer):
         }
         self.generator.train()
         view = frozen_view(classifier)
-        log = [self._step(view, weights) for _ in range(self.settings.steps)]
+        log = [self._step(view, weights) for _ in self._steps(self.settings.steps)]
         average_statistics(self.generator)
         # Read here, since reading a number within a step would wait for the device.
         means = torch.stack(log).double().mean(0).tolist()

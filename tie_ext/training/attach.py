@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
@@ -27,6 +26,7 @@ from tie_ext.training.config import HeadConfig
 from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.loader import BatchReader
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import FIRST_BATCH, seeded
 from tie_ext.utils.views import eval_view, frozen_view
 
@@ -125,7 +125,7 @@ def _collect(
     """Statistics of all ID images and of the outliers proposed beside them, in one pass."""
     statistics = StatisticsCollector(net, config.memory, config.corruption)
     counts = torch.zeros(net.num_classes, dtype=torch.long)
-    for x, y in tqdm(reader, desc="attach: images", leave=False, disable=not progress):
+    for x, y in Progress(reader, "attach: images", disable=not progress):
         x = x.to(net.low.device)
         logits = net.fc(statistics.add_id(x))
         if y is None:

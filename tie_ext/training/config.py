@@ -41,8 +41,8 @@ class TIEConfig(Settings):
     )
     candidates: int = setting(
         2000,
-        "Outliers that each synthesizer proposes in an epoch: a tenth of the pool, for any number "
-        "of classes.",
+        "Outliers that each synthesizer proposes in an epoch: a tenth of the pool; beside a head "
+        "on every layer fewer, where there are few images.",
         low=1,
         high=10**9,
     )
@@ -147,14 +147,16 @@ class SampleConfig(Settings):
     """The random sample of an epoch's ID images that is kept in memory as they are trained on.
 
     BatchNorm's statistics, garbage head, tau and candidates are computed from it, so that an epoch
-    reads each image once, and what TIE adds to plain training does not grow with the data.
+    reads each image once, and what TIE adds to plain training does not grow with the data. With a
+    head on every layer it is smaller where there are few images
+    (:meth:`tie_ext.training.strategies.GarbageStrategy.effort`).
 
     Raises:
         ValueError: If a setting is out of range.
     """
 
-    size: int = setting(3000, "Images kept in an epoch.", low=2, high=10**9)
-    last_size: int = setting(8192, "Images kept in the last epoch.", low=2, high=10**9)
+    size: int = setting(3000, "Images kept in an epoch at most.", low=2, high=10**9)
+    last_size: int = setting(8192, "Images kept in the last epoch at most.", low=2, high=10**9)
     memory: int = setting(2**28, "Bytes of float32 images kept at most.", low=1, high=2**50)
     batch_size: int = setting(128, "Images of the sample in one forward pass.", low=1, high=10**9)
 

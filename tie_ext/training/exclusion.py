@@ -32,6 +32,7 @@ def exclude(
     synthesizers: Iterable[Synthesizer],
     pool: GarbagePool,
     config: TIEConfig,
+    count: int,
     bar: Callable[[Iterable, str], Iterable],
 ) -> dict[str, Any]:
     """Set tau, and add the candidates above it to the pool.
@@ -41,7 +42,8 @@ def exclude(
         sample: ID images.
         synthesizers: Propose the candidates.
         pool: The garbage pool.
-        config: lambda, and how many candidates each synthesizer proposes.
+        config: lambda.
+        count: Candidates that each synthesizer proposes, >= 1, of all processes.
         bar: Wraps batches in a progress bar with a title.
 
     Returns:
@@ -61,7 +63,7 @@ def exclude(
     net.tau.fill_(tau if math.isfinite(tau) else 1.0)
     tally = CandidateTally(net.num_classes + 1)
     for synthesizer in synthesizers:
-        for x, y in _repeat(sample, share(config.candidates)):
+        for x, y in bar(_repeat(sample, share(count)), "exclude"):
             x, y = synthesizer.sample(frozen, x.to(device), y.to(device))
             p = upcast(frozen(x, garbage=True)).softmax(1)
             excluded = uncertainty(p) > tau

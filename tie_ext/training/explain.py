@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 from tie_ext.models.generator import Generator
 from tie_ext.models.head import GarbageHead
@@ -33,6 +32,7 @@ from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
 from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.utils.loader import BatchReader
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import FIRST_BATCH, seeded
 from tie_ext.utils.views import eval_view, frozen_view
 
@@ -243,7 +243,7 @@ def _invert(
     optimizer = torch.optim.Adam(generator.parameters(), lr=LR)
     schedule = CosineAnnealingLR(optimizer, max(1, steps))
     with torch.enable_grad():
-        for _ in tqdm(range(steps), desc="explain: inversion", leave=False, disable=not progress):
+        for _ in Progress(range(steps), "explain: inversion", disable=not progress):
             y = torch.randint(n, (BATCH,), device=device)
             h, s = net.statistics(_shift(generate(generator, y)))
             unlike = ((s - means[y]) / deviations[y]).square().log1p().mean()

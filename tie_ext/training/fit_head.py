@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.primitives import Rng
 from tie_ext.training.augmentation import CorruptionConfig, corrupt
 from tie_ext.training.config import HeadConfig
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import frozen_view
 
@@ -84,7 +84,7 @@ def fit_head(
     weights = torch.where(target == 1, config.weight * count / (2 * m), count / (2 * n))
     optimizer = torch.optim.Adam(head.parameters(), lr=config.lr)
     schedule, losses = CosineAnnealingLR(optimizer, config.steps), []
-    for _ in tqdm(range(config.steps), desc="garbage head", leave=False, disable=not progress):
+    for _ in Progress(range(config.steps), "garbage head", disable=not progress):
         rows = torch.randint(count, (min(config.batch_size, count),))
         loss = F.binary_cross_entropy_with_logits(
             head(statistics[rows]).squeeze(1), target[rows], weights[rows]

@@ -52,16 +52,17 @@ class GarbagePool:
     def __len__(self) -> int:
         return min(self.offered, len(self.images))
 
-    def begin(self, prior: Sequence[Prior], at_once: int) -> None:
+    def begin(self, prior: Sequence[Prior], most: int, at_once: int) -> None:
         """Fill half the pool with images of some priors, so that the first candidates find room.
 
         Arguments:
             prior: Each gives the same number, the first ones the remainder.
+            most: Images of all priors together, at most.
             at_once: Images drawn at once, at most.
         """
-        half = (len(self.images) + 1) // 2
+        whole = min((len(self.images) + 1) // 2, most)
         for i, each in enumerate(prior):
-            count = half // len(prior) + (i < half % len(prior))
+            count = whole // len(prior) + (i < whole % len(prior))
             for images in draw(each, count, self.image_shape, at_once):
                 self.add(images)
 

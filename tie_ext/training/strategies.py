@@ -12,7 +12,6 @@ from typing import ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
@@ -27,6 +26,7 @@ from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.training.pool import GarbagePool, draw
 from tie_ext.utils.batchnorm import settle_statistics
 from tie_ext.utils.distributed import average_statistics, gathered, total, world
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import HEAD, seeded
 
 GARBAGE_SHARE = 1 / 4
@@ -37,6 +37,14 @@ REFERENCE_CLASSES = 10
 otherwise have a thousandth of the loss."""
 IGNORED = -100
 """Label that cross-entropy ignores."""
+FULL = 75_000
+"""ID images of an epoch after whose training a head on every layer is fitted in full, and
+inversion takes all its steps. With fewer the share falls in proportion: TIE then adds about 0.3
+of plain training."""
+LEAST = 1 / 16
+"""The smallest share."""
+FEWEST_STEPS = 30
+"""Steps of the head in an epoch at least, where so many are asked for."""
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Loss of logits ``(B, n+1)``, targets ``(B,)`` in ``[0, n]`` and class weights ``(n+1,)``."""
 
@@ -61,6 +69,8 @@ class GarbageStrategy(abc.ABC):
 
     prior_class: ClassVar[type[Prior]]
     """The prior of a pool, unless another is given."""
+    prior_images: ClassVar[int]
+    """Images of priors that a pool begins with, at most."""
     net: TIENet
     """The network."""
     config: TIEConfig
@@ -99,13 +109,26 @@ class GarbageStrategy(abc.ABC):
         """The loss of logits, a scalar, with the weights ``(n+1,)`` of :func:`class_weights`."""
 
     @abc.abstractmethod
-    def finish(self, sample: Pairs, epoch: int, last: bool) -> dict[str, float]:
+    def effort(self, images: int) -> float:
+        """The share, in (0, 1], of all that follows training in an epoch of so many ID images:
+        of the sample, and of the steps of head and synthesizers.
+        """
+
+    @abc.abstractmethod
+    def candidates(self, sample: int) -> int:
+        """Candidates of each synthesizer in an epoch whose sample has so many images."""
+
+    @abc.abstractmethod
+    def finish(
+        self, sample: Pairs, epoch: int, last: bool, effort: float = 1.0
+    ) -> dict[str, float]:
         """What follows the optimiser's steps: BatchNorm's statistics, and the fit of a head.
 
         Arguments:
             sample: ID images of the epoch.
             epoch: The epoch, from 1.
             last: Whether it is the last of the run.
+            effort: The share of :meth:`effort`.
 
         Returns:
             Losses by name.
@@ -154,6 +177,15 @@ class LinearGarbage(GarbageStrategy):
     """The paper's way: garbage is one more output of the classifier, trained in its batches."""
 
     prior_class = Noise
+    prior_images = 10**9
+
+    def effort(self, images: int) -> float:
+        """All, as in the paper."""
+        return 1.0
+
+    def candidates(self, sample: int) -> int:
+        """As many as the settings ask for."""
+        return self.config.candidates
 
     def logits(self, x: Tensor) -> Tensor:
         """All n+1."""
@@ -163,7 +195,9 @@ class LinearGarbage(GarbageStrategy):
         """The criterion, of all n+1 outputs."""
         return self.criterion(logits, y, weights.to(logits.dtype))
 
-    def finish(self, sample: Pairs, epoch: int, last: bool) -> dict[str, float]:
+    def finish(
+        self, sample: Pairs, epoch: int, last: bool, effort: float = 1.0
+    ) -> dict[str, float]:
         """Settle BatchNorm's statistics."""
         self._settle(sample)
         average_statistics(self.net)
@@ -180,6 +214,7 @@ class MultilayerGarbage(GarbageStrategy):
     """
 
     prior_class = Procedural
+    prior_images = 2000  # the head is given new ones in every epoch
 
     def __post_init__(self) -> None:
         if self.criterion is not F.cross_entropy:
@@ -192,6 +227,14 @@ class MultilayerGarbage(GarbageStrategy):
                 "Expected a prior for the garbage head on every layer to learn in the first "
                 "epoch, but got none"
             )
+
+    def effort(self, images: int) -> float:
+        """In proportion to the images, between :data:`LEAST` and, from :data:`FULL` on, 1."""
+        return min(1.0, max(LEAST, images / FULL))
+
+    def candidates(self, sample: int) -> int:
+        """One for each image of the sample, at most as many as the settings ask for."""
+        return min(self.config.candidates, sample)
 
     @property
     def in_batches(self) -> bool:
@@ -211,19 +254,22 @@ class MultilayerGarbage(GarbageStrategy):
         adversarial = self.config.garbage_weight * max_log_prob(logits, y)
         return F.cross_entropy(logits, classes, weights, ignore_index=IGNORED) + adversarial
 
-    def finish(self, sample: Pairs, epoch: int, last: bool) -> dict[str, float]:
+    def finish(
+        self, sample: Pairs, epoch: int, last: bool, effort: float = 1.0
+    ) -> dict[str, float]:
         """Settle BatchNorm's statistics where garbage moved them, and fit the head."""
         if self.in_batches:
             self._settle(sample)
         average_statistics(self.net)
-        return {"head": self._fit_head(sample, epoch, last)}
+        return {"head": self._fit_head(sample, epoch, last, effort)}
 
-    def _fit_head(self, sample: Pairs, epoch: int, last: bool) -> float:
+    def _fit_head(self, sample: Pairs, epoch: int, last: bool, effort: float) -> float:
         """Fit the head to the sample, to the pool, and to new images of the prior; its loss."""
         config = self.head_config
+        few = min(config.epoch_steps, max(FEWEST_STEPS, round(effort * config.epoch_steps)))
         statistics = StatisticsCollector(self.net, config.memory // world(), config.corruption)
         bar = f"epoch {epoch}: head"
-        for x, _ in tqdm(sample, desc=bar, leave=False, disable=not self.progress):
+        for x, _ in Progress(sample, bar, disable=not self.progress):
             statistics.add_id(x.to(self.device))
         for images in self._garbage(sum(len(x) for x, _ in sample), last):
             statistics.add_ood(images, self.sample_config.batch_size)
@@ -235,7 +281,7 @@ class MultilayerGarbage(GarbageStrategy):
                 gathered(statistics.ood.rows, self.device),
                 replace(
                     config,
-                    steps=config.steps if last else config.epoch_steps,
+                    steps=config.steps if last else few,
                     weight=config.weight * self.config.garbage_weight,
                 ),
                 self.progress,

@@ -9,12 +9,12 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from operator import length_hint
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
@@ -42,6 +42,7 @@ from tie_ext.utils.distributed import (
     world,
 )
 from tie_ext.utils.loader import BatchReader
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import FIRST_POOL, FIRST_WEIGHTS, SURVEY, seeded
 from tie_ext.utils.reservoir import Reservoir
 
@@ -71,7 +72,7 @@ class TIETrainer:
             and for multi-scale noise with a linear garbage logit; an empty list for nothing: the
             first epoch then trains on ID images alone.
         criterion: The loss of the classifier.
-        progress: Show progress bars.
+        progress: Show progress (:mod:`tie_ext.utils.progress`).
         head_config: How a head on every layer is fitted.
         sample_config: How many ID images of an epoch are kept for what follows training.
 
@@ -115,9 +116,7 @@ class TIETrainer:
             if prior is None:
                 prior = [strategy.prior_class(net)]
         self.synthesizers, self.prior = list(synthesizers), list(prior)
-        self.pool = GarbagePool(share(self.config.pool_size), net.image_shape, net.low, net.high)
-        with seeded(self.config.seed, 0, rank(), FIRST_POOL):
-            self.pool.begin(self.prior, self.sample_config.at_once(net.image_shape))
+        self.pool = self._begun_pool(strategy.prior_images)
         self.garbage = strategy(
             net,
             self.config,
@@ -134,6 +133,14 @@ class TIETrainer:
         self.counts: Tensor | None = None  #: ID images of each class (n,), after the first epoch
         self.log: list[EpochLog] = []
         self._counted = False  # whether this process has read its data once
+
+    def _begun_pool(self, most: int) -> GarbagePool:
+        """The pool as a run begins, with so many images of the priors at most."""
+        net, size = self.net, share(self.config.pool_size)
+        pool = GarbagePool(size, self.image_shape, net.low, net.high)
+        with seeded(self.config.seed, 0, rank(), FIRST_POOL):
+            pool.begin(self.prior, share(most), self.sample_config.at_once(self.image_shape))
+        return pool
 
     def epoch(self, loader: Iterable) -> EpochLog:
         """Train, invert, exclude.
@@ -163,10 +170,12 @@ class TIETrainer:
             losses, sample = self._train(batches) if self._counted else self._train_first(batches)
             trained = time.perf_counter()
             for synthesizer in self.synthesizers:
+                synthesizer.effort, synthesizer.title = self._effort, self._title("invert")
                 losses |= synthesizer.fit(self.net, batches, t / max(1, self.config.epochs - 1))
             inverted = time.perf_counter()
+            candidates = self.garbage.candidates(world() * sum(len(y) for _, y in sample))
             outcome = exclude(
-                self.net, sample, self.synthesizers, self.pool, self.config, self._bar
+                self.net, sample, self.synthesizers, self.pool, self.config, candidates, self._bar
             )
             excluded = time.perf_counter()
         stages = {"train": trained - start, "invert": inverted - trained}
@@ -182,14 +191,17 @@ class TIETrainer:
         self.optimizer.param_groups[0]["lr"] = self.config.lr_in(len(self.log))
         seen, losses, sample = torch.zeros(self.net.num_classes).long(), [], self._reservoir()
         counts = seen if self.counts is None else self.counts
-        for x, y in self.garbage.mix(sample.passing(self._counting(batches, seen))):
+        bar = self._bar(None, "train", unit=" images")
+        for x, y in self.garbage.mix(sample.passing(_counting(batches, seen, bar))):
             weights = class_weights(counts, self.config.garbage_weight).to(self.device)
             loss = self.garbage.loss(self.garbage.logits(x), y, weights)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(self.net)
             self.optimizer.step()
-            losses.append(loss.detach())
+            bar.loss = loss.detach()
+            losses.append(bar.loss)
+        bar.close()
         if not losses:
             raise ValueError("Expected batches of two or more images in every epoch, but got none")
         mean = float(gathered(torch.stack(losses), self.device).mean())
@@ -200,12 +212,9 @@ class TIETrainer:
             )
         if not self._counted:
             self._count(seen)
-        size = self.sample_config.batch_size
-        kept = list(zip(*(column.split(size) for column in sample.columns), strict=True))
-        return {
-            "classifier": mean,
-            **self.garbage.finish(kept, len(self.log) + 1, self._last),
-        }, kept
+        kept = self._kept(sample)
+        finished = self.garbage.finish(kept, len(self.log) + 1, self._last, self._effort)
+        return {"classifier": mean, **finished}, kept
 
     def _train_first(self, batches: Loader) -> tuple[dict[str, float], Pairs]:
         """:meth:`_train`; bad data leaves network and optimiser as they were."""
@@ -222,33 +231,51 @@ class TIETrainer:
             raise
 
     def _reservoir(self) -> Reservoir:
-        """The sample of ID images that this epoch keeps."""
-        size = self.sample_config.last_size if self._last else self.sample_config.size
-        size = min(size, self.sample_config.capacity(self.image_shape))
+        """The sample of ID images that this epoch keeps at most."""
+        size = min(self._sample_size, self.sample_config.capacity(self.image_shape))
         # A stream of its own, so that a classifier beside a head is trained on the images that any
         # other method would train it on.
         stream = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
         return Reservoir(share(size), stream)
+
+    def _kept(self, sample: Reservoir) -> Pairs:
+        """The share of the sample that what follows training is computed from. It is taken now, as
+        the first epoch has not known before how many images there are.
+        """
+        columns, count = sample.columns, share(round(self._effort * self._sample_size))
+        if len(columns[0]) > count:
+            rows = torch.randperm(len(columns[0]), generator=sample.generator)[:count]
+            columns = tuple(column[rows.to(column.device)] for column in columns)
+        size = self.sample_config.batch_size
+        return list(zip(*(column.split(size) for column in columns), strict=True))
+
+    @property
+    def _effort(self) -> float:
+        """The share of :meth:`~tie_ext.training.strategies.GarbageStrategy.effort` for the images
+        of the first epoch.
+        """
+        return self.garbage.effort(int(cast(Tensor, self.counts).sum()))
+
+    @property
+    def _sample_size(self) -> int:
+        """Images of the sample in full, of all processes."""
+        return self.sample_config.last_size if self._last else self.sample_config.size
 
     @property
     def _last(self) -> bool:
         """Whether this is the last epoch, whose network will be used."""
         return len(self.log) + 1 >= self.config.epochs
 
-    def _counting(self, batches: Loader, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same batches; their images of each class are added to ``seen (n,)``."""
-        for x, y in self._bar(batches, "train"):
-            seen += y.cpu().bincount(minlength=len(seen))
-            yield x, y
-
     def _count(self, counts: Tensor) -> None:
         """Take note of the images of each class ``(n,)``, which this process has read once."""
         check_counts(counts, self.counts)
         self.counts, self._counted = counts if self.counts is None else self.counts, True
 
-    def _bar(self, batches: Iterable, name: str) -> Iterable:
-        title = f"epoch {len(self.log) + 1}: {name}"
-        return tqdm(batches, desc=title, leave=False, disable=not self.progress)
+    def _bar(self, batches: Iterable | None, name: str, **how: str) -> Progress:
+        return Progress(batches, self._title(name), disable=not self.progress, **how)
+
+    def _title(self, name: str) -> str:
+        return f"epoch {len(self.log) + 1}: {name}" if self.progress else ""
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything that resuming needs (:mod:`tie_ext.training.checkpoint`)."""
@@ -260,3 +287,12 @@ class TIETrainer:
         """
         load_training(path, self)
         self._counted = False  # this process has not read its data
+
+
+def _counting(batches: Loader, seen: Tensor, bar: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches; their images of each class are added to ``seen (n,)``."""
+    for x, y in batches:
+        bar.total = bar.total or length_hint(batches) * len(x) or None
+        bar.update(len(x))
+        seen += y.cpu().bincount(minlength=len(seen))
+        yield x, y

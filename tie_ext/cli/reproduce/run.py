@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import all_logits, ood_metrics
-from tie_ext.cli.flags import check_flags, interactive, recipe_of, settings_of
+from tie_ext.cli.flags import check_flags, recipe_of, settings_of
 from tie_ext.cli.images import Images, ImageSet, RunImages
 from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.reproduce.comparison import cell, check_method, has_garbage
@@ -34,6 +33,7 @@ from tie_ext.scores.decision import ood_score, uncertainty
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.files import add_json_line, load_state, save_state, write_atomically, write_json
+from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import seeded
 from tie_ext.utils.settings import differences
 from tie_ext.utils.views import frozen_view
@@ -85,7 +85,7 @@ def run(flags: Namespace) -> None:
     """Run the plan that the flags give, and print what could not be run."""
     check_flags(vars(flags))
     plan = settings_of(Plan, vars(flags), recipe=recipe_of(vars(flags)))
-    for reason in run_plan(plan, flags.out, flags.device, interactive()):
+    for reason in run_plan(plan, flags.out, flags.device, progress=True):
         print(f"not run: {reason}")
     print(f"tables: {flags.out / 'tables.md'}")
 
@@ -109,7 +109,7 @@ def run_plan(plan: Plan, out: Path, device: str = "cpu", progress: bool = False)
     for stem, (_, method, seed) in cells.items():
         if stem in done:
             _check_settings(path, done[stem], method, plan.recipe_for(seed))
-    for stem, (name, method, seed) in tqdm(cells.items(), desc="cells", disable=not progress):
+    for stem, (name, method, seed) in Progress(cells.items(), "cells", disable=not progress):
         if stem in read_cells(path):  # read again: another process may have run it
             continue
         try:
