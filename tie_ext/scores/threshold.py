@@ -4,6 +4,7 @@ Symbols: ``scores (N,)`` of ID inputs, larger = more OOD; :math:`\alpha` = ``fal
 share of new ID inputs that may be rejected.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -29,7 +30,11 @@ class Calibration(NamedTuple):
 
 
 def calibrate(
-    scores: Tensor, rule: str, false_alarm: float | None, weights: Tensor | None = None
+    scores: Tensor,
+    rule: str,
+    false_alarm: float | None,
+    weights: Tensor | None = None,
+    names: Sequence[str] = (),
 ) -> Calibration:
     """Learn the scale of each score on one half of the ID images, and the threshold on the other.
 
@@ -43,12 +48,13 @@ def calibrate(
             and all images set the scale.
         weights: Weights ``(k,)`` of the scores, as
             :func:`tie_ext.scores.combination.reference` takes them.
+        names: What gave each score, for errors.
 
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
     scale_rows, threshold_rows = split(len(scores), false_alarm)
-    learned = reference(scores[scale_rows.to(scores.device)], weights)
+    learned = reference(scores[scale_rows.to(scores.device)], weights, names)
     if false_alarm is None:
         return Calibration(learned, None, None)
     combined = FORMULAS[rule](learned, scores[threshold_rows.to(scores.device)])
