@@ -19,7 +19,7 @@ import tie_ext
 from tie_ext import TIENet
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import MAX_LAYERS, MIN_LAYERS
-from tie_ext.models.logits import LastLayers, OwnLogits, Selected
+from tie_ext.models.readout import LastLayers, OwnLogits, Selected
 from tie_ext.models.statistics import pool_statistics
 from tie_ext.training.config import HeadConfig
 

@@ -74,37 +74,28 @@ def _channels(module: Any) -> int:
 
 def _is_channels_last(block: nn.Module, output: Tensor, last: list[int]) -> bool:
     """Whether maps of a block are ``(B, H, W, C)``: what computed them last has C outputs."""
-    return (
-        output.ndim == 4
-        and next(block.children(), None) is not None
-        and not isinstance(block, nn.Conv2d | nn.Sequential)
-        and last == [output.shape[3]] != [output.shape[1]]
-    )
+    if output.ndim != 4 or not _has_parts(block):
+        return False
+    return last == [output.shape[3]] != [output.shape[1]]
+
+
+def _has_parts(block: nn.Module) -> bool:
+    return type(block) is not nn.Sequential and any(True for _ in block.children())
 
 
 def _level(blocks: dict[str, int], view: nn.Module) -> dict[str, int]:
-    """The outermost blocks; where they are fewer than :data:`MIN_LAYERS`, those inside them that
-    have parts of their own, such as the blocks of a stage.
+    """The outermost blocks; where they are fewer than :data:`MIN_LAYERS`, the blocks inside of
+    those that have some, such as a stage.
     """
-    inside = {name: view.get_submodule(name) for name in blocks}
-    whole = {
-        name: part
-        for name, part in inside.items()
-        if type(part) is not nn.Sequential and next(part.children(), None) is not None
-    }
     found = _outermost(blocks)
-    left = {name: blocks[name] for name in blocks if name in whole}
+    whole = {name: size for name, size in blocks.items() if _has_parts(view.get_submodule(name))}
     while len(found) < MIN_LAYERS:
-        left = {name: size for name, size in left.items() if name not in found}
-        if not left:
+        inner = _outermost({name: size for name, size in whole.items() if name not in found})
+        if not inner:
             break
-        deeper = _outermost(left)
-        kept = {
-            name: size
-            for name, size in found.items()
-            if not any(other.startswith(f"{name}.") for other in deeper)
-        }
-        found = {name: size for name, size in blocks.items() if name in kept or name in deeper}
+        whole = {name: size for name, size in whole.items() if name not in found}
+        stages = {name for name in found if any(of.startswith(f"{name}.") for of in inner)}
+        found = {name: blocks[name] for name in blocks if name in {*found, *inner} - stages}
     return found
 
 

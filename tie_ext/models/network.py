@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import find_layers
-from tie_ext.models.logits import (
+from tie_ext.models.logits import check_same, locate
+from tie_ext.models.readout import (
     Readout,
     Selected,
     at,
-    bare_copy,
-    check_same,
     classifier_name,
     cut,
     last_layer,
-    locate,
     plug,
     sizes,
 )
@@ -32,6 +30,7 @@ from tie_ext.scores.decision import Decision, decide, upcast
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_images, check_number, check_shape
 from tie_ext.utils.precision import without_autocast
+from tie_ext.utils.unwrap import bare_copy
 from tie_ext.utils.views import eval_view, hook_view
 
 AUTOCAST_DTYPES = ("float32", "bfloat16")
@@ -73,7 +72,7 @@ class TIENet(Bounded):
         head: One of :data:`HEADS`; ``multilayer`` needs an ``image_shape``. Or a
             :class:`~tie_ext.models.head.GarbageHead`, which is copied.
         logits: Gives the logits ``(B, m)`` of what the backbone returns, where they are not found
-            in it; or the :class:`~tie_ext.models.logits.Readout` that says where they are.
+            in it; or the :class:`~tie_ext.models.readout.Readout` that says where they are.
 
     Raises:
         TypeError: If the backbone is no ``nn.Module``.

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.head import GarbageHead
-from tie_ext.models.logits import Readout, Selected, bare_copy, classifier_name, sizes
 from tie_ext.models.network import _EXTRA, AUTOCAST_DTYPES, TIENet
+from tie_ext.models.readout import Readout, Selected, classifier_name, sizes
 from tie_ext.utils.checks import check_shape
 from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
+from tie_ext.utils.unwrap import bare_copy
 
 LARGEST_TRIED = 3 * 224 * 224
 """Values of the largest image for a trial run of a network from a file; one that claims larger
@@ -91,7 +92,7 @@ def _readout(saved: Any, backbone: nn.Module) -> Readout:
         return Readout(((classifier_name(backbone),),))
     if saved["selected"] and not isinstance(backbone, Selected):
         raise ValueError(
-            "Expected the backbone as Selected(model, logits) of tie_ext.models.logits, with the "
+            "Expected the backbone as Selected(model, logits) of tie_ext.models.readout, with the "
             "function `logits` of attach, which no file holds"
         )
     parts, maps, path = saved["layers"], saved["maps"], saved["path"]

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tie_ext.models.logits import Readout, classifier_name, cut
 from tie_ext.models.network import TIENet
+from tie_ext.models.readout import Readout, classifier_name, cut
 from tie_ext.outliers.base import Candidates, Synthesizer
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.settings import Settings, setting

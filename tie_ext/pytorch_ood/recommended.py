@@ -9,8 +9,8 @@ from pytorch_ood.api import Detector
 from pytorch_ood.detector import EnergyBased
 from torch import Tensor
 
-from tie_ext.models.logits import OwnLogits
 from tie_ext.models.network import TIENet
+from tie_ext.models.readout import OwnLogits
 from tie_ext.pytorch_ood.base import id_reader
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector

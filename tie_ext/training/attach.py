@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
-from tie_ext.models.logits import unwrapped
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Synthesizer
 from tie_ext.outliers.procedural import Procedural
@@ -30,6 +29,7 @@ from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.random import seeded
+from tie_ext.utils.unwrap import unwrapped
 from tie_ext.utils.views import frozen_view
 
 LAM = 2.0
