@@ -239,6 +239,17 @@ def test_what_attach_gives_can_be_compiled():
         assert torch.equal(net.decide(x).level, net.decide(x).level)
 
 
+@pytest.mark.parametrize("name", ["two heads that are averaged", "a softmax behind"])
+@pytest.mark.parametrize("head", ["multilayer", "linear"])
+def test_explain_inverts_such_a_network(name, head):
+    case, (x, y) = TAKEN[name], images()
+    x = nn.functional.interpolate(x, size=28)
+    net = TIENet(case.make().half().eval(), 3, x.shape[1:], head=head).eval()
+    found = tie_ext.explain(net, [(x, y)], steps=1, per_class=1)
+    assert found.inversions.shape == (3, 1, 1, 28, 28)
+    assert found.layers.distance(x).isfinite().all()
+
+
 def combined(model: nn.Module, case: Case, batches: list, held: list, steps: int = 3):
     pytest.importorskip("pytorch_ood")
     net = tie_ext.attach(
