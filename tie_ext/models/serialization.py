@@ -2,25 +2,31 @@
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.head import GarbageHead
-from tie_ext.models.network import _EXTRA, AUTOCAST_DTYPES, TIENet
 from tie_ext.models.readout import Readout, Selected, classifier_name, sizes
 from tie_ext.utils.checks import check_shape
 from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
 from tie_ext.utils.unwrap import bare_copy
 
+if TYPE_CHECKING:
+    from tie_ext.models.network import TIENet
+
+AUTOCAST_DTYPES = ("float32", "bfloat16")
+"""Types that a backbone can compute in; weights, features and logits keep theirs."""
+EXTRA = "_extra_state"
+"""PyTorch's key for the result of get_extra_state."""
 LARGEST_TRIED = 3 * 224 * 224
 """Values of the largest image for a trial run of a network from a file; one that claims larger
 images must not take memory for them when it is read."""
 
 
-def save_network(net: TIENet, path: str | os.PathLike) -> None:
+def save_network(net: "TIENet", path: str | os.PathLike) -> None:
     """Write a network; see :meth:`TIENet.save`."""
     names = [name for name, kind in BACKBONES.items() if type(net.backbone) is kind]
     head = {"layers": net.garbage.layers} if isinstance(net.garbage, GarbageHead) else None
@@ -32,14 +38,14 @@ def save_network(net: TIENet, path: str | os.PathLike) -> None:
         "backbone": names[0] if names else None,
         "head": head,
         "readout": {**net.readout._asdict(), "selected": isinstance(net.backbone, Selected)},
-        "weights": {name: value for name, value in net.state_dict().items() if name != _EXTRA},
+        "weights": {name: value for name, value in net.state_dict().items() if name != EXTRA},
     }
     save_state(path, "network", state)
 
 
 def load_network(
-    path: str | os.PathLike, backbone: nn.Module | None = None, kind: type[TIENet] = TIENet
-) -> TIENet:
+    path: str | os.PathLike, backbone: nn.Module | None, kind: "type[TIENet]"
+) -> "TIENet":
     """Read a network; see :meth:`TIENet.load`."""
     state = load_state(path, "network")
     with reading(f"a network of this architecture in {path}"):
@@ -124,8 +130,8 @@ def _head(saved: Any, features: int, weights: dict[str, Tensor]) -> str | Garbag
 
 
 def _build(
-    kind: type[TIENet], backbone: nn.Module, n: int, state: dict[str, Any], readout: Readout
-) -> TIENet:
+    kind: "type[TIENet]", backbone: nn.Module, n: int, state: dict[str, Any], readout: Readout
+) -> "TIENet":
     """A network with the weights of a file."""
     weights = state["weights"]
     layers = [backbone.get_submodule(names[0]) for names in readout.layers]

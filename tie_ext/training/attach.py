@@ -28,7 +28,7 @@ from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.precision import without_autocast
-from tie_ext.utils.random import seeded
+from tie_ext.utils.random import FIRST_BATCH, seeded
 from tie_ext.utils.unwrap import unwrapped
 from tie_ext.utils.views import frozen_view
 
@@ -99,7 +99,7 @@ def attach(
         raise ValueError(
             "`synthesizers` is empty; pass a Synthesizer, or None for procedural images"
         )
-    with seeded(seed, 1):  # a loader that shuffles draws from a stream of its own
+    with seeded(seed, FIRST_BATCH):
         x = BatchReader(loader).first().images
     head_config = head_config or HeadConfig()
     # A caller under inference_mode or no_grad gets the same head.
@@ -132,7 +132,7 @@ def _collect(
     progress: bool,
 ) -> StatisticsCollector:
     """Statistics of all ID images and of the outliers proposed beside them, in one pass."""
-    statistics = StatisticsCollector(net, config.memory)
+    statistics = StatisticsCollector(net, config.memory, config.corruption)
     counts = torch.zeros(net.num_classes, dtype=torch.long)
     for x, y in tqdm(reader, desc="attach: images", leave=False, disable=not progress):
         x = x.to(net.low.device)
