@@ -266,7 +266,7 @@ def test_passes_and_memory_of_attach(monkeypatch):
         attach(Counted().eval(), batches, 3, head_config=HeadConfig(memory=4 * 100 * 10))
         images, outliers = 2 * 90 * times, 3 * 90 * times
         assert (
-            images + outliers <= sum(passed) <= images + outliers + 5
+            images + outliers <= sum(passed) <= images + outliers + 9
         )  # a few to try the network on
     sizes = [sum(part.numel() for part in parts) for parts in kept]
     assert sizes[0] == sizes[1] <= 3 * 1000

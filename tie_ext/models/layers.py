@@ -55,7 +55,7 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
         if name and not isinstance(module, torch.jit.ScriptModule):  # which calls no hooks
             add_hook(view, name, partial(look, name))
     with torch.no_grad():
-        view(x.to(next(backbone.parameters())))
+        view(x)
     found = _level(blocks, view)
     if len(found) < len(convolutions):  # a transformer has one, which makes patches
         found = {name: maps.shape[1] for name, maps in convolutions.items()}

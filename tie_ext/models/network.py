@@ -120,6 +120,7 @@ class TIENet(Bounded):
         if self.image_shape is not None:
             ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
             x = self.from_unit(torch.cat([ramp, 1 - ramp, ramp.square()]))
+            x = x.to(next(self.backbone.parameters(), x))
             found, own = locate(self.backbone, x, num_classes, readout)
         else:
             found = readout or Readout(((classifier_name(self.backbone),),))

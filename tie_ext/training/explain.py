@@ -222,7 +222,7 @@ def _with_head(
         net = copy.deepcopy(model).eval()
         if not isinstance(net.garbage, GarbageHead):
             grey = net.from_unit(torch.full((1, *shape), 0.5, device=net.low.device))
-            layers = find_layers(net.classifier_view(), grey)
+            layers = find_layers(net.classifier_view(), grey.to(net.fc.weight.dtype))
             head = GarbageHead(layers, net.feature_size)
             net.garbage = head.to(net.low.device)
         return net
