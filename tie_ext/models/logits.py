@@ -167,7 +167,8 @@ def _follows(t: Tensor, logits: Tensor, maps: str) -> bool:
     t, z = t.float(), logits.float()
     if z.shape[1] == 1:
         return torch.allclose(t, z.sigmoid(), tolerance, 1e-6)
-    if torch.allclose(t, z.softmax(1), tolerance, 1e-6) and t.std() > 0:
+    softmaxes = z.softmax(1), z.log_softmax(1)
+    if t.std() > 0 and any(torch.allclose(t, of, tolerance, 1e-6) for of in softmaxes):
         return True
     return any(_proportional(of, z, tolerance) for of in (t, t.log()) if of.isfinite().all())
 
