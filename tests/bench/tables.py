@@ -52,10 +52,10 @@ def inserted(name: str) -> str:
 
 
 def documents() -> dict[str, str]:
-    """Text of every document by its place in docs/."""
+    """Text of every document by its place in docs/; those without records are left out."""
     pages = sorted((BENCH / "pages").glob("*.md"))
     texts = {f"research/{page.name}": fill(page.read_text(), OTHERS) for page in pages}
-    return {
+    found = {
         "results.md": texts.pop("research/results.md"),
         **texts,
         "research/benchmark.md": benchmark_page.page(),
@@ -63,6 +63,7 @@ def documents() -> dict[str, str]:
         **{name: inserted(name) for name in OUTSIDE},
         **{f"results/{run}/tables.md": reproduced(DOCS / "results" / run) for run in RUNS},
     }
+    return {name: text for name, text in found.items() if text}
 
 
 def main() -> None:

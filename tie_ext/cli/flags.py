@@ -76,6 +76,8 @@ def _demo(demo) -> None:
     about = "folder for table, figures and detector"
     demo.path("output", "--out", "FOLDER", about, default=Path("demo"))
     demo.flag("output", "--seed", "random seed", default=0, type=int, metavar="N")
+    about = "train a network with TIE instead, in two minutes"
+    demo.flag("output", "--train", about, action="store_true")
 
 
 def _train(train) -> None:
@@ -142,7 +144,7 @@ def _reproduce(reproduce) -> None:
 
 
 COMMANDS = {
-    "demo": ("train and compare on built-in images, in a minute or two", _demo),
+    "demo": ("attach a garbage class to a network that ships, and decide", _demo),
     "train": ("train a network with TIE", _train),
     "attach": ("give a trained network a garbage class, without training it again", _attach),
     "score": ("label, level, uncertainty and score of images, one row per image", _score),
