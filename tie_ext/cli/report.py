@@ -127,12 +127,12 @@ def _body(
 def _shown(x: Tensor, decision, name: str, names: Sequence[str]) -> Iterator[page.Shown]:
     """Some accepted images of a set, then some rejected ones, from all over it."""
     sides = [((decision.level > 0) == side).nonzero().flatten() for side in (False, True)]
-    for wrong, (rows, others) in enumerate(zip(sides, sides[::-1], strict=True)):
+    for refused, (rows, others) in enumerate(zip(sides, sides[::-1], strict=True)):
         for row in figures.spread(rows, max(SHOWN // 2, SHOWN - len(others))):
             label, score = names[int(decision.label[row])], decision.score[row]
             word = LEVELS[int(decision.level[row])]
             caption = f"{word}, {label}, {score:.1f}"
-            yield page.Shown(x[row], caption, bool(wrong) == (name == "id"))
+            yield page.Shown(x[row], caption, bool(refused) == (name == "id"))
 
 
 def _sets(numbers: Mapping) -> list[dict[str, object]]:

@@ -13,7 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS, pool_statistics
+from tie_ext.models.statistics import (
+    MAX_CHANNELS,
+    NORMS,
+    STATISTICS,
+    first_tensor,
+    pool_statistics,
+)
 from tie_ext.utils.views import add_hook, hook_view
 
 
@@ -43,14 +49,39 @@ class GarbageHead(nn.Module):
         """Log-odds of garbage ``(B, 1)`` of statistics ``(B, S)``; larger = more OOD."""
         return self.network((statistics.to(self.mean.dtype) - self.mean) / self.deviation)
 
+    def _apply(self, fn, recurse=True):
+        """In half precision it stays in float32, which the extremes of a layer can need."""
+
+        def wide(t: Tensor) -> Tensor:
+            after = fn(t)
+            return t.to(after.device) if after.dtype in (torch.float16, torch.bfloat16) else after
+
+        return super()._apply(wide, recurse)
+
     @torch.no_grad()
     def standardise(self, statistics: Tensor) -> None:
-        """Take mean and deviation of ID images ``(N, S)``, N >= 2, as 0 and 1 from now on."""
+        """Take mean and deviation of ID images ``(N, S)``, N >= 2, as 0 and 1 from now on.
+
+        Raises:
+            ValueError: If a statistic is not finite, with the layer that it is of.
+        """
+        sizes = [STATISTICS * min(count, MAX_CHANNELS) for count in self.layers.values()]
         self.mean.copy_(statistics.mean(0))
-        deviation, unit = statistics.std(0), 1 + self.mean.abs()
-        # A statistic that is the same for all ID images would make noise of its last bits;
-        # it counts in units of its own size.
-        self.deviation.copy_(torch.where(deviation > 1e-4 * unit, deviation, unit))
+        deviation = statistics.std(0)
+        names = "features", *self.layers
+        parts = (both.split([self.feature_size, *sizes]) for both in (self.mean, deviation))
+        features, *layers = zip(names, *parts, strict=True)
+        for name, mean, spread in (*layers, features):
+            if not (mean.isfinite() & spread.isfinite()).all():
+                raise ValueError(
+                    f"Expected finite statistics of ID images, but got NaN or infinite ones of "
+                    f"{name}; give a float16 network in float32 or bfloat16"
+                )
+            # A statistic that is the same for all ID images would make noise of its last bits; it
+            # counts in units of its own size, and of its layer's where that is small.
+            unit = mean.abs() + (mean.abs().amax().clamp_max(1) if mean.any() else 1)
+            spread.copy_(torch.where(spread > 1e-4 * unit, spread, unit))
+        self.deviation.copy_(deviation)
 
     def watch(self, backbone: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         """A view of the backbone, and the dict that its forward pass fills with the statistics of
@@ -70,7 +101,11 @@ class GarbageHead(nn.Module):
 
 
 def _pool_into(
-    found: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor
+    found: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: object
 ) -> None:
-    """The hook of a layer that is read."""
-    found[name] = pool_statistics(output)
+    """The hook of a layer that is read. Maps of convolutions and their normalisations have
+    channels first, those of blocks have them last.
+    """
+    maps = first_tensor(output)
+    if maps is not None:
+        found[name] = pool_statistics(maps, not isinstance(module, (nn.Conv2d, *NORMS)))

@@ -1,17 +1,17 @@
-"""The layers of a backbone that a garbage head reads, and its classifier."""
+"""The layers of a backbone that a garbage head reads."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from tie_ext.models.statistics import NORMS, first_tensor
 from tie_ext.utils.views import add_hook, eval_view
 
-MAX_LAYERS = 16
-"""Layers read at most, evenly spaced from the first to the last."""
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-"""What may stand between a convolution and its ReLU."""
+MIN_LAYERS, MAX_LAYERS = 8, 16
+"""Blocks are looked into where there are fewer; layers read at most, evenly spaced from the first
+to the last."""
 
 
 def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
@@ -20,7 +20,8 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
 
     Arguments:
         backbone: The network; left as it was.
-        x: An image ``(1, C, H, W)`` for a trial run.
+        x: Images ``(B, C, H, W)`` for a trial run; of two or more, what has not the batch's size
+            is told apart, as an encoding of positions.
 
     Returns:
         The channels of at most :data:`MAX_LAYERS` of them by name, in the order of their calls.
@@ -30,30 +31,32 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
     """
     convolutions: dict[str, Tensor] = {}  # maps, by the layer that gave them: convolution or norm
     blocks: dict[str, int] = {}
+    last: list[int] = []  # outputs of the last linear layer, normalisation or convolution
     view = eval_view(backbone)
 
     def look(name: str, module: nn.Module, args: tuple, output: object) -> None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        output = first_tensor(output)
+        if output is None or not output.is_floating_point() or len(output) != len(x):
             return
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d):
+            last[:] = [_channels(module)]
         if output.ndim == 4 and isinstance(module, nn.Conv2d) and output[0, 0].numel() > 1:
             convolutions[name] = output
         elif output.ndim == 4 and isinstance(module, NORMS) and convolutions:
             if args and args[0] is list(convolutions.values())[-1]:
                 convolutions.popitem()
                 convolutions[name] = output
-        elif output.ndim == 3 and isinstance(_parent(view, name), nn.Sequential | nn.ModuleList):
-            blocks[name] = output.shape[2]
+        elif isinstance(_parent(view, name), nn.Sequential | nn.ModuleList) and (
+            output.ndim == 3 or _is_channels_last(module, output, last)
+        ):
+            blocks[name] = output.shape[-1]
 
     for name, module in list(view.named_modules()):
         if name and not isinstance(module, torch.jit.ScriptModule):  # which calls no hooks
             add_hook(view, name, partial(look, name))
     with torch.no_grad():
         view(x)
-    found = {
-        name: channels
-        for name, channels in blocks.items()
-        if not any(name.startswith(f"{other}.") for other in blocks)
-    }
+    found = _level(blocks, view)
     if len(found) < len(convolutions):  # a transformer has one, which makes patches
         found = {name: maps.shape[1] for name, maps in convolutions.items()}
     if not found:
@@ -62,6 +65,46 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
             f"but got {type(backbone).__name__}"
         )
     return _spread(found)
+
+
+def _channels(module: Any) -> int:
+    """Outputs of a linear layer, normalisation or convolution."""
+    return module.normalized_shape[-1] if module.weight is None else len(module.weight)
+
+
+def _is_channels_last(block: nn.Module, output: Tensor, last: list[int]) -> bool:
+    """Whether maps of a block are ``(B, H, W, C)``: what computed them last has C outputs."""
+    if output.ndim != 4 or not _has_parts(block):
+        return False
+    return last == [output.shape[3]] != [output.shape[1]]
+
+
+def _has_parts(block: nn.Module) -> bool:
+    return type(block) is not nn.Sequential and any(True for _ in block.children())
+
+
+def _level(blocks: dict[str, int], view: nn.Module) -> dict[str, int]:
+    """The outermost blocks; where they are fewer than :data:`MIN_LAYERS`, the blocks inside of
+    those that have some, such as a stage.
+    """
+    found = _outermost(blocks)
+    whole = {name: size for name, size in blocks.items() if _has_parts(view.get_submodule(name))}
+    while len(found) < MIN_LAYERS:
+        inner = _outermost({name: size for name, size in whole.items() if name not in found})
+        if not inner:
+            break
+        whole = {name: size for name, size in whole.items() if name not in found}
+        stages = {name for name in found if any(of.startswith(f"{name}.") for of in inner)}
+        found = {name: blocks[name] for name in blocks if name in {*found, *inner} - stages}
+    return found
+
+
+def _outermost(blocks: dict[str, int]) -> dict[str, int]:
+    return {
+        name: channels
+        for name, channels in blocks.items()
+        if not any(name.startswith(f"{other}.") for other in blocks)
+    }
 
 
 def _parent(module: nn.Module, name: str) -> nn.Module:
@@ -73,81 +116,3 @@ def _spread(layers: dict[str, int]) -> dict[str, int]:
     names, count = list(layers), min(MAX_LAYERS, len(layers))
     places = torch.linspace(0, len(names) - 1, count).tolist()
     return {names[round(place)]: layers[names[round(place)]] for place in places}
-
-
-def classifier_name(backbone: nn.Module) -> str:
-    """Name of the last linear layer, ``fc`` where there is one.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    linear = [name for name, part in backbone.named_modules() if isinstance(part, nn.Linear)]
-    if not linear:
-        raise ValueError(
-            f"Expected a backbone that ends in a linear layer, but got {type(backbone).__name__} "
-            "without any"
-        )
-    return "fc" if "fc" in linear else linear[-1]
-
-
-def cut_classifier(backbone: nn.Module) -> nn.Linear:
-    """Replace the last linear layer of a network by the identity, and give it back.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    name = classifier_name(backbone)
-    classifier = backbone.get_submodule(name)
-    identity = nn.Identity().train(classifier.training)
-    setattr(_parent(backbone, name), name.rpartition(".")[2], identity)
-    return classifier  # type: ignore[return-value]
-
-
-def check_backbone(backbone: nn.Module, x: Tensor) -> None:
-    """Run a backbone once, since a layer after its last linear layer would silently become part of
-    the features, and a wrong shape would be found late.
-
-    Arguments:
-        backbone: The network; left as it was.
-        x: An image ``(1, C, H, W)``.
-
-    Raises:
-        ValueError: If it fails, or does not return the output of its last linear layer.
-    """
-    kind, name = type(backbone).__name__, classifier_name(backbone)
-    view, outputs = eval_view(backbone), []
-    add_hook(view, name, lambda part, args, output: outputs.append(output.clone()))
-    try:
-        with torch.no_grad():
-            y = view(x.to(next(backbone.parameters())))
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise ValueError(
-            f"Expected a backbone for images {tuple(x.shape[1:])}, "
-            f"but {kind} fails on one: {error}"
-        ) from error
-    if isinstance(y, Tensor) and outputs and _equal(y, outputs[-1]):
-        return
-    if isinstance(y, Tensor) and _are_probabilities(y):
-        raise ValueError(
-            f"Expected a backbone that returns the logits that its last linear layer `{name}` "
-            f"gives, but {kind} returns probabilities; leave the softmax out"
-        )
-    got = (
-        "something else than"
-        if isinstance(y, Tensor)
-        else f"a {type(y).__name__} and no tensor as"
-    )
-    raise ValueError(
-        f"Expected a backbone that returns what its last linear layer gives, but {kind} returns "
-        f"{got} `{name}` does; return the logits as they are, and call the last linear layer `fc`"
-    )
-
-
-def _equal(y: Tensor, output: Tensor) -> bool:
-    return y.shape == output.shape and torch.allclose(y, output, 0, 0, equal_nan=True)
-
-
-def _are_probabilities(y: Tensor) -> bool:
-    if y.ndim != 2 or bool((y < 0).any()):
-        return False
-    return torch.allclose(y.sum(1), y.new_ones(len(y)), atol=1e-2)

@@ -14,12 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from tie_ext.models.head import GarbageHead
-from tie_ext.models.layers import check_backbone, cut_classifier, find_layers
+from tie_ext.models.layers import find_layers
+from tie_ext.models.logits import check_same, locate
+from tie_ext.models.readout import (
+    Readout,
+    Selected,
+    at,
+    classifier_name,
+    cut,
+    last_layer,
+    plug,
+    sizes,
+)
 from tie_ext.models.serialization import AUTOCAST_DTYPES, EXTRA, load_network, save_network
-from tie_ext.scores.decision import Decision, decide
+from tie_ext.scores.decision import Decision, decide, upcast
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_images, check_number, check_shape
-from tie_ext.utils.views import eval_view
+from tie_ext.utils.precision import without_autocast
+from tie_ext.utils.unwrap import bare_copy
+from tie_ext.utils.views import eval_view, hook_view
 
 HEADS = ("linear", "multilayer")
 """The garbage logit: the paper's linear function of the penultimate features, or a
@@ -43,10 +56,12 @@ class TIENet(Bounded):
     outputs) and ``garbage`` (one), so that hosts find the ID classifier as ``fc``.
 
     Arguments:
-        backbone: A classifier ``(B, C, H, W) -> (B, m)`` that returns the logits of its last
-            linear layer, without a softmax: a torchvision model, a network with ``fc``, or one of
-            :data:`~tie_ext.models.backbones.BACKBONES`. It is copied. Its last linear layer
-            becomes ``fc`` if it has n outputs (trained weights are kept), and is replaced if not.
+        backbone: A classifier ``(B, C, H, W) -> (B, m)``, such as a torchvision or timm model, or
+            one of :data:`~tie_ext.models.backbones.BACKBONES`; docs/networks.md says which. It is
+            copied. Where its logits are is found by running it once on images of ``image_shape``;
+            without one, they are those of its linear layer ``fc``, or the last that is
+            registered. That layer becomes ``fc`` if it has n outputs (trained weights are kept),
+            and is replaced if not.
         num_classes: n >= 2.
         image_shape: ``(C, S, S)`` of the images; None to take any (TIE cannot train it then).
         low: Smallest value of the images, a number or one per channel (``Normalize`` of 0).
@@ -54,12 +69,15 @@ class TIENet(Bounded):
         class_names: Name of each ID class, by label.
         head: One of :data:`HEADS`; ``multilayer`` needs an ``image_shape``. Or a
             :class:`~tie_ext.models.head.GarbageHead`, which is copied.
+        logits: Gives the logits ``(B, m)`` of what the backbone returns, where they are not found
+            in it; or the :class:`~tie_ext.models.readout.Readout` that says where they are.
 
     Raises:
-        ValueError: If the backbone has no linear layer, does not return the output of its last
-            one, or fails on images of ``image_shape`` (the latter two are checked if it is given);
-            if a number or a shape is out of range, low is not below high, or the backbone has no
-            layers for a head to read.
+        TypeError: If the backbone is no ``nn.Module``.
+        ValueError: If the backbone has no linear layer, its logits are not found, or it fails on
+            images of ``image_shape`` (the latter two are checked if it is given); if a number or a
+            shape is out of range, low is not below high, or the backbone has no layers for a head
+            to read.
 
     Example:
         >>> net = TIENet(Conv3(in_channels=1, num_classes=10), 10, image_shape=(1, 28, 28))
@@ -69,6 +87,7 @@ class TIENet(Bounded):
     """
 
     tau: Tensor
+    fc: Any
     exact: ClassVar[tuple[str, ...]] = ("low", "high", "tau")
 
     def __init__(
@@ -80,6 +99,7 @@ class TIENet(Bounded):
         high: float | Sequence[float] = 1.0,
         class_names: Sequence[str] = (),
         head: str | GarbageHead = "linear",
+        logits: Readout | Callable[[Any], Tensor] | None = None,
     ):
         super().__init__(low, high)
         _check(backbone, num_classes, image_shape, class_names, head)
@@ -92,29 +112,42 @@ class TIENet(Bounded):
             )
         # Copied, since the caller's network keeps its last layer; and without torch.compile's
         # wrapper, whose program is of a network that has it.
-        self.backbone = copy.deepcopy(getattr(backbone, "_orig_mod", backbone))
+        self.backbone = bare_copy(backbone)
+        own: Tensor | None = None
+        readout = logits if isinstance(logits, Readout) else None
+        if logits is not None and readout is None:
+            self.backbone = Selected(self.backbone, logits)  # type: ignore[arg-type]
         if self.image_shape is not None:
             ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
-            ramp = self.from_unit(ramp)
-            check_backbone(self.backbone, ramp)
-        cut = cut_classifier(self.backbone)
-        self.feature_size = cut.in_features
-        like: dict[str, Any] = {"device": cut.weight.device, "dtype": cut.weight.dtype}
-        kept = cut.out_features == num_classes
-        self.fc = cut if kept else nn.Linear(cut.in_features, num_classes, **like)
+            x = self.from_unit(torch.cat([ramp, 1 - ramp, ramp.square()]))
+            x = x.to(next(self.backbone.parameters(), x))
+            found, own = locate(self.backbone, x, num_classes, readout)
+        else:
+            found = readout or Readout(((classifier_name(self.backbone),),))
+        layers = find_layers(self.backbone, x[:2]) if head == "multilayer" else {}
+        self.readout = found
+        last = cut(self.backbone, found)
+        self.backbone_classes, self.feature_size = sizes(last, found)
+        self.fc = last_layer(last, found, num_classes)
+        like: dict[str, Any] = {"device": self.fc.weight.device, "dtype": self.fc.weight.dtype}
         if head == "multilayer":
-            head = GarbageHead(find_layers(self.backbone, ramp.to(**like)), cut.in_features)
-        own = copy.deepcopy(head) if isinstance(head, GarbageHead) else None
-        self.garbage = nn.Linear(cut.in_features, 1, **like) if own is None else own.to(**like)
+            head = GarbageHead(layers, self.feature_size)
+        own_head = copy.deepcopy(head) if isinstance(head, GarbageHead) else None
+        self.garbage = (
+            nn.Linear(self.feature_size, 1, **like) if own_head is None else own_head.to(**like)
+        )
         # Infinite until training sets it, so that level 2 rejects nothing.
         self.register_buffer("tau", torch.tensor(math.inf))
         self._autocast_dtype = "float32"
         for name in self.exact:
-            setattr(self, name, getattr(self, name).to(cut.weight.device))
+            setattr(self, name, getattr(self, name).to(like["device"]))
         # Of a network in evaluation mode no part is frozen: .train() means all of it.
         self.training = self.backbone.training
         self.garbage.train(self.training)
         self.fc.train(self.training)
+        same = own is not None and self.backbone_classes == num_classes
+        if own is not None and same and not (found.behind and own.shape[1] == 1):
+            check_same(self, x, own)
 
     @property
     def autocast_dtype(self) -> str:
@@ -134,8 +167,9 @@ class TIENet(Bounded):
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features ``(B, F)`` of images ``(B, C, H, W)`` of any float type."""
-        return self.compute(self.backbone, x).flatten(1)
+        return self._run(x)[1]
 
+    @without_autocast
     def compute(self, part: Callable, x: Tensor, *args, **kwargs) -> Any:
         """Call a part of the backbone on images ``(B, C, H, W)`` in the network's type and
         :attr:`autocast_dtype`; a tensor is returned in the type of ``fc``.
@@ -147,6 +181,20 @@ class TIENet(Bounded):
             y = part(x, *args, **kwargs)
         return y.to(self.fc.weight.dtype) if isinstance(y, Tensor) else y
 
+    def _run(self, x: Tensor, view: nn.Module | None = None) -> tuple[Any, Tensor]:
+        """What the backbone, or a view of it, returns, and penultimate features ``(B, F)``; of a
+        plain backbone these are the same.
+        """
+        if self.readout.plain:
+            h = self.compute(self.backbone if view is None else view, x).flatten(1)
+            return h, h
+        view = hook_view(self.backbone) if view is None else view
+        notes = plug(view, self.readout, self.fc)
+        y = self.compute(view, x)
+        parts = [notes[i].to(self.fc.weight.dtype) for i in range(len(notes))]
+        return y, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @without_autocast
     def forward(self, x: Tensor, *, garbage: bool = False) -> Tensor:
         """Logits of images.
 
@@ -155,9 +203,23 @@ class TIENet(Bounded):
             garbage: Give n+1 logits, the garbage class last, instead of n.
 
         Returns:
-            Logits ``(B, n)`` or ``(B, n+1)``.
+            Logits ``(B, n)`` or ``(B, n+1)``. Where something stands behind the logits, such as a
+            softmax, ``(B, n)`` is what the backbone itself returns; ``(B, n+1)`` never is.
         """
-        return self.outputs(x).logits if garbage else self.fc(self.features(x))
+        if garbage:
+            return self.outputs(x).logits
+        y, h = self._run(x)
+        logits = self.fc(h)
+        if not self.readout.behind:
+            return logits
+        own = at(y, self.readout.path)
+        return own.reshape(logits.shape) if own.numel() == logits.numel() else logits
+
+    def classifier_view(self) -> nn.Module:
+        """A view of the backbone with its last layers."""
+        view = hook_view(self.backbone)
+        plug(view, self.readout, self.fc)
+        return view
 
     def outputs(self, x: Tensor) -> Outputs:
         """All n+1 logits, and the features, of images ``(B, C, H, W)``, by one forward pass."""
@@ -172,14 +234,18 @@ class TIENet(Bounded):
             h = self.features(x)
             return h, h
         view, found = self.garbage.watch(self.backbone)
-        h = self.compute(view, x).flatten(1)
+        h = self._run(x, view)[1]
         return h, self.garbage.statistics(found, h)
 
+    @without_autocast
     def all_logits(self, h: Tensor, s: Tensor) -> Tensor:
-        """All n+1 logits ``(B, n+1)`` of features ``(B, F)`` and statistics ``(B, S)``."""
+        """All n+1 logits ``(B, n+1)`` of features ``(B, F)`` and statistics ``(B, S)``; beside a
+        head on every layer those of a network in half precision are float32.
+        """
         logits, garbage = self.fc(h), self.garbage(s)
         if isinstance(self.garbage, GarbageHead):
             # So the softmax over n+1 outputs has the head's odds, whatever the ID logits are.
+            logits = upcast(logits)
             garbage = logits.logsumexp(1, keepdim=True) + garbage
         return torch.cat([logits, garbage], dim=1)
 
@@ -269,6 +335,11 @@ def _check(
     if head == "multilayer" and image_shape is None:
         raise ValueError(
             "Expected an image_shape to find the layers that the head reads, but got None"
+        )
+    if num_classes == 1:
+        raise ValueError(
+            "Expected num_classes to be an integer in [2, inf], but got 1; a network with one "
+            "logit has two classes"
         )
     check_number("num_classes", num_classes, 2, math.inf, integer=True)
     if class_names and len(class_names) != num_classes:

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.head import GarbageHead
-from tie_ext.models.layers import classifier_name
+from tie_ext.models.readout import Readout, Selected, classifier_name, sizes
 from tie_ext.utils.checks import check_shape
 from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
+from tie_ext.utils.unwrap import bare_copy
 
 if TYPE_CHECKING:
     from tie_ext.models.network import TIENet
@@ -37,6 +37,7 @@ def save_network(net: "TIENet", path: str | os.PathLike) -> None:
         "precision": net.autocast_dtype,
         "backbone": names[0] if names else None,
         "head": head,
+        "readout": {**net.readout._asdict(), "selected": isinstance(net.backbone, Selected)},
         "weights": {name: value for name, value in net.state_dict().items() if name != EXTRA},
     }
     save_state(path, "network", state)
@@ -50,16 +51,19 @@ def load_network(
     with reading(f"a network of this architecture in {path}"):
         weights, names = state["weights"], state["classes"]
         # From the weights, not from the header: a network is no larger than its file.
-        n = len(weights["fc.weight"])
+        n = len(weights["fc.weight"]) if "fc.weight" in weights else state["num_classes"]
         good = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if state["num_classes"] != n or not good:
             raise ValueError(
                 f"weights of {n} classes instead of {state['num_classes']!r}, named {names!r}"
             )
-        if backbone is None:
-            backbone = _own_backbone(path, state["backbone"], weights)
-        head = _head(state.get("head"), weights)
-        net = _build(kind, backbone, n, state["image_shape"], weights, names, head)
+        backbone = (
+            _own_backbone(path, state["backbone"], weights)
+            if backbone is None
+            else bare_copy(backbone)
+        )
+        readout = _readout(state.get("readout"), backbone)
+        net = _build(kind, backbone, n, state, readout)
         dtype = state.get("precision", "float32")  # earlier files have no other
         if dtype not in AUTOCAST_DTYPES:
             raise ValueError(
@@ -88,7 +92,27 @@ def _own_backbone(path: str | os.PathLike, name: object, weights: dict[str, Tens
     return BACKBONES[str(name)](channels, len(weights["fc.weight"]))
 
 
-def _head(saved: Any, weights: dict[str, Tensor]) -> str | GarbageHead:
+def _readout(saved: Any, backbone: nn.Module) -> Readout:
+    """Where the logits of a backbone are, as a file says; earlier files do not."""
+    if saved is None:
+        return Readout(((classifier_name(backbone),),))
+    if saved["selected"] and not isinstance(backbone, Selected):
+        raise ValueError(
+            "Expected the backbone as Selected(model, logits) of tie_ext.models.readout, with the "
+            "function `logits` of attach, which no file holds"
+        )
+    parts, maps, path = saved["layers"], saved["maps"], saved["path"]
+    good = isinstance(parts, list) and 1 <= len(parts) <= 2 and maps in ("", "mean", "relu")
+    if not good or not all(isinstance(key, str | int) for key in path):
+        raise ValueError(f"logits {saved!r:.100}")
+    layers = tuple(tuple(map(str, names)) for names in parts)
+    for name in (name for names in layers for name in names):
+        if not isinstance(backbone.get_submodule(name), nn.Linear | nn.Conv2d):
+            raise ValueError(f"logits of {name!r}, which is no linear layer")
+    return Readout(layers, tuple(path), maps, bool(saved["behind"]))
+
+
+def _head(saved: Any, features: int, weights: dict[str, Tensor]) -> str | GarbageHead:
     """The garbage head for some weights."""
     if saved is None:
         return "linear"
@@ -98,7 +122,7 @@ def _head(saved: Any, weights: dict[str, Tensor]) -> str | GarbageHead:
         for name, count in layers.items()
     ):
         raise ValueError(f"layers {layers!r} of a garbage head")
-    head = GarbageHead(layers, weights["fc.weight"].shape[1], hidden)
+    head = GarbageHead(layers, features, hidden)
     if head.mean.shape != weights["garbage.mean"].shape:
         found = weights["garbage.mean"].numel()
         raise ValueError(f"{found} statistics instead of {head.mean.numel()}")
@@ -106,30 +130,32 @@ def _head(saved: Any, weights: dict[str, Tensor]) -> str | GarbageHead:
 
 
 def _build(
-    kind: "type[TIENet]",
-    backbone: nn.Module,
-    n: int,
-    image_shape: Any,
-    weights: dict[str, Tensor],
-    class_names: Sequence[str],
-    head: str | GarbageHead,
+    kind: "type[TIENet]", backbone: nn.Module, n: int, state: dict[str, Any], readout: Readout
 ) -> "TIENet":
     """A network with the weights of a file."""
-    dtype = weights["fc.weight"].dtype
-    classifier: Any = backbone.get_submodule(classifier_name(backbone))
-    features = int(classifier.in_features)
-    if dtype not in FLOATS or weights["fc.weight"].shape != (n, features):
-        found = tuple(weights["fc.weight"].shape)
-        raise ValueError(f"fc of {dtype} {found} instead of floating-point {(n, features)}")
+    weights = state["weights"]
+    layers = [backbone.get_submodule(names[0]) for names in readout.layers]
+    outputs, features = sizes(layers, readout)
+    weight = weights.get("fc.weight")
+    if weight is None:  # of other last layers, which the backbone has to fit
+        weight = next(w for name, w in weights.items() if name.startswith("backbone."))
+        wanted: Any = (outputs, weight.shape)
+    else:
+        wanted = (n, (n, features))
+    if weight.dtype not in FLOATS or (n, weight.shape) != wanted:
+        found = tuple(weight.shape)
+        raise ValueError(f"fc of {weight.dtype} {found} instead of floating-point {wanted[1]}")
     low, high = (weights[name] for name in ("low", "high"))
     channels = max(low.numel(), high.numel())
     if channels > 1000 or not bool(low.isfinite().all() and high.isfinite().all()):
         raise ValueError(f"a value range that is not finite, or of {channels} channels")
-    shape = None if image_shape is None else check_shape(image_shape)
+    shape = None if state["image_shape"] is None else check_shape(state["image_shape"])
     tried = shape if shape is None or math.prod(shape) <= LARGEST_TRIED else None
     bounds = (low.flatten().tolist(), high.flatten().tolist())
-    net = kind(backbone, n, tried, *bounds, class_names, head)
+    head = _head(state.get("head"), features, weights)
+    net = kind(backbone, n, tried, *bounds, state["classes"], head, readout)
     net.image_shape = shape
+    net.to(weight.dtype)
     check_state(net, weights)
-    net.to(dtype).load_state_dict(weights)
+    net.load_state_dict(weights)
     return net

@@ -1,15 +1,18 @@
 """Statistics of a layer's output: four numbers per channel, over space or tokens.
 
-Symbols: ``a (B, C, H, W)`` or ``(B, T, C)`` output of a layer before its ReLU. The four are mean
-and deviation after the ReLU, which describe textures, and the largest and the smallest value,
-which reveal a thin stroke: the place where a filter responds most.
+Symbols: ``a (B, C, H, W)``, ``(B, H, W, C)`` or ``(B, T, C)`` output of a layer before its ReLU.
+The four are mean and deviation after the ReLU, which describe textures, and the largest and the
+smallest value, which reveal a thin stroke: the place where a filter responds most.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 MAX_CHANNELS = 128
 """Channels read of a layer at most, evenly spaced."""
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+"""What may stand between a convolution and its ReLU."""
 STATISTICS = 4
 """Numbers of a channel."""
 PIECE = 2**17
@@ -20,11 +23,21 @@ FLAT = 1e-6
 """Deviations are no smaller."""
 
 
-def pool_statistics(a: Tensor) -> Tensor:
-    """Four statistics ``(B, 4c)``, over space or tokens, of a layer's output ``(B, C, H, W)`` or
-    ``(B, T, C)``; c = min(C, 128).
+def first_tensor(output: object) -> Tensor | None:
+    """The tensor that a layer gives, or the first of several; None where it gives none."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def pool_statistics(a: Tensor, channels_last: bool = False) -> Tensor:
+    """Four statistics ``(B, 4c)``, over space or tokens, of a layer's output ``(B, C, H, W)``,
+    ``(B, H, W, C)`` where ``channels_last``, or ``(B, T, C)``; c = min(C, 128).
     """
-    a = a.permute(0, 2, 3, 1) if a.ndim == 4 else a[:, :, None]  # (B, H, W, C), or (B, T, 1, C)
+    if a.ndim == 3:
+        a = a[:, :, None]  # (B, T, 1, C)
+    elif not channels_last:
+        a = a.permute(0, 2, 3, 1)  # (B, H, W, C)
     if a.shape[3] > MAX_CHANNELS:
         a = a[..., torch.linspace(0, a.shape[3] - 1, MAX_CHANNELS).round().long().to(a.device)]
     if not a.requires_grad:

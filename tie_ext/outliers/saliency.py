@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tie_ext.models.layers import cut_classifier
 from tie_ext.models.network import TIENet
+from tie_ext.models.readout import Readout, classifier_name, cut
 from tie_ext.outliers.base import Candidates, Synthesizer
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.settings import Settings, setting
@@ -170,7 +170,7 @@ class Standardized(nn.Module):
         super().__init__()
         check_number("sigma", sigma, 0, 1e6, above=True)
         self.backbone, self.sigma = copy.deepcopy(backbone), sigma
-        self.fc = cut_classifier(self.backbone)
+        (self.fc,) = cut(self.backbone, Readout(((classifier_name(self.backbone),),)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, m)`` of images ``(B, C, H, W)``."""

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.files import saved_scores, saved_threshold
+from tie_ext.scores.decision import upcast
 from tie_ext.scores.threshold import Guarantee
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.loader import BatchReader
+from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.views import holder_view
 
 Fitted = TypeVar("Fitted", bound="Thresholded")
@@ -44,6 +46,7 @@ class FeatureScore(FeaturesDetector):
     """Whether it needs labels to be fitted."""
 
     @torch.no_grad()
+    @without_autocast
     def fit(self, data_loader: Iterable) -> Any:
         """Fit on the features of ID images.
 
@@ -60,11 +63,12 @@ class FeatureScore(FeaturesDetector):
         encoder, net = self._encoder_view(), getattr(self.encoder, "__self__", None)
         z, y = [], []
         for images, labels in id_reader(net, data_loader, "data_loader", self.labelled):
-            z.append(encoder(images.to(self.device)).flatten(1))
+            z.append(upcast(encoder(images.to(self.device)).flatten(1)))
             y.append(torch.zeros(len(images)).long() if labels is None else labels)
         return self.fit_features(torch.cat(z), torch.cat(y))
 
     @torch.no_grad()
+    @without_autocast
     def predict(self, x: Tensor) -> Tensor:
         """Scores ``(B,)`` of images ``(B, C, H, W)``, larger = more OOD.
 
@@ -76,7 +80,7 @@ class FeatureScore(FeaturesDetector):
         """
         if isinstance(net := getattr(self.encoder, "__self__", None), TIENet):
             net.check(x)
-        return self.predict_features(self._encoder_view()(x.to(self.device)))
+        return self.predict_features(upcast(self._encoder_view()(x.to(self.device))))
 
     def _encoder_view(self) -> Callable[[Tensor], Tensor]:
         if self.encoder is None:

@@ -33,7 +33,7 @@ from tie_ext.pytorch_ood.members import (
     weights_of,
 )
 from tie_ext.scores.combination import FORMULAS, RULES, Reference, check_rule
-from tie_ext.scores.decision import Decision, decide_by_score
+from tie_ext.scores.decision import Decision, decide_by_score, upcast
 from tie_ext.scores.threshold import calibrate
 from tie_ext.utils.checks import check_finite, check_labels, describe
 from tie_ext.utils.files import reading
@@ -175,8 +175,9 @@ class Combined(Thresholded, Detector):
         (:meth:`scores`), and their predicted classes ``(N,)``, which ``per_class`` needs.
         """
         weights, guarantee = weights_of(self.detectors), self._guarantee
-        scores = self._checked(scores)
-        found = calibrate(scores, self.rule, self.false_alarm, weights, labels, guarantee)
+        names = [type(member).__name__ for member in self.detectors]
+        about = (weights, labels, guarantee, names)
+        found = calibrate(self._checked(scores), self.rule, self.false_alarm, *about)
         self.reference, self.calibration_scores, self.calibration_labels, self.threshold = found
         return self
 
@@ -309,8 +310,8 @@ class Combined(Thresholded, Detector):
 
     def _try_members(self, net: TIENet) -> None:
         """Score zeros: parts that do not fit together are refused when they are loaded."""
-        zeros = net.fc.weight.new_zeros(1, net.num_classes + 1)
-        features = net.fc.weight.new_zeros(1, net.feature_size)
+        like = upcast(net.fc.weight)
+        zeros, features = (like.new_zeros(1, n) for n in (net.num_classes + 1, net.feature_size))
         try:
             with torch.no_grad():
                 self.predict_scores(self.score_outputs(Outputs(zeros[:, :-1], features, zeros)))
@@ -396,7 +397,7 @@ class CombinedExportModule(nn.Module):
 
     def forward(self, x: Tensor) -> Decision:
         """The :class:`tie_ext.Decision` of images ``(B, C, H, W)``."""
-        logits, h = self.net.outputs(x)
+        logits, h = (upcast(part) for part in self.net.outputs(x))
         outputs = Outputs(logits[:, :-1], h, logits)
         scores = _stacked([score(getattr(outputs, field)) for field, score in self.members])
         learned = Reference(*(getattr(self, name) for name in Reference._fields))

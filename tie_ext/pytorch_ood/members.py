@@ -40,7 +40,9 @@ from tie_ext.pytorch_ood.fdbd import BoundaryDistance
 from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
+from tie_ext.scores.decision import upcast
 from tie_ext.scores.mahalanobis import Gaussians
+from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.views import holder_view, hook_view
 
 # The registry.
@@ -271,8 +273,10 @@ def _owner(encoder: Any) -> Any:
     return encoder
 
 
+@without_autocast
 def forward(net: nn.Module, x: Tensor, fields: Collection[str | None]) -> Outputs:
-    """What members read of images ``(B, C, H, W)``, by one forward pass.
+    """What members read of images ``(B, C, H, W)``, by one forward pass; of a network in half
+    precision as float32.
 
     Of a network that is no TIENet, the features are noted where ``forward`` calls ``features`` on
     the images; where it does not, they take a second pass.
@@ -282,6 +286,11 @@ def forward(net: nn.Module, x: Tensor, fields: Collection[str | None]) -> Output
         x: Images.
         fields: Fields of :class:`Outputs` that are needed beside the logits.
     """
+    found = _forward(net, x, fields)
+    return Outputs(*(of if of is None else upcast(of) for of in found))  # type: ignore[arg-type]
+
+
+def _forward(net: nn.Module, x: Tensor, fields: Collection[str | None]) -> Outputs:
     if isinstance(net, TIENet):
         if "all_logits" in fields:
             every, h = net.outputs(x)
@@ -304,6 +313,7 @@ def forward(net: nn.Module, x: Tensor, fields: Collection[str | None]) -> Output
     return Outputs(logits, noted[0] if noted else net_features(x))
 
 
+@without_autocast
 def member_score(member: Detector, net: nn.Module | None, outputs: Outputs, x: Tensor) -> Tensor:
     """Scores ``(B,)`` of one member, larger = more OOD.
 

@@ -1,5 +1,6 @@
 """The combination that we recommend, in one call. Larger score = more OOD."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from pytorch_ood.detector import EnergyBased
 from torch import Tensor
 
 from tie_ext.models.network import TIENet
+from tie_ext.models.readout import OwnLogits
 from tie_ext.pytorch_ood.base import id_reader
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector
@@ -20,8 +22,11 @@ from tie_ext.scores.combination import check_rule
 from tie_ext.scores.knn import knn_labels
 from tie_ext.scores.threshold import Guarantee, split
 from tie_ext.utils.checks import check_number
+from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import eval_view
+
+log = logging.getLogger(__name__)
 
 VOTERS, TRUST = 5, 0.95
 """KNN ranks near images only where neighbours share a class, which is taken to be so where
@@ -38,6 +43,7 @@ class Sample(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast
 def combine(
     net: TIENet,
     *,
@@ -101,7 +107,10 @@ def combine(
             yield forward(view, x.to(device), {field}), labels
 
     sample = sample_features(read(train_loader, "train_loader", "features"))
-    layer = (net.fc.weight, net.fc.bias)
+    linear = not isinstance(net.fc, OwnLogits)
+    if not linear:
+        log.warning("left out fDBD, as the network does not end in a linear layer of its features")
+    layer = (net.fc.weight, net.fc.bias) if linear else None
     members, promise = chosen_members(sample, net, layer), (guarantee, confidence, per_class)
     combined = Combined(members, false_alarm, rule, *promise)
     return fit_chosen(

@@ -6,7 +6,7 @@ from pytorch_ood.api import DetectorInfo, LogitsDetector, ModelNotSetException, 
 from torch import Tensor, nn
 
 from tie_ext.pytorch_ood.detector import PAPER
-from tie_ext.scores.decision import uncertainty
+from tie_ext.scores.decision import uncertainty, upcast
 from tie_ext.utils.checks import describe
 from tie_ext.utils.views import eval_view
 
@@ -57,4 +57,4 @@ class UncertaintyEstimate(LogitsDetector):
                 "Expected floating-point logits of shape (B, n) with n >= 2, "
                 f"but got {describe(logits)}"
             )
-        return uncertainty(logits.softmax(dim=1))
+        return uncertainty(upcast(logits).softmax(dim=1))

@@ -9,7 +9,7 @@ is set on other ID images, whatever the dependence between the scores.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from tie_ext.utils.checks import check_finite, describe
 QUANTILE = 0.9
 """Share of ID images below which a score that counts in its tail alone adds nothing. Such a score
 does not rank near images; what it says of nine ID images in ten is noise in a sum."""
+ROUNDING = 1e-6
+"""Relative differences of float32 scores that say nothing."""
 TAIL_WEIGHT = 0.75
 """Weight of a deviation in a tail, against one of the body. On public networks 0.5 to 1 differ by
 0.3 points of AUROC at most, but on CIFAR-100: there 1 costs 0.4 near, and 0.5 costs 0.6 far."""
@@ -58,12 +60,15 @@ class Reference(NamedTuple):
         return (1 + as_high).to(scores.dtype) / (len(self.ordered) + 1)
 
 
-def reference(scores: Tensor, weights: Tensor | None = None) -> Reference:
+def reference(
+    scores: Tensor, weights: Tensor | None = None, names: Sequence[str] = ()
+) -> Reference:
     """Learn the scale of each score.
 
     Arguments:
         scores: Scores ``(N, k)`` of ID images, larger = more OOD.
         weights: Weights ``(k,)`` in the body, >= 0; None, or all 0, for equal weights.
+        names: What gave each score, for errors.
 
     Raises:
         ValueError: If they are not a finite floating-point matrix of two rows or more, or a column
@@ -77,13 +82,15 @@ def reference(scores: Tensor, weights: Tensor | None = None) -> Reference:
         )
     check_finite(scores, "scores")
     ordered, deviation = scores.sort(dim=0).values, scores.std(dim=0)
-    # Rounding can leave equal scores a deviation, so that both are looked at.
-    constant = ((ordered[0] == ordered[-1]) | (deviation == 0)).nonzero().flatten()
+    # Scores of equal images differ by rounding, as batches of other sizes round otherwise.
+    rounding = ROUNDING * torch.maximum(ordered[0].abs(), ordered[-1].abs())
+    constant = ((ordered[-1] - ordered[0] <= rounding) | (deviation == 0)).nonzero().flatten()
     if len(constant):
         column = int(constant[0])
         raise ValueError(
             f"Expected scores that differ between ID images, but got "
-            f"{ordered[0, column].item():.4g} for all in column {column}"
+            f"{ordered[0, column].item():.4g} for all "
+            + (f"from {names[column]}; leave it out" if names else f"in column {column}")
         )
     if weights is not None:
         weights = weights.to(scores) if bool((weights > 0).any()) else None

@@ -5,6 +5,7 @@ share of new ID inputs that may be rejected.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -95,6 +96,7 @@ def calibrate(
     weights: Tensor | None = None,
     labels: Tensor | None = None,
     guarantee: Guarantee = Guarantee(),
+    names: Sequence[str] = (),
 ) -> Calibration:
     """Learn the scale of each score on one half of the ID images, and the threshold on the other.
 
@@ -110,12 +112,13 @@ def calibrate(
             :func:`tie_ext.scores.combination.reference` takes them.
         labels: Predicted classes ``(N,)``, which a guarantee per class needs.
         guarantee: What ``false_alarm`` bounds.
+        names: What gave each score, for errors.
 
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
     scale_rows, threshold_rows = split(len(scores), false_alarm, guarantee.probability)
-    learned = reference(scores[scale_rows.to(scores.device)], weights)
+    learned = reference(scores[scale_rows.to(scores.device)], weights, names)
     if false_alarm is None:
         return Calibration(learned, None, None, None)
     combined = FORMULAS[rule](learned, scores[threshold_rows.to(scores.device)])

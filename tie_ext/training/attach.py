@@ -10,8 +10,8 @@ the softmax over n+1 outputs gives the head's odds of garbage. No ID logit chang
 the network is asked to compute in bfloat16.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ from tie_ext.training.config import HeadConfig
 from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.loader import BatchReader
+from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import FIRST_BATCH, seeded
-from tie_ext.utils.views import eval_view, frozen_view
+from tie_ext.utils.unwrap import unwrapped
+from tie_ext.utils.views import frozen_view
 
 LAM = 2.0
 """lambda of level 2, the loop's default."""
@@ -36,6 +38,7 @@ ROWS = 4096
 """Statistics that the head scores at once."""
 
 
+@without_autocast
 def attach(
     model: nn.Module,
     loader: Iterable,
@@ -48,12 +51,14 @@ def attach(
     progress: bool = False,
     autocast_dtype: str = "float32",
     head_config: HeadConfig | None = None,
+    logits: Callable[[Any], Tensor] | None = None,
 ) -> TIENet:
     """Attach a garbage class to a trained classifier, without training it and without OOD images.
 
     Arguments:
-        model: A classifier ``(B, C, S, S) -> (B, n)`` in evaluation mode that returns what its
-            last linear layer gives; it is copied. Images are moved to its device.
+        model: A classifier ``(B, C, S, S) -> (B, n)`` in evaluation mode (docs/networks.md says
+            which); it is copied. Images are moved to its device. One logit stands for two classes,
+            whose logits are ``[0, z]``.
         loader: ID images ``(B, C, S, S)``, floating-point in ``[low, high]``, as the model takes
             them; its training images will do. Batches are images alone, pairs (images, labels) or
             dicts (:mod:`tie_ext.utils.loader`); images with a label < 0 are left out. A
@@ -70,19 +75,22 @@ def attach(
             ``"float32"`` stands for the model's own type; ``"bfloat16"`` is faster where the
             hardware supports it, and approximates the model's logits.
         head_config: How the head is fitted; None for the defaults.
+        logits: Gives the logits ``(B, n)`` of what the model returns, where they are not found in
+            it.
 
     Returns:
-        The network in evaluation mode, with tau set: ``net(x)`` gives the model's own logits,
+        The network in evaluation mode, with tau set: ``net(x)`` gives what the model gave,
         ``net.decide(x)`` decides.
 
     Raises:
+        TypeError: If the model is no ``nn.Module``.
         ValueError: If the model is in training mode, has not n outputs, does not end in a linear
-            layer, has no layer for a head to read, or returns something else than its logits; if
-            there are fewer than two images, they can be read only once, are not finite, of one
-            shape and in the value range, or a class has no image; if ``synthesizers`` is empty or
+            layer, has no layer for a head to read, or its logits are not found; if there are fewer
+            than two images, they can be read only once, are not finite, of one shape and in the
+            value range, or a class has no image; if ``synthesizers`` is empty or
             ``autocast_dtype`` unknown. The head has not been fitted then.
     """
-    if model.training:
+    if unwrapped(model).training:
         raise ValueError(
             f"Expected a trained model in evaluation mode, but got {type(model).__name__} in "
             "training mode; call model.eval()"
@@ -94,14 +102,15 @@ def attach(
     with seeded(seed, FIRST_BATCH):
         x = BatchReader(loader).first().images
     head_config = head_config or HeadConfig()
-    with seeded(seed), torch.enable_grad():  # a caller under no_grad gets the same head
-        net = TIENet(model, num_classes, x.shape[1:], low, high, class_names, "multilayer").eval()
+    # A caller under inference_mode or no_grad gets the same head.
+    with seeded(seed), torch.inference_mode(False), torch.enable_grad():
+        about = (num_classes, x.shape[1:], low, high, class_names)
+        net = TIENet(model, *about, head="multilayer", logits=logits).eval()
         net.autocast_dtype = autocast_dtype
-        outputs = eval_view(model)(x[:1].to(next(model.parameters()))).shape[1]
-        if outputs != num_classes:
+        if net.backbone_classes != num_classes:
             raise ValueError(
                 f"Expected a model with {num_classes} outputs, as num_classes says, but got one "
-                f"with {outputs}"
+                f"with {net.backbone_classes}"
             )
         reader = BatchReader(loader, num_classes, x.shape[1:], net.low, net.high, id_only=True)
         synthesizers = [Procedural(net)] if synthesizers is None else synthesizers

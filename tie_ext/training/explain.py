@@ -31,7 +31,9 @@ from tie_ext.models.network import TIENet
 from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
 from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
+from tie_ext.scores.decision import upcast
 from tie_ext.utils.loader import BatchReader
+from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.progress import Progress
 from tie_ext.utils.random import FIRST_BATCH, seeded
 from tie_ext.utils.views import eval_view, frozen_view
@@ -158,6 +160,7 @@ class Explanation(NamedTuple):
     """Share of the inversions that the network assigns to their class, in [0, 1]."""
 
 
+@without_autocast
 def explain(
     model: nn.Module | TIENet,
     loader: Iterable,
@@ -190,7 +193,7 @@ def explain(
     """
     with seeded(seed, FIRST_BATCH):
         shape = BatchReader(loader).first().images.shape[1:]
-    with seeded(seed):
+    with seeded(seed), torch.inference_mode(False):
         net = _with_head(model, shape, num_classes, low, high)
         layers = Layers(net, loader)
         x, agreement = _invert(layers, per_class, steps, statistics_weight, progress)
@@ -219,7 +222,8 @@ def _with_head(
         net = copy.deepcopy(model).eval()
         if not isinstance(net.garbage, GarbageHead):
             grey = net.from_unit(torch.full((1, *shape), 0.5, device=net.low.device))
-            head = GarbageHead(find_layers(net.backbone, grey), net.feature_size)
+            layers = find_layers(net.classifier_view(), grey.to(net.fc.weight.dtype))
+            head = GarbageHead(layers, net.feature_size)
             net.garbage = head.to(net.low.device)
         return net
     if n is None:
@@ -247,7 +251,7 @@ def _invert(
             y = torch.randint(n, (BATCH,), device=device)
             h, s = net.statistics(_shift(generate(generator, y)))
             unlike = ((s - means[y]) / deviations[y]).square().log1p().mean()
-            loss = F.cross_entropy(net.fc(h), y) + statistics_weight * unlike
+            loss = F.cross_entropy(upcast(net.fc(h)), y) + statistics_weight * unlike
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -278,11 +282,13 @@ def _shift(x: Tensor) -> Tensor:
 def _nearest(net: TIENet, inversions: Tensor, loader: Iterable) -> Tensor:
     """The nearest training image of its class for each inversion ``(n, k, C, S, S)``."""
     view, device = eval_view(net), net.low.device
-    h = view.features(inversions.flatten(0, 1).to(device))
+    h = upcast(view.features(inversions.flatten(0, 1).to(device)))
     nearest, least = torch.zeros_like(inversions), torch.full(inversions.shape[:2], math.inf)
     classes = torch.arange(net.num_classes)[:, None, None]
     for x, y in _labelled(net, loader):
-        distance = torch.cdist(h, view.features(x.to(device))).cpu().reshape(*least.shape, -1)
+        distance = (
+            torch.cdist(h, upcast(view.features(x.to(device)))).cpu().reshape(*least.shape, -1)
+        )
         value, place = distance.masked_fill(y.cpu() != classes, math.inf).min(2)
         closer = value < least
         nearest[closer], least[closer] = x.cpu()[place[closer]], value[closer]
