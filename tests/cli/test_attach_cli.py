@@ -26,6 +26,7 @@ from tie_ext.cli.main import COMMANDS, main
 from tie_ext.cli.snapshots import load_snapshots
 from tie_ext.models.backbones import BACKBONES, Conv3
 from tie_ext.utils.files import load_state, locked, save_state, sha256, write_json
+from tie_ext.utils.weight_files import read_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
 MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
@@ -183,7 +184,8 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     said = capsys.readouterr().out
     assert (
         "ID accuracy is 50.0%, which guessing among 2 classes could give: are these its "
-        "weights, --mean," in said
+        "weights, were its images read so (--transform squash, 28 x 28, --mean 0, --std 1), and "
+        "do the classes have the order" in said
     )
     assert (
         "tie-ext score decides by the combined score, with a threshold that rejects at most 5% "
@@ -193,11 +195,21 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "classes", "images", "guessed"),
-    [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False), (1.0, 2, 4, False)],
+    ("accuracy", "classes", "images", "said", "doubt"),
+    [
+        (0.6, 2, 40, None, "guessing among 2 classes"),
+        (0.14, 10, 9999, None, "guessing among 10 classes"),
+        (0.16, 10, 9999, None, ""),
+        (0.1, 2, 4, None, ""),
+        (0.84, 10, 9999, 0.95, "ID accuracy is 84.0%, where the checkpoint says 95.0%"),
+        (0.86, 10, 9999, 0.95, ""),
+    ],
 )
-def test_chance_is_what_guessing_could_reach(accuracy, classes, images, guessed):
-    assert attach_command.guesses(accuracy, classes, images) == guessed
+def test_an_accuracy_is_doubted_near_chance_and_far_below_the_checkpoints(
+    accuracy, classes, images, said, doubt
+):
+    found = attach_command.doubts(accuracy, classes, images, said)
+    assert (doubt in found) and bool(found) == bool(doubt)
 
 
 def test_too_few_test_images_for_a_threshold_are_said_before_the_work(
@@ -516,17 +528,16 @@ def test_weights_are_read_as_people_save_them(how, kind, tmp_path):
         )
     else:
         torch.save(state, tmp_path / "w", _use_new_zipfile_serialization=kind == "torch")
-    weights, x = registry.read_weights(tmp_path / "w"), torch.rand(2, 3, 28, 28)
-    assert registry.channels_of("conv3", weights, "w") == 3
-    assert torch.equal(registry.load("conv3", 3, 2, weights, "w")(x), make("conv3")(x))
+    checkpoint, x = read_checkpoint(tmp_path / "w"), torch.rand(2, 3, 28, 28)
+    assert registry.channels_of("conv3", checkpoint) == 3
+    model, left = registry.load("conv3", 3, 2, checkpoint)
+    assert (torch.equal(model(x), make("conv3")(x)), left) == (True, "")
 
 
 def test_weights_of_mnasnet_are_taken_though_they_have_lost_their_version(tmp_path):
     pytest.importorskip("torchvision")
     safetensors.torch.save_file(make("torchvision:mnasnet0_5").state_dict(), tmp_path / "w")
-    model = registry.load(
-        "torchvision:mnasnet0_5", 3, 2, registry.read_weights(tmp_path / "w"), "w"
-    )
+    model, _ = registry.load("torchvision:mnasnet0_5", 3, 2, read_checkpoint(tmp_path / "w"))
     assert torch.equal(
         model.classifier[1].weight, make("torchvision:mnasnet0_5").classifier[1].weight
     )
@@ -580,7 +591,7 @@ BAD = {
     ),
     "an epoch": (
         lambda path: torch.save({"epoch": 3}, path),
-        "tensors by name, but got int at 'epoch'",
+        "Expected weights as a state_dict at FILE, but got no tensors by name",
     ),
     "sparse": (
         changed("fc.bias", torch.Tensor.to_sparse),
@@ -601,9 +612,15 @@ BAD = {
         "for the 2 classes of the data in FILE, but got others: fc.weight of (7, 128) instead "
         "of (2, 128), fc.bias of (7,) instead of (2,)",
     ),
-    "with more": (
-        lambda path: torch.save({**make("conv3").state_dict(), "x": torch.ones(3)}, path),
-        "but got others: x of (3,)",
+    "of the same layers and more": (
+        lambda path: torch.save(
+            {**make("conv3").state_dict(), "conv.99.weight": torch.ones(3)}, path
+        ),
+        "but got others: conv.99.weight, which it does not have",
+    ),
+    "of nothing alike": (
+        lambda path: torch.save({"a": torch.ones(3)}, path),
+        "Expected weights as a state_dict at FILE, but got those of another architecture: 'a'",
     ),
     "of four channels": (
         lambda path: torch.save(make("conv3", channels=4).state_dict(), path),
@@ -654,7 +671,7 @@ def test_truncated_weights_are_refused(kind, share, tmp_path):
         ValueError,
         match=r"^Expected weights as a state_dict at .*, but got a truncated or foreign one: ",
     ) as refused:
-        registry.read_weights(tmp_path / "w")
+        read_checkpoint(tmp_path / "w")
     assert "\n" not in str(refused.value)
 
 
@@ -789,7 +806,7 @@ def test_timms_registry_makes_the_network(folder, tmp_path, monkeypatch):
 def test_a_folder_that_holds_a_run_is_refused_before_any_work(
     name, folder, weights, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(registry, "read_weights", lambda _: pytest.fail("the work began"))
+    monkeypatch.setattr(attach_command, "read_checkpoint", lambda _: pytest.fail("it began"))
     (tmp_path / name).write_text("mine")
     assert main(attach(folder, weights, tmp_path)) == 1
     assert (

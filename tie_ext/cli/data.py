@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tie_ext.cli.images import SUFFIXES, ImageFiles, Images, ImageSet, images_below
+from tie_ext.cli.images import ImageFiles, Images, ImageSet
+from tie_ext.cli.reading import SUFFIXES, images_below, is_hidden, is_readable, left_out
+from tie_ext.cli.transform import Transform
 
 NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """The paper's six sets."""
@@ -51,6 +53,7 @@ def load(
     download: bool = False,
     seed: int = 0,
     in_memory: str = "yes",
+    transform: Transform | None = None,
 ) -> Images:
     """A named set, or ``folder:PATH``, brought to a shape.
 
@@ -72,6 +75,8 @@ def load(
             names give the same images.
         in_memory: One of :data:`IN_MEMORY`; sets that torchvision keeps in one file are read
             whole.
+        transform: How images are brought to a shape, which it has; None to squash them to
+            ``shape``.
 
     Raises:
         ValueError: If the name is unknown, a file is no image, or there are no images, saying
@@ -81,12 +86,12 @@ def load(
         raise ValueError(
             f"Expected split to be 'train', 'test', 'ood' or 'val', but got {split!r}"
         )
-    channels, size = (shape or own_shape(name))[:2]
+    how = transform or Transform.squash(shape or own_shape(name))
     if name.startswith("folder:"):
         place = Path(name.removeprefix("folder:"))
-        return keep(_of_folder([place], place, split, seed, channels, size), in_memory)
+        return keep(_of_folder([place], place, split, seed, how), in_memory)
     if part := re.fullmatch(r"(\w+):(\d+)-(\d+)", name):
-        whole = load(part[1], split, root, shape, download, seed, in_memory)
+        whole = load(part[1], split, root, shape, download, seed, in_memory, transform)
         return whole.classes_between(int(part[2]), int(part[3]))
     folders = _FOLDERS.get(name, (name,))
     places = [base / n for base in (Path(root), Path(root, "images_classic")) for n in folders]
@@ -94,12 +99,12 @@ def load(
     wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *_TEST)
     found = next((p for p in places if any(_is_split(p, part) for part in wanted)), None)
     if found or split == "val":
-        images = keep(_of_folder(places, found, split, seed, channels, size), in_memory)
+        images = keep(_of_folder(places, found, split, seed, how), in_memory)
         by_number = name in _CLASSES and images.classes == tuple(map(str, range(10)))
         return images.labelled(images.y, tuple(_CLASSES[name].split(","))) if by_number else images
     train = "train" if split == "train" else "test"
     if name in _TORCHVISION:
-        return _torchvision(name, train, Path(root), channels, size, download)
+        return _torchvision(name, train, Path(root), how, download)
     looked = ", ".join(str(place / train) for place in places)
     if name in NAMES:
         raise ValueError(
@@ -135,9 +140,7 @@ def own_shape(name: str) -> tuple[int, int, int]:
     return (3, 32, 32) if name in _TORCHVISION else (3, 64, 64)
 
 
-def _torchvision(
-    name: str, split: str, root: Path, channels: int, size: int, download: bool
-) -> ImageSet:
+def _torchvision(name: str, split: str, root: Path, how: Transform, download: bool) -> ImageSet:
     import torchvision  # only here, so that everything else works without it
 
     which = {"split": split} if name == "svhn" else {"train": split == "train"}
@@ -155,27 +158,30 @@ def _torchvision(
         x = x.permute(0, 3, 1, 2)
     y = torch.as_tensor(np.asarray(data.labels if name == "svhn" else data.targets)).long()
     classes = tuple(getattr(data, "classes", map(str, range(10))))
-    return ImageSet(reshape(x, channels, size), y, classes)
+    return ImageSet(transformed(x, how), y, classes)
 
 
 def _of_folder(
-    places: Sequence[Path], path: Path | None, split: str, seed: int, channels: int, size: int
+    places: Sequence[Path], path: Path | None, split: str, seed: int, how: Transform
 ) -> ImageFiles:
     """One split of a folder ``path``; validation images are those of the first place with any."""
 
     def files(classes: tuple[str, ...], listed: Sequence[tuple[str, int]], note: str = ""):
         paths, labels = [file for file, _ in listed], [label for _, label in listed]
-        return ImageFiles.of(paths, channels, size, labels, classes=classes, note=note)
+        return ImageFiles.of(
+            paths, how, labels, classes=classes, note=note, left_out=tuple(unread)
+        )
 
+    unread: list[str] = []
     if split == "val":
-        return files(*_list(_validation(places))).unlabelled()
+        return files(*_list(_validation(places), unread)).unlabelled()
     path = path or places[0]  # load() has found one
     train, test = (
         next((path / name for name in names if _is_split(path, name)), None)
         for names in (("train",), _TEST)
     )
     if test is not None and split != "train":
-        classes, listed = _list(test)
+        classes, listed = _list(test, unread)
         note = f"{path} has no test/: the {len(listed)} images of {test.name}/ are the test set"
         return files(classes, listed, "" if test.name == "test" else note)
     if test is not None and train is None:
@@ -183,7 +189,7 @@ def _of_folder(
             f"Expected training images in {path / 'train'}, beside {test}, but got no such folder"
         )
     source = train or path
-    classes, listed = _list(source)
+    classes, listed = _list(source, unread)
     if test is not None or split == "ood":
         return files(classes, listed)
     names = [(Path(os.path.relpath(file, source)).as_posix(), y) for file, y in listed]
@@ -258,12 +264,13 @@ def _is_split(path: Path, name: str) -> bool:
 
 def _folders(path: Path) -> list[Path]:
     """The folders in a folder but hidden ones, sorted (numbers by value)."""
-    found = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    found = [p for p in path.iterdir() if p.is_dir() and not is_hidden(p.name)]
     return sorted(found, key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
 
 
-def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Classes, and path and label of all images below ``path/CLASS/``, sorted.
+def _list(path: Path, unread: list[str]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """Classes, and path and label of all images below ``path/CLASS/``, sorted; those that Pillow
+    does not read here are added to ``unread``.
 
     Raises:
         ValueError: If there is no such folder, no class in it, or no image in a class.
@@ -274,11 +281,13 @@ def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
         )
     classes, files, kinds = _folders(path), [], ", ".join(sorted(SUFFIXES))
     for label, folder in enumerate(classes):
-        found = [(file, label) for file in images_below(folder)]
+        there = list(images_below(folder))
+        found = [(file, label) for file in there if is_readable(file)]
+        unread += [file for file in there if not is_readable(file)]
         if not found:
             raise ValueError(
                 f"Expected images in {folder}, one folder per class, but got none ({kinds}); "
-                "add some, or remove the folder"
+                f"add some, or remove the folder{_also(left_out(there))}"
             )
         files += found
     if not classes:
@@ -286,6 +295,21 @@ def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
             f"Expected images in folders, one per class, below {path}, but got none ({kinds})"
         )
     return tuple(p.name for p in classes), files
+
+
+def _also(note: str) -> str:
+    return f" ({note})" if note else ""
+
+
+def transformed(x: Tensor, how: Transform) -> Tensor:
+    """Uint8 images ``(N, C, H, W)``, transformed."""
+    C, H, W = how.shape
+    if how.resize == (H, W) == (H, H):
+        return reshape(x, C, H)
+    from PIL import Image
+
+    arrays = x.permute(0, 2, 3, 1).squeeze(3).numpy()
+    return torch.stack([how.pixels(Image.fromarray(array)) for array in arrays])
 
 
 def reshape(x: Tensor, channels: int, size: int) -> Tensor:

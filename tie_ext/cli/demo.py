@@ -37,7 +37,7 @@ def run(flags: Namespace) -> None:
     start, folder = time.perf_counter(), flags.out
     recipe = replace(RECIPE, config=replace(RECIPE.config, seed=flags.seed))
     settings = TrainSettings(data="demo", batch_size=BATCH_SIZE, shift=0, recipe=recipe)
-    images = load_images(settings, flags.seed)
+    images = load_images(settings, flags.seed, settings.image_transform())
     _check_folder(folder, settings)
     sets = ", ".join(f"{len(x)} {name}" for name, x in images.ood.items())
     count = f"{len(images.train)} digits to train on, {len(images.test)} to test"
