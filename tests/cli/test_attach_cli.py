@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from conftest import Small, make_net, set_head_defaults
 from torch import nn
+from torchvision.datasets import ImageFolder
 
 from tie_ext import Combined, TIEDetector, TIENet
 from tie_ext.cli import attach as attach_command
@@ -29,6 +30,7 @@ from tie_ext.utils.files import load_state, locked, save_state, sha256, write_js
 from tie_ext.utils.weight_files import read_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
+T = pytest.importorskip("torchvision.transforms")
 MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
 
 
@@ -442,16 +444,17 @@ def test_a_report_shows_what_there_is(run, capsys):
 def test_other_architectures_are_made_again_from_the_record(
     name, channels, folder, tmp_path, capsys
 ):
-    pytest.importorskip("torchvision")
     model, out = make(name, channels), tmp_path / "run"
     torch.save(model.state_dict(), tmp_path / "w.pt")
     normal = [*MEAN, *STD] if channels == 3 else ["--mean", "0.5", "--std", "0.5"]
     assert main(attach(folder, tmp_path / "w.pt", out, *normal, backbone=name, size=40)) == 0
-    record = json.loads((out / "run.json").read_text())
-    test = data.load(f"folder:{folder}", "test", shape=(channels, 40, 40))
-    mean, std = (torch.tensor(record["settings"][key]).view(-1, 1, 1) for key in ("mean", "std"))
-    logits = model((test.x.float() / 255 - mean) / std)
-    assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
+    record, grey = json.loads((out / "run.json").read_text()), [T.Grayscale()][: channels == 1]
+    own = [*grey, T.Resize(45), T.CenterCrop(40), T.ToTensor()]
+    normalise = T.Normalize(record["settings"]["mean"], record["settings"]["std"])
+    images = ImageFolder(folder / "test", T.Compose([*own, normalise]))
+    x, y = (torch.stack(part) for part in zip(*((x, torch.tensor(y)) for x, y in images)))
+    logits = model(x)
+    assert record["numbers"]["accuracy"] == (logits.argmax(1) == y).double().mean().item()
     capsys.readouterr()
     assert main(["score", str(out), "--every-label", *images_of(folder)]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
@@ -571,7 +574,7 @@ BAD = {
     "code": (
         lambda path: torch.save(Hostile(), path),
         "but got a file that runs code when it is read (posix.system), which was not run; save "
-        "model.",
+        "the weights alone: safetensors.torch.save_file(model.state_dict(), ",
     ),
     "a whole model": (
         lambda path: torch.save(make("conv3"), path),

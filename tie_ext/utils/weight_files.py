@@ -1,7 +1,6 @@
 """Files of weights as people save them, read without running code in them."""
 
 import argparse
-import collections
 import datetime
 import math
 import pathlib
@@ -137,17 +136,22 @@ def _plain_objects():
         )
     }
     kinds = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefdUS"}]
-    kinds += [argparse.Namespace, collections.defaultdict, list, dict, set, int, float]
-    kinds += [datetime.datetime, datetime.timedelta]
+    kinds += [argparse.Namespace, datetime.datetime, datetime.timedelta, list]
     # As pure ones: a path of Windows cannot be made elsewhere.
     paths = {
-        f"{module}.{name}Path": getattr(pathlib, f"Pure{name}Path")
+        f"{module}.{pure}{name}Path": getattr(pathlib, f"Pure{name}Path")
         for module in ("pathlib", "pathlib._local")
         for name in ("Posix", "Windows")
+        for pure in ("", "Pure")
     }
-    allowed = [*kinds, *((make, name) for name, make in (numpy | paths).items())]
+    others = numpy | paths | {"collections.defaultdict": _plain_dict}
+    allowed = [*kinds, *((make, name) for name, make in others.items())]
     safe_globals = getattr(torch.serialization, "safe_globals", None)
     return safe_globals(allowed) if safe_globals else nullcontext()
+
+
+def _plain_dict(*_: object) -> dict:
+    return {}
 
 
 def _mappings(content: Any, depth: int = DEPTH) -> Iterator[Mapping]:
