@@ -30,6 +30,7 @@ from tie_ext.utils.files import load_state, locked, save_state, sha256, write_js
 from tie_ext.utils.weight_files import read_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 T = pytest.importorskip("torchvision.transforms")
 MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
 
@@ -50,6 +51,15 @@ def folder(tmp_path_factory):
                 Image.fromarray(rng.integers(low, low + 156, (28, 28, 3), dtype=np.uint8)).save(
                     root / split / label / f"{i}.png"
                 )
+    return root
+
+
+@pytest.fixture(scope="module")
+def wide(folder, tmp_path_factory):
+    """The same images with 8 columns more on each side, which a crop removes."""
+    root = Path(shutil.copytree(folder, tmp_path_factory.mktemp("wide") / "images"))
+    for file in root.rglob("*.png"):
+        ImageOps.pad(Image.open(file), (44, 28), color="red").save(file)
     return root
 
 
@@ -211,7 +221,8 @@ def test_an_accuracy_is_doubted_near_chance_and_far_below_the_checkpoints(
     accuracy, classes, images, said, doubt
 ):
     found = attach_command.doubts(accuracy, classes, images, said)
-    assert (doubt in found) and bool(found) == bool(doubt)
+    assert doubt in found
+    assert bool(found) == bool(doubt)
 
 
 def test_too_few_test_images_for_a_threshold_are_said_before_the_work(
@@ -442,28 +453,33 @@ def test_a_report_shows_what_there_is(run, capsys):
     ],
 )
 def test_other_architectures_are_made_again_from_the_record(
-    name, channels, folder, tmp_path, capsys
+    name, channels, wide, tmp_path, capsys
 ):
     model, out = make(name, channels), tmp_path / "run"
     torch.save(model.state_dict(), tmp_path / "w.pt")
     normal = [*MEAN, *STD] if channels == 3 else ["--mean", "0.5", "--std", "0.5"]
-    assert main(attach(folder, tmp_path / "w.pt", out, *normal, backbone=name, size=40)) == 0
+    assert main(attach(wide, tmp_path / "w.pt", out, *normal, backbone=name, size=40)) == 0
     record, grey = json.loads((out / "run.json").read_text()), [T.Grayscale()][: channels == 1]
     own = [*grey, T.Resize(45), T.CenterCrop(40), T.ToTensor()]
     normalise = T.Normalize(record["settings"]["mean"], record["settings"]["std"])
-    images = ImageFolder(folder / "test", T.Compose([*own, normalise]))
-    x, y = (torch.stack(part) for part in zip(*((x, torch.tensor(y)) for x, y in images)))
+    images = ImageFolder(wide / "test", T.Compose([*own, normalise]))
+    x, y = (
+        torch.stack(part) for part in zip(*((x, torch.tensor(y)) for x, y in images), strict=True)
+    )
     logits = model(x)
     assert record["numbers"]["accuracy"] == (logits.argmax(1) == y).double().mean().item()
-    capsys.readouterr()
-    assert main(["score", str(out), "--every-label", *images_of(folder)]) == 0
+    said = (
+        "52 of 52 images are not square: they are resized to 45 pixels on the shorter side, and "
+    )
+    assert capsys.readouterr().out.count(said + "40 x 40 are cropped from the middle") == 1
+    assert main(["score", str(out), "--every-label", *images_of(wide)]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [row["label"] for row in rows] == [("bright", "dark")[i] for i in logits.argmax(1)]
     kept = load_state(out / "scores.safetensors", "scores")["attached"]["id"]
     assert torch.allclose(torch.tensor([float(row["score"]) for row in rows]), kept, atol=1e-2)
     assert main(["report", str(out)]) == 0
     (out / "run.json").unlink()
-    assert main(["score", str(out), *images_of(folder)]) == 1
+    assert main(["score", str(out), *images_of(wide)]) == 1
     assert (
         "or the run.json of a run beside it, which says what its architecture is, but got neither"
         in capsys.readouterr().err

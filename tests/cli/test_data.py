@@ -355,7 +355,9 @@ def test_every_kind_of_image_keeps_its_colour_and_loses_its_transparency(
     image.save(tmp_path / f"x.{suffix}", **options)
     assert squashed(tmp_path / f"x.{suffix}", (3, 2, 2))[:, 0, 0].tolist() == list(colour)
     grey = round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
-    assert squashed(tmp_path / f"x.{suffix}", (1, 2, 2))[0, 0, 0].item() == pytest.approx(grey, abs=1)
+    assert squashed(tmp_path / f"x.{suffix}", (1, 2, 2))[0, 0, 0].item() == pytest.approx(
+        grey, abs=1
+    )
 
 
 def test_hidden_files_are_skipped_and_nested_folders_are_not(tmp_path):

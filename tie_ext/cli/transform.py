@@ -107,15 +107,13 @@ class Transform:
     def notes(self, found: Survey) -> list[str]:
         """What it did to the images of a survey that are not as most are."""
         _, H, W = self.shape
-        how = f"squashed to {W} x {H} pixels, which loses their proportions"
+        how = f"squashed to {W} x {H} pixels (--transform {self.name}; crop keeps proportions)"
         if isinstance(self.resize, int):
-            how = f"resized to {self.resize} pixels on the shorter side, and {W} x {H} cropped"
+            how = f"resized to {self.resize} pixels on the shorter side, and {W} x {H} are cropped"
+            how += f" from the middle (--transform {self.name})"
         notes = []
         if found.oblong:
-            notes.append(
-                f"{found.oblong} of {found.seen} images are not square: they are {how} "
-                f"(--transform {self.name}); read them as the network was trained"
-            )
+            notes.append(f"{found.oblong} of {found.seen} images are not square: they are {how}")
         if found.turned:
             turned = "turned upright" if self.exif_transpose else "not turned (--exif-transpose)"
             notes.append(
