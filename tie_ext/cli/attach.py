@@ -52,6 +52,7 @@ def run(flags: Namespace) -> None:
     transform = settings.image_transform(channels)
     low, high = transform.bounds
     images = load_images(settings, settings.seed, transform)
+    images.check_held_out(anyway="yes" in flags)
     test, classes = images.test, images.train.classes
     n = len(classes)
     model, left = registry.load(settings.backbone, channels, n, checkpoint)

@@ -29,9 +29,9 @@ EXAMPLES = """examples:
 FOLDERS = """folder:PATH is a folder of images: PATH/train/CLASS/* and PATH/test/CLASS/* (or val,
 valid, validation). Without test images one image in five of each class is held out as such, also
 if the classes are in PATH itself; the seed chooses them."""
-WEIGHTS = """FILE is a state_dict in safetensors or as torch.save writes it, alone or in a
-checkpoint; no code in it is run. It tells whether images are grey or colour. Its classes are those
-of the data, in that order."""
+WEIGHTS = """FILE is a .pt, .pth, .ckpt or .safetensors file, Hugging Face's folder or index of
+shards; the state_dict may be under any key and prefix, and no code is run. It tells whether images
+are grey or colour. Its classes are those of the data, in that order."""
 METHODS = {"inversion": InversionSettings}
 """Synthesizers with settings that are flags; the others have their defaults."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,6 +95,7 @@ def _train(commands) -> None:
     output = train.add_argument_group("output")
     _path(output, "--out", "RUN", "new run folder")
     _path(output, "--resume", "RUN", "continue a run that was stopped")
+    _yes(output)
     groups = _options(train, TrainSettings, needed=False)
     _device(groups["network"])
     method = _method(train)
@@ -117,7 +118,9 @@ def _attach(commands) -> None:
         argument_default=argparse.SUPPRESS,
         usage="tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ...",
     )
-    _path(attach.add_argument_group("output"), "--out", "RUN", "new run folder", required=True)
+    output = attach.add_argument_group("output")
+    _path(output, "--out", "RUN", "new run folder", required=True)
+    _yes(output)
     _device(_options(attach, AttachSettings)["network"])
 
 
@@ -216,6 +219,11 @@ def _path(group, name: str, metavar: str, about: str, default: Path | None = Non
     if default is not None:
         how, about = {**how, "default": default}, f"{about} (default: {default})"
     group.add_argument(name, type=Path, metavar=metavar, help=about, **how)
+
+
+def _yes(group) -> None:
+    about = "go on although test images are training images"
+    group.add_argument("--yes", action="store_true", help=about)
 
 
 def _device(group) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tie_ext.cli.transform import Transform
 from tie_ext.utils.checks import check_number
+from tie_ext.utils.duplicates import SHARE
 
 PIECE = 32
 """Images that a worker decodes at once, so that few wait in memory, whatever the batch size."""
@@ -246,6 +247,8 @@ class RunImages(NamedTuple):
     """OOD image sets by name."""
     transform: Transform | None = None
     """How they were read."""
+    repeated: float = 0.0
+    """Share of test images, in [0, 1], whose files are among the training images."""
     notes: tuple[str, ...] = ()
     """What the user has to know of how they are read."""
 
@@ -253,6 +256,22 @@ class RunImages(NamedTuple):
     def sets(self) -> dict[str, Images]:
         """The sets to score by name; the ID set is ``id``."""
         return {"id": self.test, **self.ood}
+
+    def check_held_out(self, anyway: bool) -> None:
+        """Refuse test images that are training images.
+
+        Arguments:
+            anyway: Do not.
+
+        Raises:
+            ValueError: With the share of them, if it is above :data:`SHARE`.
+        """
+        if self.repeated > SHARE and not anyway:
+            raise ValueError(
+                "Expected test images that the network was not trained on, but got training "
+                f"images in {self.repeated:.0%} of them, byte for byte: their threshold rejects "
+                "more than it says. Put others into test/, or give --yes"
+            )
 
     def check(self) -> None:
         """Read every image to score once, so that a broken one is reported before any work.

@@ -9,7 +9,7 @@ from typing import Any
 from tie_ext.cli import data
 from tie_ext.cli.data import IN_MEMORY, NAMES
 from tie_ext.cli.images import ImageFiles, Images, RunImages
-from tie_ext.cli.reading import Survey, left_out
+from tie_ext.cli.reading import Survey, left_out, repeated
 from tie_ext.cli.transform import Transform, check_kind, make_transform
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
@@ -291,7 +291,10 @@ def _load(settings: ImageSettings, seed: int, transform: Transform) -> RunImages
     ood = {name: read(name, "ood") for name in settings.ood}
     notes = survey(files, transform)
     sets = {name: kept(images) for name, images in (validation | ood | others).items()}
-    return RunImages(kept(train), kept(test), sets, transform, notes)
+    same = 0.0
+    if isinstance(train, ImageFiles) and isinstance(test, ImageFiles):
+        same = repeated(test.files, train.files)  # type: ignore[arg-type]
+    return RunImages(kept(train), kept(test), sets, transform, same, notes)
 
 
 def survey(sets: Sequence[ImageFiles], transform: Transform) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ def run(flags: Namespace) -> None:
         )
     with processes.together(flags.device) as device:
         first = processes.first()
-        record = _run(folder, settings, device, first)
+        record = _run(folder, settings, device, first, "yes" in flags)
     if not first:
         return
     print(tables.tables({OWN[False]: record["numbers"]}))
@@ -74,7 +74,9 @@ def _new_settings(given: Mapping[str, Any]) -> TrainSettings:
     return settings_of(TrainSettings, {"backbone": backbone, **given}, recipe=recipe)
 
 
-def _run(folder: Path, settings: TrainSettings | None, device: str, first: bool) -> dict:
+def _run(
+    folder: Path, settings: TrainSettings | None, device: str, first: bool, anyway: bool
+) -> dict:
     """Read the data of a new run, or of one to resume for None, lock its folder, and train."""
     new = settings is not None
     if settings is None:
@@ -88,6 +90,8 @@ def _run(folder: Path, settings: TrainSettings | None, device: str, first: bool)
         channels = registry.channels_of(settings.backbone, read_checkpoint(settings.weights))
     transform = settings.image_transform(channels) if new else run_transform(folder, settings)
     images = load_images(settings, settings.recipe.config.seed, transform)
+    if new:
+        images.check_held_out(anyway)
     if first:
         if new:
             images.check()
