@@ -253,6 +253,22 @@ def test_how_test_images_were_come_by_is_said_before_the_work(
         main(attach(folder / "train", weights, tmp_path / "run"))
 
 
+def test_test_images_that_are_training_images_are_refused_unless_the_user_says_yes(
+    folder, weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(attach_command, "attach", lambda *_, **__: pytest.fail("the work began"))
+    for split in ("train", "test"):
+        shutil.copytree(folder / "train", tmp_path / "images" / split)
+    command = attach(tmp_path / "images", weights, tmp_path / "run")
+    trained = ["train", "--data", f"folder:{tmp_path / 'images'}", "--out", str(tmp_path / "run")]
+    for refused in (command, trained):
+        assert main(refused) == 1
+        said = capsys.readouterr().err
+        assert "not trained on, but got training images in 100% of them, byte for byte" in said
+    with pytest.raises(pytest.fail.Exception, match="the work began"):
+        main([*command, "--yes"])
+
+
 def test_a_run_may_compute_in_bfloat16(folder, weights, tmp_path, monkeypatch, capsys):
     set_head_defaults(monkeypatch, steps=30)
     assert main(attach(folder, weights, tmp_path / "run", "--autocast-dtype", "bfloat16")) == 0

@@ -29,7 +29,9 @@ def test_images_seen_before_are_found_in_any_order_and_batch(same, warned, most,
         warn_of_repeated(training, held_out)
     if most > 1000:
         assert bool(said) == warned
-        assert not said or f"{share:.0%} of the held-out images are training images" in str(said[0])
+        assert not said or f"{share:.0%} of the held-out images are training images" in str(
+            said[0]
+        )
 
 
 def test_images_that_differ_in_one_place_in_many_are_told_apart_where_they_differ_at_all():
