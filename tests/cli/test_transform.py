@@ -16,8 +16,9 @@ from conftest import make_net
 from tie_ext.cli import data, reading, settings
 from tie_ext.cli.images import ImageFiles
 from tie_ext.cli.main import main
+from tie_ext.cli.presets import make_transform
 from tie_ext.cli.settings import ImageSettings
-from tie_ext.cli.transform import Transform, load_transform, make_transform
+from tie_ext.cli.transform import Transform, load_transform
 
 Image = pytest.importorskip("PIL.Image")
 models = pytest.importorskip("torchvision.models")

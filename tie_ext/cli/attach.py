@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from tie_ext.cli import data, registry, tables
+from tie_ext.cli import registry, tables
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
 from tie_ext.cli.flags import check_flags, interactive, settings_of, usage
 from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
+from tie_ext.cli.image_folder import HELD_OUT
 from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import AttachSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
@@ -57,7 +58,7 @@ def run(flags: Namespace) -> None:
     n = len(classes)
     model, left = registry.load(settings.backbone, channels, n, checkpoint)
     images.check()
-    seen = test.note + (SEEN if data.HELD_OUT in test.note else "")
+    seen = test.note + (SEEN if HELD_OUT in test.note else "")
     for note in filter(None, (left, seen, too_few(len(test)), *images.notes)):
         print(note)
     with locked(folder):

@@ -9,8 +9,9 @@ from typing import Any
 from tie_ext.cli import data
 from tie_ext.cli.data import IN_MEMORY, NAMES
 from tie_ext.cli.images import ImageFiles, Images, RunImages
+from tie_ext.cli.presets import check_kind, make_transform
 from tie_ext.cli.reading import Survey, left_out, repeated
-from tie_ext.cli.transform import Transform, check_kind, make_transform
+from tie_ext.cli.transform import Transform
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.training.recipe import Recipe

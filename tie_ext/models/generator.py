@@ -18,7 +18,7 @@ class Generator(Bounded):
     """Four to six transposed convolutions from a latent vector and a soft code to an image.
 
     Arguments:
-        image_shape: ``(C, H, W)`` of the images, 1 or 3 channels, the longer side 28 to 224 pixels.
+        image_shape: ``(C, H, W)`` of the images, C 1 or 3, the longer side 28 to 224 pixels.
         code_size: Length of the soft code, n+1.
         latent_size: Length Z of the latent vector.
         width: Channels of the last stage but the image; earlier stages have up to four times that.
