@@ -833,7 +833,8 @@ def test_timms_registry_makes_the_network(folder, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "timm", Timm)
     torch.save(Small(2, 3).state_dict(), tmp_path / "w")
-    assert main(attach(folder, tmp_path / "w", tmp_path / "run", backbone="timm:small")) == 0
+    how = ["--transform", "squash"]
+    assert main(attach(folder, tmp_path / "w", tmp_path / "run", *how, backbone="timm:small")) == 0
     assert main(["score", str(tmp_path / "run"), *images_of(folder)]) == 0
 
 
