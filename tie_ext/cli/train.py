@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tie_ext.cli import data, processes, registry, tables
+from tie_ext.cli import processes, registry, tables
 from tie_ext.cli.batches import training_batches
 from tie_ext.cli.classifier import make_network
 from tie_ext.cli.evaluation import evaluate_run, too_few
@@ -28,7 +28,6 @@ from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
 from tie_ext.cli.transform import Transform
-from tie_ext.training.checkpoint import check_settings
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.distributed import share, world
@@ -67,11 +66,7 @@ def _new_settings(given: Mapping[str, Any]) -> TrainSettings:
         raise UsageError("Expected --data and --out (or --resume RUN), but not both were given")
     with usage():
         registry.check_name(given.get("backbone", "conv3"))
-    head = given.get("head", "multilayer")
-    prior = "procedural" if head == "multilayer" else "multiscale"
-    backbone = "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5"
-    recipe = recipe_of({"prior": prior, **given, "head": head})
-    return settings_of(TrainSettings, {"backbone": backbone, **given}, recipe=recipe)
+    return settings_of(TrainSettings, given, recipe=recipe_of({"head": "multilayer", **given}))
 
 
 def _run(
@@ -125,10 +120,8 @@ def train_in(
     Returns:
         The content of ``run.json``; of the first process alone, where several train.
     """
-    config, methods = settings.recipe.config, settings.recipe.methods()
+    config = settings.recipe.config
     resumed = os.path.lexists(folder / STATE)  # a link to nowhere is no reason to start again
-    if resumed:
-        check_settings(folder / STATE, config, methods)
     transform = cast(Transform, images.transform)
     backbone = partial(_backbone, settings, images.train, folder / STATE if resumed else None)
     net = make_network(

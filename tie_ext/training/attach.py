@@ -27,7 +27,7 @@ from tie_ext.training.config import HeadConfig
 from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.loader import BatchReader
-from tie_ext.utils.random import seeded
+from tie_ext.utils.random import FIRST_BATCH, seeded
 from tie_ext.utils.views import eval_view, frozen_view
 
 LAM = 2.0
@@ -91,7 +91,7 @@ def attach(
         raise ValueError(
             "`synthesizers` is empty; pass a Synthesizer, or None for procedural images"
         )
-    with seeded(seed, 1):  # a loader that shuffles draws from a stream of its own
+    with seeded(seed, FIRST_BATCH):
         x = BatchReader(loader).first().images
     head_config = head_config or HeadConfig()
     with seeded(seed), torch.enable_grad():  # a caller under no_grad gets the same head
@@ -123,7 +123,7 @@ def _collect(
     progress: bool,
 ) -> StatisticsCollector:
     """Statistics of all ID images and of the outliers proposed beside them, in one pass."""
-    statistics = StatisticsCollector(net, config.memory)
+    statistics = StatisticsCollector(net, config.memory, config.corruption)
     counts = torch.zeros(net.num_classes, dtype=torch.long)
     for x, y in tqdm(reader, desc="attach: images", leave=False, disable=not progress):
         x = x.to(net.low.device)
