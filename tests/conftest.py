@@ -83,9 +83,9 @@ def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
 
 def set_head_defaults(monkeypatch: pytest.MonkeyPatch, **changes) -> None:
     """Other defaults of HeadConfig, for programs that offer no way to give one."""
-    defaults = {f.name: f.default for f in fields(HeadConfig)}
-    values = tuple((defaults | changes).values())
-    monkeypatch.setattr(HeadConfig.__init__, "__defaults__", values)
+    names = [f.name for f in fields(HeadConfig)]
+    defaults = dict(zip(names, HeadConfig.__init__.__defaults__, strict=True))
+    monkeypatch.setattr(HeadConfig.__init__, "__defaults__", tuple((defaults | changes).values()))
 
 
 @pytest.fixture
