@@ -24,7 +24,7 @@ WITH_HEIF = frozenset({".heic", ".heif"})
 NO_CLASSES = ("__MACOSX",)
 """Folders that programs leave behind; hidden ones, as ``.ipynb_checkpoints``, are skipped too."""
 MAX_COMPARED = 1000
-"""Held-out files that are compared with training files."""
+"""Test files that are compared with training files, at most."""
 ORIENTATION = 0x0112
 """EXIF's tag of how a photograph is to be held; 1 where it is upright."""
 
