@@ -17,7 +17,7 @@ MAX_DIGESTS = 100_000
 """Digests that are kept, the smallest: of two sets the same images are kept, in whatever order
 they come."""
 SHARE = 0.1
-"""Held-out images that may be training images: with more, 5 % of false alarms become 5.6 % and
+"""Share of held-out images that may be training images; with more, 5 % become 5.6 % and
 more."""
 
 

@@ -101,7 +101,7 @@ def _read_torch(path: Path, wanted: str) -> object:
     """What ``torch.save`` wrote, by a reader that runs no code."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_SINCE:
         raise ValueError(
-            f"{wanted}but got a pickle, or a foreign file; a pickle can run code in torch "
+            f"{wanted}but got a file of torch.save, or a foreign one; it could run code in torch "
             f"{torch.__version__} (CVE-2025-32434). Update torch to 2.6, or save the weights "
             f"where they come from: {SAFETENSORS}"
         )
