@@ -130,9 +130,20 @@ def test_generator_makes_every_size_in_4_to_6_stages(size, channels):
     assert 4 <= sum(isinstance(m, nn.ConvTranspose2d) for m in generator.modules()) <= 6
 
 
-@pytest.mark.parametrize("shape", [(1, 27, 27), (1, 225, 225), (2, 32, 32), (1, 28, 32), (28, 28)])
+@pytest.mark.parametrize("shape", [(3, 28, 45), (1, 64, 20), (1, 3, 33)])
+def test_a_generator_of_images_that_are_not_square_makes_the_middle_of_squares(shape):
+    square = Generator((shape[0], *[max(shape[1:])] * 2), 11, width=2).eval()
+    generator = Generator(shape, 11, width=2).eval()
+    generator.load_state_dict(square.state_dict())
+    given = torch.randn(2, 64), torch.rand(2, 11).softmax(1)
+    top, left = ((max(shape[1:]) - side) // 2 for side in shape[1:])
+    middle = square(*given)[..., top : top + shape[1], left : left + shape[2]]
+    torch.testing.assert_close(generator(*given), middle)
+
+
+@pytest.mark.parametrize("shape", [(1, 27, 27), (1, 225, 225), (2, 32, 32), (1, 20, 27), (28, 28)])
 def test_generator_refuses_other_shapes(shape):
-    with pytest.raises(ValueError, match="Expected a square image shape"):
+    with pytest.raises(ValueError, match="Expected an image shape"):
         Generator(shape, 11)
 
 

@@ -25,6 +25,7 @@ from tie_ext import TIENet
 from tie_ext.cli import score
 from tie_ext.cli.batches import scaled
 from tie_ext.cli.images import ImageFiles
+from tie_ext.cli.transform import Transform
 from tie_ext.models.backbones import Conv5
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
@@ -108,7 +109,7 @@ def speed(images: int, pixels: int, device: str) -> dict:
     @torch.no_grad()
     def work(kind: str) -> None:
         if kind == "score":
-            for _ in score.score(net, net.decide, files):
+            for _ in score.score(net, net.decide, files, of.transform):
                 pass
             return
         for x in of.parts(torch.arange(images).split(score.BATCH)):
@@ -117,8 +118,8 @@ def speed(images: int, pixels: int, device: str) -> dict:
 
     clock = spent if device == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as place:
-        files = score.list_images([draw(Path(place), images, pixels)])
-        of = ImageFiles.of(files, 3, 32)
+        files, _ = score.list_images([draw(Path(place), images, pixels)])
+        of = ImageFiles.of(files, Transform.squash((3, 32, 32)))
         for _ in range(5):
             for kind in rates:
                 start = clock()

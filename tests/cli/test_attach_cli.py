@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from conftest import Small, make_net, set_head_defaults
 from torch import nn
+from torchvision.datasets import ImageFolder
 
 from tie_ext import Combined, TIEDetector, TIENet
 from tie_ext.cli import attach as attach_command
@@ -26,8 +27,11 @@ from tie_ext.cli.main import COMMANDS, main
 from tie_ext.cli.snapshots import load_snapshots
 from tie_ext.models.backbones import BACKBONES, Conv3
 from tie_ext.utils.files import load_state, locked, save_state, sha256, write_json
+from tie_ext.utils.weight_files import read_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
+T = pytest.importorskip("torchvision.transforms")
 MEAN, STD = ["--mean", "0.4", "0.5", "0.6"], ["--std", "0.2", "0.25", "0.3"]
 
 
@@ -47,6 +51,15 @@ def folder(tmp_path_factory):
                 Image.fromarray(rng.integers(low, low + 156, (28, 28, 3), dtype=np.uint8)).save(
                     root / split / label / f"{i}.png"
                 )
+    return root
+
+
+@pytest.fixture(scope="module")
+def wide(folder, tmp_path_factory):
+    """The same images with 8 columns more on each side, which a crop removes."""
+    root = Path(shutil.copytree(folder, tmp_path_factory.mktemp("wide") / "images"))
+    for file in root.rglob("*.png"):
+        ImageOps.pad(Image.open(file), (44, 28), color="red").save(file)
     return root
 
 
@@ -183,7 +196,8 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
     said = capsys.readouterr().out
     assert (
         "ID accuracy is 50.0%, which guessing among 2 classes could give: are these its "
-        "weights, --mean," in said
+        "weights, were its images read so (--transform squash, 28 x 28, --mean 0, --std 1), and "
+        "do the classes have the order" in said
     )
     assert (
         "tie-ext score decides by the combined score, with a threshold that rejects at most 5% "
@@ -193,11 +207,22 @@ def test_a_network_that_guesses_is_said_to(many, weights, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "classes", "images", "guessed"),
-    [(0.6, 2, 40, True), (0.9, 2, 40, False), (0.12, 10, 9999, False), (1.0, 2, 4, False)],
+    ("accuracy", "classes", "images", "said", "doubt"),
+    [
+        (0.6, 2, 40, None, "guessing among 2 classes"),
+        (0.14, 10, 9999, None, "guessing among 10 classes"),
+        (0.16, 10, 9999, None, ""),
+        (0.1, 2, 4, None, ""),
+        (0.84, 10, 9999, 0.95, "ID accuracy is 84.0%, where the checkpoint says 95.0%"),
+        (0.86, 10, 9999, 0.95, ""),
+    ],
 )
-def test_chance_is_what_guessing_could_reach(accuracy, classes, images, guessed):
-    assert attach_command.guesses(accuracy, classes, images) == guessed
+def test_an_accuracy_is_doubted_near_chance_and_far_below_the_checkpoints(
+    accuracy, classes, images, said, doubt
+):
+    found = attach_command.doubts(accuracy, classes, images, said)
+    assert doubt in found
+    assert bool(found) == bool(doubt)
 
 
 def test_too_few_test_images_for_a_threshold_are_said_before_the_work(
@@ -226,6 +251,22 @@ def test_how_test_images_were_come_by_is_said_before_the_work(
         r"network was trained",
     ):
         main(attach(folder / "train", weights, tmp_path / "run"))
+
+
+def test_test_images_that_are_training_images_are_refused_unless_the_user_says_yes(
+    folder, weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(attach_command, "attach", lambda *_, **__: pytest.fail("the work began"))
+    for split in ("train", "test"):
+        shutil.copytree(folder / "train", tmp_path / "images" / split)
+    command = attach(tmp_path / "images", weights, tmp_path / "run")
+    trained = ["train", "--data", f"folder:{tmp_path / 'images'}", "--out", str(tmp_path / "run")]
+    for refused in (command, trained):
+        assert main(refused) == 1
+        said = capsys.readouterr().err
+        assert "not trained on, but got training images in 100% of them, byte for byte" in said
+    with pytest.raises(pytest.fail.Exception, match="the work began"):
+        main([*command, "--yes"])
 
 
 def test_a_run_may_compute_in_bfloat16(folder, weights, tmp_path, monkeypatch, capsys):
@@ -427,27 +468,33 @@ def test_a_report_shows_what_there_is(run, capsys):
     ],
 )
 def test_other_architectures_are_made_again_from_the_record(
-    name, channels, folder, tmp_path, capsys
+    name, channels, wide, tmp_path, capsys
 ):
-    pytest.importorskip("torchvision")
     model, out = make(name, channels), tmp_path / "run"
     torch.save(model.state_dict(), tmp_path / "w.pt")
     normal = [*MEAN, *STD] if channels == 3 else ["--mean", "0.5", "--std", "0.5"]
-    assert main(attach(folder, tmp_path / "w.pt", out, *normal, backbone=name, size=40)) == 0
-    record = json.loads((out / "run.json").read_text())
-    test = data.load(f"folder:{folder}", "test", shape=(channels, 40, 40))
-    mean, std = (torch.tensor(record["settings"][key]).view(-1, 1, 1) for key in ("mean", "std"))
-    logits = model((test.x.float() / 255 - mean) / std)
-    assert record["numbers"]["accuracy"] == (logits.argmax(1) == test.y).double().mean().item()
-    capsys.readouterr()
-    assert main(["score", str(out), "--every-label", *images_of(folder)]) == 0
+    assert main(attach(wide, tmp_path / "w.pt", out, *normal, backbone=name, size=40)) == 0
+    record, grey = json.loads((out / "run.json").read_text()), [T.Grayscale()][: channels == 1]
+    own = [*grey, T.Resize(45), T.CenterCrop(40), T.ToTensor()]
+    normalise = T.Normalize(record["settings"]["mean"], record["settings"]["std"])
+    images = ImageFolder(wide / "test", T.Compose([*own, normalise]))
+    x, y = (
+        torch.stack(part) for part in zip(*((x, torch.tensor(y)) for x, y in images), strict=True)
+    )
+    logits = model(x)
+    assert record["numbers"]["accuracy"] == (logits.argmax(1) == y).double().mean().item()
+    said = (
+        "52 of 52 images are not square: they are resized to 45 pixels on the shorter side, and "
+    )
+    assert capsys.readouterr().out.count(said + "40 x 40 are cropped from the middle") == 1
+    assert main(["score", str(out), "--every-label", *images_of(wide)]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [row["label"] for row in rows] == [("bright", "dark")[i] for i in logits.argmax(1)]
     kept = load_state(out / "scores.safetensors", "scores")["attached"]["id"]
     assert torch.allclose(torch.tensor([float(row["score"]) for row in rows]), kept, atol=1e-2)
     assert main(["report", str(out)]) == 0
     (out / "run.json").unlink()
-    assert main(["score", str(out), *images_of(folder)]) == 1
+    assert main(["score", str(out), *images_of(wide)]) == 1
     assert (
         "or the run.json of a run beside it, which says what its architecture is, but got neither"
         in capsys.readouterr().err
@@ -515,17 +562,16 @@ def test_weights_are_read_as_people_save_them(how, kind, tmp_path):
         )
     else:
         torch.save(state, tmp_path / "w", _use_new_zipfile_serialization=kind == "torch")
-    weights, x = registry.read_weights(tmp_path / "w"), torch.rand(2, 3, 28, 28)
-    assert registry.channels_of("conv3", weights, "w") == 3
-    assert torch.equal(registry.load("conv3", 3, 2, weights, "w")(x), make("conv3")(x))
+    checkpoint, x = read_checkpoint(tmp_path / "w"), torch.rand(2, 3, 28, 28)
+    assert registry.channels_of("conv3", checkpoint) == 3
+    model, left = registry.load("conv3", 3, 2, checkpoint)
+    assert (torch.equal(model(x), make("conv3")(x)), left) == (True, "")
 
 
 def test_weights_of_mnasnet_are_taken_though_they_have_lost_their_version(tmp_path):
     pytest.importorskip("torchvision")
     safetensors.torch.save_file(make("torchvision:mnasnet0_5").state_dict(), tmp_path / "w")
-    model = registry.load(
-        "torchvision:mnasnet0_5", 3, 2, registry.read_weights(tmp_path / "w"), "w"
-    )
+    model, _ = registry.load("torchvision:mnasnet0_5", 3, 2, read_checkpoint(tmp_path / "w"))
     assert torch.equal(
         model.classifier[1].weight, make("torchvision:mnasnet0_5").classifier[1].weight
     )
@@ -559,7 +605,7 @@ BAD = {
     "code": (
         lambda path: torch.save(Hostile(), path),
         "but got a file that runs code when it is read (posix.system), which was not run; save "
-        "model.",
+        "the weights alone: safetensors.torch.save_file(model.state_dict(), ",
     ),
     "a whole model": (
         lambda path: torch.save(make("conv3"), path),
@@ -579,7 +625,7 @@ BAD = {
     ),
     "an epoch": (
         lambda path: torch.save({"epoch": 3}, path),
-        "tensors by name, but got int at 'epoch'",
+        "Expected weights as a state_dict at FILE, but got no tensors by name",
     ),
     "sparse": (
         changed("fc.bias", torch.Tensor.to_sparse),
@@ -600,9 +646,15 @@ BAD = {
         "for the 2 classes of the data in FILE, but got others: fc.weight of (7, 128) instead "
         "of (2, 128), fc.bias of (7,) instead of (2,)",
     ),
-    "with more": (
-        lambda path: torch.save({**make("conv3").state_dict(), "x": torch.ones(3)}, path),
-        "but got others: x of (3,)",
+    "of the same layers and more": (
+        lambda path: torch.save(
+            {**make("conv3").state_dict(), "conv.99.weight": torch.ones(3)}, path
+        ),
+        "but got others: conv.99.weight, which it does not have",
+    ),
+    "of nothing alike": (
+        lambda path: torch.save({"a": torch.ones(3)}, path),
+        "Expected weights as a state_dict at FILE, but got those of another architecture: 'a'",
     ),
     "of four channels": (
         lambda path: torch.save(make("conv3", channels=4).state_dict(), path),
@@ -653,7 +705,7 @@ def test_truncated_weights_are_refused(kind, share, tmp_path):
         ValueError,
         match=r"^Expected weights as a state_dict at .*, but got a truncated or foreign one: ",
     ) as refused:
-        registry.read_weights(tmp_path / "w")
+        read_checkpoint(tmp_path / "w")
     assert "\n" not in str(refused.value)
 
 
@@ -780,7 +832,8 @@ def test_timms_registry_makes_the_network(folder, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "timm", Timm)
     torch.save(Small(2, 3).state_dict(), tmp_path / "w")
-    assert main(attach(folder, tmp_path / "w", tmp_path / "run", backbone="timm:small")) == 0
+    how = ["--transform", "squash"]
+    assert main(attach(folder, tmp_path / "w", tmp_path / "run", *how, backbone="timm:small")) == 0
     assert main(["score", str(tmp_path / "run"), *images_of(folder)]) == 0
 
 
@@ -788,7 +841,7 @@ def test_timms_registry_makes_the_network(folder, tmp_path, monkeypatch):
 def test_a_folder_that_holds_a_run_is_refused_before_any_work(
     name, folder, weights, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(registry, "read_weights", lambda _: pytest.fail("the work began"))
+    monkeypatch.setattr(attach_command, "read_checkpoint", lambda _: pytest.fail("it began"))
     (tmp_path / name).write_text("mine")
     assert main(attach(folder, weights, tmp_path)) == 1
     assert (

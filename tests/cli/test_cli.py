@@ -938,7 +938,7 @@ def test_a_network_that_takes_any_images_is_not_scored_by_the_command_line(copie
     net.image_shape = None
     net.save(copied / "network.safetensors")
     assert main(["score", str(copied), str(folder / "test" / "dark" / "0.png")]) == 1
-    assert "Expected a network for square images" in capsys.readouterr().err
+    assert "Expected a network for images of one shape" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -14,9 +14,14 @@ import torch.nn.functional as F
 
 from tie_ext.cli import batches, data
 from tie_ext.cli.batches import ImageBatches, training_batches
-from tie_ext.cli.images import ImageFiles, ImageSet, read_image
+from tie_ext.cli.images import ImageFiles, ImageSet
+from tie_ext.cli.transform import Transform
 
 Image = pytest.importorskip("PIL.Image")
+
+
+def squashed(path, shape) -> torch.Tensor:
+    return Transform.squash(shape).read(path)
 
 
 def images(count: int = 20, size: int = 28) -> ImageSet:
@@ -280,7 +285,7 @@ GREY16 = np.array([[0, 257 * 10], [257 * 200 + 128, 65535]], dtype=np.uint16)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_become_eight(kind, suffix, channels, tmp_path):
     Image.fromarray(GREY16.astype(kind)).save(tmp_path / f"x.{suffix}")
-    x = read_image(tmp_path / f"x.{suffix}", channels, 2)
+    x = squashed(tmp_path / f"x.{suffix}", (channels, 2, 2))
     assert x.dtype == torch.uint8
     assert x.tolist() == [[[0, 10], [200, 255]]] * channels
 
@@ -290,7 +295,7 @@ def test_every_mode_that_sixteen_bits_are_opened_in_is_known(mode, tmp_path, mon
     image = Image.fromarray(GREY16.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]))
     assert image.mode == mode
     monkeypatch.setattr(Image, "open", lambda _: image)
-    assert read_image("x.png", 1, 2).flatten().tolist() == [0, 10, 200, 255]
+    assert squashed(__file__, (1, 2, 2)).flatten().tolist() == [0, 10, 200, 255]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +317,7 @@ def test_pixels_of_no_known_range_are_refused(values, reason, tmp_path):
     with pytest.raises(
         ValueError, match=rf"Expected an image file at .*x\.tif, but got: {reason}"
     ):
-        read_image(tmp_path / "x.tif", 3, 2)
+        squashed(tmp_path / "x.tif", (3, 2, 2))
 
 
 def palette(alpha: int | bytes) -> tuple:
@@ -348,9 +353,11 @@ def test_every_kind_of_image_keeps_its_colour_and_loses_its_transparency(
     image, suffix, options, colour, tmp_path
 ):
     image.save(tmp_path / f"x.{suffix}", **options)
-    assert read_image(tmp_path / f"x.{suffix}", 3, 2)[:, 0, 0].tolist() == list(colour)
+    assert squashed(tmp_path / f"x.{suffix}", (3, 2, 2))[:, 0, 0].tolist() == list(colour)
     grey = round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
-    assert read_image(tmp_path / f"x.{suffix}", 1, 2)[0, 0, 0].item() == pytest.approx(grey, abs=1)
+    assert squashed(tmp_path / f"x.{suffix}", (1, 2, 2))[0, 0, 0].item() == pytest.approx(
+        grey, abs=1
+    )
 
 
 def test_hidden_files_are_skipped_and_nested_folders_are_not(tmp_path):
@@ -394,7 +401,7 @@ def test_a_broken_image_is_named(tmp_path):
         with pytest.raises(
             ValueError, match=f"Expected an image file at {tmp_path / name}, but got: ."
         ):
-            read_image(tmp_path / name, 3, 8)
+            squashed(tmp_path / name, (3, 8, 8))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

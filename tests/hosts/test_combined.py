@@ -133,6 +133,12 @@ def test_combine_is_body_and_tails_of_scores_of_the_hosts(rule, seed):
     assert without.threshold is None
 
 
+def test_training_images_in_another_loader_are_told_from_held_out_ones():
+    net, x = trained().eval(), images(100)[0]
+    with pytest.warns(UserWarning, match="100% of the held-out images are training images"):
+        combine(net, train_loader=[x], calibration_loader=list(x[:40].split(7)))
+
+
 @pytest.mark.parametrize("which", ["train_loader", "calibration_loader"])
 def test_knn_is_not_trusted_where_a_loader_has_no_labels(which):
     net = trained().eval()

@@ -58,6 +58,7 @@ FITS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*held-out images are training images")
 @pytest.mark.parametrize("kind", [*LABELLED, *UNLABELLED])
 @pytest.mark.parametrize("name", list(FITS))
 def test_every_kind_of_batch_gives_the_same(name, kind):

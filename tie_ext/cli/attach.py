@@ -4,30 +4,43 @@ class.
 
 import math
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
-from tie_ext.cli import data, registry, tables
+from tie_ext.cli import registry, tables
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
 from tie_ext.cli.flags import check_flags, settings_of, usage
 from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
+from tie_ext.cli.image_folder import HELD_OUT
 from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import AttachSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
+from tie_ext.cli.transform import Transform
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.training.attach import attach
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.files import locked, sha256, write_json
 from tie_ext.utils.provenance import provenance
+from tie_ext.utils.weight_files import read_checkpoint
 
 SEEN = (
     ". If the network was trained on these, its threshold rejects more than it says: put images "
     "that it has not seen into test/"
 )
 """Warns where images are held out here, as the network may have been trained on them."""
+LOW = 1.5
+"""An accuracy of so many times chance, or less, is doubted."""
+FAR = 0.1
+"""So is one that is further below what the checkpoint says."""
+ORDER = (
+    "and do the classes have the order of its training (by name, numbers by value; torchvision's "
+    "ImageFolder puts 10 before 2)?"
+)
 
 
 def run(flags: Namespace) -> None:
@@ -37,26 +50,23 @@ def run(flags: Namespace) -> None:
         registry.check_name(flags.backbone)
     folder, settings = flags.out, settings_of(AttachSettings, vars(flags))
     _refuse_a_run(folder)
-    weights = registry.read_weights(settings.weights)
-    channels = registry.channels_of(settings.backbone, weights, settings.weights)
-    settings.bounds(channels)  # refuses a wrong number
-    images = load_images(settings, settings.seed, channels)
+    checkpoint = read_checkpoint(settings.weights)
+    channels = registry.channels_of(settings.backbone, checkpoint)
+    transform = settings.image_transform(channels)
+    images = load_images(settings, settings.seed, transform)
+    images.check_held_out(anyway="yes" in flags)
     test, classes = images.test, images.train.classes
     n = len(classes)
-    model = registry.load(settings.backbone, channels, n, weights, settings.weights)
+    model, left = registry.load(settings.backbone, channels, n, checkpoint)
     images.check()
-    for note in (test.note + (SEEN if data.HELD_OUT in test.note else ""), too_few(len(test))):
-        if note:
-            print(note)
+    seen = test.note + (SEEN if HELD_OUT in test.note else "")
+    for note in filter(None, (left, seen, too_few(len(test)), *images.notes)):
+        print(note)
     with locked(folder):
         _refuse_a_run(folder)  # again: another process may have started one meanwhile
-        numbers = attach_in(folder, settings, model, images, flags.device)
-    if guesses(numbers["accuracy"], n, len(test)):
-        print(
-            f"ID accuracy is {numbers['accuracy']:.1%}, which guessing among {n} classes could "
-            "give: are these its weights, --mean, --std and --size, and the classes in the order "
-            "of its training (by name)?"
-        )
+        numbers = attach_in(folder, settings, model, images, checkpoint.path, flags.device)
+    if doubt := doubts(numbers["accuracy"], n, len(test), checkpoint.accuracy):
+        print(f"{doubt}: {transform.question()} {ORDER}")
     print(tables.tables({OWN[True]: numbers}))
     print(tables.worst_validation(numbers) + tables.decides(numbers), end="")
     print("ID accuracy is that of the network before")
@@ -68,6 +78,7 @@ def attach_in(
     settings: AttachSettings,
     model: nn.Module,
     images: RunImages,
+    weights: Path,
     device: str = "cpu",
 ) -> dict:
     """Attach in a folder that this process has locked, score the test images, and write all files
@@ -76,7 +87,7 @@ def attach_in(
     Returns:
         The numbers of ``run.json``.
     """
-    low, high = settings.bounds(images.train.shape[0])
+    low, high = cast(Transform, images.transform).bounds
     net = attach(
         model.to(device),
         ImageBatches(images.train, settings.batch_size, scale=Bounded(low, high)),
@@ -88,14 +99,20 @@ def attach_in(
         progress=True,
         autocast_dtype=settings.autocast_dtype,
     )
-    return _save(folder, settings, device, net, images)
+    return _save(folder, settings, weights, device, net, images)
 
 
 def _save(
-    folder: Path, settings: AttachSettings, device: str, net: TIENet, images: RunImages
+    folder: Path,
+    settings: AttachSettings,
+    weights: Path,
+    device: str,
+    net: TIENet,
+    images: RunImages,
 ) -> dict:
     """Score the test images, and write all files of the run; gives the numbers of ``run.json``."""
-    record = {"settings": settings.record(), "weights_sha256": sha256(settings.weights)}
+    record = {"settings": settings.record(), "weights_sha256": sha256(weights)}
+    record["transform"] = asdict(cast(Transform, images.transform))
     record |= ({"test_images": note} if (note := images.test.note) else {}) | provenance(device)
     clear(folder)  # of a run that was stopped while it wrote
     write_json(folder / "run.json", record)  # first, as it says whose the others are
@@ -109,10 +126,23 @@ def _save(
     return numbers
 
 
-def guesses(accuracy: float, classes: int, images: int) -> bool:
-    """Whether guessing does as well, within two standard deviations; False of few images."""
+def doubts(accuracy: float, classes: int, images: int, said: float | None = None) -> str:
+    """Why an accuracy makes one doubt that images are read as the network was trained; nothing
+    where it does not.
+
+    Arguments:
+        accuracy: On the test images, in [0, 1].
+        classes: n.
+        images: Number of test images.
+        said: The accuracy that the checkpoint says, or None.
+    """
     chance = 1 / classes
-    return images >= NEEDED and accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / images)
+    noise = 2 * math.sqrt(chance * (1 - chance) / images)  # two standard deviations
+    if images >= NEEDED and accuracy <= max(chance + noise, LOW * chance):
+        return f"ID accuracy is {accuracy:.1%}, which guessing among {classes} classes could give"
+    if said is not None and accuracy < said - FAR - noise:
+        return f"ID accuracy is {accuracy:.1%}, where the checkpoint says {said:.1%}"
+    return ""
 
 
 def _refuse_a_run(folder: Path) -> None:

@@ -10,7 +10,7 @@ from tie_ext.cli.evaluation import FALSE_ALARM
 from tie_ext.cli.flags import check_flags, usage
 from tie_ext.cli.folder import read_detector
 from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.score import BATCH, check_square, list_images
+from tie_ext.cli.score import BATCH, list_images, transform_of
 from tie_ext.pytorch_ood.base import Thresholded
 from tie_ext.scores.threshold import Guarantee
 from tie_ext.utils.checks import check_number
@@ -32,10 +32,10 @@ def run(flags: Namespace) -> None:
         )
         rate = _first(flags.false_alarm, detector.false_alarm, FALSE_ALARM)
         check_number("--false-alarm", rate, 0, 1, above=True)
-    check_square(net)
+    transform, known = transform_of(net, flags.run)
     net.to(flags.device)
     detector.to(flags.device)
-    images = ImageFiles.of(list_images(flags.images), *net.image_shape[:2])  # type: ignore[index]
+    images = ImageFiles.of(list_images(flags.images)[0], transform)
     with locked(home):
         scores, labels = read_scores(detector, images)
         was = detector.threshold
@@ -48,6 +48,8 @@ def run(flags: Namespace) -> None:
             per_class=guarantee.per_class,
         )
         detector.save(home)
+        if known:
+            transform.save(home)
     print(tell(detector, scores, labels, was))
 
 

@@ -4,7 +4,6 @@ OOD images are brought to the size (bilinear) and channels of the ID data: grey 
 repetition, colour to grey by ITU-R 601 luma.
 """
 
-import hashlib
 import math
 import os
 import re
@@ -17,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tie_ext.cli.images import SUFFIXES, ImageFiles, Images, ImageSet, images_below
+from tie_ext.cli.image_folder import TEST, folder_images, is_split
+from tie_ext.cli.images import Images, ImageSet
+from tie_ext.cli.transform import Transform
 
 NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """The paper's six sets."""
@@ -26,8 +27,6 @@ IN_MEMORY = ("auto", "yes", "no")
 ``auto``: in memory up to :data:`BUDGET`. The results are the same."""
 BUDGET = 2**28
 """Most bytes of an image set in memory by ``auto``: 20 000 colour images of 64 pixels."""
-HELD_OUT = "held out"
-"""In the note of a test set whose images were split off the training images."""
 _TORCHVISION = dict(
     zip(NAMES, ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100"), strict=False)
 )
@@ -37,8 +36,6 @@ _CLASSES = {
     "cifar10": "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck",
 }
 """Names that torchvision gives the classes, for folders whose names are numbers."""
-_TEST = ("test", "val", "valid", "validation")
-"""Names of a folder of test images; the first that exists is taken."""
 _GREY = ("demo", "mnist", "fashionmnist")
 _SPLITS = ("train", "test", "ood", "val")
 
@@ -51,6 +48,7 @@ def load(
     download: bool = False,
     seed: int = 0,
     in_memory: str = "yes",
+    transform: Transform | None = None,
 ) -> Images:
     """A named set, or ``folder:PATH``, brought to a shape.
 
@@ -72,6 +70,8 @@ def load(
             names give the same images.
         in_memory: One of :data:`IN_MEMORY`; sets that torchvision keeps in one file are read
             whole.
+        transform: How images are brought to a shape, which it has; None to squash them to
+            ``shape``.
 
     Raises:
         ValueError: If the name is unknown, a file is no image, or there are no images, saying
@@ -81,25 +81,25 @@ def load(
         raise ValueError(
             f"Expected split to be 'train', 'test', 'ood' or 'val', but got {split!r}"
         )
-    channels, size = (shape or own_shape(name))[:2]
+    how = transform or Transform.squash(shape or own_shape(name))
     if name.startswith("folder:"):
         place = Path(name.removeprefix("folder:"))
-        return keep(_of_folder([place], place, split, seed, channels, size), in_memory)
+        return keep(folder_images([place], place, split, seed, how), in_memory)
     if part := re.fullmatch(r"(\w+):(\d+)-(\d+)", name):
-        whole = load(part[1], split, root, shape, download, seed, in_memory)
+        whole = load(part[1], split, root, shape, download, seed, in_memory, transform)
         return whole.classes_between(int(part[2]), int(part[3]))
     folders = _FOLDERS.get(name, (name,))
     places = [base / n for base in (Path(root), Path(root, "images_classic")) for n in folders]
     # OpenOOD keeps SVHN's test images as a folder beside torchvision's training images.
-    wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *_TEST)
-    found = next((p for p in places if any(_is_split(p, part) for part in wanted)), None)
+    wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *TEST)
+    found = next((p for p in places if any(is_split(p, part) for part in wanted)), None)
     if found or split == "val":
-        images = keep(_of_folder(places, found, split, seed, channels, size), in_memory)
+        images = keep(folder_images(places, found, split, seed, how), in_memory)
         by_number = name in _CLASSES and images.classes == tuple(map(str, range(10)))
         return images.labelled(images.y, tuple(_CLASSES[name].split(","))) if by_number else images
     train = "train" if split == "train" else "test"
     if name in _TORCHVISION:
-        return _torchvision(name, train, Path(root), channels, size, download)
+        return _torchvision(name, train, Path(root), how, download)
     looked = ", ".join(str(place / train) for place in places)
     if name in NAMES:
         raise ValueError(
@@ -135,9 +135,7 @@ def own_shape(name: str) -> tuple[int, int, int]:
     return (3, 32, 32) if name in _TORCHVISION else (3, 64, 64)
 
 
-def _torchvision(
-    name: str, split: str, root: Path, channels: int, size: int, download: bool
-) -> ImageSet:
+def _torchvision(name: str, split: str, root: Path, how: Transform, download: bool) -> ImageSet:
     import torchvision  # only here, so that everything else works without it
 
     which = {"split": split} if name == "svhn" else {"train": split == "train"}
@@ -155,137 +153,18 @@ def _torchvision(
         x = x.permute(0, 3, 1, 2)
     y = torch.as_tensor(np.asarray(data.labels if name == "svhn" else data.targets)).long()
     classes = tuple(getattr(data, "classes", map(str, range(10))))
-    return ImageSet(reshape(x, channels, size), y, classes)
+    return ImageSet(transformed(x, how), y, classes)
 
 
-def _of_folder(
-    places: Sequence[Path], path: Path | None, split: str, seed: int, channels: int, size: int
-) -> ImageFiles:
-    """One split of a folder ``path``; validation images are those of the first place with any."""
+def transformed(x: Tensor, how: Transform) -> Tensor:
+    """Uint8 images ``(N, C, H, W)``, transformed."""
+    C, H, W = how.shape
+    if how.resize == (H, W) == (H, H):
+        return reshape(x, C, H)
+    from PIL import Image
 
-    def files(classes: tuple[str, ...], listed: Sequence[tuple[str, int]], note: str = ""):
-        paths, labels = [file for file, _ in listed], [label for _, label in listed]
-        return ImageFiles.of(paths, channels, size, labels, classes=classes, note=note)
-
-    if split == "val":
-        return files(*_list(_validation(places))).unlabelled()
-    path = path or places[0]  # load() has found one
-    train, test = (
-        next((path / name for name in names if _is_split(path, name)), None)
-        for names in (("train",), _TEST)
-    )
-    if test is not None and split != "train":
-        classes, listed = _list(test)
-        note = f"{path} has no test/: the {len(listed)} images of {test.name}/ are the test set"
-        return files(classes, listed, "" if test.name == "test" else note)
-    if test is not None and train is None:
-        raise ValueError(
-            f"Expected training images in {path / 'train'}, beside {test}, but got no such folder"
-        )
-    source = train or path
-    classes, listed = _list(source)
-    if test is not None or split == "ood":
-        return files(classes, listed)
-    names = [(Path(os.path.relpath(file, source)).as_posix(), y) for file, y in listed]
-    held = held_out(names, seed)
-    part = [file for i, file in enumerate(listed) if (i in held) == (split == "test")]
-    if not part:
-        raise ValueError(
-            f"Expected a class of two images or more below {source}, to hold one out, but got one "
-            "image of each"
-        )
-    if split == "train":
-        return files(classes, part)
-    return files(classes, part, _split_note(path, source, classes, listed, part, seed))
-
-
-def _validation(places: Sequence[Path]) -> Path:
-    for place in places:
-        for name in _TEST[1:]:
-            if _is_split(place, name):
-                return place / name
-    looked = ", ".join(str(place / "val") for place in places)
-    raise ValueError(f"Expected validation images in a folder, one of {looked}, but got none")
-
-
-def held_out(files: Sequence[tuple[str, int]], seed: int) -> set[int]:
-    """Choose the files that are held out: one in five of each class, at least one of two or more.
-
-    Arguments:
-        files: Name and label of each; the order in which a disk lists them does not matter.
-        seed: Another one gives other files.
-
-    Returns:
-        Their indices.
-    """
-    order = [hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest() for name, _ in files]
-    of_class: dict[int, list[int]] = {}
-    for i in sorted(range(len(files)), key=order.__getitem__):
-        of_class.setdefault(files[i][1], []).append(i)
-    return {i for of in of_class.values() for i in of[: max(len(of) // 5, int(len(of) > 1))]}
-
-
-def _split_note(
-    path: Path,
-    source: Path,
-    classes: Sequence[str],
-    listed: Sequence[tuple[str, int]],
-    held: Sequence[tuple[str, int]],
-    seed: int,
-) -> str:
-    """How many images were held out, and of which classes there are none."""
-    lacks = "no train/ and test/" if source == path else "train/ and no test/"
-    note = (
-        f"{path} has {lacks}: {len(listed) - len(held)} images to train on, {len(held)} "
-        f"{HELD_OUT} (one in five of each class, seed {seed})"
-    )
-    tested = {label for _, label in held}
-    none = [name for label, name in enumerate(classes) if label not in tested]
-    names = ", ".join(none[:5]) + (f" and {len(none) - 5} more" if len(none) > 5 else "")
-    return f"{note}; no test image of {names}, of which there is one image" if none else note
-
-
-def _is_split(path: Path, name: str) -> bool:
-    """Whether ``path/name`` is a split and not a class of that name: it holds folders, or all
-    folders beside it are splits.
-    """
-    if not (path / name).is_dir():
-        return False
-    return bool(_folders(path / name)) or all(
-        folder.name in ("train", *_TEST) for folder in _folders(path)
-    )
-
-
-def _folders(path: Path) -> list[Path]:
-    """The folders in a folder but hidden ones, sorted (numbers by value)."""
-    found = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    return sorted(found, key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
-
-
-def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Classes, and path and label of all images below ``path/CLASS/``, sorted.
-
-    Raises:
-        ValueError: If there is no such folder, no class in it, or no image in a class.
-    """
-    if not path.is_dir():
-        raise ValueError(
-            f"Expected a folder with one folder of images per class at {path}, but got no folder"
-        )
-    classes, files, kinds = _folders(path), [], ", ".join(sorted(SUFFIXES))
-    for label, folder in enumerate(classes):
-        found = [(file, label) for file in images_below(folder)]
-        if not found:
-            raise ValueError(
-                f"Expected images in {folder}, one folder per class, but got none ({kinds}); "
-                "add some, or remove the folder"
-            )
-        files += found
-    if not classes:
-        raise ValueError(
-            f"Expected images in folders, one per class, below {path}, but got none ({kinds})"
-        )
-    return tuple(p.name for p in classes), files
+    arrays = x.permute(0, 2, 3, 1).squeeze(3).numpy()
+    return torch.stack([how.pixels(Image.fromarray(array)) for array in arrays])
 
 
 def reshape(x: Tensor, channels: int, size: int) -> Tensor:

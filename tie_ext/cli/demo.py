@@ -16,11 +16,13 @@ from tie_ext.cli.folder import clear, load_decision, read_record, written
 from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import AttachSettings, TrainSettings
 from tie_ext.cli.train import train_in
+from tie_ext.cli.transform import Transform
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import Decision
 from tie_ext.training.config import TIEConfig
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.files import locked, write_json
+from tie_ext.utils.weight_files import read_checkpoint
 
 
 def recipe(seed: int = 0, **changes: Any) -> Recipe:
@@ -35,7 +37,8 @@ def run(flags: Namespace) -> None:
     check_flags(vars(flags))
     start, folder = time.perf_counter(), flags.out
     train, calibration, new = demo_images.clothes()
-    images = RunImages(train, calibration, {**demo_images.strangers()})
+    transform = Transform.squash(train.shape)
+    images = RunImages(train, calibration, {**demo_images.strangers()}, transform)
     _check_folder(folder)
     with locked(folder):
         _check_folder(folder)  # again: another process may have used it meanwhile
@@ -75,10 +78,10 @@ def _attach(folder: Path, images: RunImages, seed: int) -> None:
     """A garbage class attached to the network that ships."""
     path = str(demo_images.NETWORK)
     settings = AttachSettings(data="demo", backbone="conv3", weights=path, seed=seed)
-    weights = registry.read_weights(path)
-    model = registry.load("conv3", 1, len(images.train.classes), weights, path)
+    checkpoint = read_checkpoint(path)
+    model, _ = registry.load("conv3", 1, len(images.train.classes), checkpoint)
     print("attaching a garbage class to a network trained on clothes", flush=True)
-    attach_in(folder, settings, model, images)
+    attach_in(folder, settings, model, images, checkpoint.path)
 
 
 def _train(folder: Path, images: RunImages, seed: int) -> None:

@@ -189,6 +189,8 @@ def evaluate_run(folder: Path, label: str, net: TIENet, images: RunImages) -> di
     numbers, scores = evaluate(net, images)
     combined, decision = score_combination(net, images, folder)
     numbers |= decision
+    if images.transform is not None:
+        images.transform.save(folder)
     numbers["scores"] |= metrics(combined)
     save_examples(folder, images)
     save_state(folder / "scores.safetensors", "scores", {label: scores["score"], **combined})

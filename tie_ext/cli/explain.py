@@ -16,7 +16,7 @@ from tie_ext.cli import page
 from tie_ext.cli.batches import ImageBatches, scaled
 from tie_ext.cli.figures import inversion_grid, layer_bars, spread
 from tie_ext.cli.flags import check_flags
-from tie_ext.cli.folder import is_attached, load_decision, read_record
+from tie_ext.cli.folder import is_attached, load_decision, read_record, run_transform
 from tie_ext.cli.score import LEVELS
 from tie_ext.cli.settings import ImageSettings, load_images
 from tie_ext.cli.snapshots import load_examples
@@ -54,10 +54,10 @@ def run(flags: Namespace) -> None:
         chosen |= {"root": flags.root} if flags.root else {}
         seed = known["seed"] if is_attached(record) else known["recipe"]["config"]["seed"]
         settings = ImageSettings(**chosen)
-    images, test, _ = load_images(settings, seed, net.image_shape[0])
-    batches = ImageBatches(images.first(MAX_IMAGES), 250, scale=net)
+    images = load_images(settings, seed, run_transform(folder, settings, net.image_shape))
+    batches = ImageBatches(images.train.first(MAX_IMAGES), 250, scale=net)
     found = explain(net, batches, steps=flags.steps, progress=True)
-    found.layers.calibrate(ImageBatches(test, 250, scale=net))
+    found.layers.calibrate(ImageBatches(images.test, 250, scale=net))
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decide, examples, names)
     with locked(folder):

@@ -28,9 +28,10 @@ EXAMPLES = """examples:
 FOLDERS = """folder:PATH is a folder of images: PATH/train/CLASS/* and PATH/test/CLASS/* (or val,
 valid, validation). Without test images one image in five of each class is held out as such, also
 if the classes are in PATH itself; the seed chooses them."""
-WEIGHTS = """FILE is a state_dict in safetensors or as torch.save writes it, alone or in a
-checkpoint; no code in it is run. It tells whether images are grey or colour. Its classes are those
-of the data, in that order."""
+WEIGHTS = """FILE is a .pt, .pth, .ckpt or .safetensors file, Hugging Face's folder or index of
+shards; the state_dict may be under any key and prefix, and no code is run. It tells whether images
+are grey or colour. Its classes are those of the data, in that order."""
+YES = "go on although test images are training images"
 METHODS = {"inversion": InversionSettings}
 """Synthesizers with settings that are flags; the others have their defaults."""
 METAVARS = {str: "SET", int: "N", float: "X"}
@@ -80,6 +81,7 @@ def _train(train) -> None:
     train.usage = "tie-ext train --data SET --out RUN [flags]\n       tie-ext train --resume RUN"
     train.path("output", "--out", "RUN", "new run folder")
     train.path("output", "--resume", "RUN", "continue a run that was stopped")
+    train.flag("output", "--yes", YES, action="store_true")
     train.settings(TrainSettings, "data", required=False)
     train.device("network")
     train.method()
@@ -97,6 +99,7 @@ def _attach(attach) -> None:
     attach.epilog, attach.argument_default = f"{WEIGHTS} {FOLDERS}", argparse.SUPPRESS
     attach.usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ..."
     attach.path("output", "--out", "RUN", "new run folder", required=True)
+    attach.flag("output", "--yes", YES, action="store_true")
     attach.settings(AttachSettings, "data")
     attach.device("network")
 

@@ -16,7 +16,7 @@ A run of ``tie-ext attach`` has no training.safetensors, and one file of figures
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from tie_ext.cli import registry
 from tie_ext.cli.evaluation import COMBINED
-from tie_ext.cli.settings import TrainSettings
+from tie_ext.cli.settings import ImageSettings, TrainSettings
+from tie_ext.cli.transform import Transform, load_transform
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import Combined, TIEDetector, load_detector
@@ -170,6 +171,22 @@ def holds_attached(folder: Path) -> bool:
         return is_attached(read_record(folder))
     except (OSError, ValueError):
         return False
+
+
+def run_transform(
+    folder: Path, settings: ImageSettings, shape: Sequence[int] | None = None
+) -> Transform:
+    """How the images of a run are read; 0.2.0, which did not say, squashed them.
+
+    Arguments:
+        folder: The run.
+        settings: Its settings.
+        shape: ``(C, H, W)`` of its images, where it is known.
+    """
+    if (found := load_transform(folder)) is not None:
+        return found
+    squashed = replace(settings, transform="squash").image_transform()
+    return Transform.squash(shape) if shape else squashed
 
 
 def load_network(folder: str | os.PathLike) -> TIENet:

@@ -1,5 +1,5 @@
 """Images with labels, in memory or on disk. Where they lie changes nothing: the same rows give the
-same bytes, uint8 ``(N, C, S, S)``.
+same bytes, uint8 ``(N, C, H, W)``.
 
 torchvision's ``ImageFolder`` is not used: it keeps two Python objects per image, follows links to
 folders, reads hidden folders as classes and puts class 10 before class 2.
@@ -8,18 +8,16 @@ folders, reads hidden folders as classes and puts class 10 before class 2.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tie_ext.cli.transform import Transform
 from tie_ext.utils.checks import check_number
-
-if TYPE_CHECKING:
-    from PIL import Image
+from tie_ext.utils.duplicates import SHARE
 
 PIECE = 32
 """Images that a worker decodes at once, so that few wait in memory, whatever the batch size."""
@@ -27,8 +25,6 @@ WORKERS = 8
 """Most processes that decode; never more than there are processors."""
 WITHOUT_WORKERS = 128
 """Up to so many images are decoded by this process, as workers would take longer to start."""
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
-"""Suffixes of image files."""
 AnyImages = TypeVar("AnyImages", bound="Images")
 
 
@@ -42,14 +38,14 @@ class Images(Dataset):
     note: str
     """How the test images were chosen, where the user has to know."""
     shape: tuple[int, ...]
-    """``(C, S, S)``."""
+    """``(C, H, W)``."""
 
     def take(self: AnyImages, rows: Tensor) -> AnyImages:
         """The images of some rows, indices or a mask, in their order."""
         raise NotImplementedError
 
     def parts(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images of each tensor of indices, uint8 ``(B, C, S, S)``.
+        """The images of each tensor of indices, uint8 ``(B, C, H, W)``.
 
         Raises:
             ValueError: If one cannot be read.
@@ -60,7 +56,7 @@ class Images(Dataset):
         return len(self.y)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image ``(C, S, S)`` in [0, 1] and its label, as torch's ``DataLoader`` asks."""
+        """One image ``(C, H, W)`` in [0, 1] and its label, as torch's ``DataLoader`` asks."""
         (x,) = self.parts([torch.tensor([index])])
         return x[0].float() / 255, int(self.y[index])
 
@@ -120,7 +116,7 @@ class ImageSet(Images):
     """Images in memory.
 
     Arguments:
-        x: The images, uint8 ``(N, C, S, S)``.
+        x: The images, uint8 ``(N, C, H, W)``.
         y: Their labels ``(N,)``, int64.
         classes: Name of each class.
         note: How the test images were chosen.
@@ -133,7 +129,7 @@ class ImageSet(Images):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """``(C, S, S)``."""
+        """``(C, H, W)``."""
         return tuple(self.x.shape[1:])
 
     def take(self, rows: Tensor) -> "ImageSet":
@@ -157,37 +153,36 @@ class ImageFiles(Images):
         files: Path of each, bytes ``(N,)``: paths as objects would take more memory than a
             network.
         y: Their labels ``(N,)``, int64.
-        channels: C, 1 or 3.
-        size: S, the side to which images are resized.
+        transform: What makes an image of a file.
         classes: Name of each class.
         note: How the test images were chosen.
+        left_out: Image files beside them that Pillow does not read here.
     """
 
     files: np.ndarray
     y: Tensor
-    channels: int
-    size: int
+    transform: Transform
     classes: tuple[str, ...] = ()
     note: str = ""
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def of(
         cls,
         files: Sequence[str | os.PathLike],
-        channels: int,
-        size: int,
+        transform: Transform,
         labels: Sequence[int] | None = None,
         **about: Any,
     ) -> "ImageFiles":
-        """Images by path, with labels or without; ``about`` holds ``classes`` and ``note``."""
+        """Images by path, with labels or without; ``about`` holds what else the class has."""
         paths = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
         y = torch.full((len(files),), -1) if labels is None else torch.tensor(labels)
-        return cls(paths, y, channels, size, **about)
+        return cls(paths, y, transform, **about)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """``(C, S, S)``."""
-        return self.channels, self.size, self.size
+        """``(C, H, W)``."""
+        return self.transform.shape
 
     def take(self, rows: Tensor) -> "ImageFiles":
         """The images of some rows."""
@@ -250,11 +245,33 @@ class RunImages(NamedTuple):
     """ID test images."""
     ood: dict[str, Images]
     """OOD image sets by name."""
+    transform: Transform | None = None
+    """How they were read."""
+    repeated: float = 0.0
+    """Share of test images, in [0, 1], whose files are among the training images."""
+    notes: tuple[str, ...] = ()
+    """What the user has to know of how they are read."""
 
     @property
     def sets(self) -> dict[str, Images]:
         """The sets to score by name; the ID set is ``id``."""
         return {"id": self.test, **self.ood}
+
+    def check_held_out(self, anyway: bool) -> None:
+        """Refuse test images that are training images.
+
+        Arguments:
+            anyway: Do not.
+
+        Raises:
+            ValueError: With the share of them, if it is above :data:`SHARE`.
+        """
+        if self.repeated > SHARE and not anyway:
+            raise ValueError(
+                "Expected test images that the network was not trained on, but got training "
+                f"images in {self.repeated:.0%} of them, byte for byte: their threshold rejects "
+                "more than it says. Put others into test/, or give --yes"
+            )
 
     def check(self) -> None:
         """Read every image to score once, so that a broken one is reported before any work.
@@ -274,13 +291,13 @@ class _Decoder(Dataset):
     """
 
     def __init__(self, images: ImageFiles):
-        self.files, self.shape = images.files, images.shape
+        self.files, self.transform = images.files, images.transform
 
     def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        x, broken = np.zeros((len(rows), *self.shape), dtype=np.uint8), {}
+        x, broken = np.zeros((len(rows), *self.transform.shape), dtype=np.uint8), {}
         for place, row in enumerate(rows):
             try:
-                x[place] = read_image(os.fsdecode(self.files[row]), *self.shape[:2])
+                x[place] = self.transform.read(os.fsdecode(self.files[row]))
             except ValueError as error:
                 broken[place] = str(error)
         return x, broken
@@ -294,69 +311,3 @@ def _processors() -> int:
     """Processors that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def images_below(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """All image files in a folder and below it, by name; hidden entries and links to folders are
-    left out.
-    """
-    with os.scandir(os.fspath(folder)) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from images_below(entry.path)
-        elif Path(entry.name).suffix.lower() in SUFFIXES and not entry.is_dir():
-            yield entry.path
-
-
-def read_image(path: str | os.PathLike, channels: int, size: int) -> Tensor:
-    """One image file as uint8 ``(C, S, S)``.
-
-    16 bits become 8 over their full range. Transparency is dropped, as torchvision's and OpenOOD's
-    loaders do: a clear pixel shows the colour it is stored with. The first image of an animation,
-    or of a file of several pages, is taken.
-
-    Arguments:
-        path: The file.
-        channels: C; 1 (luma of colour images) or 3 (grey ones repeated).
-        size: S, in pixels; the image is resized bilinearly to this height and width.
-
-    Raises:
-        ValueError: If Pillow cannot read it, or its pixels have neither 8 nor 16 bits.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            eight = _eight_bits(image).convert("L" if channels == 1 else "RGB")
-            if eight.size != (size, size):
-                eight = eight.resize((size, size), Image.Resampling.BILINEAR)
-            array = np.array(eight)
-    except Exception as error:  # of many types, by the byte that Pillow fails at
-        reason = error or type(error).__name__
-        raise ValueError(f"Expected an image file at {path}, but got: {reason}") from error
-    return torch.from_numpy(array).reshape(size, size, channels).permute(2, 0, 1)
-
-
-def _eight_bits(image: "Image.Image") -> "Image.Image":
-    """An image that Pillow converts to grey or colour correctly."""
-    from PIL import Image
-
-    if image.mode == "F":
-        raise ValueError(
-            "floating-point pixels (mode F), of which black and white are not known; "
-            "save it with 8 or 16 bits"
-        )
-    # 16 bits, which older Pillows open as 32; Pillow's own conversion clips all above 255.
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"pixels in [{values.min()}, {values.max()}], outside [0, 65535]; "
-                "save it with 8 or 16 bits"
-            )
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    # Pillow warns of a palette with transparency.
-    return image.convert("RGBA") if image.mode in ("P", "PA") else image

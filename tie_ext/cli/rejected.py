@@ -16,7 +16,7 @@ from tie_ext.cli import page
 from tie_ext.cli.batches import scaled
 from tie_ext.cli.folder import load_run
 from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.score import BATCH, check_square, list_images
+from tie_ext.cli.score import BATCH, list_images, transform_of
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.base import Thresholded
 from tie_ext.pytorch_ood.monitor import rate_interval
@@ -33,15 +33,15 @@ def run(flags: Namespace) -> None:
     """Score the images, group what is rejected, write page and folders, print the page's path."""
     detector, _ = load_run(flags.run)
     net: TIENet = detector.network  # type: ignore[assignment]
-    check_square(net)
-    files = list_images([flags.images])
-    images = ImageFiles.of(files, *net.image_shape[:2])  # type: ignore[index]
+    folder = flags.run if flags.run.is_dir() else flags.run.parent
+    transform, _ = transform_of(net, folder)
+    files, _ = list_images([flags.images])
+    images = ImageFiles.of(files, transform)
     with Progress(total=len(files), desc="report", unit=" images") as bar:
         found = rejects(detector, _batches(images, net, bar))
     for number, group in enumerate(found.groups, 1):
         if flags.export is not None:
             export([files[row] for row in group.rows.tolist()], flags.export / name(number, group))
-    folder = flags.run if flags.run.is_dir() else flags.run.parent
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     body = list(_body(found, files, names))
     about = lead(found, detector)

@@ -1,12 +1,14 @@
 """``tie-ext score``: a row per image, in memory that does not grow with their number."""
 
 import csv
+import io
+import itertools
 import json
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -16,7 +18,9 @@ from torch import Tensor
 from tie_ext.cli.batches import scaled
 from tie_ext.cli.flags import check_flags, usage
 from tie_ext.cli.folder import load_run
-from tie_ext.cli.images import ImageFiles, images_below
+from tie_ext.cli.images import ImageFiles
+from tie_ext.cli.reading import Survey, images_below, is_readable, left_out
+from tie_ext.cli.transform import Transform, load_transform
 from tie_ext.cli.watch import Watch
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import Decision
@@ -27,6 +31,7 @@ LEVELS = ("accepted", "garbage", "uncertain")
 """Words for the levels of a decision."""
 UNREADABLE = "unreadable"
 """Level of a file that is no image."""
+ESCAPED = "backslashreplace"
 BATCH = 64
 """Images scored at once."""
 COLUMNS = ("image", "label", "level", "uncertainty", "score")
@@ -44,14 +49,17 @@ def run(flags: Namespace) -> int:
             check_number("--false-alarm", flags.false_alarm, 0, 1, above=True)
     detector, decide = load_run(flags.run, flags.false_alarm, flags.device)
     net = cast(TIENet, detector.network)
-    check_square(net)
-    files, watch = list_images(flags.images), None
+    folder = flags.run if flags.run.is_dir() else flags.run.parent
+    transform, known = transform_of(net, folder)
+    files, unread = list_images(flags.images)
+    watch = None
     if flags.monitor is not None:
         watch = Watch(flags.monitor, detector, decide)
         decide = watch.decide
     # A bar between rows on one terminal would tear them.
     progress = flags.out is not None or not (sys.stdout.isatty() and sys.stderr.isatty())
-    rows = score(net, decide, files, flags.every_label, progress)
+    found = Survey()
+    rows = score(net, decide, files, transform, flags.every_label, progress, found)
     errors = []
     with _output(flags.out) as out:
         table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -67,51 +75,84 @@ def run(flags: Namespace) -> int:
             if i % BATCH == 0:
                 out.flush()
     drift = watch is not None and watch.end(without=[place for place, _ in errors])
+    for note in filter(None, (*notes(found, transform, known), left_out(unread))):
+        print(f"tie-ext: {note}", file=sys.stderr)
     if errors:
         more = f"; {len(errors) - 1} more are unreadable too, see level {UNREADABLE!r}"
         raise ValueError(errors[0][1] + (more if len(errors) > 1 else ""))
     return DRIFT if drift else 0
 
 
-def check_square(net: TIENet) -> None:
-    """Refuse a network that takes no square images of one or three channels.
+def transform_of(net: TIENet, folder: Path) -> tuple[Transform, bool]:
+    """How images are read for a network, and whether that is known; else they are squashed.
 
     Raises:
-        ValueError: With the shape of its images.
+        ValueError: If the network takes no images of one shape, grey or of three colours.
     """
-    C, H, W = net.image_shape or (0, 0, 0)
-    if C not in (1, 3) or H != W:
+    shape = net.image_shape or (0, 0, 0)
+    if shape[0] not in (1, 3):
         raise ValueError(
-            "Expected a network for square images, grey or of three colours, but got one for "
-            f"images {net.image_shape}"
+            "Expected a network for images of one shape, grey or of three colours, but got one "
+            f"for images {net.image_shape}"
+        )
+    found = load_transform(folder)
+    if found is not None and found.shape != shape:
+        raise ValueError(
+            f"Expected a transform to images {shape} in {folder}, but got one to {found.shape}"
+        )
+    known = found is not None or (folder / "run.json").is_file()  # of 0.2.0, which squashed
+    return found or Transform.squash(shape), known
+
+
+def notes(found: Survey, transform: Transform, known: bool) -> Iterator[str]:
+    """What the user has to know of how images were read."""
+    if found.other and not known:
+        yield (
+            f"{found.other} of {found.seen} images were squashed to {transform.shape[2]} x "
+            f"{transform.shape[1]} pixels, as the detector does not say how its images were read; "
+            "if otherwise, score in Python, with your own transform"
+        )
+    if found.turned:
+        turned = "turned upright" if transform.exif_transpose else "not turned"
+        yield (
+            f"{found.turned} of {found.seen} images carry an EXIF orientation: they were "
+            f"{turned}, as in the run"
         )
 
 
-def list_images(places: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Image files, and those in folders and below them, by name.
+def list_images(places: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str]]:
+    """Image files, and those in folders and below them, by name; and those in folders that Pillow
+    does not read here.
 
     Raises:
         ValueError: If there is nothing at a path, or a folder holds no image.
     """
     files: list[str] = []
+    unread: list[str] = []
     for place in places:
         if not Path(place).exists():
             raise ValueError(
                 f"Expected an image file at {place}, or a folder of them, but there is nothing"
             )
-        found = list(images_below(place)) if Path(place).is_dir() else [os.fspath(place)]
+        if not Path(place).is_dir():
+            files.append(os.fspath(place))
+            continue
+        found = list(images_below(place))
         if not found:
             raise ValueError(f"Expected images in {place} or below it, but got none")
-        files += found
-    return files
+        files += filter(is_readable, found)
+        unread += itertools.filterfalse(is_readable, found)
+    return files, unread
 
 
 def score(
     net: TIENet,
     decide: Callable[[Tensor], Decision],
     files: Sequence[str],
+    transform: Transform,
     every_label: bool = False,
     progress: bool = False,
+    found: Survey | None = None,
 ) -> Iterator[tuple[dict, str | None]]:
     """Score image files.
 
@@ -119,14 +160,16 @@ def score(
         net: The network, on its device.
         decide: Gives the decision on a batch of its images.
         files: Paths.
+        transform: How they are read.
         every_label: Name the likeliest class of a rejected image too.
         progress: Show progress.
+        found: Counts images that are not square or not upright.
 
     Returns:
         For each file its row, of :data:`COLUMNS`, and what is wrong with it, or None. An
         unreadable file has a level alone, :data:`UNREADABLE`.
     """
-    images = ImageFiles.of(files, *net.image_shape[:2])  # type: ignore[index]
+    images = ImageFiles.of(files, transform)
     parts = torch.arange(len(images)).split(BATCH)
     with Progress(desc="score", total=len(images), unit=" images", disable=not progress) as bar:
         for part, (x, broken) in zip(parts, images.decoded(parts), strict=True):
@@ -136,6 +179,9 @@ def score(
                 if place in broken:
                     row["level"] = UNREADABLE
                 else:
+                    if found is not None:
+                        with suppress(ValueError):  # it vanished meanwhile
+                            found.add(str(row["image"]), transform.shape[1:])
                     if level == 0 or every_label:
                         row["label"] = net.class_names[label] if net.class_names else label
                     row |= {"level": LEVELS[level], "uncertainty": round(uncertainty, 6)}
@@ -146,12 +192,14 @@ def score(
 
 @contextmanager
 def _output(path: Path | None) -> Iterator[TextIO]:
-    """A file for the rows; the standard output for None."""
+    """A file for the rows; the standard output for None. Names that are no UTF-8 are escaped."""
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=ESCAPED)
         yield sys.stdout
         return
     try:
-        with open(path, "w", newline="") as out:
+        with open(path, "w", newline="", encoding="utf-8", errors=ESCAPED) as out:
             yield out
     except OSError as error:
         if error.filename not in (None, os.fspath(path)):

@@ -1,12 +1,17 @@
 """The settings of a run, which are flags of the command line too, and its images."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from textwrap import shorten
 from typing import Any
 
 from tie_ext.cli import data
 from tie_ext.cli.data import IN_MEMORY, NAMES
-from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.images import ImageFiles, Images, RunImages
+from tie_ext.cli.presets import check_kind, make_transform
+from tie_ext.cli.reading import Survey, left_out, repeated
+from tie_ext.cli.transform import Transform
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.training.recipe import Recipe
@@ -43,9 +48,20 @@ class ImageSettings(Settings):
     )
     size: int | None = setting(
         None,
-        "resize images to N x N pixels (default: the set's own size, 64 for folders)",
+        "size of the images, N x N pixels (default: the network's own, by --transform; else the "
+        "set's, 64 for folders)",
         low=1,
         high=LARGEST_SIDE,
+    )
+    transform: str | None = setting(
+        None,
+        "how an image becomes N x N pixels: torchvision or timm (as the network's weights have "
+        "it), crop (resized, the middle cropped) or squash (default: crop for folders and "
+        "networks of torchvision and timm, else squash)",
+        metavar="HOW",
+    )
+    exif_transpose: bool = setting(
+        False, "turn photographs as EXIF says, which torchvision's loaders do not"
     )
     batch_size: int = setting(128, "ID images per batch", low=1, high=10**6)
     in_memory: str = setting(
@@ -54,13 +70,18 @@ class ImageSettings(Settings):
     backbone: str = setting("conv3", BACKBONE, **NETWORK)
     mean: tuple[float, ...] = setting(
         (),
-        "mean that normalisation subtracts from images in [0, 1], one or one per channel",
+        "mean that normalisation subtracts from images in [0, 1], one or one per channel "
+        "(default: the network's own, by --transform; else 0)",
         low=0,
         high=1,
         **CHANNELS,
     )
     std: tuple[float, ...] = setting(
-        (), "standard deviation it divides by", low=1e-3, high=1, **CHANNELS
+        (),
+        "standard deviation it divides by (default: likewise; else 1)",
+        low=1e-3,
+        high=1,
+        **CHANNELS,
     )
 
     def __post_init__(self) -> None:
@@ -69,25 +90,44 @@ class ImageSettings(Settings):
             raise ValueError(
                 f"Expected as many --mean as --std, but got {len(self.mean)} and {len(self.std)}"
             )
+        check_kind(self._transform(), self.backbone)
 
     def record(self) -> dict:
         """The settings as JSON has them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def bounds(self, channels: int) -> tuple[list[float], list[float]]:
-        """The values of black and white after normalisation, one for each of mean and std.
+    def image_transform(self, channels: int | None = None) -> Transform:
+        """How the images of the run are read.
+
+        Arguments:
+            channels: C of the network; None for the set's own.
 
         Raises:
-            ValueError: If mean and std are of another number of channels.
+            ValueError: If there is no such transform for the network, or mean and std are of
+                another number of channels.
+            ImportError: If timm is asked for, and is not installed.
         """
+        own = data.own_shape(self.data)
+        channels = channels or own[0]
         if len(self.mean) not in (0, 1, channels):
             raise ValueError(
                 f"Expected --mean and --std of 1 or {channels} numbers, as the network takes "
                 f"{channels} channels, but got {len(self.mean)}"
             )
-        pairs = list(zip(self.mean, self.std, strict=True)) or [(0.0, 1.0)]
-        low, high = ([(value - mean) / std for mean, std in pairs] for value in (0, 1))
-        return low, high
+        return make_transform(
+            self._transform(),
+            self.backbone,
+            channels,
+            self.size,
+            own[1],
+            self.mean,
+            self.std,
+            self.exif_transpose,
+        )
+
+    def _transform(self) -> str:
+        named = self.data.partition(":")[0] in (*NAMES, "demo")
+        return self.transform or ("crop" if ":" in self.backbone and not named else "squash")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,21 +197,20 @@ class ReproduceSettings(Settings):
     )
 
 
-def load_images(settings: ImageSettings, seed: int, channels: int | None = None) -> RunImages:
+def load_images(settings: ImageSettings, seed: int, transform: Transform) -> RunImages:
     """The images of a run.
 
     Arguments:
         settings: The settings of the run.
         seed: Seed of the subset and of the held-out images.
-        channels: C; None for the set's own.
+        transform: How they are read.
 
     Raises:
-        ValueError: If a set is missing or unknown, or training and test classes differ.
+        ValueError: If a set is missing or unknown, a file is no image, or training and test
+            classes differ.
     """
-    own = data.own_shape(settings.data)
-    C, S = channels or own[0], settings.size or own[1]
     try:
-        images = _load(settings, seed, (C, S, S))
+        images = _load(settings, seed, transform)
     except OSError as error:
         raise ValueError(
             f"Expected to read the images of {shorten(settings.data, 80)}, but got: "
@@ -185,11 +224,19 @@ def load_images(settings: ImageSettings, seed: int, channels: int | None = None)
     return images
 
 
-def _load(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> RunImages:
+def _load(settings: ImageSettings, seed: int, transform: Transform) -> RunImages:
+    files: list[ImageFiles] = []
+
     def read(name: str, split: str, count: int | None = None) -> Images:
-        root, download = settings.root, settings.download
-        images = data.load(name, split, root, shape, download, seed, in_memory="no")
-        return data.keep(images.first(count, seed), settings.in_memory)
+        root, download, shape = settings.root, settings.download, transform.shape
+        images = data.load(name, split, root, shape, download, seed, "no", transform)
+        images = images.first(count, seed)
+        if isinstance(images, ImageFiles):
+            files.append(images)
+        return images
+
+    def kept(images: Images) -> Images:
+        return data.keep(images, settings.in_memory)
 
     train: Images
     test: Images
@@ -199,13 +246,33 @@ def _load(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> Ru
 
         own, found = clothes()[:2], strangers()
         train, test, *shaped = (
-            replace(images, x=data.reshape(images.x, *shape[:2]))
+            replace(images, x=data.transformed(images.x, transform))
             for images in (*own, *found.values())
         )
         train, others = train.first(settings.images, seed), dict(zip(found, shaped, strict=True))
     else:
         train, test = read(settings.data, "train", settings.images), read(settings.data, "test")
-        others = {"noise": data.noise("gaussian", min(len(test), NOISE_IMAGES), shape)}
+        noise = data.noise("gaussian", min(len(test), NOISE_IMAGES), transform.shape)
+        others = {"noise": noise}
     validation = {f"val:{name}": read(name, "val") for name in settings.val_ood}
     ood = {name: read(name, "ood") for name in settings.ood}
-    return RunImages(train, test, validation | ood | others)
+    notes = survey(files, transform)
+    sets = {name: kept(images) for name, images in (validation | ood | others).items()}
+    same = 0.0
+    if isinstance(train, ImageFiles) and isinstance(test, ImageFiles):
+        same = repeated(test.files, train.files)  # type: ignore[arg-type]
+    return RunImages(kept(train), kept(test), sets, transform, same, notes)
+
+
+def survey(sets: Sequence[ImageFiles], transform: Transform) -> tuple[str, ...]:
+    """What a user has to know of how images are read, from the headers of their files.
+
+    Raises:
+        ValueError: If a file has none that Pillow can read.
+    """
+    found = Survey()
+    for images in sets:
+        for file in images.files:
+            found.add(os.fsdecode(file), transform.shape[1:])
+    other = left_out({file for images in sets for file in images.left_out})
+    return tuple(filter(None, (*transform.notes(found), other)))

@@ -8,24 +8,32 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tie_ext.cli import data, processes, registry, tables
+from tie_ext.cli import processes, registry, tables
 from tie_ext.cli.batches import training_batches
 from tie_ext.cli.classifier import make_network
 from tie_ext.cli.evaluation import evaluate_run, too_few
 from tie_ext.cli.flags import UsageError, check_flags, recipe_of, settings_of, usage
-from tie_ext.cli.folder import OWN, holds_attached, read_record, read_settings
+from tie_ext.cli.folder import (
+    OWN,
+    holds_attached,
+    read_record,
+    read_settings,
+    run_transform,
+)
 from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
+from tie_ext.cli.transform import Transform
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.distributed import share, world
 from tie_ext.utils.files import locked, sha256, write_json
 from tie_ext.utils.provenance import provenance
+from tie_ext.utils.weight_files import read_checkpoint
 
 STATE = "training.safetensors"
 
@@ -44,7 +52,7 @@ def run(flags: Namespace) -> None:
         )
     with processes.together(flags.device) as device:
         first = processes.first()
-        record = _run(folder, settings, device, first)
+        record = _run(folder, settings, device, first, "yes" in flags)
     if not first:
         return
     print(tables.tables({OWN[False]: record["numbers"]}))
@@ -61,7 +69,9 @@ def _new_settings(given: Mapping[str, Any]) -> TrainSettings:
     return settings_of(TrainSettings, given, recipe=recipe_of({"head": "multilayer", **given}))
 
 
-def _run(folder: Path, settings: TrainSettings | None, device: str, first: bool) -> dict:
+def _run(
+    folder: Path, settings: TrainSettings | None, device: str, first: bool, anyway: bool
+) -> dict:
     """Read the data of a new run, or of one to resume for None, lock its folder, and train."""
     new = settings is not None
     if settings is None:
@@ -72,15 +82,16 @@ def _run(folder: Path, settings: TrainSettings | None, device: str, first: bool)
     registry.check_name(settings.backbone)
     channels = None
     if new and settings.weights is not None:
-        weights = registry.read_weights(settings.weights)
-        channels = registry.channels_of(settings.backbone, weights, settings.weights)
-    settings.bounds(channels or data.own_shape(settings.data)[0])  # refuses a wrong number
-    images = load_images(settings, settings.recipe.config.seed, channels)
+        channels = registry.channels_of(settings.backbone, read_checkpoint(settings.weights))
+    transform = settings.image_transform(channels) if new else run_transform(folder, settings)
+    images = load_images(settings, settings.recipe.config.seed, transform)
+    if new:
+        images.check_held_out(anyway)
     if first:
         if new:
             images.check()
         few = too_few(len(images.test)) if settings.recipe.head == "multilayer" else ""
-        for note in filter(None, (images.test.note, few)):
+        for note in filter(None, (images.test.note, few, *images.notes)):
             print(note)
     with locked(folder) if first else nullcontext():
         if new:
@@ -111,9 +122,11 @@ def train_in(
     """
     config = settings.recipe.config
     resumed = os.path.lexists(folder / STATE)  # a link to nowhere is no reason to start again
-    bounds = settings.bounds(images.train.shape[0])
+    transform = cast(Transform, images.transform)
     backbone = partial(_backbone, settings, images.train, folder / STATE if resumed else None)
-    net = make_network(backbone, images.train, config, device, settings.recipe.head, bounds)
+    net = make_network(
+        backbone, images.train, config, device, settings.recipe.head, transform.bounds
+    )
     trainer = settings.recipe.trainer(net, progress)
     if resumed:
         processes.load(folder, trainer)
@@ -123,9 +136,9 @@ def train_in(
         processes.share_of(images.train, config.seed),
         share(settings.batch_size),
         settings.shift,
-        Bounded(*bounds) if settings.mean else None,
+        Bounded(*transform.bounds) if transform.mean else None,
     )
-    about = _about(folder, settings, images.test, resumed)
+    about = _about(folder, settings, images, resumed)
     if processes.first():
         # So that a run that is killed in its first epoch can be resumed.
         record = {"settings": settings.record(), **about, **provenance(trainer.device)}
@@ -155,15 +168,21 @@ def _backbone(settings: TrainSettings, images: Images, resumed: Path | None) -> 
         return registry.build_for(name, channels, n, resumed.stat().st_size)
     if settings.weights is None:
         return registry.build(name, channels, n)
-    weights = registry.read_weights(settings.weights)
+    checkpoint = read_checkpoint(settings.weights)
     # TIENet replaces a last layer for other classes.
-    outputs = registry.outputs_of(name, channels, weights, n)
-    return registry.load(name, channels, outputs, weights, settings.weights)
+    outputs = registry.outputs_of(name, channels, checkpoint, n)
+    model, note = registry.load(name, channels, outputs, checkpoint)
+    if note:
+        print(note)
+    return model
 
 
-def _about(folder: Path, settings: TrainSettings, test: Images, resumed: bool) -> dict[str, Any]:
+def _about(
+    folder: Path, settings: TrainSettings, images: RunImages, resumed: bool
+) -> dict[str, Any]:
     """Facts of a run that ``run.json`` has besides its settings."""
-    about: dict[str, Any] = {"test_images": test.note} if test.note else {}
+    about: dict[str, Any] = {"transform": asdict(cast(Transform, images.transform))}
+    about |= {"test_images": images.test.note} if images.test.note else {}
     if world() > 1:
         about["processes"] = world()
     if settings.weights is not None:

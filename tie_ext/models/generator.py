@@ -1,5 +1,5 @@
 """The conditional generator: from latent vectors ``z (B, Z)`` and soft class codes ``(B, n+1)`` to
-images ``(B, C, S, S)``.
+images ``(B, C, H, W)``: the middle of squares of their longer side.
 """
 
 import math
@@ -18,7 +18,7 @@ class Generator(Bounded):
     """Four to six transposed convolutions from a latent vector and a soft code to an image.
 
     Arguments:
-        image_shape: ``(C, H, W)`` of the images, square, 28 to 224 pixels, 1 or 3 channels.
+        image_shape: ``(C, H, W)`` of the images, C 1 or 3, the longer side 28 to 224 pixels.
         code_size: Length of the soft code, n+1.
         latent_size: Length Z of the latent vector.
         width: Channels of the last stage but the image; earlier stages have up to four times that.
@@ -26,8 +26,7 @@ class Generator(Bounded):
         high: Largest value of the data.
 
     Raises:
-        ValueError: If the shape is not square, too small or too large, or has neither one nor
-            three channels.
+        ValueError: If the shape is too small or too large, or has neither one nor three channels.
 
     References:
         TIE, section 6.1: 4-6 transposed convolutions, normally distributed weights.
@@ -43,8 +42,8 @@ class Generator(Bounded):
         high: float | Sequence[float] | Tensor = 1.0,
     ):
         super().__init__(low, high)
-        channels, size = check_image_shape(image_shape)
-        self.image_shape = (channels, size, size)
+        self.image_shape = check_image_shape(image_shape)
+        channels, size = self.image_shape[0], max(self.image_shape[1:])
         self.code_size, self.latent_size = code_size, latent_size
         sizes = [size]  # from the image down to a seed of at most 7x7
         while sizes[-1] > 7:
@@ -74,7 +73,10 @@ class Generator(Bounded):
         """
         # Of mean 0. The scale suits z of variance 1; it stops at ten classes and garbage.
         scaled = (code - 1 / self.code_size) * min(self.code_size, LARGEST)
-        x = self.layers(torch.cat([z, scaled], dim=1)[:, :, None, None]).sigmoid()
+        x = self.layers(torch.cat([z, scaled], dim=1)[:, :, None, None])
+        _, H, W = self.image_shape
+        top, left = (x.shape[2] - H) // 2, (x.shape[3] - W) // 2
+        x = x[:, :, top : top + H, left : left + W].sigmoid()
         return self.from_unit(x).contiguous()  # the backbone decides on its layout
 
 
@@ -84,21 +86,16 @@ def _upsample(cin: int, cout: int, before: int, after: int, bias: bool) -> nn.Co
     return nn.ConvTranspose2d(cin, cout, 4 if after == 2 * before else 3, stride, 1, bias=bias)
 
 
-def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int]:
-    """Channels and size of a square image shape.
+def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """The shape of images that a generator can make.
 
     Raises:
-        ValueError: If it is not ``(1 or 3, S, S)`` with S in [28, 224].
+        ValueError: If it is not ``(1 or 3, H, W)`` with the longer side in [28, 224].
     """
     shape = tuple(image_shape)
-    if (
-        len(shape) != 3
-        or shape[0] not in (1, 3)
-        or shape[1] != shape[2]
-        or not 28 <= shape[1] <= 224
-    ):
+    if len(shape) != 3 or shape[0] not in (1, 3) or not 28 <= max(shape[1:]) <= 224:
         raise ValueError(
-            "Expected a square image shape (C, S, S) with C 1 or 3 and S in [28, 224], "
+            "Expected an image shape (C, H, W) with C 1 or 3 and the longer side in [28, 224], "
             f"but got {shape}"
         )
-    return shape[0], shape[1]
+    return shape[0], shape[1], shape[2]

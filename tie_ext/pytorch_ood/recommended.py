@@ -1,6 +1,7 @@
 """The combination that we recommend, in one call. Larger score = more OOD."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from tie_ext.scores.combination import check_rule
 from tie_ext.scores.knn import knn_labels
 from tie_ext.scores.threshold import Guarantee, split
 from tie_ext.utils.checks import check_number
+from tie_ext.utils.duplicates import Digests, warn_of_repeated
 from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import eval_view
@@ -82,7 +84,7 @@ def combine(
             own.
 
     Returns:
-        The fitted detector.
+        The fitted detector. A warning says so where calibration images are training images.
 
     Raises:
         TypeError: If the network is no TIENet.
@@ -101,9 +103,11 @@ def combine(
             "but got the training images again"
         )
     view = eval_view(net)
+    seen: defaultdict[str, Digests] = defaultdict(Digests)
 
     def read(loader: Iterable, name: str, field: str) -> Iterator[tuple[Outputs, Tensor | None]]:
         for x, labels in id_reader(net, loader, name):
+            seen[name].add(x)
             yield forward(view, x.to(device), {field}), labels
 
     sample = sample_features(read(train_loader, "train_loader", "features"))
@@ -113,9 +117,10 @@ def combine(
     layer = (net.fc.weight, net.fc.bias) if linear else None
     members, promise = chosen_members(sample, net, layer), (guarantee, confidence, per_class)
     combined = Combined(members, false_alarm, rule, *promise)
-    return fit_chosen(
-        combined, sample, read(calibration_loader, "calibration_loader", "all_logits")
-    )
+    held_out = read(calibration_loader, "calibration_loader", "all_logits")
+    fit_chosen(combined, sample, held_out)
+    warn_of_repeated(seen["train_loader"], seen["calibration_loader"])
+    return combined
 
 
 def chosen_members(

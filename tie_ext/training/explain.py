@@ -272,10 +272,10 @@ def _blur(x: Tensor) -> Tensor:
 
 def _shift(x: Tensor) -> Tensor:
     """Images ``(B, C, S, S)``, all shifted by the same few pixels; their border is continued."""
-    size = x.shape[-1]
-    reach = size // MAX_SHIFT
+    H, W = x.shape[-2:]
+    reach = min(H, W) // MAX_SHIFT
     top, left = torch.randint(2 * reach + 1, (2,)).tolist()
-    return F.pad(x, (reach,) * 4, mode="replicate")[..., top : top + size, left : left + size]
+    return F.pad(x, (reach,) * 4, mode="replicate")[..., top : top + H, left : left + W]
 
 
 @torch.no_grad()
