@@ -392,7 +392,7 @@ def test_help_says_what_each_setting_means(command, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "attach", "score", "report", "explain", "reproduce"]
+    "command", ["demo", "train", "attach", "score", "calibrate", "report", "explain", "reproduce"]
 )
 def test_help_of_a_command_fits_two_screens_and_says_what_every_flag_does(
     command, capsys, monkeypatch

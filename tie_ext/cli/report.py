@@ -11,6 +11,7 @@ from torch import Tensor
 from tie_ext.cli import figures, page
 from tie_ext.cli.batches import scaled
 from tie_ext.cli.evaluation import COMBINED
+from tie_ext.cli.flags import UsageError
 from tie_ext.cli.folder import OWN, is_attached, load_decision, load_scores, read_record
 from tie_ext.cli.score import LEVELS
 from tie_ext.cli.snapshots import load_examples, load_snapshots
@@ -25,7 +26,14 @@ SHOWN = 10
 
 def run(flags: Namespace) -> None:
     """Write the page, and print its path."""
-    print(write_report(flags.run))
+    if flags.images is not None:
+        from tie_ext.cli import rejected  # which reads this module
+
+        rejected.run(flags)
+    elif flags.export is not None:
+        raise UsageError("Expected --images FOLDER beside --export, but got it alone")
+    else:
+        print(write_report(flags.run))
 
 
 def write_report(folder: Path) -> Path:
