@@ -83,8 +83,9 @@ def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
 
 def set_head_defaults(monkeypatch: pytest.MonkeyPatch, **changes) -> None:
     """Other defaults of HeadConfig, for programs that offer no way to give one."""
-    defaults = {f.name: f.default for f in fields(HeadConfig)}
-    values = tuple((defaults | changes).values())
+    # As __init__ has them, where a factory is no value.
+    names, given = [f.name for f in fields(HeadConfig)], HeadConfig.__init__.__defaults__
+    values = tuple((dict(zip(names, given, strict=True)) | changes).values())
     monkeypatch.setattr(HeadConfig.__init__, "__defaults__", values)
 
 
