@@ -25,6 +25,8 @@ AUTOCAST_DTYPES = ("float32", "bfloat16")
 HEADS = ("linear", "multilayer")
 """The garbage logit: the paper's linear function of the penultimate features, or a
 :class:`~tie_ext.models.head.GarbageHead` on every layer."""
+KEPT = ("train_features", "train_labels")
+"""Buffers that :func:`tie_ext.attach` fills, and :func:`tie_ext.combine` reads."""
 _EXTRA = "_extra_state"  # PyTorch's key for the result of get_extra_state
 
 
@@ -71,6 +73,11 @@ class TIENet(Bounded):
     """
 
     tau: Tensor
+    train_features: Tensor | None
+    """``(M, F)`` of a random sample of the images that the head was fitted on; None where none
+    were kept."""
+    train_labels: Tensor | None
+    """``(M,)``; None where there are none."""
     exact: ClassVar[tuple[str, ...]] = ("low", "high", "tau")
 
     def __init__(
@@ -124,6 +131,8 @@ class TIENet(Bounded):
         self.garbage = nn.Linear(cut.in_features, 1, **like) if own is None else own.to(**like)
         # Infinite until training sets it, so that level 2 rejects nothing.
         self.register_buffer("tau", torch.tensor(math.inf))
+        for name in KEPT:
+            self.register_buffer(name, None)
         self._autocast_dtype = "float32"
         for name in self.exact:
             setattr(self, name, getattr(self, name).to(cut.weight.device))
@@ -225,6 +234,11 @@ class TIENet(Bounded):
         """
         check_images(x, self.image_shape, self.low.to(x.device), self.high.to(x.device))
 
+    def keep_training(self, features: Tensor | None, labels: Tensor | None) -> None:
+        """Keep features ``(M, F)`` and labels ``(M,)`` of training images, or none."""
+        for name, value in zip(KEPT, (features, labels), strict=True):
+            setattr(self, name, None if value is None else value.detach().to(self.low.device))
+
     def get_extra_state(self) -> Tensor:
         """Index in :data:`AUTOCAST_DTYPES`, in the ``state_dict`` so that any checkpoint keeps
         it.
@@ -239,6 +253,8 @@ class TIENet(Bounded):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Earlier checkpoints have float32 only.
         state_dict.setdefault(prefix + _EXTRA, torch.tensor(0))
+        saved = (state_dict.get(prefix + name) for name in KEPT)
+        self.keep_training(*(of if of is None else torch.empty_like(of) for of in saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save(self, path: str | os.PathLike) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import classifier_name
-from tie_ext.models.network import _EXTRA, AUTOCAST_DTYPES, TIENet
+from tie_ext.models.network import _EXTRA, AUTOCAST_DTYPES, KEPT, TIENet
 from tie_ext.utils.checks import check_shape
 from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
 
@@ -124,6 +124,20 @@ def _build(
     bounds = (low.flatten().tolist(), high.flatten().tolist())
     net = kind(backbone, n, tried, *bounds, class_names, head)
     net.image_shape = shape
+    _check_kept(weights, n, features)
     check_state(net, weights)
     net.to(dtype).load_state_dict(weights)
     return net
+
+
+def _check_kept(weights: dict[str, Tensor], n: int, features: int) -> None:
+    """Refuse features and labels of training images that do not fit a network."""
+    h, y = (weights.get(name) for name in KEPT)
+    if h is None and y is None:
+        return
+    good = h is not None and h.dtype in FLOATS and h.shape[1:] == (features,)
+    if good and y is not None:
+        good = y.dtype == torch.int64 and y.shape == h.shape[:1]  # type: ignore[union-attr]
+        good = good and bool(((y >= 0) & (y < n)).all())
+    if not good or not bool(h.isfinite().all()):  # type: ignore[union-attr]
+        raise ValueError("features or labels of training images that do not fit the network")

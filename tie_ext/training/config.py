@@ -94,10 +94,16 @@ class HeadConfig(Settings):
         ValueError: If a setting is out of range.
     """
 
+    max_images: int = setting(
+        2000,
+        "ID images that attach reads at most, drawn at random; 10 000 rank no better.",
+        low=2,
+        high=10**9,
+    )
     steps: int = setting(
         1600,
-        "Steps of the optimiser in attach and in the last epoch of the loop, whatever the number "
-        "of images; some seconds on a CPU.",
+        "Most steps of the optimiser in attach and in the last epoch of the loop; it stops where "
+        "the loss on held-out images falls no more.",
         low=1,
         high=10**9,
     )
