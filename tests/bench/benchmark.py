@@ -158,7 +158,7 @@ def main() -> None:
         "MSP": MaxSoftmax(net),
         "energy": EnergyBased(net),
         "TIEDetector": TIEDetector(net),
-        "Combined": combine(net, train_loader=training, calibration_loader=held_out),
+        "Combined": combine(net, calibration_loader=held_out, train_loader=training),
     }
     rows = evaluated(benchmark, detectors, loader)
     print(shown(rows))

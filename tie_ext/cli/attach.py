@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from tie_ext.cli import data, registry, tables
-from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.batches import sampled_batches
 from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
 from tie_ext.cli.flags import check_flags, interactive, settings_of, usage
 from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
@@ -50,7 +50,7 @@ def run(flags: Namespace) -> None:
         _refuse_a_run(folder)  # again: another process may have started one meanwhile
         net = attach(
             model.to(flags.device),
-            ImageBatches(images.train, settings.batch_size, scale=Bounded(low, high)),
+            sampled_batches(images.train, settings.seed, settings.batch_size, Bounded(low, high)),
             n,
             low,
             high,

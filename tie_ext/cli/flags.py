@@ -35,7 +35,7 @@ of the data, in that order."""
 METHODS = {"inversion": InversionSettings}
 """Synthesizers with settings that are flags; the others have their defaults."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COUNTS = {"images": 1, "seed": 0, "steps": 1}
+COUNTS = {"images": 1, "seed": 0, "steps": 1, "batch_size": 1, "workers": 0}
 """Counts that are no field of a settings object, and their smallest values."""
 
 
@@ -140,6 +140,11 @@ def _score(commands) -> None:
         "the detector's own rule, 0.05 for a combination)",
     )
     _device(method)
+    speed = score.add_argument_group("speed")
+    about = "images scored at once (default: 64)"
+    speed.add_argument("--batch-size", type=int, default=64, metavar="N", help=about)
+    about = "processes that read images, 0 for none beside this one (default: one a processor)"
+    speed.add_argument("--workers", type=int, metavar="N", help=about)
     output = score.add_argument_group("output")
     _path(output, "--out", "FILE", "file for the rows (default: standard output)")
     output.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default: csv")
@@ -320,7 +325,8 @@ def check_flags(given: Mapping[str, Any]) -> None:
     with usage():
         for name, smallest in COUNTS.items():
             if given.get(name) is not None:
-                check_number(f"--{name}", given[name], smallest, 2**31 - 1, integer=True)
+                flag = f"--{name.replace('_', '-')}"
+                check_number(flag, given[name], smallest, 2**31 - 1, integer=True)
         try:
             torch.empty(0, device=given.get("device", "cpu"))
         # The latter from a torch that was built without the device.

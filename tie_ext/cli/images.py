@@ -213,19 +213,27 @@ class ImageFiles(Images):
             x[part] = images
         return ImageSet(x, self.y, self.classes, self.note)
 
-    def decoded(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[int, str]]]:
+    def decoded(
+        self, rows: Sequence[Tensor], workers: int | None = None
+    ) -> Iterator[tuple[Tensor, dict[int, str]]]:
         """As :meth:`parts`; an image that cannot be read is black, and reported instead of raised.
+
+        Arguments:
+            rows: Indices, a tensor for each batch.
+            workers: Processes that decode; 0 for this one, None for as many as help.
 
         Returns:
             Images, and what is wrong with the broken ones by their index in the batch.
         """
         pieces = [piece.numpy() for part in rows for piece in part.split(PIECE)]
-        alone = sum(map(len, pieces)) <= WITHOUT_WORKERS
+        if workers is None:
+            alone = sum(map(len, pieces)) <= WITHOUT_WORKERS
+            workers = 0 if alone else min(WORKERS, _processors())
         loader = DataLoader(
             _Decoder(self),
             batch_size=None,
             sampler=pieces,  # type: ignore[arg-type]
-            num_workers=0 if alone else min(WORKERS, _processors(), len(pieces)),
+            num_workers=min(workers, len(pieces)),
             collate_fn=_unchanged,
             # A random state of its own: the order of images must not depend on where they lie.
             generator=torch.Generator(),

@@ -27,13 +27,13 @@ LEVELS = ("accepted", "garbage", "uncertain")
 UNREADABLE = "unreadable"
 """Level of a file that is no image."""
 BATCH = 64
-"""Images scored at once."""
+"""Images scored at once, unless ``--batch-size`` says."""
 COLUMNS = ("image", "label", "level", "uncertainty", "score")
 
 
 def run(flags: Namespace) -> None:
     """Load the detector of a run, and write a row for each image as it is scored."""
-    check_flags({"device": flags.device})
+    check_flags({name: vars(flags)[name] for name in ("device", "batch_size", "workers")})
     if flags.false_alarm is not None:
         with usage():
             check_number("--false-alarm", flags.false_alarm, 0, 1, above=True)
@@ -41,7 +41,8 @@ def run(flags: Namespace) -> None:
     check_square(net)
     files = list_images(flags.images)
     progress = interactive() and (flags.out is not None or not sys.stdout.isatty())
-    rows = score(net, decide, files, flags.every_label, progress)
+    how = (flags.batch_size, flags.workers)
+    rows = score(net, decide, files, flags.every_label, progress, *how)
     errors = []
     with _output(flags.out) as out:
         table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -54,7 +55,7 @@ def run(flags: Namespace) -> None:
                 out.write(json.dumps(row) + "\n")
             if error is not None:
                 errors.append(error)
-            if i % BATCH == 0:
+            if i % flags.batch_size == 0:
                 out.flush()
     if errors:
         more = f"; {len(errors) - 1} more are unreadable too, see level {UNREADABLE!r}"
@@ -100,6 +101,8 @@ def score(
     files: Sequence[str],
     every_label: bool = False,
     progress: bool = False,
+    batch_size: int = BATCH,
+    workers: int | None = None,
 ) -> Iterator[tuple[dict, str | None]]:
     """Score image files.
 
@@ -109,15 +112,17 @@ def score(
         files: Paths.
         every_label: Name the likeliest class of a rejected image too.
         progress: Show a progress bar.
+        batch_size: Images scored at once.
+        workers: Processes that decode; 0 for this one, None for one a processor, 8 at most.
 
     Returns:
         For each file its row, of :data:`COLUMNS`, and what is wrong with it, or None. An
         unreadable file has a level alone, :data:`UNREADABLE`.
     """
     images = ImageFiles.of(files, *net.image_shape[:2])  # type: ignore[index]
-    parts = torch.arange(len(images)).split(BATCH)
+    parts = torch.arange(len(images)).split(batch_size)
     with tqdm(total=len(images), desc="score", unit=" images", disable=not progress) as bar:
-        for part, (x, broken) in zip(parts, images.decoded(parts), strict=True):
+        for part, (x, broken) in zip(parts, images.decoded(parts, workers), strict=True):
             decisions = zip(*(field.tolist() for field in decide(scaled(x, net))), strict=True)
             for place, (label, uncertainty, value, level) in enumerate(decisions):
                 row = dict.fromkeys(COLUMNS) | {"image": files[int(part[place])]}

@@ -95,13 +95,13 @@ class HeadConfig(Settings):
     """
 
     max_images: int = setting(
-        2000,
-        "ID images that attach reads at most, drawn at random; 10 000 rank no better.",
+        3000,
+        "ID images that a head is attached with at most, drawn at random.",
         low=2,
         high=10**9,
     )
     steps: int = setting(
-        1600,
+        600,
         "Most steps of the optimiser in attach and in the last epoch of the loop; it stops where "
         "the loss on held-out images falls no more.",
         low=1,
@@ -119,7 +119,7 @@ class HeadConfig(Settings):
         above=True,
     )
     outliers: int = setting(
-        3,
+        2,
         "Outliers for each ID image, of each synthesizer in attach, and of each prior in the last "
         "epoch of the loop.",
         low=1,

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from tie_ext.models.head import GarbageHead
@@ -22,9 +22,9 @@ from tie_ext.training.config import HeadConfig
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import frozen_view
 
-HELD, EVERY, PATIENCE, FACTOR = 10, 25, 2, 0.1
-"""One image in so many is held out; steps between two looks at their loss; looks without a
-smaller one before the learning rate falls; its factor."""
+HELD, EVERY, PATIENCE = 10, 25, 100
+"""One image in so many is held out; steps between two looks at their loss; steps without a
+smaller one after which the fit ends."""
 
 
 class StatisticsCollector:
@@ -72,8 +72,8 @@ def fit_head(
 ) -> float:
     """Minimise the weighted binary cross-entropy of outliers against ID images.
 
-    One image in ten is held out. Where the loss of these falls no more, the learning rate does;
-    where it falls no more again, the fit ends, with the weights of the smallest loss.
+    One image in ten is held out. Where the loss of these falls no more the fit ends, with the
+    weights of the smallest.
 
     Arguments:
         head: The head; it is standardised on the ID images first.
@@ -100,22 +100,23 @@ def fit_head(
 
     held, taught = torch.randperm(count).tensor_split([count // HELD])
     optimizer = torch.optim.Adam(head.parameters(), lr=config.lr)
-    schedule = ReduceLROnPlateau(optimizer, factor=FACTOR, patience=PATIENCE)
-    best, kept, losses = math.inf, copy.deepcopy(head.state_dict()), []
-    for step in tqdm(range(1, config.steps + 1), desc="garbage head", leave=False, disable=not progress):
+    schedule, losses = CosineAnnealingLR(optimizer, config.steps), []
+    best, best_step, kept = math.inf, 0, copy.deepcopy(head.state_dict())
+    bar = tqdm(range(1, config.steps + 1), desc="garbage head", leave=False, disable=not progress)
+    for step in bar:
         loss = loss_of(taught[torch.randint(len(taught), (min(config.batch_size, len(taught)),))])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.detach())
         if step % EVERY and step < config.steps:
             continue
         with torch.no_grad():
             now = float(loss_of(held if len(held) else taught))
-        schedule.step(now)
         if now < best:
-            best, kept = now, copy.deepcopy(head.state_dict())
-        if optimizer.param_groups[0]["lr"] < config.lr * FACTOR**2 * 1.01:
+            best, best_step, kept = now, step, copy.deepcopy(head.state_dict())
+        elif step >= best_step + PATIENCE:
             break
     head.load_state_dict(kept)
     mean = float(torch.stack(losses).mean())

@@ -118,6 +118,7 @@ class GarbageStrategy(abc.ABC):
         if self.net.training:
             self.frozen = [part for part in self.net.modules() if not part.training]
         self.net.train()
+        self.net.keep_training(None, None)  # of the weights before
         for part in self.frozen:
             part.training = False
 

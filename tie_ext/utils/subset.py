@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 from tie_ext.utils.distributed import rank, share, world
-from tie_ext.utils.loader import read_batch
+from tie_ext.utils.loader import check_loader, read_batch
 
 LONGEST = 10**7
 """Indices read of a sampler, which may have no end."""
@@ -39,18 +39,33 @@ class SampledLoader:
         count: Images, in all processes together; None for all.
         seed: Of the sample. It is stratified where the data set has ``targets``, as torchvision's
             have; images whose target is < 0 are left out.
+        name: What the loader is called in errors.
+        rereadable: Whether it will be read more than once.
+
+    Raises:
+        TypeError: If the loader is no iterable.
+        ValueError: If it gives no batches, or only once where twice is needed.
     """
 
-    def __init__(self, loader: Iterable, count: int | None, seed: int):
+    def __init__(
+        self,
+        loader: Iterable,
+        count: int | None,
+        seed: int,
+        name: str = "loader",
+        rereadable: bool = True,
+    ):
+        check_loader(loader, name, rereadable)
         rng = torch.Generator().manual_seed(seed)
-        self.loader, self.whole = loader, True  #: whether no image was left out
+        self.loader, self.name = loader, name
+        self.whole = True  #: whether no image was left out
         self.left = LONGEST if count is None else share(count)
         self.keys: list[Hashable] | None = None
         if _has_indices(loader):
             self.keys, self.whole = _drawn(loader, count, rng)  # type: ignore[arg-type]
             self.loader = _reloaded(loader, self.keys, seed)  # type: ignore[arg-type]
         elif isinstance(loader, Sequence) and len(loader):
-            first = len(read_batch(loader[0])[0])
+            first = len(read_batch(loader[0], name)[0])
             if first * len(loader) > self.left:
                 order = torch.randperm(len(loader), generator=rng)
                 self.loader = [loader[i] for i in order.tolist()]
@@ -64,7 +79,7 @@ class SampledLoader:
             if left <= 0:
                 self.whole = False
                 return
-            images, labels = read_batch(batch)
+            images, labels = read_batch(batch, self.name)
             if len(images) > left:
                 self.whole, images = False, images[:left]
                 labels = labels if labels is None else labels[:left]
