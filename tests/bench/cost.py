@@ -8,6 +8,8 @@
     python tests/bench/cost.py classes
     python tests/bench/cost.py large
     python tests/bench/cost.py accelerator --device cuda
+    python tests/bench/cost.py attach --images DATA --cases resnet20 efficientnet-lite0 flat
+    python tests/bench/cost.py scoring --images DATA
     python tests/bench/cost.py head --root DATA NETWORK
     python tests/bench/cost.py detection before-0=RUN after-0=RUN ...
 
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -309,6 +312,131 @@ def head(a: argparse.Namespace) -> dict:
     return record
 
 
+class Repeated(torch.utils.data.Dataset):
+    """So many images, each many times; as a user's data set it gives one at a time."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, count: int, make: Callable):
+        self.x, self.y, self.make, self.count = x, y, make, count
+        self.targets = y.repeat(-(-count // len(y)))[:count]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self.make(self.x[i % len(self.x)]), int(self.y[i % len(self.x)])
+
+
+def user(name: str, root: Path, count: int) -> tuple[torch.nn.Module, Repeated, int, tuple]:
+    """A public network as a user has it, images for it, its classes and the range of images."""
+    import public_data
+    import public_networks
+
+    backbone = public_networks.BACKBONES[name]
+    source, n = ("photos_imagenet", 1000) if backbone.size > 100 else ("cifar10-train", 10)
+    x, y = public_data.read(root, source, backbone.size, 3, min(count, 5000))
+    middle, deviation = (
+        torch.tensor(of).view(-1, 1, 1) for of in (backbone.mean, backbone.deviation)
+    )
+    y = y if n == 10 else torch.full_like(y, -1)
+    data = Repeated(x, y, count, lambda one: (one.float() / 255 - middle) / deviation)
+    if n != 10:
+        del data.targets  # images alone, as of most classes there is none
+    return backbone.make(root, root), data, n, backbone.range
+
+
+def per_image(model: Callable, x: torch.Tensor) -> float:
+    """Seconds of an image in a pass, the smallest of three."""
+    with torch.no_grad():
+        model(x)
+        return min(seconds(lambda: model(x)) for _ in range(3)) / len(x)
+
+
+def attached(name: str, root: Path, count: int, batch: int) -> dict:
+    """attach and combine on so many images, in passes of the backbone over them."""
+    from inspect import signature
+
+    from tie_ext import combine
+
+    if name == "flat":
+        x = torch.rand(1000, 1, 28, 28)
+        data = Repeated(x, torch.arange(1000) % 10, count, lambda one: one)
+        model, n, bounds = BACKBONES["conv3"](1, 10).eval(), 10, (0.0, 1.0)
+    else:
+        model, data, n, bounds = user(name, root, count)
+    kept = hasattr(data, "targets")
+    collate = None if kept else lambda rows: torch.stack([row[0] for row in rows])
+    loader = torch.utils.data.DataLoader(data, batch, shuffle=True, collate_fn=collate)
+    held = torch.utils.data.Subset(data, range(min(200, count)))
+    held_out = torch.utils.data.DataLoader(held, batch, collate_fn=collate)
+    some = next(iter(torch.utils.data.DataLoader(data, batch)))[0]
+    plain, of, nets = per_image(model, some), {}, []
+    of["attach"] = seconds(lambda: nets.append(attach(model, loader, n, *bounds)))
+    asked = signature(combine).parameters["train_loader"].default is not None
+    more = {"train_loader": loader} if asked else {}
+    of["combine"] = seconds(lambda: combine(nets[0], calibration_loader=held_out, **more))
+    of["combine"] -= len(held) * plain
+    plain = (plain + per_image(model, some)) / 2
+    found = {"images": count, "seconds": of, "pass of an image": plain}
+    found["passes"] = sum(of.values()) / plain / count
+    print(name, found, flush=True)
+    return found | {"peak_memory_mb": peak_memory()}
+
+
+def attached_cases(a: argparse.Namespace) -> dict:
+    """attach and combine on a network of a user, and on ten times as many images."""
+    known = {
+        "cifar10-resnet20": (45_000, 128),
+        "efficientnet-lite0": (300, 32),
+        "flat": (20_000, 128),
+        "flat, ten times as many": (200_000, 128),
+    }
+    cases = {
+        case: attached(case.split(",")[0], a.images, a.count or known[case][0], known[case][1])
+        for case in known
+        if case.split(",")[0] in a.cases
+    }
+    return {"when": a.when, "cases": cases}
+
+
+def scoring(a: argparse.Namespace) -> dict:
+    """A pass of the head and of the combination, in passes of the backbone; public networks."""
+    from tie_ext import Combined
+    from tie_ext.pytorch_ood.recommended import Sample, chosen_members
+    from tie_ext.training.config import HeadConfig
+
+    found = {}
+    for name in a.cases:
+        if name in BACKBONES:
+            model, n, bounds, x = (
+                BACKBONES[name](3, 10).eval(),
+                10,
+                (0.0, 1.0),
+                torch.rand(128, 3, 32, 32),
+            )
+        else:
+            model, data, n, bounds = user(name, a.images, 128)
+            x = torch.stack([data[i][0] for i in range(128 if n == 10 else 16)])
+        net = attach(model, [x[:40]], n, *bounds, head_config=HeadConfig(steps=10))
+        # As many training images as the network keeps, and KNN, trusted or not.
+        rows = net.features(x[:1]).detach() + torch.randn(5000, net.feature_size)
+        sample = Sample(rows, torch.arange(len(rows)) % n)
+        members = chosen_members(sample, net, (net.fc.weight, net.fc.bias))
+        combined = Combined(members, 0.2).fit([x[:40]])
+        kinds = {"backbone": model, "head": net.decide, "combination": combined.decide}
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        with torch.no_grad():
+            for _ in range(a.repeats + 1):
+                for kind, work in kinds.items():
+                    times[kind].append(seconds(partial(work, x)))
+        least = {kind: median(of[1:]) for kind, of in times.items()}
+        found[name] = {
+            "batch": len(x),
+            "ratio": {kind: least[kind] / least["backbone"] for kind in ("head", "combination")},
+        }
+        print(name, found[name], flush=True)
+    return {"when": a.when, "cases": found}
+
+
 def detection(a: argparse.Namespace) -> dict:
     """Accuracy, garbage rate, AUROC and FPR@95 by OOD set of runs of ``tie-ext train``, by the name each is given."""
     runs = {}
@@ -354,12 +482,19 @@ def main() -> None:
     four.add_argument("network", type=Path, help="NETWORK.safetensors of attached.py")
     four.add_argument("--root", default="data")
     four.add_argument("--epochs", type=int, default=2)
+    for what in (attached_cases, scoring):
+        public = commands.add_parser(what.__name__.partition("ed_")[0], help=what.__doc__)
+        public.add_argument("--images", type=Path, required=True, help="packed image sets")
+        public.add_argument("--cases", nargs="+", required=True)
+        public.add_argument("--count", type=int, help="other than the bars'")
+        public.add_argument("--repeats", type=int, default=5)
+        public.add_argument("--when", choices=("before", "after"), default="after")
     five = commands.add_parser("detection", help=detection.__doc__)
     five.add_argument("runs", nargs="+", metavar="NAME=RUN")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    known = (epoch, memory, classes, large, accelerator, head, detection)
-    found = {of.__name__: of for of in known}[a.what](a)
+    known = (epoch, memory, classes, large, accelerator, head, scoring, detection)
+    found = {"attach": attached_cases, **{of.__name__: of for of in known}}[a.what](a)
     if found:
         stem = a.what
         if a.what == "epoch":
@@ -369,6 +504,12 @@ def main() -> None:
         if a.what == "head":
             stem += f"-{a.network.stem}"
         places = {"DATA": getattr(a, "root", None), "WORK": getattr(a, "work", None)}
+        if "when" in found:  # cases that were measured apart are one record
+            stem += f"-{a.when}"
+            places["DATA"] = a.images
+            path = OUT / f"{stem}.json"
+            earlier = read_json(path, "a record")["cases"] if path.exists() else {}
+            found["cases"] = earlier | found["cases"]
         if hasattr(a, "network"):
             places[a.network.name] = a.network
         places = {name: place for name, place in places.items() if place is not None}
