@@ -4,7 +4,7 @@ Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.models.head`); ``t (N,
 outlier, 0 for an ID image.
 
 A head on every layer learns ``t`` from ``s`` by binary cross-entropy: from the ID images as they
-are, from the same images corrupted (:mod:`tie_ext.training.augmentation`), and from three times as
+are, from the same images corrupted (:mod:`tie_ext.training.augmentation`), and from twice as
 many outliers. Its log-odds become the (n+1)-th logit, ``logsumexp(ID logits) + head(s)``, so that
 the softmax over n+1 outputs gives the head's odds of garbage. No ID logit changes by a bit, unless
 the network is asked to compute in bfloat16.
