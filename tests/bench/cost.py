@@ -341,7 +341,8 @@ def user(name: str, root: Path, count: int) -> tuple[torch.nn.Module, Repeated, 
     data = Repeated(x, y, count, lambda one: (one.float() / 255 - middle) / deviation)
     if n != 10:
         del data.targets  # images alone, as of most classes there is none
-    return backbone.make(root, root), data, n, backbone.range
+    model = backbone.make(root, root).to(memory_format=torch.channels_last).eval()
+    return model, data, n, backbone.range
 
 
 def per_image(model: Callable, x: torch.Tensor) -> float:
