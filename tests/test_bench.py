@@ -1,197 +1,40 @@
 """What measures is code too, and pages take measured numbers only."""
 
-import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext import TIENet
-from tie_ext.cli.images import ImageSet
-from tie_ext.cli.main import main
-from tie_ext.models.backbones import Conv3
-from tie_ext.scores.decision import Decision
-
+pytest.importorskip("pytorch_ood")
 sys.path.append(str(Path(__file__).parent / "bench"))
-import agreement
-import airbench
-import attached
-import combined
 import page
-import threshold
+import public_networks
+import public_page
+import rivals
 
 
-def test_shares_of_a_decision():
-    decision = Decision(
-        label=torch.tensor([0, 1, -1, 2]),
-        uncertainty=torch.zeros(4),
-        score=torch.zeros(4),
-        level=torch.tensor([0, 0, 1, 2]),
-    )
-    assert threshold.shares(decision, torch.tensor([0, 0, 0, 2])) == {
-        "garbage": 0.25,
-        "rejected": 0.5,
-        "right": 0.25,
-    }
-
-
-@given(
-    st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=40),
-    st.floats(0.01, 1),
-)
-def test_a_threshold_of_an_accuracy_is_the_smallest_that_has_it(images, share):
-    scores, right = (
-        torch.tensor([s for s, _ in images], dtype=torch.float64),
-        torch.tensor([r for _, r in images]),
-    )
-
-    def accuracy(threshold):
-        return (right & (scores <= threshold)).sum().item() / len(scores)
-
-    found = threshold.threshold_of_accuracy(scores, right, share)
-    if found is None:
-        assert accuracy(scores.max()) < share
-    else:
-        assert accuracy(found) >= share
-        assert all(accuracy(s) < share for s in scores if s < found)
-
-
-def write_images(folder: Path) -> None:
-    """Two classes of eight grey images each, to train and to test on."""
-    Image = pytest.importorskip("PIL.Image")
-    for split in ("train", "test"):
-        for label in ("dark", "bright"):
-            (folder / split / label).mkdir(parents=True)
-            for i in range(8):
-                Image.new("L", (28, 28), 20 * i + 40 * (label == "bright")).save(
-                    folder / split / label / f"{i}.png"
-                )
-
-
-def test_inversions_are_shared_out_by_how_they_were_asked_for(tmp_path):
-    write_images(tmp_path / "images")
-    fast = [
-        "--epochs",
-        "1",
-        "--candidates",
-        "55",
-        "--pool-size",
-        "40",
-        "--inversion-steps",
-        "2",
-        "--inversion-width",
-        "4",
-    ]
-    assert (
-        main(
-            [
-                "train",
-                "--data",
-                f"folder:{tmp_path / 'images'}",
-                "--size",
-                "28",
-                "--out",
-                str(tmp_path / "run"),
-                *fast,
-            ]
-        )
-        == 0
-    )
-    judge = TIENet.load(tmp_path / "run" / "network.safetensors")
-    found = agreement.shares_of(tmp_path / "run", [judge], per_class=50)
-    assert sum(found[f"fifth {i}"]["inversions"] for i in range(1, 6)) == pytest.approx(1)
-    assert found["at most tau"]["inversions"] + found["above tau"]["inversions"] == pytest.approx(
-        1
-    )
-    leads = [
-        found[name]["largest"] - found[name]["second"]
-        for name in ("margin 0.0", "margin 0.25", "margin 0.5", "margin 1.0")
-    ]
-    assert leads == sorted(leads)
-    gaps = [found[f"fifth {i}"]["largest"] - found[f"fifth {i}"]["second"] for i in range(1, 6)]
-    assert gaps == sorted(gaps)
-    assert all(
-        found[name]["judged"] >= found[name]["landed"] for name in ("margin 0.0", "margin 1.0")
-    )  # it judges without the garbage class
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_post_hoc_detectors_are_scored_on_every_set_at_hand(tmp_path):
-    pytest.importorskip("pytorch_ood")
-    import posthoc
-
-    write_images(tmp_path / "mnist")
-    write_images(tmp_path / "fashionmnist")
-    found = posthoc.scores_of(
-        TIENet(Conv3(1, 2), 2, SHAPE).eval(), str(tmp_path), "mnist", 160, seed=0
-    )  # a tenth as many OOD images
-    assert list(found) == ["ODIN", "i-ODIN", "B, single", "B, 5 mixed"]
-    assert all({"fashionmnist", "noise"} <= set(of) for of in found.values())
-    assert found["ODIN"]["fashionmnist"]["auroc"] == 0.5  # the same images
-    assert all(0 <= numbers["auroc"] <= 1 for of in found.values() for numbers in of.values())
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="forks, and reads how much memory a process has had"
-)
-def test_a_run_survives_a_little_fire(tmp_path):
-    pytest.importorskip("matplotlib")
-    command = [
-        sys.executable,
-        str(Path(__file__).parent / "bench" / "fire.py"),
-        "--trials",
-        "2",
-        "--files",
-        "8",
-        "--every",
-        "7",
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "fire.json")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "fire.json").read_text())
-    for of in record["kill"]["by aim"].values():
-        assert of["runs"] == of["went on to the end"] == of["bit-identical"]
-        assert (
-            of["saved epochs lost"]
-            == of["other epochs lost"]
-            == of["half-written files left"]
-            == 0
-        )
-    assert record["damage"]["wrong"] == []
-    assert sum(of["files"] for of in record["damage"]["by file"].values()) == 8
-    for of in record["full disk"].values():
-        assert (
-            of["writes"]
-            == of["said so"]
-            == of.get("earlier files intact", of["writes"])
-            == of.get("went on to the same end", of["writes"])
-        )
-        assert of.get("files left half-written", 0) == 0
-
-
-def test_a_place_in_a_page_takes_a_measured_number():
+def test_numbers_of_cells_in_a_page():
     accuracy = page.fill("{{mnist tie | accuracy}}")
     assert re.fullmatch(r"9\d\.\d\d ± \d\.\d\d", accuracy)
     assert page.fill("as {{mnist tie | accuracy}} %, in {1}") == f"as {accuracy} %, in {{1}}"
-    assert page.fill(
-        "{{garbage-weight-10/fashionmnist@allx20 marginal | right at 0.01}}"
-    ).startswith("92.")
-    assert "±" in page.fill("{{no-kl/mnist@allx20 tie | accuracy}}")
-    assert "±" not in page.fill("{{no-kl/mnist@allx20 tie#0 | accuracy}}")
-    assert 0 < float(page.fill("{{lambda-0.5/cifar10@20000x5 tie | tau}}")) < 1.1
-    few, many = page.fill("{{lambda-0.5/cifar10@20000x5 tie | expelled}}").split(" to ")
-    assert 0 < float(few) < float(many) < 50
+    assert "±" not in page.fill("{{bfloat16/cifar10@allx20 tie | accuracy}}")
+    assert 0 < float(page.fill("{{cifar10@20000x5 tie | tau}}")) < 1.1
     low, high = page.fill("{{fashionmnist tie | natural: garbage}}").split(" to ")
     assert 90 < float(low) < float(high) <= 100
+    assert page.fill("{{fashionmnist tie | mnist: at 5 %}}") != accuracy
+
+
+def test_tables_and_cells_of_history_in_a_page():
+    found = page.fill("{{history attached in_garbage}}")
+    assert found.startswith("| OOD set")
+    cell = page.fill("{{history attached in_garbage | CIFAR-100 | MNIST}}")
+    assert cell in found
+    assert page.fill("{{mine}}", {"mine": lambda: "text"}) == "text"
 
 
 @pytest.mark.parametrize(
@@ -200,189 +43,38 @@ def test_a_place_in_a_page_takes_a_measured_number():
         "mnist nobody | accuracy",
         "mnist tie | beauty",
         "mnist tie | svhn: garbage",
-        "mnist inversions | judged margin 9",
+        "history attached nothing",
+        "history nobody rows",
+        "history attached in_garbage | Mars | MNIST",
         "mnist tie",
-        "mnist tie#9 | accuracy",
     ],
 )
-def test_a_place_that_names_no_measured_number_is_an_error(place):
+def test_places_without_a_measured_number_are_errors(place):
     with pytest.raises(ValueError, match="to name a number that was measured"):
         page.fill(f"{{{{{place}}}}}")
 
 
-def test_patches_are_whitened():
-    torch.manual_seed(0)
-    x = torch.nn.functional.avg_pool2d(torch.rand(50, 3, 34, 34), 3, 1)  # neighbours are alike
-    net = airbench.AirBench()
-    net.learn_patches(x)
-    rows = net.whiten(x).movedim(1, 0).reshape(24, -1)[:12]
-    assert torch.equal(net.whiten.weight[:12], -net.whiten.weight[12:])
-    torch.testing.assert_close(rows.mean(1), torch.zeros(12), rtol=0, atol=0.02)
-    off = rows.cov() - torch.diag(rows.cov().diag())
-    assert off.abs().max() < 0.05
-    assert 0.5 < rows.var(1).max() < 1.05
-
-
-def test_a_quick_training_goes_on_where_it_was_stopped_and_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr(airbench, "BATCH", 16)
-    torch.manual_seed(0)
-    y = torch.arange(96) % 2
-    images = ImageSet(
-        (torch.rand(96, 3, 32, 32) * 100 + 100 * y[:, None, None, None]).to(torch.uint8),
-        y,
-        ("dark", "bright"),
-    )
-
-    def fresh():
-        torch.manual_seed(0)
-        return TIENet(airbench.AirBench(3, 2), 2, images.shape)
-
-    def until_the_third(*given, made=airbench.batches):
-        if given[1] == 2:
-            raise KeyboardInterrupt
-        return made(*given)
-
-    whole, stopped = fresh(), fresh()
-    airbench.train(whole, images, 8, 0, tmp_path / "whole.training")
-    monkeypatch.setattr(airbench, "batches", until_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        airbench.train(stopped, images, 8, 0, tmp_path / "stopped.training")
-    monkeypatch.undo()
-    monkeypatch.setattr(airbench, "BATCH", 16)
-    again = fresh()
-    airbench.train(again, images, 8, 0, tmp_path / "stopped.training")
-    assert all(
-        torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()
-    )
-    with torch.no_grad():
-        assert (again(images.x / 255.0).argmax(1) == y).float().mean() > 0.9
-
-
-def test_the_bias_of_the_whitening_stays_after_its_epochs(tmp_path, monkeypatch):
-    images = ImageSet(
-        torch.randint(255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ("a", "b")
-    )
-    monkeypatch.setattr(airbench, "BATCH", 1)
-    for epochs, moved in ((1, True), (0, False)):
-        monkeypatch.setattr(airbench, "WHITENING_EPOCHS", epochs)
-        net, first = (TIENet(airbench.AirBench(3, 2), 2, images.shape) for _ in range(2))
-        first.backbone.learn_patches(images.x / 255.0)
-        airbench.train(net, images, 1, 0, tmp_path / f"{epochs}.training")
-        assert torch.equal(net.backbone.whiten.weight, first.backbone.whiten.weight)
-        assert torch.equal(net.backbone.whiten.bias, first.backbone.whiten.bias) != moved
-
-
-def test_images_are_mirrored_in_turn_and_moved_by_two_pixels_at_most():
-    images = ImageSet(
-        torch.arange(32 * 32)
-        .reshape(1, 1, 32, 32)
-        .remainder(251)
-        .to(torch.uint8)
-        .repeat(6, 3, 1, 1),
-        torch.arange(6),
-        (),
-    )
-    first, middle, places = torch.arange(6) < 3, images.x[0, :, 2:-2, 2:-2] / 255, set()
-    for epoch in (0, 1):
-        (x, y), *_ = airbench.batches(images, epoch, first)
-        for one, label in zip(x, y, strict=True):
-            still = one.flip(2) if first[label] ^ bool(epoch) else one
-            (place,) = [
-                (i, j)
-                for i in range(5)
-                for j in range(5)
-                if torch.equal(still[:, i : i + 28, j : j + 28], middle)
-            ]
-            places.add(place)
-    assert len(places) > 4
-
-
-def test_a_falling_rate_is_the_half_cosine_of_openood_and_training_goes_on_where_it_was_stopped(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(attached, "BATCH", 8)
-    torch.manual_seed(0)
-    y = torch.arange(32) % 2
-    images = ImageSet(
-        (torch.rand(32, *SHAPE) * 100 + 100 * y[:, None, None, None]).to(torch.uint8),
-        y,
-        ("dark", "bright"),
-    )
-    rates, step = [], torch.optim.SGD.step
+def test_public_tables_rank_rivals_by_worst_regret(monkeypatch):
+    regret = {"combine": [-0.1, 0, 4], "A": [-0.3, 0, 4], "B": [-0.2, 0, 3], "C": [-0.1, 0, 1]}
+    of = {"combine": [0.9, 0.2, 0.7]} | {key: [0.8, 0.3, 0.6] for key in ("attach", *"ABC")}
+    columns = {f"{name} {kind}": of for name in ("cifar10-resnet20", "mnist") for kind in ("far",)}
+    columns |= {"cifar10-resnet20 near": of | {"combine": [0.5, 0.9, 0.1]}}
     monkeypatch.setattr(
-        torch.optim.SGD,
-        "step",
-        lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a),
+        public_page,
+        "summary",
+        lambda: {
+            "regret": regret | dict.fromkeys(public_page.OURS[1:], (-1, -1, 4)),
+            "columns": columns,
+        },
     )
-
-    def fresh():
-        torch.manual_seed(0)
-        return TIENet(Conv3(SHAPE[0], 2), 2, SHAPE)
-
-    def until_the_third(images, made=attached.batches):
-        for batch in made(images):
-            if len(rates) == 22:  # the second run, of 12 steps as the first, is in its third epoch
-                raise KeyboardInterrupt
-            yield batch
-
-    whole, stopped, again = fresh(), fresh(), fresh()
-    attached.train(whole, images, 3, 0, tmp_path / "whole.training", falling=True)
-    assert rates == pytest.approx(
-        [1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)]
-    )
-    monkeypatch.setattr(attached, "batches", until_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        attached.train(stopped, images, 3, 0, tmp_path / "stopped.training", falling=True)
-    monkeypatch.setattr(attached, "batches", until_the_third.__defaults__[0])
-    attached.train(again, images, 3, 0, tmp_path / "stopped.training", falling=True)
-    assert all(
-        torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()
-    )
-
-
-def test_the_best_combination_without_the_head_is_found_for_each_set():
-    torch.manual_seed(0)
-    kinds = {
-        "held": (200, 0.0),
-        "id": (200, 0.0),
-        "val:photos": (50, 9.0),
-        "digits": (100, 1.0),
-        "noise": (100, 1.0),
-    }
-    tells = {"GEN": "digits", "KNN": "noise", "ViM": None, "head": "digits noise"}
-    scores = {
-        label: {
-            name: torch.randn(count)
-            + shift * (of is not None and (name in of.split() or "val" in name))
-            for name, (count, shift) in kinds.items()
-        }
-        for label, of in tells.items()
-    }
-    scores["KNN of 5000"] = {
-        name: x + 100 * (name == "noise") for name, x in scores["KNN"].items()
-    }  # a part of combine, and no candidate
-    best = combined.best_without_head(scores)
-    assert set(best) == {"digits", "noise"}
-    assert "GEN" in best["digits"]["members"]
-    assert "KNN" in best["noise"]["members"]
-    assert not any({"head", "KNN of 5000"} & set(of["members"]) for of in best.values())
-    alone = combined.auroc(scores["GEN"]["id"], scores["GEN"]["digits"])
-    assert alone <= best["digits"]["auroc"] < 0.95
-
-
-def test_networks_say_what_they_cannot_take(monkeypatch, capsys):
-    with pytest.raises(
-        ValueError, match="Expected images of 3 channels for OpenOOD's ResNet18_32x32, but got 1"
-    ):
-        attached.openood_resnet18(1, 10)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["attached.py", "--data", "cifar10", "--backbone", "airbench", "--device", "cuda"],
-    )
-    with pytest.raises(SystemExit):
-        attached.main()
-    assert "Expected --device cpu for airbench" in capsys.readouterr().err
+    assert public_page.rivals() == ["B", "A", "C"]  # C lacks more columns than one
+    assert list(public_page.columns()) == [
+        "cifar10-resnet20 near",
+        "cifar10-resnet20 far",
+        "mnist far",
+    ]
+    assert "| 50.0 (50.0)        | 90.0 (90.0)       | 70.0 " in public_page.front()
+    assert "-20.0 (of 3)" in public_page.every()
 
 
 def tiny_classifier():
@@ -395,8 +87,6 @@ def tiny_classifier():
 
 
 def test_rivals_score_features_as_their_host_scores_images():
-    pytest.importorskip("pytorch_ood")
-    import rivals
     from pytorch_ood.detector import EnergyBased, MaxSoftmax, NNGuide, fDBD
 
     features, fc, x, y = tiny_classifier()
@@ -420,8 +110,6 @@ def test_rivals_score_features_as_their_host_scores_images():
 
 
 def test_a_rival_that_cannot_be_fitted_has_a_reason_and_no_number():
-    pytest.importorskip("pytorch_ood")
-    import rivals
 
     features, fc, x, _ = tiny_classifier()
     y = torch.tensor([0, 3]).repeat(200)  # no image of classes 1 and 2
@@ -432,8 +120,6 @@ def test_a_rival_that_cannot_be_fitted_has_a_reason_and_no_number():
 
 
 def test_cadref_by_hand():
-    pytest.importorskip("pytorch_ood")
-    import rivals
 
     fc = torch.nn.Linear(2, 2).requires_grad_(False)
     fc.weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
@@ -448,8 +134,6 @@ def test_cadref_by_hand():
 
 
 def test_histograms_and_their_divergence():
-    pytest.importorskip("pytorch_ood")
-    import rivals
 
     shares = rivals.histogram(
         torch.tensor([[0.0, 0.005, 1.0, 2.0]]), torch.tensor(0.0), torch.tensor(1.0)
@@ -470,8 +154,6 @@ def test_histograms_and_their_divergence():
     st.lists(st.integers(0, 9), min_size=1, max_size=20),
 )
 def test_auroc_is_how_often_an_ood_image_scores_higher(inside, outside):
-    pytest.importorskip("pytorch_ood")
-    import rivals
 
     wins = [(o > i) + (o == i) / 2 for o in outside for i in inside]
     assert rivals.auroc(torch.tensor(inside), torch.tensor(outside)) == pytest.approx(
@@ -479,20 +161,7 @@ def test_auroc_is_how_often_an_ood_image_scores_higher(inside, outside):
     )
 
 
-@given(st.integers(19, 200))
-def test_the_threshold_of_rivals_is_the_conformal_one(count):
-    pytest.importorskip("pytorch_ood")
-    import rivals
-
-    from tie_ext.scores.threshold import conformal_threshold
-
-    scores = torch.randperm(count).double()
-    assert rivals.threshold(scores) == conformal_threshold(scores, 0.05).item()
-
-
 def test_regret_is_against_the_best_rival_of_each_column():
-    pytest.importorskip("pytorch_ood")
-    import rivals
 
     table = {
         "a near": {"combine": 0.8, "head": 0.99, "KNN": 0.9, "GEN": 0.7, "RMD": None},
@@ -516,8 +185,6 @@ def test_regret_is_against_the_best_rival_of_each_column():
 
 
 def test_columns_are_means_over_sets_and_then_over_runs():
-    pytest.importorskip("pytorch_ood")
-    import public_networks
 
     one = {"network": "n", "near": ["a"], "far": ["b", "c"], "validation": []}
     first = one | {
@@ -533,8 +200,6 @@ def test_columns_are_means_over_sets_and_then_over_runs():
 
 @pytest.mark.parametrize("known", [3, 4])
 def test_a_choice_of_classes_shares_no_image(known):
-    pytest.importorskip("pytorch_ood")
-    import public_networks
 
     labels = {name: torch.arange(60) % 6 for name in ("own", *public_networks.VALIDATION)}
     parts = public_networks.chosen_parts("own", known, (), 0, labels)

@@ -188,9 +188,17 @@ def test_user_pages_speak_the_fields_language(page):
     assert not [phrase for phrase in PHRASES if phrase in project_file(page).lower()]
 
 
-@pytest.mark.parametrize("page", ["guide", "method", "results", "hosts", "file-format"])
+@pytest.mark.parametrize(
+    "page", sorted((HOUSE.parent / "docs").rglob("*.md")), ids=lambda path: path.stem
+)
 def test_pages_of_docs_speak_the_fields_language(page):
-    assert not [phrase for phrase in PHRASES if phrase in project_file(f"docs/{page}.md").lower()]
+    assert not [phrase for phrase in PHRASES if phrase in page.read_text().lower()]
+
+
+def test_the_evidence_is_short():
+    pages = list((HOUSE.parent / "docs" / "research").glob("*.md"))
+    assert len(pages) <= 8
+    assert sum(len(page.read_text().split()) for page in pages) <= 12_000
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=name_of)
@@ -348,15 +356,19 @@ def test_the_api_reference_has_every_public_name(tmp_path):
         assert not [name for name in names if f'<section id="{name}">' not in page]
 
 
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "openood_configs/README.md",
-    "patches/README.md",
-    "docs/model/README.md",
-]
-PAGES += [f"docs/{name}.md" for name in ("guide", "method", "hosts", "results", "file-format")]
+PAGES = sorted(
+    path.relative_to(HOUSE.parent).as_posix()
+    for folder in (
+        ".",
+        "docs",
+        "docs/model",
+        "docs/research",
+        "openood_configs",
+        "patches",
+        "patches/*",
+    )
+    for path in HOUSE.parent.glob(f"{folder}/*.md")
+)
 
 
 def anchors(path: Path) -> set[str]:
@@ -426,7 +438,7 @@ def test_records_and_pages_name_no_place_of_one_machine():
         for path in docs.rglob("*")
         if path.suffix in (".md", ".json", ".jsonl") and path.parent.name != "work"
     ]
-    assert len(files) > 50
+    assert len(files) > 30
     placed = re.compile(r"""(?:--[\w-]+[ =]|\.py |folder:)(?:/|~|[A-Z]:)""")
     assert not {
         path.name: found[0] for path in files if (found := placed.search(path.read_text()))
@@ -438,7 +450,7 @@ def test_the_tables_in_docs_are_those_of_the_records(monkeypatch):
     import tables
 
     documents = tables.documents()
-    assert "research/synthesizers.md" in documents
+    assert "research/papers.md" in documents
     stale = [name for name, text in documents.items() if (tables.DOCS / name).read_text() != text]
     assert not stale, "run `python tests/bench/tables.py`"
 

@@ -5,13 +5,15 @@ import sys
 
 import pytest
 import torch
+from conftest import SHAPE, TINY, make_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tie_ext import attach
+from tie_ext import TIENet, TIETrainer, attach
 from tie_ext.models.backbones import Conv3
 from tie_ext.outliers.primitives import CHUNK, Rng
 from tie_ext.training.augmentation import CorruptionConfig, blur, corrupt, warp
+from tie_ext.training.config import HeadConfig
 
 CONFIG = CorruptionConfig()
 
@@ -143,3 +145,17 @@ def test_head_fitted_to_corruptions_accepts_blur(monkeypatch):
         rejected.append(float((net.decide(softer).level == 1).float().mean()))
     assert rejected[0] < 0.02
     assert rejected[1] > 0.3
+
+
+def test_settings_of_the_head_say_how_images_are_corrupted(monkeypatch):
+    seen, corruption = [], CorruptionConfig(degrees=3)
+    monkeypatch.setattr(
+        "tie_ext.training.fit_head.corrupt", lambda x, rng, config: seen.append(config) or x
+    )
+    head = HeadConfig(steps=1, corruption=corruption)
+    attach(Conv3(1, 3).eval(), [torch.rand(6, *SHAPE)], 3, head_config=head)
+    assert seen == [corruption]
+    net = TIENet(Conv3(1, 3), 3, SHAPE, head="multilayer")
+    TIETrainer(net, TINY, [], head_config=head).epoch(make_batches())
+    assert len(seen) > 1
+    assert set(seen) == {corruption}

@@ -9,7 +9,7 @@ from conftest import SHAPE, TINY, Small, make_batches, make_small
 
 from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.outliers import Noise
-from tie_ext.training.adversarial import RADIUS, max_log_prob, pgd
+from tie_ext.training.adversarial import _RADIUS, max_log_prob, pgd
 from tie_ext.training.config import HeadConfig
 
 ONE_STEP = HeadConfig(steps=1, epoch_steps=1)
@@ -48,7 +48,7 @@ def test_pgd_raises_confidence(garbage):
     assert not moved.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(x, start)
-    assert (moved - x).abs().max() <= RADIUS + 1e-6
+    assert (moved - x).abs().max() <= _RADIUS + 1e-6
     assert moved.min() >= 0
     assert moved.max() <= 1
     assert sure(net, moved) > sure(net, x)
@@ -60,7 +60,9 @@ def test_direction_of_a_pgd_step(garbage, outputs):
     net.backbone.requires_grad_(False)
     logits = net(x, garbage=True)[:, :outputs]
     (gradient,) = torch.autograd.grad(logits.log_softmax(1)[:, :3].amax(1).sum(), x)
-    torch.testing.assert_close(pgd(net, x, 1), (x + RADIUS * gradient.sign()).clamp(0, 1).detach())
+    torch.testing.assert_close(
+        pgd(net, x, 1), (x + _RADIUS * gradient.sign()).clamp(0, 1).detach()
+    )
 
 
 def test_pgd_keeps_the_range_of_each_channel():
@@ -70,7 +72,7 @@ def test_pgd_keeps_the_range_of_each_channel():
     moved = pgd(net, x, 3)
     for channel, (low, high) in enumerate(((-2, 3), (0, 1), (1, 5))):
         far, part = (moved - x)[:, channel].abs().max(), moved[:, channel]
-        assert far == pytest.approx((high - low) * RADIUS, rel=1e-4)
+        assert far == pytest.approx((high - low) * _RADIUS, rel=1e-4)
         assert part.min() >= low
         assert part.max() <= high
 

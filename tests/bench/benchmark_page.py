@@ -10,7 +10,7 @@ Made by `python tests/bench/tables.py` of `docs/results/benchmark.json`, which t
 
     {command}
 
-`Benchmark.evaluate` of pytorch-ood, on the attached network that [attached.md](attached.md) calls resnet20, seed 0; percent, of its `OODMetrics`.
+`Benchmark.evaluate` of pytorch-ood, on an attached ResNet-20 of 28 epochs; percent, of its `OODMetrics`.
 FPR@95 is its FPR95TPR: ID images that are taken for OOD ones where 95 % of the OOD images are found. Other pages turn that round.
 
 {numbers}.

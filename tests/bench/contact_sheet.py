@@ -1,4 +1,5 @@
-"""What the procedural families, and ID images processed another way, look like: docs/figures/procedural.png, a row each, colour left and grey right.
+"""The procedural families, and corrupted ID images: docs/figures/procedural.png, a row each,
+colour left and grey right.
 
 python tests/bench/contact_sheet.py
 """
@@ -18,52 +19,34 @@ from tie_ext.training.augmentation import corrupt
 
 SHEET = Path(__file__).parents[2] / "docs" / "figures" / "procedural.png"
 SIDE, GAP, LABEL = 32, 2, 96
-COUNT = {3: 10, 1: 6}
-"""Images in a row, of three channels and of one."""
+SHAPES = [(10, 3, SIDE, SIDE), (6, 1, SIDE, SIDE)]
+"""Of the images in a row."""
 
 
-def photos(count: int) -> Tensor:
+def photographs(count: int) -> Tensor:
     """Crops ``(count, 3, 32, 32)`` of scikit-learn's two photographs: they stand for ID images."""
-    whole = (
-        torch.stack(
-            [torch.from_numpy(image.copy()) for image in load_sample_images().images]
-        ).permute(0, 3, 1, 2)
-        / 255
-    )
-    corners = torch.linspace(0, whole.shape[3] - 256, count).long().tolist()
-    crops = torch.stack(
-        [whole[i % 2, :, 100:356, left : left + 256] for i, left in enumerate(corners)]
-    )
-    return F.interpolate(crops, (SIDE, SIDE), mode="area")
-
-
-def digits(count: int) -> Tensor:
-    """Digits ``(count, 1, 32, 32)`` of scikit-learn's set."""
-    return F.interpolate(
-        torch.from_numpy(load_digits().images[:count, None]).float() / 16,
-        (SIDE, SIDE),
-        mode="bilinear",
-    )
+    left = torch.linspace(0, 384, count).long().tolist()
+    pictures = [torch.from_numpy(image.copy()) for image in load_sample_images().images]
+    crops = [pictures[i % 2][100:356, a : a + 256] for i, a in enumerate(left)]
+    return F.interpolate(torch.stack(crops).permute(0, 3, 1, 2) / 255, (SIDE, SIDE), mode="area")
 
 
 def rows() -> dict[str, list[Tensor]]:
     """Images in colour and in grey, by the name of the row."""
-    rng, sizes = Rng(), [(count, channels, SIDE, SIDE) for channels, count in COUNT.items()]
+    rng, few = Rng(), torch.from_numpy(load_digits().images[: SHAPES[1][0], None]).float() / 16
     made = {
-        f"{name} {share:.0%}" if share else f"{name} (unused)": [
-            greyed(draw(s, rng), rng) for s in sizes
-        ]
-        for name, (share, draw) in FAMILIES.items()
+        f"{name} {share:.0%}": [greyed(render(shape, rng), rng) for shape in SHAPES]
+        for name, (share, render) in FAMILIES.items()
     }
     mixture = Procedural(Domain(10, None, torch.tensor(0.0), torch.tensor(1.0)))
-    images = [photos(COUNT[3]), digits(COUNT[1])]
+    images = [photographs(SHAPES[0][0]), F.interpolate(few, (SIDE, SIDE), mode="bilinear")]
+    changes = {"corrupted": corrupt, "shuffled tiles": shuffled_tiles}
+    changes["permuted pixels"] = permuted_pixels
     return {
         **made,
-        "mixture": [mixture.draw(s) for s in sizes],
+        "mixture": [mixture.draw(shape) for shape in SHAPES],
         "ID images": images,
-        "processed": [corrupt(x, rng) for x in images],
-        "shuffled tiles": [shuffled_tiles(x, rng) for x in images],
-        "permuted pixels": [permuted_pixels(x, rng) for x in images],
+        **{name: [change(x, rng) for x in images] for name, change in changes.items()},
     }
 
 
@@ -71,20 +54,14 @@ def main() -> None:
     """Write the sheet."""
     torch.manual_seed(0)
     table, step = rows(), SIDE + GAP
-    sheet = Image.new(
-        "RGB", (LABEL + step * (sum(COUNT.values()) + 1), step * len(table)), "white"
-    )
+    sheet = Image.new("RGB", (LABEL + step * 17, step * len(table)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (name, parts) in enumerate(table.items()):
         pen.text((4, i * step + 10), name, fill="black")
-        left = LABEL
-        for images in parts:
-            for image in (
-                (images * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-            ):
-                sheet.paste(Image.fromarray(image), (left, i * step))
-                left += step
-            left += step // 2
+        for images, left in zip(parts, (LABEL, LABEL + step * 21 // 2), strict=True):
+            pixels = (images * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+            for j, image in enumerate(pixels.numpy()):
+                sheet.paste(Image.fromarray(image), (left + j * step, i * step))
     sheet.save(SHEET, optimize=True)
 
 

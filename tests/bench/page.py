@@ -1,35 +1,42 @@
-"""Put measured numbers into a page's text, so that none of them is typed.
+"""Put measured numbers and tables into a page's text, so that none of them is typed.
 
-A place for a number is ``{{RUN METHOD | WHAT}}``. RUN is ``[FOLDER/]DATA[@IMAGESxEPOCHS]`` (``reproduce`` and ``20000x10`` where nothing else
-is said) and METHOD as in the names of the cells, of every seed or of one: ``{{mnist tie | accuracy}}``, ``{{no-kl/mnist@allx20 tie#0 | accuracy}}``.
-WHAT is one of:
+``{{RUN METHOD | WHAT}}`` is a number of the cells of ``tie-ext reproduce``. RUN is
+``[FOLDER/]DATA[@IMAGESxEPOCHS]`` (``reproduce`` and ``20000x10`` where nothing else is said),
+METHOD as in the names of the cells: ``{{mnist tie | accuracy}}``,
+``{{bfloat16/cifar10@50000x20 tie | tau}}``. WHAT is one of:
 
-* ``accuracy``, ``id garbage``, ``id rejected``, ``minutes`` (the first seed's), ``seeds``, ``least confident``;
-* ``tau`` after the last epoch; ``expelled``, smallest and largest share of the inversions in each of the last five epochs;
-* ``OOD SET: garbage``, ``rejected``, ``most confident``, or ``SCORE METRIC [through]``, as in ``fashionmnist: UE fpr95 through``;
-* ``OOD SET: at RULE``, rejected by a rule of threshold.json (``two levels``, ``0.01``, ``0.05``, ``paper accuracy``), as in
-  ``mnist: at 0.01``; ``right at RULE``, ID images accepted as what they are;
-* ``judged WHICH``, of agreement.json (METHOD is ``inversions``), as in ``{{mnist inversions | judged margin 0.5}}``.
+* ``accuracy``, ``id garbage``, ``id rejected``, ``least confident``, ``seeds``, ``tau``;
+* ``OOD SET: garbage``, ``rejected``, ``at 5 %`` (by the score alone), ``most confident``, or
+  ``SCORE METRIC [through]``, as in ``fashionmnist: UE fpr95 through``.
 
-``natural`` for an OOD set gives the smallest and the largest mean over those of CIFAR-10, CIFAR-100 and TinyImageNet that are OOD.
+``natural`` for an OOD set gives the smallest and the largest mean over those of CIFAR-10,
+CIFAR-100 and TinyImageNet that are OOD.
+
+``{{history NAME KEY}}`` is a table of docs/results/history/NAME.json, ``{{history NAME KEY | ROW
+| COLUMN}}`` one of its cells; ``{{public WHAT}}`` what public_page.py gives.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
 from tie_ext.cli.reproduce.tables import CELLS, read_cells
+from tie_ext.cli.tables import table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NATURAL = ("cifar10", "cifar100", "tinyimagenet")
 
 
-def fill(text: str) -> str:
-    """The text with every number in its place.
+def fill(text: str, others: Mapping[str, Callable[[], str]] = {}) -> str:
+    """The text with every number and table in its place.
+
+    Arguments:
+        text: With places.
+        others: What else may stand in a place, by its words.
 
     Raises:
         ValueError: If a place names no record, or nothing that its records hold.
@@ -37,8 +44,8 @@ def fill(text: str) -> str:
 
     def put(place: re.Match) -> str:
         try:
-            return _number(place[1])
-        except (ValueError, KeyError, TypeError) as error:
+            return others[place[1]]() if place[1] in others else _found(place[1])
+        except (ValueError, KeyError, TypeError, OSError, StopIteration) as error:
             raise ValueError(
                 f"Expected {place[0]} to name a number that was measured, but got: {error!r}"
             ) from error
@@ -46,33 +53,28 @@ def fill(text: str) -> str:
     return re.sub(r"\{\{(.+?)\}\}", put, text)
 
 
-def _number(place: str) -> str:
-    left, _, what = (part.strip() for part in place.partition("|"))
-    run, method = left.rsplit(" ", 1)
+def _found(place: str) -> str:
+    first, _, what = (part.strip() for part in place.partition("|"))
+    return _archived(place) if first.startswith("history ") else _number(first, what)
+
+
+def _archived(place: str) -> str:
+    first, *cell = (part.strip() for part in place.split("|"))
+    _, name, key = first.split()
+    rows = json.loads((RESULTS / "history" / f"{name}.json").read_text())[key]
+    if not cell:
+        return table(rows)
+    return next(row[cell[1]] for row in rows if cell[0] in row.values())
+
+
+def _number(first: str, what: str) -> str:
+    run, method = first.rsplit(" ", 1)
     of, _, which = what.rpartition(": ")
-    if method == "inversions":
-        return percent(
-            [
-                r["shares"][what.removeprefix("judged ")]["judged"]
-                for r in _json("agreement.json").values()
-                if r["data"] == run
-            ],
-            1,
-        )
     records = _records(run, method)
     if what == "seeds":
         return str(len(records))
-    if what == "minutes":
-        return f"{records[0]['seconds'] / 60:.1f}"  # later seeds ran on other processors too
     if what == "tau":
         return f"{mean(record['log'][-1]['tau'] for record in records):.2f}"
-    if what == "expelled":
-        shares = [
-            sum(epoch["excluded"]) / sum(epoch["proposed"])
-            for record in records
-            for epoch in record["log"][-5:]
-        ]
-        return f"{percent([min(shares)], 1)} to {percent([max(shares)], 1)}"
     if of == "natural":
         own = run.rpartition("/")[2].partition("@")[0]
         means = [mean(map(_value(other, which), records)) for other in NATURAL if other != own]
@@ -83,29 +85,21 @@ def _number(place: str) -> str:
 
 
 def _records(run: str, method: str) -> list[dict]:
-    """Each seed's cell, with what threshold.json has of its network as ``threshold``; either may be missing."""
+    """The cell of each seed."""
     folder, _, name = run.rpartition("/")
     data, _, size = name.partition("@")
-    folder = folder or "reproduce"
-    method, _, seed = method.partition("#")
-    pattern = f"{data.replace(':', '_')}-{size or '20000x10'}-{method}-seed{seed or '*'}"
-    found = {
-        name: dict(record)
-        for name, record in cells_in(folder).items()
-        if fnmatchcase(name, pattern)
-    }
-    for key, of in _json("threshold.json")["results"].items():
-        if fnmatchcase(key, f"{folder}/{pattern}"):
-            found.setdefault(key.rpartition("/")[2], {})["threshold"] = of
+    pattern = f"{data.replace(':', '_')}-{size or '20000x10'}-{method}-seed*"
+    cells = cells_in(folder or "reproduce")
+    found = [cells[stem] for stem in sorted(cells) if fnmatchcase(stem, pattern)]
     if not found:
         raise ValueError(f"no record of {run} by {method}")
-    return [found[stem] for stem in sorted(found)]
+    return found
 
 
 @cache
-def cells_in(folder: str, file: str = CELLS) -> dict[str, dict]:
-    """The cells of a folder of docs/results/, by name; read once, as a page asks for hundreds of numbers."""
-    return read_cells(RESULTS / folder / file)
+def cells_in(folder: str) -> dict[str, dict]:
+    """The cells of a folder of docs/results/, by name; read once, as a page asks for many."""
+    return read_cells(RESULTS / folder / CELLS)
 
 
 def _value(other: str, which: str) -> Callable[[dict], float]:
@@ -116,15 +110,12 @@ def _value(other: str, which: str) -> Callable[[dict], float]:
     if not other and which == "least confident":
         return lambda record: record["level2"]["least_confident_id"]
     if which in ("garbage", "rejected"):
-        return lambda record: record["numbers"][{"garbage": "garbage_rate"}.get(which, which)][
-            other
-        ]
+        key = {"garbage": "garbage_rate"}.get(which, which)
+        return lambda record: record["numbers"][key][other]
+    if which == "at 5 %":
+        return lambda record: 1 - record["level2"][other]["score"]["all"]["fpr95_id"]
     if which == "most confident":
         return lambda record: record["level2"][other]["most_confident_through"]
-    if not other and which.startswith("right at "):
-        return lambda record: record["threshold"][which.removeprefix("right at ")]["id"]["right"]
-    if which.startswith("at "):
-        return lambda record: record["threshold"][which.removeprefix("at ")][other]["rejected"]
     read = re.fullmatch(r"(.+) (fpr95|auroc)( through)?", which)
     if read is None:
         raise ValueError(f"nothing called {which!r}")
@@ -132,25 +123,15 @@ def _value(other: str, which: str) -> Callable[[dict], float]:
     return lambda record: record["level2"][other][score]["through" if through else "all"][metric]
 
 
-def _json(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text())
-
-
 def _digits(value: float, which: str) -> int:
-    """Two where a hundredth matters: accuracies, AUROC, ID images lost, and what is below 1 %; else one."""
-    return (
-        2
-        if which in ("accuracy", "id garbage")
-        or which.startswith("right")
-        or "auroc" in which
-        or value < 0.01
-        else 1
-    )
+    """Two where a hundredth matters: accuracies, AUROC, ID images lost, and what is below 1 %;
+    else one."""
+    exact = which in ("accuracy", "id garbage") or "auroc" in which
+    return 2 if exact or value < 0.01 else 1
 
 
 def percent(values: list[float], digits: int = 2) -> str:
     """Mean of shares in percent, with the standard deviation where there are several."""
     scaled = [100 * v for v in values]
-    return f"{mean(scaled):.{digits}f}" + (
-        f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
-    )
+    spread = f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
+    return f"{mean(scaled):.{digits}f}{spread}"

@@ -43,6 +43,14 @@ from public_data import Images
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tie_ext import TIENet
+from tie_ext.cli.batches import shifted
+from tie_ext.cli.classifier import classifier
+from tie_ext.models.backbones import Conv3
+from tie_ext.scores.threshold import conformal_threshold
+from tie_ext.utils.provenance import provenance
+from tie_ext.utils.random import seeded
+
 SEEDS = (0, 1, 2)
 CHOICES = 5
 """Random choices of the classes that are ID, each with a seed of its own."""
@@ -93,10 +101,13 @@ class Backbone(NamedTuple):
 
 
 def public(name: str, blocks: int, num_classes: int, project: bool = False) -> Callable:
-    """Who makes a public ResNet."""
-    return lambda root, cache: public_data.resnet(
-        root / "networks" / f"{name}.safetensors", blocks, num_classes, project
-    )
+    """Who makes a public ResNet, of the folders of images and of the cache."""
+
+    def make(root: Path, cache: Path) -> nn.Module:
+        path = root / "networks" / f"{name}.safetensors"
+        return public_data.resnet(path, blocks, num_classes, project)
+
+    return make
 
 
 def small_sets(own: str, near: Sequence[str]) -> dict[str, int | None]:
@@ -110,25 +121,35 @@ def small_sets(own: str, near: Sequence[str]) -> dict[str, int | None]:
 
 
 def conv3(own: str, root: Path, cache: Path) -> nn.Module:
-    """The paper's CNN, trained here for five epochs, once."""
-    from attached import train
-
-    from tie_ext import TIENet
-    from tie_ext.cli.classifier import classifier
-    from tie_ext.cli.images import ImageSet
-    from tie_ext.models.backbones import Conv3
-    from tie_ext.utils.random import seeded
-
+    """The paper's CNN, trained here once."""
     path = cache / "networks" / f"{own}-conv3.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        images = ImageSet(*public_data.read(root, f"{own}-train", 28, 1, 2 * FIT))
         with seeded(0):
             net = TIENet(Conv3(1, 10), 10, (1, 28, 28))
         with torch.enable_grad():
-            train(net, images, 5, 0, path.with_suffix(".training"))
+            train(net, public_data.read(root, f"{own}-train", 28, 1, 2 * FIT))
         net.save(path)
     return classifier(TIENet.load(path))
+
+
+def train(net: nn.Module, images: Images, epochs: int = 5, size: int = 128) -> None:
+    """Cross-entropy by SGD with one cycle of the learning rate, images shifted."""
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    steps = epochs * -(-len(images.y) // size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
+    net.train()
+    for epoch in range(epochs):
+        with seeded(0, epoch):
+            for rows in torch.randperm(len(images.y)).split(size):
+                x = shifted(images.x[rows], images.x.shape[-1] // 8).float() / 255
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), images.y[rows]).backward()
+                optimizer.step()
+                schedule.step()
+    net.eval()
 
 
 PHOTO_SETS = {
@@ -214,13 +235,11 @@ BACKBONES = {
 }
 
 
-# What is used of tie_ext, all of it.
+# What is measured.
 
 
 def reader(model: nn.Module, backbone: Backbone, num_classes: int):
     """The network with a head on every layer that has learned nothing yet."""
-    from tie_ext import TIENet
-
     shape = (len(backbone.mean), backbone.size, backbone.size)
     return TIENet(model, num_classes, shape, *backbone.range, head="multilayer").eval()
 
@@ -269,13 +288,6 @@ def own_scores(
         OURS[2]: {name: members[1].predict_features(of.features) for name, of in given.items()},
     }
     return scores, float(combined.threshold)
-
-
-def said_by(places: Mapping[str, Path]) -> dict:
-    """Command, commit and versions of a record."""
-    from tie_ext.utils.provenance import provenance
-
-    return provenance(places=places)
 
 
 OURS = ("combine", "attach", "combine's KNN")
@@ -329,26 +341,27 @@ def whole(labels: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Part]
     }
 
 
+def three(of: str, rows: Sequence[Tensor], labels: Tensor) -> dict[str, Part]:
+    """Images to fit on, for calibration and to test."""
+    names = ("fit", "calibration", "test")
+    return {n: Part(of, some, labels[some]) for n, some in zip(names, rows, strict=True)}
+
+
 def small_parts(own: str, seed: int, labels: Mapping[str, Tensor]) -> dict[str, Part]:
     """Nine tenths of the training images at most, held-out and test images of the ID test set."""
     train, test = f"{own}-train", f"{own}-test"
     fit = order(len(labels[train]), seed)[: min(FIT, len(labels[train]) * 9 // 10)]
     held, judged = order(len(labels[test]), 0).tensor_split([HELD])
-    parts = {"fit": (train, fit), "calibration": (test, held), "test": (test, judged)}
-    rows = {name: Part(of, rows, labels[of][rows]) for name, (of, rows) in parts.items()}
-    return rows | whole(labels, [name for name in labels if not name.startswith(f"{own}-")])
+    own_test = three(test, (held[:0], held, judged), labels[test])
+    others = whole(labels, [name for name in labels if not name.startswith(f"{own}-")])
+    return own_test | {"fit": Part(train, fit, labels[train][fit])} | others
 
 
 def imagenet_parts(seed: int, labels: Mapping[str, Tensor]) -> dict[str, Part]:
     """One image of each class: 600 to fit on, 200 held out, 200 to test."""
     of = "photos_imagenet"
-    three = zip(
-        ("fit", "calibration", "test"),
-        order(len(labels[of]), seed).tensor_split([600, 800]),
-        strict=True,
-    )
-    parts = {name: Part(of, rows, labels[of][rows]) for name, rows in three}
-    return parts | whole(labels, (*PHOTOS_FAR, *VALIDATION))
+    rows = order(len(labels[of]), seed).tensor_split([600, 800])
+    return three(of, rows, labels[of]) | whole(labels, (*PHOTOS_FAR, *VALIDATION))
 
 
 def chosen_parts(
@@ -356,23 +369,15 @@ def chosen_parts(
 ) -> dict[str, Part]:
     """A random choice of the classes, two thirds of their images to fit on, a ninth held out; near
     is what was left out."""
-    y = labels[of]
-    classes = order(int(y.max()) + 1, seed)
+    classes = order(int(labels[of].max()) + 1, seed)
     label = torch.full_like(classes, -1)
     label[classes[:known].sort().values] = torch.arange(known)
-    rows = (label[y] >= 0).nonzero()[:, 0]
-    rows = rows[order(len(rows), seed)]
-    three = rows.tensor_split([len(rows) * 6 // 9, len(rows) * 7 // 9])
-    parts = {
-        name: Part(of, some, label[y[some]])
-        for name, some in zip(("fit", "calibration", "test"), three, strict=True)
-    }
-    others = (label[y] < 0).nonzero()[:, 0]
-    return (
-        parts
-        | {"left out": Part(of, others, label[y[others]])}
-        | whole(labels, (*far, *VALIDATION))
-    )
+    y = label[labels[of]]
+    rows = (y >= 0).nonzero()[:, 0]
+    rows = rows[order(len(rows), seed)].tensor_split([len(rows) * 6 // 9, len(rows) * 7 // 9])
+    others = (y < 0).nonzero()[:, 0]
+    left = {"left out": Part(of, others, y[others])}
+    return three(of, rows, y) | left | whole(labels, (*far, *VALIDATION))
 
 
 def small(
@@ -454,23 +459,23 @@ class Run:
         return Images(read(self.root, self.network.backbone, source).x[rows[:most]], labels[:most])
 
     def head(self, model: nn.Module) -> dict[str, Tensor]:
-        """What attach taught, once."""
-        path = self.folder / "head.safetensors"
-        if not path.exists():
-            start, images = time.perf_counter(), self.images("fit")
-            pairs = list(self.backbone.batches(images, self.backbone.batch))
-            every = (
-                len(images.y.unique()) == self.network.num_classes
-            )  # else attach would miss the labels of some classes
-            batches = pairs if every else [x for x, _ in pairs]
-            head = fitted_head(model, self.backbone, self.network.num_classes, batches, self.seed)
-            write(path, {**head, "seconds": torch.tensor(time.perf_counter() - start)})
-        return load_file(path)
+        """What attach fitted, and its seconds."""
 
-    def score(self) -> None:
-        """Every score that reads features, once."""
-        if (self.folder / "scores.safetensors").exists():
-            return
+        def fit() -> dict[str, Tensor]:
+            start, images = time.perf_counter(), self.images("fit")
+            batches = list(self.backbone.batches(images, self.backbone.batch))
+            if len(images.y.unique()) < self.network.num_classes:
+                batches = [x for x, _ in batches]  # else attach would miss labels of some classes
+            head = fitted_head(model, self.backbone, self.network.num_classes, batches, self.seed)
+            return {
+                **head,
+                "seconds": torch.tensor(time.perf_counter() - start),
+            }
+
+        return once(self.folder / "head.safetensors", fit)
+
+    def score(self) -> dict[str, Tensor]:
+        """Every score that reads features, with these, logits, labels and the last layer."""
         model = self.model()
         head = self.head(model)
         seconds = head.pop("seconds")
@@ -480,67 +485,44 @@ class Run:
         sets = {of: one.features.split(2000) for of, one in seen.items() if of != "fit"}
         found, failed = rivals.scores_of(rivals.makers(fc, h, y), sets)
         own, threshold = own_scores(net, head, seen)
-        tensors = {
-            f"scores/{name}/{of}": one
-            for name, sets in (own | found).items()
-            for of, one in sets.items()
-        }
+        self.note("failed", failed)
+        self.note("sources", {of: part.source for of, part in self.parts.items()})
+        tensors = flat(own | found)
         for of, one in seen.items():
-            tensors |= {
-                f"features/{of}": one.features,
-                f"logits/{of}": fc(one.features),
-                f"labels/{of}": one.labels,
-            }
-            tensors[f"rows/{of}"] = self.parts[of].rows
-        (self.folder / "failed.json").write_text(json.dumps(failed, indent=1))
-        (self.folder / "sources.json").write_text(
-            json.dumps({of: part.source for of, part in self.parts.items()}, indent=1)
-        )
-        last = {
-            "weight": fc.weight,
-            "bias": fc.bias,
-            "threshold": torch.tensor(threshold),
-            "seconds": seconds,
-        }
-        write(self.folder / "scores.safetensors", tensors | last)
-        print(f"{self.name}, seed {self.seed}: scored; attach took {seconds:.0f} s", flush=True)
+            tensors |= {f"features/{of}": one.features, f"logits/{of}": fc(one.features)}
+            tensors |= {f"labels/{of}": one.labels, f"rows/{of}": self.parts[of].rows}
+        last = {"weight": fc.weight, "bias": fc.bias, "threshold": torch.tensor(threshold)}
+        return tensors | last | {"seconds": seconds}
 
-    def gradients(self) -> None:
-        """Scores that read images or early layers, once, on the first images of each set."""
-        path = self.folder / "gradients.safetensors"
-        if path.exists():
-            return
-        start, model = time.perf_counter(), self.model()
+    def gradients(self) -> dict[str, Tensor]:
+        """Scores that read images or early layers, of the first images of each set."""
+        model = self.model()
         stages, layers, last = self.backbone.parts(model)
         few = 500 if self.backbone.size < 100 else 50
-        size = 50
-        fit = list(self.backbone.batches(self.images("fit"), size))
+        fit = list(self.backbone.batches(self.images("fit"), 50))
         sets = {
-            of: [x for x, _ in self.backbone.batches(self.images(of, few), size)]
+            of: [x for x, _ in self.backbone.batches(self.images(of, few), 50)]
             for of in self.parts
             if of not in ("fit", *VALIDATION)
         }
         make = rivals.image_makers(model, stages, layers, last, self.network.num_classes, fit)
         found, failed = rivals.scores_of(make, sets)
-        write(
-            path,
-            {
-                f"scores/{name}/{of}": one
-                for name, of_set in found.items()
-                for of, one in of_set.items()
-            },
-        )
-        (self.folder / "failed_gradients.json").write_text(json.dumps(failed, indent=1))
-        print(
-            f"{self.name}: ODIN, Gram and NAC, {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
+        self.note("failed_gradients", failed)
+        return flat(found)
+
+    def note(self, name: str, of: Mapping[str, str]) -> None:
+        """Words beside the scores."""
+        (self.folder / f"{name}.json").write_text(json.dumps(of, indent=1))
+
+    def cached(self, kind: str) -> dict[str, Tensor]:
+        """What ``score`` or ``gradients`` gives, computed once."""
+        path = self.folder / f"{kind}.safetensors"
+        return once(path, {"scores": self.score, "gradients": self.gradients}[kind])
 
     def scores(self) -> dict[str, dict[str, Tensor]]:
         """All scores by name and set."""
         found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for file in ("scores", "gradients"):
-            path = self.folder / f"{file}.safetensors"
+        for path in map(self.folder.joinpath, ("scores.safetensors", "gradients.safetensors")):
             for key, one in (load_file(path) if path.exists() else {}).items():
                 if key.startswith("scores/"):
                     _, name, of = key.split("/")
@@ -549,52 +531,61 @@ class Run:
 
     def failed(self) -> dict[str, str]:
         """Why there are no scores of some names."""
-        paths = [self.folder / name for name in ("failed.json", "failed_gradients.json")]
-        return {
-            name: why
-            for path in paths
-            if path.exists()
-            for name, why in json.loads(path.read_text()).items()
-        }
+        paths = sorted(self.folder.glob("failed*.json"))
+        return {name: why for path in paths for name, why in json.loads(path.read_text()).items()}
 
     def record(self) -> dict:
         """AUROC, FPR@95 and the share rejected at 5 % false alarms, by score and set."""
-        kept = load_file(self.folder / "scores.safetensors")
+        kept = self.cached("scores")
         right = kept["logits/test"].argmax(1) == kept["labels/test"]
-        numbers: dict[str, dict | None] = {}
+        numbers: dict[str, dict | None] = dict.fromkeys(self.failed())
         for name, of in self.scores().items():
-            threshold = (
-                float(kept["threshold"])
-                if name == OURS[0]
-                else rivals.threshold(of["calibration"])
+            own = name == OURS[0]
+            limit = float(
+                kept["threshold"] if own else conformal_threshold(of["calibration"], 0.05)
             )
-            numbers[name] = {
-                "false alarms": round((of["test"] > threshold).double().mean().item(), 4)
-            }
-            for ood in of:
-                if ood not in ("calibration", "test"):
-                    three = (
-                        rivals.auroc(of["test"], of[ood]),
-                        rivals.fpr95(of["test"], of[ood]),
-                        (of[ood] > threshold).double().mean().item(),
-                    )
-                    numbers[name][ood] = [round(value, 4) for value in three]
-        about = {
+            numbers[name] = {"false alarms": share(of["test"], limit)}
+            for ood in (name for name in of if name not in ("calibration", "test")):
+                pair = of["test"], of[ood]
+                three = rivals.auroc(*pair), rivals.fpr95(*pair), share(of[ood], limit)
+                numbers[name][ood] = [round(value, 4) for value in three]
+        return {
             "network": self.name,
             "seed": self.seed,
-            "accuracy": round(right.double().mean().item(), 4),
-        }
-        sets = {"near": self.network.near, "far": self.network.far, "validation": VALIDATION}
-        sizes = {
+            "accuracy": share(right.float(), 0.5),
+            "near": self.network.near,
+            "far": self.network.far,
+            "validation": VALIDATION,
             "images": {name: len(part.rows) for name, part in self.parts.items()},
             "attach, seconds": round(float(kept["seconds"])),
+            "scores": numbers,
+            "why not": self.failed(),
         }
-        return (
-            about
-            | sets
-            | sizes
-            | {"scores": numbers | dict.fromkeys(self.failed()), "why not": self.failed()}
-        )
+
+
+def share(scores: Tensor, limit: float) -> float:
+    """How many are above a limit."""
+    return round((scores > limit).double().mean().item(), 4)
+
+
+def flat(scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Scores by name and set, as a file has them."""
+    return {
+        f"scores/{name}/{of}": one for name, sets in scores.items() for of, one in sets.items()
+    }
+
+
+def once(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in a file, which are computed if it does not exist; written whole or not at
+    all, so that a run that was stopped resumes."""
+    if not path.exists():
+        start = time.perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: of.detach().contiguous().clone() for name, of in make().items()}
+        save_file(tensors, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+        print(f"{path.parent.name}/{path.stem}: {time.perf_counter() - start:.0f} s", flush=True)
+    return load_file(path)
 
 
 @cached
@@ -614,24 +605,19 @@ def passed(name: str, root: Path, cache: Path, num_classes: int) -> None:
     """One pass over each set of a backbone that has not been passed yet."""
     backbone = BACKBONES[name]
     left = {of: cache / "passes" / name / f"{of}.safetensors" for of in backbone.sets}
-    left = {of: path for of, path in left.items() if not path.exists()}
-    if not left:
+    if all(path.exists() for path in left.values()):
         return
-    net = reader(
-        backbone.make(root, cache).to(memory_format=torch.channels_last).eval(),
-        backbone,
-        num_classes,
-    )
-    for of, path in left.items():
-        start = time.perf_counter()
+    model = backbone.make(root, cache).to(memory_format=torch.channels_last).eval()
+    net = reader(model, backbone, num_classes)
+
+    def given(of: str) -> dict[str, Tensor]:
         images = backbone.read(root, of)
         pairs = [net.statistics(x) for x, _ in backbone.batches(images, backbone.batch)]
-        found = {
-            "features": torch.cat([h for h, _ in pairs]),
-            "statistics": torch.cat([s for _, s in pairs]),
-        }
-        write(path, {**found, "labels": images.y})
-        print(f"{name}: {len(images.y)} of {of}, {time.perf_counter() - start:.0f} s", flush=True)
+        features, statistics = map(torch.cat, zip(*pairs, strict=True))
+        return {"features": features, "statistics": statistics, "labels": images.y}
+
+    for of, path in left.items():
+        once(path, partial(given, of))
 
 
 def linear(h: Tensor, y: Tensor, num_classes: int) -> nn.Linear:
@@ -652,56 +638,28 @@ def linear(h: Tensor, y: Tensor, num_classes: int) -> nn.Linear:
     return fc
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: of.detach().contiguous().clone() for name, of in tensors.items()},
-        path.with_suffix(".new"),
-    )
-    path.with_suffix(".new").replace(path)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--images", type=Path, required=True, help="packed image sets, and networks/"
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        required=True,
-        help="passes, heads and scores, which are not committed",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="records")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name in ("images", "cache", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(CHOICES)))
     parser.add_argument("--fast", action="store_true", help="leave out ODIN, Gram and NAC")
     a = parser.parse_args()
     torch.set_num_threads(1)
     a.out.mkdir(parents=True, exist_ok=True)
-    pairs = [
-        (name, seed) for seed in a.seeds for name in a.networks if seed in NETWORKS[name].seeds
-    ]
+    pairs = [(n, seed) for seed in a.seeds for n in a.networks if seed in NETWORKS[n].seeds]
+    firsts = [] if a.fast else [(n, NETWORKS[n].seeds[0]) for n in a.networks]
     places = {"DATA": a.images, "CACHE": a.cache}
-    for name, seed in pairs:
-        passed(
-            NETWORKS[name].backbone,
-            a.images,
-            a.cache,
-            1000 if NETWORKS[name].linear else NETWORKS[name].num_classes,
-        )
+    for kind, (name, seed) in [("scores", p) for p in pairs] + [("gradients", p) for p in firsts]:
+        network = NETWORKS[name]
+        of = 1000 if network.linear else network.num_classes
+        passed(network.backbone, a.images, a.cache, of)
         run = Run(name, seed, a.images, a.cache)
-        run.score()
-        keep(run, a.out, places)
-    for name in () if a.fast else a.networks:
-        run = Run(name, NETWORKS[name].seeds[0], a.images, a.cache)
-        run.gradients()
+        run.cached(kind)
         keep(run, a.out, places)
     summary = summed(a.out, a.images, a.cache, list(NETWORKS))
-    (a.out / "regret.json").write_text(json.dumps(summary | said_by(places)) + "\n")
+    (a.out / "regret.json").write_text(json.dumps(summary | provenance(places=places)) + "\n")
     print(json.dumps(summary["of combine"], indent=1), summary["regret"][OURS[0]], flush=True)
 
 
@@ -729,32 +687,30 @@ def columns_of(records: Sequence[Mapping]) -> dict[str, dict[str, list[float] | 
     }
 
 
-def bootstrapped(runs: Sequence[Run], kind: str, times: int = 200) -> dict[str, Tensor]:
-    """AUROC ``(times,)`` of a network's near or far sets by score, mean over its runs, images
+def interval(runs: Sequence[Run], kind: str, best: str, times: int = 200) -> list[float]:
+    """The middle 95 % of what combine has more than a rival, mean over runs that have it, images
     drawn again with replacement."""
-    found: dict[str, list[Tensor]] = defaultdict(list)
+    gaps = []
     for run in runs:
-        for name, of in run.scores().items():
-            rng = torch.Generator().manual_seed(
-                run.seed
-            )  # the same images for scores of the same images
-            sets = [ood for ood in getattr(run.network, kind) if ood in of]
-            found[name].append(torch.tensor([drawn(of, sets, rng) for _ in range(times)]))
-    return {name: torch.stack(values).mean(0) for name, values in found.items()}
+        scores, sets = run.scores(), getattr(run.network, kind)
+        ours, theirs = (drawn(scores[name], sets, run.seed, times) for name in (OURS[0], best))
+        gaps.append(ours - theirs)
+    ends = torch.stack(gaps).mean(0).quantile(torch.tensor([0.025, 0.975]))
+    return [round(value, 4) for value in ends.tolist()]
 
 
-def drawn(of: Mapping[str, Tensor], sets: Sequence[str], rng: torch.Generator) -> float:
-    """AUROC, mean over the sets, of images drawn with replacement."""
-    again = {
-        name: of[name][torch.randint(len(of[name]), (len(of[name]),), generator=rng)]
-        for name in ("test", *sets)
-    }
-    return mean(rivals.auroc(again["test"], again[name]) for name in sets)
+def drawn(of: Mapping[str, Tensor], sets: Sequence[str], seed: int, times: int) -> Tensor:
+    """AUROC ``(times,)``, mean over the sets; the same seed draws the same images."""
+    rng = torch.Generator().manual_seed(seed)
 
+    def again(name: str) -> Tensor:
+        return of[name][torch.randint(len(of[name]), (len(of[name]),), generator=rng)]
 
-def interval(values: Tensor) -> list[float]:
-    """The middle 95 %."""
-    return [round(value, 4) for value in values.quantile(torch.tensor([0.025, 0.975])).tolist()]
+    def once_more() -> float:
+        inside, *outside = map(again, ("test", *sets))
+        return mean(rivals.auroc(inside, x) for x in outside)
+
+    return torch.tensor([once_more() for _ in range(times)])
 
 
 def summed(out: Path, root: Path, cache: Path, networks: Sequence[str]) -> dict:
@@ -767,21 +723,15 @@ def summed(out: Path, root: Path, cache: Path, networks: Sequence[str]) -> dict:
         for column, scores in columns.items()
         if not column.endswith("validation")
     }
-    found: dict = {"columns": columns, "of combine": {}, "intervals": {}}
+    found: dict = {"columns": columns, "of combine": {}}
     for column, (value, best) in rivals.regrets(table, OURS[0], OURS).items():
         found["of combine"][column] = {"regret": round(value, 4), "best": best}
         name, kind = column.split()
         if BACKBONES[NETWORKS[name].backbone].size > 100:
-            runs = [
-                Run(name, seed, root, cache)
-                for seed in NETWORKS[name].seeds
-                if (out / f"{name}-seed{seed}.json").exists()
-            ]
-            again = bootstrapped(runs, kind)
-            found["of combine"][column]["interval"] = interval(again[OURS[0]] - again[best])
-            found["intervals"][column] = {
-                score: interval(values) for score, values in again.items()
-            }
+            seeds = [s for s in NETWORKS[name].seeds if (out / f"{name}-seed{s}.json").exists()]
+            runs = [Run(name, seed, root, cache) for seed in seeds]
+            some = [run for run in runs if best in run.scores()]
+            found["of combine"][column]["interval"] = interval(some, kind, best)
     every = {name for of in table.values() for name, value in of.items() if value is not None}
     worst = {name: rivals.worst_and_mean(table, name, OURS) for name in every}
     found["regret"] = {
@@ -796,7 +746,7 @@ def keep(run: Run, out: Path, places: Mapping[str, Path]) -> None:
     path, record = out / f"{run.name}-seed{run.seed}.json", json.loads(json.dumps(run.record()))
     before = json.loads(path.read_text()) if path.exists() else {}
     if any(before.get(key) != value for key, value in record.items()):
-        path.write_text(json.dumps(record | said_by(places)) + "\n")
+        path.write_text(json.dumps(record | provenance(places=places)) + "\n")
 
 
 if __name__ == "__main__":

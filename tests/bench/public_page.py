@@ -1,7 +1,9 @@
-"""docs/research/public_networks.md, of the records of public_networks.py; tables.py writes it."""
+"""docs/research/public_networks.md and the tables of public networks on other pages, from the
+records of public_networks.py; tables.py writes them."""
 
 import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -9,7 +11,13 @@ from tie_ext.cli.tables import table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "public_networks"
 OURS = ("combine", "attach", "combine's KNN")
-"""What is no rival."""
+"""Ours, which are no rivals; the first is judged."""
+LABELS = {"combine": "**combine**", "attach": "**garbage head alone**"}
+COMBINED = "garbage head, KNN and GEN, summed: `combine` as it was before body and tails"
+"""What the records' combine is; to be changed with them."""
+FACTS = ("worst", "mean", "where", "single", "version", "combined")
+SHOWN = 5
+"""Rivals in tables."""
 CALLED = {
     "cifar10-resnet20": "CIFAR-10, ResNet-20",
     "cifar10-resnet56": "CIFAR-10, ResNet-56",
@@ -23,53 +31,27 @@ CALLED = {
 """Networks, in the order of the tables."""
 SAID = {"AssertionError": "pytorch-ood asserts that every class up to the last has images"}
 """What is meant by an error that says nothing."""
-HEAD = """# Networks that others trained
-
-Made by `python tests/bench/tables.py` of the records in `docs/results/public_networks/`, which
-this command makes (it goes on where it was stopped; each record holds its own call):
-
-    python tests/bench/public_networks.py --images DATA --cache CACHE \\
-        --out docs/results/public_networks
-
-Measured with tie_ext {version}, pytorch-ood {host}. **Worst regret**: for each network, and for
-its near and its far sets apart, AUROC of the detector that `combine` gives minus that of the best
-single score of others *of that very column, chosen by looking at it*; AUROC is averaged over sets,
-seeds and choices of classes before. The worst of these is the number. At that version it is **{worst}**, and
-the mean over columns {mean}. The best a single score can do is {single}.
-
-- **CIFAR.** Weights: akamaster/pytorch_resnet_cifar10 and Vitor-OP/ood-neural-collapse-cifar100.
-  Fitted on 10 000 training images (CIFAR-100: 9000); 2000 official test images for calibration,
-  the others to test. Near: the other CIFAR, and the classes of TinyImageNet that are not there to
-  choose by, also those that CIFAR has too. Far: MNIST, FashionMNIST, notMNIST, Gaussian and
-  uniform noise. Every image is brought to 32 pixels in the same way.
-- **ImageNet.** 1000 photographs, one a class: 600 to fit, 200 for calibration, 200 to test. *Most
-  of them are among the images that the network was trained on*, which flatters every score alike.
-  Far: receipts, blood cells, satellite images, scenes. What needs several images of each class has
-  no number.
-- **Flowers, trash.** EfficientNet-lite0's features and a linear layer learned on two thirds of the
-  images of some classes; a ninth for calibration, the rest to test. Five random choices of the
-  classes. Near: the classes that were left out. Far: as ImageNet, the other of the two sets,
-  clothes, digits.
-- **MNIST, FashionMNIST.** The project's CNN, five epochs of 20 000 images, fitted on half of them.
-  No near sets. Far: each other, notMNIST, CIFAR-10, TinyImageNet, noise.
-
-Up to three seeds of head and of the images that are fitted on, up to five choices with a seed
-each; the table of runs has how many. Textures, which others have as a far set, are not at hand.
-ODIN, Gram and NAC ask for gradients or early layers of each image: they are of the first seed, or
-choice, and of the first {few} images of each set. pytorch-ood's detectors have its defaults; with
-NAC's, made to be tuned for each network, nearly every image is covered in full. ASH, SCALE, ReAct
-and VRA shape pooled features. ViM has half of the dimensions. Mahalanobis++ is pytorch-ood's
-Mahalanobis on features of length 1. WeiPer + KLD has its authors' settings for CIFAR-10, CIFAR-100
-and ImageNet, by the number of classes; they were found on features of 512 and more dimensions, and
-its histograms of 64 are noise. *combine* is that version's (garbage head, KNN, GEN summed), before body and tails; *attach* the head
-alone.
-"""
 
 
-def name(column: str) -> str:
-    """Of ``NETWORK near`` and the like, for people."""
-    network, kind = column.split()
-    return f"{CALLED[network]}, {kind}"
+@cache
+def summary() -> dict:
+    """``regret.json``."""
+    return json.loads((RESULTS / "regret.json").read_text())
+
+
+def columns() -> dict[str, dict]:
+    """``NETWORK near`` and ``NETWORK far`` in the order of the tables, with all scores."""
+    found = summary()["columns"]
+    names = [f"{network} {kind}" for network in CALLED for kind in ("near", "far")]
+    return {name: found[name] for name in names if name in found}
+
+
+def rivals() -> list[str]:
+    """Others' scores, the best worst regret first; those that lack two columns or more last."""
+    regret = summary()["regret"]
+    few = max(count for *_, count in regret.values()) - 1
+    names = [name for name in regret if name not in OURS]
+    return sorted(names, key=lambda name: (regret[name][2] < few, -regret[name][0]))
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -77,149 +59,115 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
-def measured(summary: dict, place: int) -> str:
-    """A table of all scores, near / far by network, those with the best worst regret first."""
-    columns, rows = summary["columns"], []
-    names = [*OURS, *(score for score in summary["regret"] if score not in OURS)]
-    for score in names:
-        row = {"score": f"**{score}**" if score in OURS else score}
-        for network, called in CALLED.items():
-            cells = [columns.get(f"{network} {kind}", {}).get(score) for kind in ("near", "far")]
-            shown = [percent(cell and cell[place]) for cell in cells]
-            if any(f"{network} {kind}" in columns for kind in ("near", "far")):
-                row[called] = " / ".join(shown)
-        if place == 0:
-            worst, average, count = summary["regret"][score]
-            most = max(of[2] for of in summary["regret"].values())
-            row["worst regret"] = percent(worst) + ("" if count == most else f" (of {count})")
-            row["mean regret"] = percent(average)
+def front() -> str:
+    """Our detector, the head alone and the strongest rivals: means over columns."""
+    rows = []
+    for score in (*OURS[:2], *rivals()[:SHOWN]):
+        row = {"detector": LABELS.get(score, score)}
+        for kind in ("near", "far"):
+            of = [
+                c[score] for name, c in columns().items() if name.endswith(kind) and c.get(score)
+            ]
+            row[f"{kind}: mean (worst)"] = (
+                f"{percent(mean(a for a, *_ in of))} ({percent(min(of)[0])})"
+            )
+        row["far: rejected"] = percent(mean(share for *_, share in of))
+        rows.append(row | {"worst regret": _worst(score)})
+    return table(rows)
+
+
+def _worst(score: str) -> str:
+    """Worst regret, and of how many columns if it has no number in some."""
+    found = summary()["regret"]
+    worst, _, count = found[score]
+    return percent(worst) + ("" if count == found[OURS[0]][2] else f" (of {count})")
+
+
+def regret() -> str:
+    """What combine has beside the best rival, by column."""
+    rows = []
+    for column, of in summary()["of combine"].items():
+        scores = summary()["columns"][column]
+        low, high = of.get("interval", (None, None))
+        row = {"column": _called(column), "combine": percent(scores[OURS[0]][0])}
+        row["best single score"] = f"{of['best']} {percent(scores[of['best']][0])}"
+        row["regret"] = percent(of["regret"])
+        row["95 % of bootstraps"] = "" if low is None else f"{percent(low)} to {percent(high)}"
         rows.append(row)
     return table(rows)
 
 
-def regret_rows(summary: dict) -> list[dict[str, str]]:
-    """What combine has beside the best rival, by column."""
-    rows = []
-    for column, of in summary["of combine"].items():
-        scores = summary["columns"][column]
-        ours, best = scores[OURS[0]][0], scores[of["best"]][0]
-        low, high = of.get("interval", (None, None))
-        between = "" if low is None else f"{percent(low)} to {percent(high)}"
-        row = {
-            "column": name(column),
-            "combine": percent(ours),
-            "best single score": f"{of['best']} {percent(best)}",
-        }
-        rows.append(row | {"regret": percent(of["regret"]), "95 % of bootstraps": between})
-    return rows
+def _called(column: str) -> str:
+    network, kind = column.split()
+    return f"{CALLED[network]}: {kind}"
 
 
-def validation_rows(summary: dict, records: list[dict]) -> list[dict[str, str]]:
-    """AUROC of each validation set, mean over the runs."""
-    rows = []
-    for score in (*OURS, *(score for score in summary["regret"] if score not in OURS)):
-        found: dict[str, list[float]] = defaultdict(list)
-        for record in records:
-            of = record["scores"].get(score) or {}
-            for place in record["validation"]:
-                if place in of:
-                    found[f"{record['network']} {place}"].append(of[place][0])
-        if found:
-            row = {"score": score}
-            for network, called in CALLED.items():
-                cells = [found.get(f"{network} {place}") for place in records[0]["validation"]]
-                if any(cells):
-                    row[called] = " / ".join(percent(values and mean(values)) for values in cells)
-            rows.append(row)
-    return rows
+def by_column(place: int) -> str:
+    """AUROC (0), FPR@95 (1) or the share rejected (2) by column."""
+    names = [*OURS, *rivals()[:SHOWN]]
+    rows = [
+        {"column": _called(column)}
+        | {LABELS.get(n, n): percent(of[n][place] if of.get(n) else None) for n in names}
+        for column, of in columns().items()
+    ]
+    return table(rows)
 
 
-def runs_rows(records: list[dict]) -> list[dict[str, str]]:
-    """Accuracy, false alarms and the time that attach took."""
+def every() -> str:
+    """Worst and mean regret of every score."""
+    found = summary()["regret"]
+    rows = [
+        {"score": LABELS.get(name, name), "worst regret": _worst(name)}
+        | {"mean regret": percent(found[name][1])}
+        for name in (*OURS, *rivals())
+    ]
+    return table(rows)
+
+
+@cache
+def records() -> list[dict]:
+    """The records of all runs."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
+
+
+def accuracies() -> str:
+    """Runs, accuracy and images of each network."""
     by: dict[str, list[dict]] = defaultdict(list)
-    for record in records:
+    for record in records():
         by[record["network"]].append(record)
     rows = []
-    for network, called in CALLED.items():
-        if of := by.get(network):
-            sizes = of[0]["images"]
-            alarms = mean(record["scores"][OURS[0]]["false alarms"] for record in of)
-            row = {
-                "network": called,
-                "runs": len(of),
-                "accuracy": percent(mean(record["accuracy"] for record in of)),
-            }
-            row["fit / calibration / test"] = " / ".join(
-                str(sizes[part]) for part in ("fit", "calibration", "test")
-            )
-            rows.append(
-                row
-                | {
-                    "false alarms of combine": percent(alarms),
-                    "attach, s": f"{mean(r['attach, seconds'] for r in of):.0f}",
-                }
-            )
-    return rows
+    for network in (name for name in CALLED if name in by):
+        of = by[network]
+        sizes = [str(of[0]["images"][part]) for part in ("fit", "calibration", "test")]
+        alarms = mean(record["scores"][OURS[0]]["false alarms"] for record in of)
+        row = {"network": CALLED[network], "runs": len(of)}
+        row["accuracy"] = percent(mean(record["accuracy"] for record in of))
+        row["fit / calibration / test"] = " / ".join(sizes)
+        rows.append(row | {"false alarms of combine": percent(alarms)})
+    return table(rows)
 
 
-def reasons(summary: dict, records: list[dict]) -> str:
+def reasons() -> str:
     """Which scores have no number where, and why."""
-    found = {(score, of["network"]): why for of in records for score, why in of["why not"].items()}
-    for column, scores in summary["columns"].items():
-        network, kind = column.split()
-        for score in summary["regret"]:
-            if kind != "validation" and scores.get(score) is None:
-                found.setdefault((score, network), "not run")
     by: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for (score, network), why in sorted(found.items()):
+    for score, network, why in sorted(
+        {(score, of["network"], why) for of in records() for score, why in of["why not"].items()}
+    ):
         by[network, SAID.get(why, " ".join(why.split()))].append(score)
-    lines = [f"- {CALLED[network]}: {', '.join(of)}: {why}" for (network, why), of in by.items()]
-    return "\n".join(lines) or "None."
+    return "\n".join(f"- {CALLED[of]}: {', '.join(s)}: {why}." for (of, why), s in by.items())
 
 
-def page() -> str:
-    """The page; empty where there are no records yet."""
-    if not (RESULTS / "regret.json").exists():
-        return ""
-    summary = json.loads((RESULTS / "regret.json").read_text())
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
-    most = max(of[2] for of in summary["regret"].values())
-    single = next(
-        score for score, of in summary["regret"].items() if score not in OURS and of[2] == most
-    )
-    worst, average, _ = summary["regret"][OURS[0]]
-    facts = {
-        "version": summary["versions"]["tie_ext"],
-        "host": summary["versions"]["pytorch-ood"],
+def facts() -> dict[str, str]:
+    """Single numbers of the page."""
+    found = summary()
+    worst, average, _ = found["regret"][OURS[0]]
+    column = min(found["of combine"], key=lambda name: found["of combine"][name]["regret"])
+    return {
         "worst": percent(worst),
         "mean": percent(average),
-        "single": f"{percent(summary['regret'][single][0])} ({single})",
-        "few": "500 (photographs: 50)",
+        "where": _called(column),
+        "single": f"{_worst(rivals()[0])}, {rivals()[0]}",
+        "combined": COMBINED,
+        "version": f"tie_ext {found['versions']['tie_ext']} at commit {found['commit'][:7]}, "
+        f"pytorch-ood {found['versions']['pytorch-ood']}",
     }
-    parts = [
-        HEAD.format(**facts),
-        "## AUROC, near / far\n",
-        "Percent. In bold what is ours, which is no rival. *(of N)*: the score has numbers in N\n"
-        "columns alone.\n",
-        measured(summary, 0),
-        "\n## Where combine stands\n",
-        "The interval is of images drawn again, for those networks that have few.\n",
-        table(regret_rows(summary)),
-        "\n## FPR@95, near / far\n",
-        "OOD images accepted where 95 % of the ID test images are; percent.\n",
-        measured(summary, 1),
-        "\n## Rejected at 5 % false alarms, near / far\n",
-        "The threshold is drawn on the calibration images (combine: on half of them, its scale\n"
-        "takes the other half); percent.\n",
-        measured(summary, 2),
-        "\n## Validation sets\n",
-        "Sets that settings may be chosen by: AUROC on twenty classes of TinyImageNet / glyphs /\n"
-        "photographs and textures. They are in no mean above.\n",
-        table(validation_rows(summary, records)),
-        "\n## Runs\n",
-        table(runs_rows(records)),
-        "\n## No number\n",
-        reasons(summary, records),
-        "",
-    ]
-    return "\n".join(parts)

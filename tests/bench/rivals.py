@@ -232,12 +232,6 @@ def fpr95(inside: Tensor, outside: Tensor) -> float:
     )
 
 
-def threshold(calibration: Tensor, false_alarm: float = 0.05) -> float:
-    """The split-conformal threshold: an ID image scores above it with at most this probability."""
-    rank = len(calibration) + 1 - int(false_alarm * (len(calibration) + 1) + 1e-9)
-    return calibration.double().sort().values[min(rank, len(calibration)) - 1].item()
-
-
 Table = Mapping[str, Mapping[str, float | None]]
 """AUROC by column and score; None where a score cannot be computed."""
 

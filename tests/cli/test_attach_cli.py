@@ -726,14 +726,14 @@ def test_a_class_without_samples_is_refused(folder, weights, tmp_path, capsys):
         (["--mean", "0.5"], "Expected as many --mean as --std, but got 1 and 0"),
         (
             ["--mean", "123.7", "--std", "0.2"],
-            "Expected --mean to be a number in [0, 1], but got 123.7",
+            "Expected mean to be a number in [0, 1], but got 123.7",
         ),
         (
             ["--mean", "0.5", "--std", "0"],
-            "Expected --std to be a number in [0.001, 1], but got 0.0",
+            "Expected std to be a number in [0.001, 1], but got 0.0",
         ),
-        (["--mean", "nan", "--std", "1"], "Expected --mean to be a number in [0, 1], but got nan"),
-        (["--images", "0"], "Expected --images to be an integer in [1, "),
+        (["--mean", "nan", "--std", "1"], "Expected mean to be a number in [0, 1], but got nan"),
+        (["--images", "0"], "Expected images to be an integer in [1, "),
         (["--seed", "-1"], "Expected --seed to be an integer in [0, "),
         (["--device", "abacus"], "Expected --device to be one that torch has here"),
     ],

@@ -264,24 +264,22 @@ def test_a_checkpoint_is_read_without_running_code(openood, tmp_path):
         build(pretrained=True, checkpoint=str(tmp_path / "hostile.ckpt"))
 
 
-def test_a_checkpoint_of_0_2_0_scores_as_before(openood):
-    saved = Path(__file__).parents[1] / "data" / "saved_by_0.2.0" / "openood_tie_net.ckpt"
-    net = build(num_classes=3, head="multilayer", pretrained=True, checkpoint=str(saved))
+@pytest.mark.parametrize(("version", "head"), [("0.1.0", "linear"), ("0.2.0", "multilayer")])
+def test_a_checkpoint_of_before_scores_the_same(openood, version, head):
+    data = Path(__file__).parents[1] / "data"
+    saved = data / f"saved_by_{version}" / "openood_tie_net.ckpt"
+    net = build(num_classes=3, head=head, pretrained=True, checkpoint=str(saved))
     logits = torch.tensor(json.loads(saved.with_suffix(".json").read_text())["logits"])
     x = torch.linspace(-1, 1, 2 * 3 * 28 * 28).view(2, 3, 28, 28).sin()
-    torch.testing.assert_close(net.eval()(x, garbage=True), logits)
+    torch.testing.assert_close(net.eval()(x, garbage=True), logits, rtol=1e-5, atol=2e-6)
     assert (net.tau, net.autocast_dtype) == (0.25, "float32")
 
 
-def test_configs_of_0_2_0_mean_what_they_meant(openood):
+def test_rules_of_0_2_0_in_configs(openood):
     from openood.utils.config import Config
 
     from tie_ext.openood import CombinedPostprocessor
-    from tie_ext.openood.trainers import recipe_of_config
 
-    for old, new in (("layers", GarbageHead), ("linear", nn.Linear)):
-        assert isinstance(build(garbage=old, head="multilayer").garbage, new)
-    assert recipe_of_config(trainer_config(objective="uniform")).criterion == "uniform"
     for old, new in (("stouffer", "zsum"), ("fisher", "fisher")):
         named = {"name": "tie_combined", "postprocessor_args": {"rule": old}}
         post = CombinedPostprocessor(Config({"postprocessor": named}))

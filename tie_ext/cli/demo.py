@@ -22,7 +22,7 @@ from tie_ext.utils.files import load_state, locked, save_state, write_json
 
 # For 1348 small images. Digits of 8x8 pixels fill the image, so they are not shifted; without the
 # shift, garbage of full weight costs ID accuracy, and tau, which comes from training images that
-# are learned by heart, needs a larger lambda (docs/research/ledger.md).
+# are learned by heart, needs a larger lambda (docs/research/defaults.md).
 RECIPE = Recipe(
     TIEConfig(epochs=10, lam=5.0, garbage_weight=0.1, candidates=1100, pool_size=1000),
     {"inversion": {"steps": 40, "width": 16}},

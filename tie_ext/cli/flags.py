@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
 from tie_ext import __version__
-from tie_ext.cli.settings import AttachSettings, ImageSettings, TrainSettings
+from tie_ext.cli.settings import AttachSettings, ReproduceSettings, TrainSettings
 from tie_ext.models.network import HEADS
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
@@ -20,7 +20,6 @@ from tie_ext.training.config import TIEConfig
 from tie_ext.training.explain import STEPS
 from tie_ext.training.recipe import PRIORS, Recipe, names
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.settings import Settings
 
 EXAMPLES = """examples:
   tie-ext demo
@@ -34,8 +33,9 @@ checkpoint; no code in it is run. It tells whether images are grey or colour. It
 of the data, in that order."""
 METHODS = {"inversion": InversionSettings}
 """Synthesizers with settings that are flags; the others have their defaults."""
+METAVARS = {str: "SET", int: "N", float: "X"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COUNTS = {"images": 1, "seed": 0, "steps": 1, "batch_size": 1, "workers": 0}
+COUNTS = {"seed": 0, "steps": 1}
 """Counts that are no field of a settings object, and their smallest values."""
 
 
@@ -64,141 +64,100 @@ def make_parser() -> argparse.ArgumentParser:
         prog="tie-ext", description=about, epilog=EXAMPLES, formatter_class=_Examples
     )
     parser.add_argument("--version", action="version", version=f"tie_ext {__version__}")
-    add = (_demo, _train, _attach, _score, _report, _explain, _reproduce)
     commands = parser.add_subparsers(
-        required=True, dest="name", metavar=" | ".join(each.__name__[1:] for each in add)
+        required=True, dest="name", metavar=" | ".join(COMMANDS), parser_class=_Command
     )
-    for each in add:
-        each(commands)
+    for name, (about, add_flags) in COMMANDS.items():
+        add_flags(commands.add_parser(name, help=about, description=about))
     return parser
 
 
-def _demo(commands) -> None:
-    demo = _command(commands, "demo", "train and compare on built-in images, in a minute or two")
-    output = demo.add_argument_group("output")
-    _path(output, "--out", "FOLDER", "folder for table, figures and detector", Path("demo"))
-    output.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed (default: 0)"
-    )
+def _demo(demo) -> None:
+    about = "folder for table, figures and detector"
+    demo.path("output", "--out", "FOLDER", about, default=Path("demo"))
+    demo.flag("output", "--seed", "random seed", default=0, type=int, metavar="N")
 
 
-def _train(commands) -> None:
-    train = _command(
-        commands,
-        "train",
-        "train a network with TIE",
-        FOLDERS,
-        # Flags that are not given are left out, so that --resume can tell.
-        argument_default=argparse.SUPPRESS,
-        usage="tie-ext train --data SET --out RUN [flags]\n       tie-ext train --resume RUN",
-    )
-    output = train.add_argument_group("output")
-    _path(output, "--out", "RUN", "new run folder")
-    _path(output, "--resume", "RUN", "continue a run that was stopped")
-    groups = _options(train, TrainSettings, needed=False)
-    _device(groups["network"])
-    method = _method(train)
+def _train(train) -> None:
+    train.epilog, train.argument_default = FOLDERS, argparse.SUPPRESS
+    train.usage = "tie-ext train --data SET --out RUN [flags]\n       tie-ext train --resume RUN"
+    train.path("output", "--out", "RUN", "new run folder")
+    train.path("output", "--resume", "RUN", "continue a run that was stopped")
+    train.settings(TrainSettings, "data", required=False)
+    train.device("network")
+    train.method()
     about = "what gives the garbage logit: a head on every layer, or the paper's linear function "
-    method.add_argument("--head", choices=HEADS, help=f"{about}(default: multilayer)")
+    train.flag("method", "--head", f"{about}(default: multilayer)", choices=HEADS)
     listed = ", ".join(SYNTHESIZERS)
     about = f"what proposes outliers: {listed}, several with commas, or none (default: inversion)"
-    method.add_argument("--synthesizer", metavar="NAME", help=about)
+    train.flag("method", "--synthesizer", about, metavar="NAME")
     about = f"what fills the garbage pool at first: {', '.join(PRIORS)}, likewise "
     about += "(default: procedural; with linear, multiscale)"
-    method.add_argument("--prior", metavar="NAME", help=about)
+    train.flag("method", "--prior", about, metavar="NAME")
 
 
-def _attach(commands) -> None:
-    attach = _command(
-        commands,
-        "attach",
-        "give a trained network a garbage class, without training it again",
-        f"{WEIGHTS} {FOLDERS}",
-        argument_default=argparse.SUPPRESS,
-        usage="tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ...",
-    )
-    _path(attach.add_argument_group("output"), "--out", "RUN", "new run folder", required=True)
-    _device(_options(attach, AttachSettings)["network"])
+def _attach(attach) -> None:
+    attach.epilog, attach.argument_default = f"{WEIGHTS} {FOLDERS}", argparse.SUPPRESS
+    attach.usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ..."
+    attach.path("output", "--out", "RUN", "new run folder", required=True)
+    attach.settings(AttachSettings, "data")
+    attach.device("network")
 
 
-def _score(commands) -> None:
-    score = _command(
-        commands,
-        "score",
-        "label, level, uncertainty and score of images, one row per image",
-        usage="tie-ext score RUN IMAGE [IMAGE ...] [flags]",
-    )
-    data = score.add_argument_group("data")
-    _path(data, "run", "RUN", "folder of a run or of a saved detector, or a network's file")
-    _path(data, "images", "IMAGE", "image files, and folders with all below them", nargs="+")
-    method = score.add_argument_group("method")
-    method.add_argument(
-        "--false-alarm",
-        type=float,
-        metavar="RATE",
-        help="reject at most this share of new ID images, by a threshold on the score (default: "
-        "the detector's own rule, 0.05 for a combination)",
-    )
-    _device(method)
-    speed = score.add_argument_group("speed")
-    about = "images scored at once (default: 64)"
-    speed.add_argument("--batch-size", type=int, default=64, metavar="N", help=about)
+def _score(score) -> None:
+    score.usage = "tie-ext score RUN IMAGE [IMAGE ...] [flags]"
+    about = "folder of a run or of a saved detector, or a network's file"
+    score.path("data", "run", "RUN", about)
+    about = "image files, and folders with all below them"
+    score.path("data", "images", "IMAGE", about, nargs="+")
+    about = "reject at most this share of new ID images, by a threshold on the score "
+    about += "(default: the detector's own rule, 0.05 for a combination)"
+    score.flag("method", "--false-alarm", about, type=float, metavar="RATE")
+    score.device("method")
+    about = "images scored at once"
+    score.flag("speed", "--batch-size", about, default=64, type=int, metavar="N")
     about = "processes that read images, 0 for none beside this one (default: one a processor)"
-    speed.add_argument("--workers", type=int, metavar="N", help=about)
-    output = score.add_argument_group("output")
-    _path(output, "--out", "FILE", "file for the rows (default: standard output)")
-    output.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default: csv")
+    score.flag("speed", "--workers", about, type=int, metavar="N")
+    score.path("output", "--out", "FILE", "file for the rows (default: standard output)")
+    score.flag("output", "--format", "of the rows", default="csv", choices=("csv", "jsonl"))
     about = "name the likeliest class of a rejected image too"
-    output.add_argument("--every-label", action="store_true", help=about)
+    score.flag("output", "--every-label", about, action="store_true")
 
 
-def _report(commands) -> None:
-    report = _command(commands, "report", "figures, table and settings of a run on an HTML page")
-    _path(report, "run", "RUN", "run folder")
+def _report(report) -> None:
+    report.path("data", "run", "RUN", "run folder")
 
 
-def _explain(commands) -> None:
-    explain = _command(
-        commands, "explain", "show what the classes look like to a network, and why it rejects"
-    )
-    data = explain.add_argument_group("data")
-    _path(data, "run", "RUN", "run folder")
+def _explain(explain) -> None:
+    explain.path("data", "run", "RUN", "run folder")
     about = "where the run's data sets are (default: as in the run)"
-    data.add_argument("--root", metavar="FOLDER", help=about)
-    explain.add_argument_group("method").add_argument(
-        "--steps", type=int, default=STEPS, metavar="N", help=f"generator steps (default: {STEPS})"
-    )
+    explain.flag("data", "--root", about, metavar="FOLDER")
+    how = {"type": int, "metavar": "N"}
+    explain.flag("method", "--steps", "generator steps", default=STEPS, **how)
 
 
-def _reproduce(commands) -> None:
-    reproduce = _command(
-        commands,
-        "reproduce",
+def _reproduce(reproduce) -> None:
+    reproduce.usage = "tie-ext reproduce [flags]"
+    about = "folder for cells and tables"
+    reproduce.path("output", "--out", "FOLDER", about, default=Path("reproduce"))
+    reproduce.settings(ReproduceSettings, "data")
+    reproduce.method(without=("seed",))
+    reproduce.device("method")
+
+
+COMMANDS = {
+    "demo": ("train and compare on built-in images, in a minute or two", _demo),
+    "train": ("train a network with TIE", _train),
+    "attach": ("give a trained network a garbage class, without training it again", _attach),
+    "score": ("label, level, uncertainty and score of images, one row per image", _score),
+    "report": ("figures, table and settings of a run on an HTML page", _report),
+    "explain": ("show what the classes look like to a network, and why it rejects", _explain),
+    "reproduce": (
         "compute the paper's tables, one line of JSON per cell; continues where it was stopped",
-        usage="tie-ext reproduce [flags]",
-    )
-    output = reproduce.add_argument_group("output")
-    _path(output, "--out", "FOLDER", "folder for cells and tables", Path("reproduce"))
-    data = reproduce.add_argument_group("data")
-    about = "ID sets, or some classes of one: mnist:0-4 (default: the paper's six)"
-    data.add_argument("--data", nargs="+", metavar="SET", help=about)
-    about = "where the data sets are (default: data)"
-    data.add_argument("--root", default="data", metavar="FOLDER", help=about)
-    about = "let torchvision download what is missing"
-    data.add_argument("--download", action="store_true", help=about)
-    about = "train on a random subset of N images"
-    data.add_argument("--images", type=int, metavar="N", help=about)
-    method = _method(reproduce, without=("seed",))
-    method.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help="tie, layers (as train has it), predecessor, multiscale, white, vernekar, ascood, "
-        "attach, plain, or synthesizers by name (default: tie predecessor multiscale white plain)",
-    )
-    about = "one training each (default: 0 1 2)"
-    method.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help=about)
-    _device(method)
+        _reproduce,
+    ),
+}
+"""What each command does, and what adds its flags."""
 
 
 class _Flags(argparse.HelpFormatter):
@@ -212,69 +171,70 @@ class _Examples(_Flags, argparse.RawDescriptionHelpFormatter):
     """The same, with the lines of the epilog as they are."""
 
 
-def _command(commands, name: str, about: str, epilog: str | None = None, **how: Any):
-    how |= {"help": about, "description": about, "epilog": epilog}
-    return commands.add_parser(name, formatter_class=_Flags, **how)
+class _Command(argparse.ArgumentParser):
+    """A command, whose flags stand in groups of its help."""
 
+    def __init__(self, **how: Any):
+        super().__init__(formatter_class=_Flags, **how)
+        self.groups: dict[str, Any] = {}
 
-def _path(group, name: str, metavar: str, about: str, default: Path | None = None, **how) -> None:
-    if default is not None:
-        how, about = {**how, "default": default}, f"{about} (default: {default})"
-    group.add_argument(name, type=Path, metavar=metavar, help=about, **how)
+    def flag(self, group: str, name: str, about: str, **how: Any) -> None:
+        """Add a flag; the help shows its default."""
+        if group not in self.groups:
+            self.groups[group] = self.add_argument_group(group)
+        if how.get("default", argparse.SUPPRESS) != argparse.SUPPRESS:
+            about += f" (default: {how['default']})"
+        self.groups[group].add_argument(name, help=about, **how)
 
+    def path(self, group: str, name: str, metavar: str, about: str, **how: Any) -> None:
+        """Add a flag, or an argument, that is a path."""
+        self.flag(group, name, about, type=Path, metavar=metavar, **how)
 
-def _device(group) -> None:
-    about = f"where to compute (default: {DEVICE})"
-    group.add_argument("--device", default=DEVICE, help=about)
+    def device(self, group: str) -> None:
+        """Add ``--device``."""
+        self.flag(group, "--device", "where to compute", default=DEVICE)
 
-
-def _options(parser, settings: type[ImageSettings], needed: bool = True) -> dict[str, Any]:
-    """Every option of a run as a flag; the groups of the help by name."""
-    groups = {name: parser.add_argument_group(name) for name in ("data", "network")}
-    for f in fields(settings):
-        about = f.metadata
-        if not about:
-            continue
-        how: dict[str, Any] = {"help": about["help"]}
-        if about["kind"] is bool:
-            how["action"] = "store_true"
-        else:
-            how |= {"required": needed and f.default is MISSING, "type": about["kind"]}
-            how["nargs"] = about["several"]
-            how |= (
-                {"choices": about["choices"]}
-                if about["choices"]
-                else {"metavar": about["metavar"]}
-            )
-        groups[about["group"]].add_argument(f"--{f.name.replace('_', '-')}", **how)
-    return groups
-
-
-def _method(parser, without: Collection[str] = ()):
-    """Every setting of the method as a flag, with the help that its field carries."""
-    group = parser.add_argument_group("method")
-    parts: dict[str, tuple[Any, type]] = {"": (group, TIEConfig)}
-    for name, settings in METHODS.items():
-        title = f"method: --synthesizer {name}"
-        parts[f"{name}-"] = parser.add_argument_group(title), settings
-    for prefix, (part, cls) in parts.items():
-        for f in (f for f in fields(cls) if f.name not in without):
-            about = f"{_brief(f.metadata['help'])} (default: {f.default})".replace("%", "%%")
-            how: dict[str, Any] = {"help": about, "default": argparse.SUPPRESS}
-            if f.metadata["choices"]:
-                how["choices"] = f.metadata["choices"]
+    def settings(
+        self, cls: type, group: str, prefix: str = "", without: Collection[str] = (), **how: Any
+    ) -> None:
+        """Add a flag for every setting but some. One that is not given is left out, so that
+        ``--resume`` can tell.
+        """
+        kinds = get_type_hints(cls)
+        for f in (f for f in fields(cls) if f.metadata and f.name not in without):
+            about, flag = f.metadata, f.metadata["flag"]
+            kind = (*get_args(kinds[f.name]), kinds[f.name])[0]
+            value: dict[str, Any] = {"default": argparse.SUPPRESS, **how}
+            if f.default is MISSING:
+                value.setdefault("required", True)
+            if kind is bool:
+                value["action"] = "store_true"
+            elif about["choices"]:
+                value["choices"] = about["choices"]
             else:
-                metavar = "N" if isinstance(f.default, int) else "X"
-                how |= {"type": type(f.default), "metavar": metavar}
-            part.add_argument(f"--{prefix}{f.name.replace('_', '-')}", **how)
-    return group
+                value |= {"type": kind, "metavar": flag.get("metavar", METAVARS[kind])}
+                value["nargs"] = "*" if isinstance(f.default, tuple) else None
+            name = f"--{prefix}{f.name.replace('_', '-')}"
+            self.flag(flag.get("group", group), name, _help(about["help"], f.default), **value)
+
+    def method(self, without: Collection[str] = ()) -> None:
+        """Add the settings of the loop, and those of :data:`METHODS`."""
+        self.settings(TIEConfig, "method", without=without)
+        for name, settings in METHODS.items():
+            self.settings(settings, f"method: --synthesizer {name}", f"{name}-")
 
 
-def _brief(help: str) -> str:
-    """The meaning of a setting without its reasons and sources, which the documents have."""
-    help = re.sub(r"; [^;()]* \(docs/[^()]*\)", "", help)
-    help = re.sub(r" \([^()]*(?:the paper|docs/|et al)[^()]*\)", "", help).rstrip(".")
-    return help[0].lower() + help[1:] if help[1:2].islower() else help
+def _help(about: str, default: Any) -> str:
+    """The meaning of a setting, without its reasons and sources, which the documents have; and its
+    default.
+    """
+    about = re.sub(r"; [^;()]* \(docs/[^()]*\)", "", about)
+    about = re.sub(r" \([^()]*(?:the paper|docs/|et al)[^()]*\)", "", about).rstrip(".")
+    about = about[0].lower() + about[1:] if about[1:2].islower() else about
+    if default not in (MISSING, None, ()) and default is not False:
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        about += f" (default: {shown})"
+    return about.replace("%", "%%")
 
 
 def settings_of(cls: type, given: Mapping[str, Any], **more: Any) -> Any:
@@ -283,9 +243,8 @@ def settings_of(cls: type, given: Mapping[str, Any], **more: Any) -> Any:
     Raises:
         UsageError: If a value is out of range.
     """
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     with usage():
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}, **more)
+        return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given}, **more)
 
 
 def recipe_of(given: Mapping[str, Any]) -> Recipe:
@@ -294,16 +253,11 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: If a value is out of range.
     """
-
-    def of(settings: type[Settings], prefix: str = "") -> dict[str, Any]:
-        named = {f.name: prefix + f.name for f in fields(settings)}  # type: ignore[arg-type]
-        return {name: given[flag] for name, flag in named.items() if flag in given}
-
+    chosen: dict[str, dict] = {n: {} for n in names(given.get("synthesizer", "inversion"))}
     with usage():
-        config = TIEConfig(**of(TIEConfig))
-        chosen: dict[str, dict] = {n: {} for n in names(given.get("synthesizer", "inversion"))}
         for name, settings in METHODS.items():
-            changed = of(settings, f"{name}_")
+            flags = {f.name: f"{name}_{f.name}" for f in fields(settings)}  # type: ignore[arg-type]
+            changed = {key: given[flag] for key, flag in flags.items() if flag in given}
             if changed and name not in chosen:
                 flag = next(iter(changed)).replace("_", "-")
                 raise ValueError(
@@ -312,7 +266,8 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
             settings(**changed)  # reports a value out of range before any data is read
             if changed:
                 chosen[name] = changed
-        prior = names(given.get("prior", "multiscale"))
+        prior = names(given["prior"]) if "prior" in given else None
+        config = settings_of(TIEConfig, given)
         return Recipe(config, chosen, prior, head=given.get("head", "linear"))
 
 
@@ -325,8 +280,7 @@ def check_flags(given: Mapping[str, Any]) -> None:
     with usage():
         for name, smallest in COUNTS.items():
             if given.get(name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                check_number(flag, given[name], smallest, 2**31 - 1, integer=True)
+                check_number(f"--{name}", given[name], smallest, 2**31 - 1, integer=True)
         try:
             torch.empty(0, device=given.get("device", "cpu"))
         # The latter from a torch that was built without the device.

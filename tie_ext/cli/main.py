@@ -1,6 +1,7 @@
 """The command line: ``tie-ext demo | train | attach | score | report | explain | reproduce``."""
 
 import errno
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when done, 1 where the input is wrong, 2 where the flags are, 130 when interrupted.
     """
     flags = make_parser().parse_args(arguments)
+    _show_log()
     try:
         with _whole_output():
             import_module(COMMANDS[flags.name]).run(flags)
@@ -45,6 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return _report(f"stopped{_resume_hint(flags)}", 130)
     return 0
+
+
+def _show_log() -> None:
+    """Show what the package logs on the standard error, each message once."""
+    log, seen = logging.getLogger("tie_ext"), set[str]()
+
+    def new(record: logging.LogRecord) -> bool:
+        known = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > known
+
+    log.handlers = [logging.StreamHandler()]
+    log.handlers[0].addFilter(new)
+    log.setLevel(logging.INFO)
 
 
 def _report(error: str, status: int) -> int:

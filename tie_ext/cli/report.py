@@ -6,7 +6,6 @@ import io
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -18,7 +17,6 @@ from tie_ext.cli.folder import OWN, is_attached, load_decision, load_scores, rea
 from tie_ext.cli.snapshots import load_examples, load_snapshots
 from tie_ext.cli.tables import WORDS, decides, id_rows, idle, ood_rows
 from tie_ext.outliers import SYNTHESIZERS
-from tie_ext.training.log import EpochLog
 from tie_ext.utils.files import load_state, reading, write_atomically
 
 Snapshots = Mapping[int, Mapping[str, Tensor]]
@@ -61,7 +59,7 @@ def _read_log(folder: Path) -> list[dict]:
     log = load_state(folder / "training.safetensors", "training", ("log",))["log"]
     if not log:
         raise ValueError(f"Expected a log of a finished epoch at {folder}, but got none")
-    return [asdict(EpochLog.of_record(entry)) for entry in log]
+    return log
 
 
 def _figures(
@@ -70,7 +68,6 @@ def _figures(
     """Name, caption and figure."""
     net, decide = load_decision(folder)
     names = [*(net.class_names or map(str, range(net.num_classes))), "garbage"]
-    _check_outputs(folder, snapshots, log, len(names))
     last = snapshots[max(snapshots)]
     if "inversions" in last:
         caption = "Inversions over the epochs: what each class looks like to the network"
@@ -110,23 +107,6 @@ def _outliers(record: Mapping) -> list[tuple[str, str, str]]:
         for i, name in enumerate(synthesizers)
         if name in SYNTHESIZERS
     ]
-
-
-def _check_outputs(
-    folder: Path, snapshots: Snapshots, log: Sequence[Mapping], outputs: int
-) -> None:
-    """Refuse snapshots and logs of a network with another number of outputs."""
-    for epoch, snapshot in snapshots.items():
-        rows = len(snapshot["inversions"]) if "inversions" in snapshot else outputs
-        if rows != outputs or int(snapshot["labels"].max()) >= outputs:
-            raise ValueError(
-                f"Expected figures of {outputs} outputs in epoch {epoch} of {folder}, but got "
-                "those of another network"
-            )
-    if any(len(entry["proposed"]) != outputs for entry in log):
-        raise ValueError(
-            f"Expected a log of {outputs} outputs at {folder}, but got that of another network"
-        )
 
 
 def _results(record: Mapping) -> str:

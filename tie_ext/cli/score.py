@@ -33,10 +33,13 @@ COLUMNS = ("image", "label", "level", "uncertainty", "score")
 
 def run(flags: Namespace) -> None:
     """Load the detector of a run, and write a row for each image as it is scored."""
-    check_flags({name: vars(flags)[name] for name in ("device", "batch_size", "workers")})
-    if flags.false_alarm is not None:
-        with usage():
+    check_flags({"device": flags.device})
+    with usage():
+        if flags.false_alarm is not None:
             check_number("--false-alarm", flags.false_alarm, 0, 1, above=True)
+        check_number("--batch-size", flags.batch_size, 1, 10**6, integer=True)
+        if flags.workers is not None:
+            check_number("--workers", flags.workers, 0, 1000, integer=True)
     net, decide = load_decision(flags.run, flags.false_alarm, flags.device)
     check_square(net)
     files = list_images(flags.images)

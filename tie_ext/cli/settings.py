@@ -1,6 +1,5 @@
 """The settings of a run, which are flags of the command line too, and its images."""
 
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from textwrap import shorten
 from typing import Any
@@ -11,98 +10,61 @@ from tie_ext.cli.images import Images, RunImages
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
 from tie_ext.training.recipe import Recipe
-from tie_ext.utils.checks import check_number
+from tie_ext.utils.settings import Settings, setting
 
 LARGEST_SIDE = 2048
 """In pixels."""
+LARGEST = 2**31 - 1
+"""Of seeds and of numbers of images."""
 BACKBONE = f"{', '.join(BACKBONES)}, torchvision:NAME or timm:NAME"
 NOISE_IMAGES = 10_000
 """Most noise images to score."""
-
-
-def option(
-    default: Any,
-    help: str,
-    metavar: str = "SET",
-    kind: Callable = str,
-    bounds: tuple[float, float] | None = None,
-    *,
-    several: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    group: str = "data",
-) -> Any:
-    """A setting that is also a flag.
-
-    Arguments:
-        default: Its value where nothing is given; ``MISSING`` where it must be given.
-        help: Its meaning, for the help of the command line.
-        metavar: What stands for the value there.
-        kind: ``str``, ``int``, ``float`` or ``bool``; of each entry where there are several.
-        bounds: Smallest and largest number allowed.
-        several: ``*`` or ``+`` where it is a tuple.
-        choices: The words allowed.
-        group: The part of the help it belongs to.
-    """
-    about = {"help": help, "metavar": metavar, "kind": kind, "bounds": bounds}
-    about |= {"several": several, "choices": choices, "group": group}
-    return field(default=default, metadata=about)
+NETWORK: Any = {"group": "network", "metavar": "NAME"}
+CHANNELS: Any = {"group": "network", "metavar": "X"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSettings:
+class ImageSettings(Settings):
     """The images of a run, and the network that reads them.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range.
     """
 
-    data: str = option(MISSING, f"{', '.join(NAMES)}, folder:PATH (see below) or demo")
-    root: str = option("data", "where the named sets are (default: data)", "FOLDER")
-    download: bool = option(False, "let torchvision download what is missing", kind=bool)
-    ood: tuple[str, ...] = option((), "OOD sets to score at the end, besides noise", several="*")
-    val_ood: tuple[str, ...] = option(
-        (), "OOD sets to choose settings by: their images in val/ are scored too", several="*"
+    data: str = setting(MISSING, f"{', '.join(NAMES)}, folder:PATH (see below) or demo")
+    root: str = setting("data", "where the named sets are", metavar="FOLDER")
+    download: bool = setting(False, "let torchvision download what is missing")
+    ood: tuple[str, ...] = setting((), "OOD sets to score at the end, besides noise")
+    val_ood: tuple[str, ...] = setting(
+        (), "OOD sets to choose settings by: their images in val/ are scored too"
     )
-    images: int | None = option(
-        None, "take a random subset of N training images", "N", int, (1, 2**31 - 1)
+    images: int | None = setting(
+        None, "take a random subset of N training images", low=1, high=LARGEST
     )
-    size: int | None = option(
+    size: int | None = setting(
         None,
         "resize images to N x N pixels (default: the set's own size, 64 for folders)",
-        "N",
-        int,
-        (1, LARGEST_SIDE),
+        low=1,
+        high=LARGEST_SIDE,
     )
-    batch_size: int = option(128, "ID images per batch (default: 128)", "N", int, (1, 10**6))
-    in_memory: str = option(
-        "auto",
-        "keep images of folders in memory; auto: up to 256 MB (default: auto)",
-        choices=IN_MEMORY,
+    batch_size: int = setting(128, "ID images per batch", low=1, high=10**6)
+    in_memory: str = setting(
+        "auto", "keep images of folders in memory; auto: up to 256 MB", choices=IN_MEMORY
     )
-    backbone: str = option("conv3", BACKBONE, "NAME", group="network")
-    mean: tuple[float, ...] = option(
+    backbone: str = setting("conv3", BACKBONE, **NETWORK)
+    mean: tuple[float, ...] = setting(
         (),
         "mean that normalisation subtracts from images in [0, 1], one or one per channel",
-        "X",
-        float,
-        (0, 1),
-        several="+",
-        group="network",
+        low=0,
+        high=1,
+        **CHANNELS,
     )
-    std: tuple[float, ...] = option(
-        (),
-        "standard deviation it divides by",
-        "X",
-        float,
-        (1e-3, 1),
-        several="+",
-        group="network",
+    std: tuple[float, ...] = setting(
+        (), "standard deviation it divides by", low=1e-3, high=1, **CHANNELS
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.metadata:
-                _check(f"--{f.name.replace('_', '-')}", getattr(self, f.name), f)
+        super().__post_init__()
         if len(self.mean) != len(self.std):
             raise ValueError(
                 f"Expected as many --mean as --std, but got {len(self.mean)} and {len(self.std)}"
@@ -128,47 +90,32 @@ class ImageSettings:
         return low, high
 
 
-def _check(name: str, value: Any, f: Any) -> None:
-    """Refuse a value of the wrong type or out of range."""
-    about = f.metadata
-    if value is None and f.default is None:
-        return
-    if about["choices"] and value not in about["choices"]:
-        raise ValueError(
-            f"Expected {name} to be one of {', '.join(about['choices'])}, but got {value!r}"
-        )
-    if about["several"] and not isinstance(value, tuple):
-        raise ValueError(f"Expected {name} to be a list, but got {value!r}")
-    for entry in value if about["several"] else (value,):
-        if about["bounds"]:
-            check_number(name, entry, *about["bounds"], integer=about["kind"] is int)
-        elif not isinstance(entry, about["kind"]):
-            raise ValueError(
-                f"Expected {name} to be of type {about['kind'].__name__}, but got {entry!r}"
-            )
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(ImageSettings):
     """The settings of ``tie-ext train``; together with the images they determine the result."""
 
-    shift: int | None = option(
+    shift: int | None = setting(
         None,
         "shift training images at random by up to N pixels (default: size / 8)",
-        "N",
-        int,
-        (0, LARGEST_SIDE),
+        low=0,
+        high=LARGEST_SIDE,
     )
-    backbone: str = option(
-        "conv3",
-        f"{BACKBONE} (default: conv3 for grey, conv5 for colour images)",
-        "NAME",
+    backbone: str = setting(
+        None, f"{BACKBONE} (default: conv3 for grey, conv5 for colour images)", **NETWORK
+    )
+    weights: str | None = setting(
+        None,
+        "start from this state_dict; its classes may be others",
         group="network",
-    )
-    weights: str | None = option(
-        None, "start from this state_dict; its classes may be others", "FILE", group="network"
+        metavar="FILE",
     )
     recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        if self.backbone is None:
+            grey = data.own_shape(self.data)[0] == 1
+            object.__setattr__(self, "backbone", "conv3" if grey else "conv5")
+        super().__post_init__()
 
     def record(self) -> dict:
         """The settings as JSON has them."""
@@ -179,20 +126,41 @@ class TrainSettings(ImageSettings):
 class AttachSettings(ImageSettings):
     """The settings of ``tie-ext attach``; with images and weights they determine the result."""
 
-    backbone: str = option(MISSING, BACKBONE, "NAME", group="network")
-    weights: str = option(MISSING, "its state_dict (see below)", "FILE", group="network")
-    autocast_dtype: str = option(
+    backbone: str = setting(MISSING, BACKBONE, **NETWORK)
+    weights: str = setting(MISSING, "its state_dict (see below)", group="network", metavar="FILE")
+    autocast_dtype: str = setting(
         "float32",
-        "arithmetic of the network; bfloat16 is faster where hardware has it (default: float32)",
+        "arithmetic of the network; bfloat16 is faster where hardware has it",
         choices=AUTOCAST_DTYPES,
         group="network",
     )
-    seed: int = option(
-        0,
-        "seed of the subset, the held-out images and the garbage class (default: 0)",
-        "N",
-        int,
-        (0, 2**31 - 1),
+    seed: int = setting(
+        0, "seed of the subset, the held-out images and the garbage class", low=0, high=LARGEST
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceSettings(Settings):
+    """What ``tie-ext reproduce`` runs. The defaults are the paper's protocol."""
+
+    data: tuple[str, ...] = setting(NAMES, "ID sets, or some classes of one: mnist:0-4")
+    root: str = setting("data", "where the data sets are", metavar="FOLDER")
+    download: bool = setting(False, "let torchvision download what is missing")
+    images: int | None = setting(
+        None,
+        "train on a random subset of N images, and score a tenth as many of each OOD set",
+        low=1,
+        high=LARGEST,
+    )
+    methods: tuple[str, ...] = setting(
+        ("tie", "predecessor", "multiscale", "white", "plain"),
+        "tie, layers (as train has it), predecessor, multiscale, white, vernekar, ascood, attach, "
+        "plain, or synthesizers by name",
+        group="method",
+        metavar="METHOD",
+    )
+    seeds: tuple[int, ...] = setting(
+        (0, 1, 2), "one training each", low=0, high=LARGEST, group="method"
     )
 
 

@@ -21,7 +21,6 @@ from tie_ext.cli.folder import OWN, holds_attached, read_record, read_settings
 from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
-from tie_ext.training.checkpoint import check_settings
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.distributed import share, world
@@ -59,11 +58,7 @@ def _new_settings(given: Mapping[str, Any]) -> TrainSettings:
         raise UsageError("Expected --data and --out (or --resume RUN), but not both were given")
     with usage():
         registry.check_name(given.get("backbone", "conv3"))
-    head = given.get("head", "multilayer")
-    prior = "procedural" if head == "multilayer" else "multiscale"
-    backbone = "conv3" if data.own_shape(given["data"])[0] == 1 else "conv5"
-    recipe = recipe_of({"prior": prior, **given, "head": head})
-    return settings_of(TrainSettings, {"backbone": backbone, **given}, recipe=recipe)
+    return settings_of(TrainSettings, given, recipe=recipe_of({"head": "multilayer", **given}))
 
 
 def _run(folder: Path, settings: TrainSettings | None, device: str, first: bool) -> dict:
@@ -114,10 +109,8 @@ def train_in(
     Returns:
         The content of ``run.json``; of the first process alone, where several train.
     """
-    config, methods = settings.recipe.config, settings.recipe.methods()
+    config = settings.recipe.config
     resumed = os.path.lexists(folder / STATE)  # a link to nowhere is no reason to start again
-    if resumed:
-        check_settings(folder / STATE, config, methods)
     bounds = settings.bounds(images.train.shape[0])
     backbone = partial(_backbone, settings, images.train, folder / STATE if resumed else None)
     net = make_network(backbone, images.train, config, device, settings.recipe.head, bounds)

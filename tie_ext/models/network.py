@@ -15,19 +15,15 @@ from torch import Tensor, nn
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import check_backbone, cut_classifier, find_layers
+from tie_ext.models.serialization import AUTOCAST_DTYPES, EXTRA, KEPT, load_network, save_network
 from tie_ext.scores.decision import Decision, decide
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_images, check_number, check_shape
 from tie_ext.utils.views import eval_view
 
-AUTOCAST_DTYPES = ("float32", "bfloat16")
-"""Types that a backbone can compute in; weights, features and logits keep theirs."""
 HEADS = ("linear", "multilayer")
 """The garbage logit: the paper's linear function of the penultimate features, or a
 :class:`~tie_ext.models.head.GarbageHead` on every layer."""
-KEPT = ("train_features", "train_labels")
-"""Buffers that :func:`tie_ext.attach` fills, and :func:`tie_ext.combine` reads."""
-_EXTRA = "_extra_state"  # PyTorch's key for the result of get_extra_state
 
 
 class Outputs(NamedTuple):
@@ -91,21 +87,7 @@ class TIENet(Bounded):
         head: str | GarbageHead = "linear",
     ):
         super().__init__(low, high)
-        if isinstance(backbone, TIENet):
-            raise ValueError(
-                "Expected a classifier without a garbage class, but got a TIENet, which has one"
-            )
-        if not isinstance(head, GarbageHead) and head not in HEADS:
-            raise ValueError(
-                f"Expected head to be one of {', '.join(HEADS)} or a GarbageHead, but got {head!r}"
-            )
-        if head == "multilayer" and image_shape is None:
-            raise ValueError(
-                "Expected an image_shape to find the layers that the head reads, but got None"
-            )
-        check_number("num_classes", num_classes, 2, math.inf, integer=True)
-        if class_names and len(class_names) != num_classes:
-            raise ValueError(f"Expected {num_classes} class names, but got {len(class_names)}")
+        _check(backbone, num_classes, image_shape, class_names, head)
         self.num_classes, self.class_names = num_classes, tuple(class_names)
         self.image_shape = None if image_shape is None else check_shape(image_shape)
         if self.image_shape is not None and len(self.low) not in (1, self.image_shape[0]):
@@ -252,7 +234,7 @@ class TIENet(Bounded):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Earlier checkpoints have float32 only.
-        state_dict.setdefault(prefix + _EXTRA, torch.tensor(0))
+        state_dict.setdefault(prefix + EXTRA, torch.tensor(0))
         saved = (state_dict.get(prefix + name) for name in KEPT)
         self.keep_training(*(of if of is None else torch.empty_like(of) for of in saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -264,8 +246,6 @@ class TIENet(Bounded):
         Raises:
             OSError: If it cannot be written; an earlier file is intact.
         """
-        from tie_ext.models.serialization import save_network
-
         save_network(self, path)
 
     @classmethod
@@ -281,6 +261,29 @@ class TIENet(Bounded):
             FileNotFoundError: If there is no such file.
             ValueError: If it is truncated, foreign, of another architecture, or needs a backbone.
         """
-        from tie_ext.models.serialization import load_network
-
         return load_network(path, backbone, cls)
+
+
+def _check(
+    backbone: nn.Module,
+    num_classes: int,
+    image_shape: Sequence[int] | None,
+    class_names: Sequence[str],
+    head: str | GarbageHead,
+) -> None:
+    """Refuse arguments that contradict each other or are out of range."""
+    if isinstance(backbone, TIENet):
+        raise ValueError(
+            "Expected a classifier without a garbage class, but got a TIENet, which has one"
+        )
+    if not isinstance(head, GarbageHead) and head not in HEADS:
+        raise ValueError(
+            f"Expected head to be one of {', '.join(HEADS)} or a GarbageHead, but got {head!r}"
+        )
+    if head == "multilayer" and image_shape is None:
+        raise ValueError(
+            "Expected an image_shape to find the layers that the head reads, but got None"
+        )
+    check_number("num_classes", num_classes, 2, math.inf, integer=True)
+    if class_names and len(class_names) != num_classes:
+        raise ValueError(f"Expected {num_classes} class names, but got {len(class_names)}")

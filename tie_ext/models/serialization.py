@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,24 @@ from torch import Tensor, nn
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import classifier_name
-from tie_ext.models.network import _EXTRA, AUTOCAST_DTYPES, KEPT, TIENet
 from tie_ext.utils.checks import check_shape
 from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
 
+if TYPE_CHECKING:
+    from tie_ext.models.network import TIENet
+
+AUTOCAST_DTYPES = ("float32", "bfloat16")
+"""Types that a backbone can compute in; weights, features and logits keep theirs."""
+EXTRA = "_extra_state"
+"""PyTorch's key for the result of get_extra_state."""
+KEPT = ("train_features", "train_labels")
+"""Buffers that :func:`tie_ext.attach` fills, and :func:`tie_ext.combine` reads."""
 LARGEST_TRIED = 3 * 224 * 224
 """Values of the largest image for a trial run of a network from a file; one that claims larger
 images must not take memory for them when it is read."""
 
 
-def save_network(net: TIENet, path: str | os.PathLike) -> None:
+def save_network(net: "TIENet", path: str | os.PathLike) -> None:
     """Write a network; see :meth:`TIENet.save`."""
     names = [name for name, kind in BACKBONES.items() if type(net.backbone) is kind]
     head = {"layers": net.garbage.layers} if isinstance(net.garbage, GarbageHead) else None
@@ -31,14 +39,14 @@ def save_network(net: TIENet, path: str | os.PathLike) -> None:
         "precision": net.autocast_dtype,
         "backbone": names[0] if names else None,
         "head": head,
-        "weights": {name: value for name, value in net.state_dict().items() if name != _EXTRA},
+        "weights": {name: value for name, value in net.state_dict().items() if name != EXTRA},
     }
     save_state(path, "network", state)
 
 
 def load_network(
-    path: str | os.PathLike, backbone: nn.Module | None = None, kind: type[TIENet] = TIENet
-) -> TIENet:
+    path: str | os.PathLike, backbone: nn.Module | None, kind: "type[TIENet]"
+) -> "TIENet":
     """Read a network; see :meth:`TIENet.load`."""
     state = load_state(path, "network")
     with reading(f"a network of this architecture in {path}"):
@@ -100,14 +108,14 @@ def _head(saved: Any, weights: dict[str, Tensor]) -> str | GarbageHead:
 
 
 def _build(
-    kind: type[TIENet],
+    kind: "type[TIENet]",
     backbone: nn.Module,
     n: int,
     image_shape: Any,
     weights: dict[str, Tensor],
     class_names: Sequence[str],
     head: str | GarbageHead,
-) -> TIENet:
+) -> "TIENet":
     """A network with the weights of a file."""
     dtype = weights["fc.weight"].dtype
     classifier: Any = backbone.get_submodule(classifier_name(backbone))

@@ -93,12 +93,12 @@ def tie_net(config: Config) -> OpenOODTIENet:
             ``normalization_type``, ``backbone`` and, where it is given, ``head`` (``linear`` or
             ``multilayer``).
     """
-    old = config.garbage  # as configs of 0.2.0 say: linear or layers
-    head = {"layers": "multilayer"}.get(old, old) or config.head or "linear"
     low, high = value_range(*normalization(config.normalization_type))
     shape = (3, config.image_size, config.image_size)
     backbone = backbone_of(config.backbone)
-    return OpenOODTIENet(backbone, config.num_classes, shape, low, high, head=head)
+    return OpenOODTIENet(
+        backbone, config.num_classes, shape, low, high, head=config.head or "linear"
+    )
 
 
 def normalization(name: str | None) -> Sequence[Sequence[float]]:

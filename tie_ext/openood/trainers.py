@@ -45,7 +45,9 @@ class OpenOODTIETrainer:
         self.net, self.loader = net, train_loader
         # Unwrapped, as TIE's trainer synchronises the processes itself.
         inner = net.module if isinstance(net, DistributedDataParallel) else net
-        self.trainer = recipe_of_config(config).trainer(inner, progress=comm.is_main_process())
+        head = "multilayer" if isinstance(inner.garbage, GarbageHead) else "linear"
+        recipe = recipe_of_config(config, head)
+        self.trainer = recipe.trainer(inner, progress=comm.is_main_process())
         if (settings := config.optimizer).name == "sgd":
             self.trainer.optimizer = torch.optim.SGD(
                 inner.parameters(),
@@ -74,8 +76,8 @@ class OpenOODTIETrainer:
         return self.net, {"epoch_idx": epoch_idx, "loss": log.losses["classifier"], **metrics}
 
 
-def recipe_of_config(config) -> Recipe:
-    """The method that one of OpenOOD's configs describes.
+def recipe_of_config(config, head: str = "linear") -> Recipe:
+    """The method that one of OpenOOD's configs describes, for a network with one of the heads.
 
     Raises:
         ValueError: If a setting is unknown, missing or out of range, or the optimiser is neither
@@ -83,8 +85,6 @@ def recipe_of_config(config) -> Recipe:
     """
     _check_optimizer(config.optimizer)
     arguments = dict(config.trainer.trainer_args or {})
-    if "objective" in arguments:  # the name in configs of 0.2.0
-        arguments["criterion"] = arguments.pop("objective")
     loop = {f.name for f in fields(TIEConfig)} - {"epochs", "lr", "seed"}
     if unknown := sorted(set(arguments) - loop - set(PARTS)):
         raise ValueError(
@@ -103,8 +103,9 @@ def recipe_of_config(config) -> Recipe:
     return Recipe(
         settings,
         {name: dict(changes or {}) for name, changes in synthesizers.items()},
-        names(arguments.get("prior", "multiscale")),
+        names(arguments["prior"]) if "prior" in arguments else None,
         arguments.get("criterion", "garbage"),
+        head,
     )
 
 

@@ -208,7 +208,7 @@ class Inversion(Synthesizer):
             y: Classes ``(M,)`` in ``[0, n]``.
             margin: Of the codes, >= 0; 0 as in training, which wants images between classes too.
                 Of those that miss their class nearly all had a code with a close second
-                (``docs/research/agreement.md``).
+                (``docs/research/papers.md``).
 
         Returns:
             The :class:`Candidates`; the generator is left as it was.

@@ -138,7 +138,7 @@ FAMILIES: dict[str, tuple[float, Callable[[Sequence[int], Rng], Tensor]]] = {
     "masks": (0.15, masks),
 }
 """Procedural families: share of the mixture, and function that renders ``(M, C, H, W)``. Dead
-leaves and fractals, tried beside these, lowered the worst set (docs/research/attached.md)."""
+leaves and fractals, tried beside these, lowered the worst set (docs/research/tried.md)."""
 
 
 @dataclass(frozen=True)

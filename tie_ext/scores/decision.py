@@ -54,7 +54,7 @@ def ood_score(logits: Tensor, t: float = 1.0) -> Tensor:
     ``logit_garbage - logsumexp(ID logits)`` = ``log(p_n / (1 - p_n))``: far above 0 for a
     confident garbage prediction, far below for a confident ID prediction, between for an undecided
     one. A difference of logits does not saturate where ``p_n`` rounds to 0 or 1, so that it ranks
-    confident predictions too. How it was chosen: ``docs/research/score.md``.
+    confident predictions too. How it was chosen: ``docs/research/defaults.md``.
 
     Arguments:
         logits: ``(B, n+1)``, the garbage logit last.

@@ -12,7 +12,7 @@ from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import upcast
 from tie_ext.utils.views import frozen_view
 
-RADIUS = 0.3
+_RADIUS = 0.3
 """How far a pixel moves in all, as a share of the value range."""
 
 
@@ -29,7 +29,7 @@ def pgd(net: TIENet, x: Tensor, steps: int) -> Tensor:
     Arguments:
         net: The network; left as it was.
         x: Images ``(B, C, S, S)`` in ``[low, high]``.
-        steps: Number of steps >= 0; together they move a pixel by at most :data:`RADIUS`.
+        steps: Number of steps >= 0; together they move a pixel by at most 0.3 of the value range.
 
     Returns:
         Images ``(B, C, S, S)`` in ``[low, high]``, detached.
@@ -44,7 +44,7 @@ def pgd(net: TIENet, x: Tensor, steps: int) -> Tensor:
             x = x.detach().requires_grad_()
             log_prob = upcast(net(x, garbage=linear)).log_softmax(1)[:, : net.num_classes]
             (gradient,) = torch.autograd.grad(log_prob.amax(1).sum(), x)
-            x = net.clip(x + RADIUS / steps * (net.high - net.low) * gradient.sign())
+            x = net.clip(x + _RADIUS / steps * (net.high - net.low) * gradient.sign())
     return x.detach()
 
 

@@ -31,7 +31,7 @@ from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.utils.checks import check_class_counts
 from tie_ext.utils.distributed import broadcast, gathered, rank, share, total
 from tie_ext.utils.loader import BatchReader
-from tie_ext.utils.random import seeded
+from tie_ext.utils.random import FIRST_BATCH, OUTLIERS, seeded
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.subset import SampledLoader
 from tie_ext.utils.views import eval_view, frozen_view
@@ -106,7 +106,7 @@ def attach(
             "`synthesizers` is empty; pass a Synthesizer, or None for procedural images"
         )
     head_config = head_config or HeadConfig()
-    with seeded(seed, 1):  # a loader that shuffles draws from a stream of its own
+    with seeded(seed, FIRST_BATCH):
         sample = SampledLoader(loader, max(KEPT, head_config.max_images), seed)
         x = BatchReader(sample.peek()).first().images
     with seeded(seed), torch.enable_grad():  # a caller under no_grad gets the same head
@@ -146,12 +146,16 @@ def _collect(
     """Statistics of ID images and of the outliers proposed beside them, in one pass; the network
     keeps features.
     """
-    statistics, kept, labelled = StatisticsCollector(net, config.memory), Reservoir(KEPT), True
+    statistics, kept, labelled = (
+        StatisticsCollector(net, config.memory, config.corruption),
+        Reservoir(KEPT),
+        True,
+    )
     counts = torch.zeros(net.num_classes, dtype=torch.long)
     bar = tqdm(reader, desc="attach: images", leave=False, disable=not progress)
     for i, (x, y) in enumerate(bar):
         # Whatever the loader draws, the outliers are the same.
-        with seeded(seed, 2, rank(), i):
+        with seeded(seed, OUTLIERS, rank(), i):
             x = x.to(net.low.device)
             taught, more = x.tensor_split([share(config.max_images) - statistics.id.seen // 2])
             ways = ((statistics.add_id, taught), (statistics.net.features, more))

@@ -1,7 +1,7 @@
 """Corruptions that leave an image ID: as another camera or another program would have given it.
 
 A head trained on unmodified images learns the preprocessing pipeline as an ID cue, and then
-rejects nearly every MNIST digit resized to 32 pixels and back (docs/research/attached.md). So it
+rejects nearly every MNIST digit resized to 32 pixels and back (docs/research/defaults.md). So it
 is trained on both, the images as they are and corrupted.
 
 Symbols: images ``x (B, C, H, W)`` in [0, 1]; each is corrupted by a strength of its own.

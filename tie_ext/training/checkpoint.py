@@ -1,49 +1,33 @@
 """A run of the loop on disk: everything that resuming needs, in one file that can run no code."""
 
-import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tie_ext.models.network import TIENet
-from tie_ext.outliers.base import Synthesizer
-from tie_ext.training.config import HeadConfig, SampleConfig, TIEConfig
 from tie_ext.training.log import EpochLog
-from tie_ext.training.pool import GarbagePool
 from tie_ext.utils.files import check_state, load_state, reading, save_state
-from tie_ext.utils.settings import Settings
+from tie_ext.utils.settings import differences
+
+if TYPE_CHECKING:
+    from tie_ext.training.trainer import TIETrainer
+
+PARTS = ("config", "head_config", "sample_config")
+"""The trainer's settings objects."""
 
 
-class Resumable(Protocol):
-    """What is saved of a :class:`tie_ext.training.trainer.TIETrainer`."""
-
-    net: TIENet
-    config: TIEConfig
-    head_config: HeadConfig
-    sample_config: SampleConfig
-    criterion: Callable[..., Tensor]
-    optimizer: torch.optim.Optimizer
-    pool: GarbagePool
-    synthesizers: list[Synthesizer]
-    counts: Tensor | None
-    log: list[EpochLog]
-
-
-def save_training(path: str | os.PathLike, trainer: Resumable) -> None:
+def save_training(path: str | os.PathLike, trainer: "TIETrainer") -> None:
     """Write network, optimiser, pool, synthesizers and log; atomically, as safetensors + JSON.
 
     Raises:
         OSError: If it cannot be written; an earlier file is intact.
     """
     state = {
-        "config": asdict(trainer.config),
-        "head_config": asdict(trainer.head_config),
-        "sample_config": asdict(trainer.sample_config),
-        "methods": [(name, asdict(settings)) for name, settings in _methods(trainer)],
+        **{name: asdict(getattr(trainer, name)) for name in PARTS},
+        "methods": [(type(s).__name__, asdict(s.settings)) for s in trainer.synthesizers],
         "criterion": _name(trainer.criterion),
         "net": trainer.net.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
@@ -55,7 +39,7 @@ def save_training(path: str | os.PathLike, trainer: Resumable) -> None:
     save_state(path, "training", state)
 
 
-def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
+def load_training(path: str | os.PathLike, trainer: "TIETrainer") -> None:
     """Resume the run that :func:`save_training` wrote.
 
     Arguments:
@@ -67,22 +51,10 @@ def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
         ValueError: If the file is damaged, foreign, or of a run with other settings, saying which.
             The trainer may be half loaded then.
     """
-    check_settings(
-        path, trainer.config, _methods(trainer), trainer.head_config, trainer.sample_config
-    )
     state = load_state(path, "training")
-    if state.get("criterion", _name(trainer.criterion)) != _name(trainer.criterion):
-        raise ValueError(
-            f"Expected the training state of a run whose criterion is {_name(trainer.criterion)} "
-            f"in {path}, but got {state['criterion']!r}"
-        )
+    with reading(f"the settings of a run in {path}"):
+        _check_settings(path, state, trainer)
     with reading(f"the training state of this network in {path}"):
-        log = [EpochLog.of_record(entry) for entry in state["log"]]
-        epochs = [entry.epoch for entry in log]
-        if epochs != list(range(1, len(log) + 1)):
-            raise ValueError(f"Expected the epochs 1 to {len(log)} in {path}, but got {epochs}")
-        if state["optimizer"]["state"] and not log:
-            raise ValueError(f"Expected the epochs of the optimiser in {path}, but got none")
         modules = [trainer.net, *trainer.synthesizers]
         states = [state["net"], *state["synthesizers"]]
         for module, saved in zip(modules, states, strict=True):
@@ -90,67 +62,43 @@ def load_training(path: str | os.PathLike, trainer: Resumable) -> None:
             check_state(module, saved)
             module.load_state_dict(saved)
         trainer.optimizer.load_state_dict(state["optimizer"])
-        for owner in (trainer, *trainer.synthesizers):
-            if isinstance(optimizer := getattr(owner, "optimizer", None), torch.optim.Optimizer):
-                _check_optimizer(optimizer)
         trainer.pool.load_state_dict(state["pool"])
-        _check_counts(state["counts"], trainer.net.num_classes)
-        trainer.counts, trainer.log = state["counts"], log
+        trainer.counts, trainer.log = state["counts"], [EpochLog(**e) for e in state["log"]]
 
 
-def check_settings(
-    path: str | os.PathLike,
-    config: TIEConfig,
-    methods: Sequence[tuple[str, Settings]],
-    head_config: HeadConfig | None = None,
-    sample_config: SampleConfig | None = None,
-) -> None:
-    """Refuse the state of a run with other settings, before anything is made by them.
+def _check_settings(path: str | os.PathLike, state: Mapping, trainer: "TIETrainer") -> None:
+    """Refuse the state of a run with other settings; one that is newer than it had its default."""
+    if "config" in state and "methods" not in state:  # as 0.1.0 wrote them
+        raise ValueError(
+            f"Expected a training state of this version of tie_ext in {path}, but got one of an "
+            "earlier version; finish it with that"
+        )
+    mine: dict[str, Any] = {"criterion": _name(trainer.criterion)}
+    theirs = {"criterion": state.get("criterion", mine["criterion"])}
+    for name in PARTS:
+        prefix, part = "" if name == "config" else f"{name}.", getattr(trainer, name)
+        mine |= _settings(prefix, part)
+        theirs |= _settings(prefix, type(part)()) | _named(prefix, state.get(name, {}))
+    mine["synthesizers"] = [type(s).__name__ for s in trainer.synthesizers]
+    theirs["synthesizers"] = [name for name, _ in state["methods"]]
+    for i, (s, (_, saved)) in enumerate(zip(trainer.synthesizers, state["methods"], strict=False)):
+        prefix = f"{type(s).__name__} {i + 1}."
+        mine |= _settings(prefix, s.settings)
+        theirs |= _settings(prefix, type(s.settings)()) | _named(prefix, saved)
+    if other := differences(theirs, mine):
+        raise ValueError(
+            f"Expected the training state of a run with the settings of this one in {path}, "
+            f"but got {other}"
+        )
 
-    Arguments:
-        path: What :func:`save_training` wrote.
-        config: The settings of the loop.
-        methods: The name of each synthesizer's class, and its settings.
-        head_config: How a head is fitted; None for the defaults.
-        sample_config: The sample of ID images; None for the defaults.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, foreign, or of a run with other settings, saying which.
-    """
-    parts = {
-        "config": config,
-        "head_config": head_config or HeadConfig(),
-        "sample_config": sample_config or SampleConfig(),
-    }
-    state = load_state(path, "training", (*parts, "methods"))
-    with reading(f"the settings of a run in {path}"):
-        if "config" in state and "methods" not in state:  # as 0.1.0 wrote them
-            raise ValueError(
-                f"Expected a training state of this version of tie_ext in {path}, but got one of "
-                "an earlier version; finish it with that"
-            )
-        # A setting that is newer than the file had its default.
-        theirs: dict[str, Any] = {}
-        mine: dict[str, Any] = {}
-        for name, part in parts.items():
-            prefix = "" if name == "config" else f"{name}."
-            saved = {**asdict(type(part)()), **state.get(name, {})}
-            theirs |= {prefix + key: value for key, value in saved.items()}
-            mine |= {prefix + key: value for key, value in asdict(part).items()}
-        usual = {name: asdict(type(settings)()) for name, settings in methods}
-        theirs |= _flat([(name, {**usual.get(name, {}), **had}) for name, had in state["methods"]])
-        mine |= _flat([(name, asdict(settings)) for name, settings in methods])
-        other = [
-            f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}"
-            for key in {**mine, **theirs}
-            if theirs.get(key) != mine.get(key)
-        ]
-        if other:
-            raise ValueError(
-                f"Expected the training state of a run with the settings of this one in {path}, "
-                f"but got {', '.join(other)}"
-            )
+def _settings(prefix: str, settings: Any) -> dict[str, Any]:
+    return _named(prefix, asdict(settings))
+
+
+def _named(prefix: str, values: Mapping) -> dict[str, Any]:
+    """Values by names with a prefix; JSON has lists for tuples."""
+    return {f"{prefix}{k}": list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _check_range(module: torch.nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -164,44 +112,7 @@ def _check_range(module: torch.nn.Module, saved: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a state that ``load_state_dict`` takes and the next step would fail on, by a step of
-    a copy with gradients of zero.
-    """
-    trial = copy.deepcopy(optimizer)
-    parameters = [p for group in trial.param_groups for p in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    trial.step()
-    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-        raise ValueError("Expected an optimiser whose step is finite, but got another")
-
-
-def _check_counts(counts: Any, n: int) -> None:
-    wanted = isinstance(counts, Tensor) and counts.dtype == torch.long and counts.shape == (n,)
-    if counts is not None and not (wanted and bool((counts > 0).all())):
-        raise ValueError(f"Expected the number of images of {n} classes, but got {counts!r}")
-
-
 def _name(criterion: Callable) -> str:
     """The name of a criterion."""
     name = getattr(criterion, "__qualname__", type(criterion).__qualname__)
     return f"{getattr(criterion, '__module__', '')}.{name}"
-
-
-def _methods(trainer: Resumable) -> list[tuple[str, Settings]]:
-    """The class and the settings of each synthesizer."""
-    return [(type(s).__name__, s.settings) for s in trainer.synthesizers]
-
-
-def _flat(methods: Sequence) -> dict[str, Any]:
-    """Settings of synthesizers by names that are unique."""
-    values: dict[str, Any] = {"synthesizers": [name for name, _ in methods]}
-    for i, (name, settings) in enumerate(methods):
-        if [other for other, _ in methods].count(name) > 1:
-            name = f"{name} {i + 1}"
-        values |= {
-            f"{name}.{key}": list(value) if isinstance(value, tuple) else value
-            for key, value in settings.items()
-        }
-    return values

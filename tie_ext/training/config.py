@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tie_ext.models.network import AUTOCAST_DTYPES
+from tie_ext.training.augmentation import CorruptionConfig
 from tie_ext.utils.settings import Settings, setting
 
 
@@ -143,6 +144,8 @@ class HeadConfig(Settings):
         low=1,
         high=2**50,
     )
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
+    """How strongly the ID images are corrupted that the head learns beside those as they are."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
 from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.utils.loader import BatchReader
-from tie_ext.utils.random import seeded
+from tie_ext.utils.random import FIRST_BATCH, seeded
 from tie_ext.utils.views import eval_view, frozen_view
 
 STEPS, BATCH, LR = 600, 32, 2e-3
@@ -188,7 +188,7 @@ def explain(
     Raises:
         ValueError: If num_classes is missing, or model or images are not as expected.
     """
-    with seeded(seed, 1):  # a loader that shuffles draws from a stream of its own
+    with seeded(seed, FIRST_BATCH):
         shape = BatchReader(loader).first().images.shape[1:]
     with seeded(seed):
         net = _with_head(model, shape, num_classes, low, high)

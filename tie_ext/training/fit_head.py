@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.primitives import Rng
-from tie_ext.training.augmentation import corrupt
+from tie_ext.training.augmentation import CorruptionConfig, corrupt
 from tie_ext.training.config import HeadConfig
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import frozen_view
@@ -33,6 +33,7 @@ class StatisticsCollector:
     Arguments:
         net: The network, whose garbage head reads every layer; left as it was.
         memory: Bytes of the statistics of outliers, and half of those of ID images.
+        corruption: How strongly ID images are corrupted.
     """
 
     id: Reservoir
@@ -40,9 +41,10 @@ class StatisticsCollector:
     ood: Reservoir
     """Statistics ``(M, S)`` of outliers."""
 
-    def __init__(self, net: TIENet, memory: int):
+    def __init__(self, net: TIENet, memory: int, corruption: CorruptionConfig):
         self.net = frozen_view(net)
         head = cast(GarbageHead, net.garbage)
+        self.corruption = corruption
         rows = max(2, memory // (4 * (head.mean.numel() + net.feature_size)))
         self.id, self.ood = Reservoir(2 * rows), Reservoir(rows)
 
@@ -50,7 +52,7 @@ class StatisticsCollector:
     def add_id(self, x: Tensor) -> Tensor:
         """Add ID images ``(B, C, S, S)``; returns their penultimate features ``(B, F)``."""
         net = self.net
-        corrupted = net.from_unit(corrupt(net.to_unit(x), Rng(x.device)))
+        corrupted = net.from_unit(corrupt(net.to_unit(x), Rng(x.device), self.corruption))
         for images in (corrupted, x):
             h, s = net.statistics(images)
             self.id.add(s, h)

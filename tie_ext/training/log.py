@@ -1,9 +1,6 @@
 """The log of an epoch, with the classifier's answers to candidates (the paper's Figure 3)."""
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,51 +43,6 @@ class EpochLog:
     seconds: dict[str, float]
     """Wall-clock time of ``train``, ``invert`` and ``exclude``, which alone differs
     between equal runs."""
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> "EpochLog":
-        """The log of an epoch in a file.
-
-        Raises:
-            KeyError: If a field is missing.
-            ValueError: If one is not what it should be.
-        """
-        for f in fields(cls):
-            if not _FITS[f.type](record[f.name]):
-                kind = getattr(f.type, "__name__", f.type)
-                raise ValueError(
-                    f"Expected {f.name} of an epoch to be of type {kind}, but got "
-                    f"{record[f.name]!r}"
-                )
-        if len({len(value) for value in record.values() if isinstance(value, list)}) > 1:
-            raise ValueError(
-                "Expected lists of one length in the log of an epoch, one entry an output, but "
-                "got several lengths"
-            )
-        return cls(**{f.name: record[f.name] for f in fields(cls)})
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def _finite(value: object) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or _whole(value)
-
-
-_FITS: dict[Any, Callable[[Any], bool]] = {
-    int: _whole,
-    float: _finite,
-    float | None: lambda value: value is None or _finite(value),
-    list[int]: lambda value: isinstance(value, list) and all(map(_whole, value)),
-    list[float | None]: lambda value: (
-        isinstance(value, list) and all(entry is None or _finite(entry) for entry in value)
-    ),
-    dict[str, float]: lambda value: (
-        isinstance(value, dict) and {*map(type, value), *map(type, value.values())} <= {str, float}
-    ),
-}
-"""Whether a value is of a field's type."""
 
 
 class CandidateTally:
@@ -138,10 +90,7 @@ class CandidateTally:
         )
         counts = self.proposed.tolist()
         means = {
-            name: [
-                total / count if count else None
-                for total, count in zip(column.tolist(), counts, strict=True)
-            ]
-            for name, column in zip(self.NAMES, self.sums.T, strict=True)
+            name: [part / count if count else None for part, count in zip(of, counts, strict=True)]
+            for name, of in zip(self.NAMES, self.sums.T.tolist(), strict=True)
         }
         return {"proposed": counts, "excluded": self.excluded.tolist(), **means}

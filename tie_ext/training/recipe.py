@@ -1,7 +1,7 @@
 """A method by the names of its parts, as command lines, configs and records have them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -11,11 +11,11 @@ from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.outliers.base import Prior
 from tie_ext.outliers.saliency import uniform_criterion
 from tie_ext.training.config import TIEConfig
-from tie_ext.training.strategies import Criterion
+from tie_ext.training.strategies import Criterion, LinearGarbage, MultilayerGarbage
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.distributed import rank
-from tie_ext.utils.random import seeded
-from tie_ext.utils.settings import Settings, plain
+from tie_ext.utils.random import FIRST_WEIGHTS, seeded
+from tie_ext.utils.settings import plain
 
 CRITERIA: dict[str, Criterion] = {"garbage": F.cross_entropy, "uniform": uniform_criterion}
 """Losses by name: garbage is a class of its own, or (ASCOOD's) all outputs are equally likely."""
@@ -28,6 +28,13 @@ def names(value: str | Sequence[str] | None) -> tuple[str, ...]:
     if value is None or value == "none":
         return ()
     return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+def default_prior(head: str) -> tuple[str, ...]:
+    """The name of what the pool of a trainer begins with, for one of the heads."""
+    prior = (LinearGarbage if head == "linear" else MultilayerGarbage).prior_class
+    known = (prior, prior.settings_class())
+    return tuple(name for name, found in SYNTHESIZERS.items() if found == known)
 
 
 @dataclass(frozen=True)
@@ -44,29 +51,32 @@ class Recipe:
         default_factory=lambda: {"inversion": {}}
     )
     """Of :data:`tie_ext.outliers.SYNTHESIZERS`, with settings that differ from the defaults."""
-    prior: tuple[str, ...] = ("multiscale",)
-    """What the pool begins with, of :data:`PRIORS`; empty for nothing."""
+    prior: tuple[str, ...] | None = None
+    """What the pool begins with, of :data:`PRIORS`; empty for nothing, None for
+    :func:`default_prior`."""
     criterion: str = "garbage"
     """Of :data:`CRITERIA`."""
     head: str = "linear"
     """What gives the garbage logit, of :data:`tie_ext.models.network.HEADS`."""
 
     def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ValueError(
+                f"Expected head to be one of {', '.join(HEADS)}, but got {self.head!r}"
+            )
+        if self.prior is None:
+            object.__setattr__(self, "prior", default_prior(self.head))
         for name in self.synthesizers:
             if name not in SYNTHESIZERS:
                 raise ValueError(
                     f"Expected a synthesizer, one of {', '.join(SYNTHESIZERS)}, but got {name!r}"
                 )
-        for name in self.prior:
+        for name in self.prior or ():
             if name not in PRIORS:
                 raise ValueError(f"Expected a prior, one of {', '.join(PRIORS)}, but got {name!r}")
         if self.criterion not in CRITERIA:
             raise ValueError(
                 f"Expected a criterion, one of {', '.join(CRITERIA)}, but got {self.criterion!r}"
-            )
-        if self.head not in HEADS:
-            raise ValueError(
-                f"Expected head to be one of {', '.join(HEADS)}, but got {self.head!r}"
             )
 
     def trainer(self, net: TIENet, progress: bool = False) -> TIETrainer:
@@ -76,35 +86,21 @@ class Recipe:
             ValueError: If a setting is unknown or out of range, or the network has no image shape.
         """
         # Generators and VAEs begin as the seed says, whatever was drawn before.
-        with seeded(self.config.seed, 0, rank(), 1):
+        with seeded(self.config.seed, 0, rank(), FIRST_WEIGHTS):
             synthesizers = [
                 make(name, net, **settings) for name, settings in self.synthesizers.items()
             ]
-            prior = cast(list[Prior], [make(name, net) for name in self.prior])
+            prior = cast(list[Prior], [make(name, net) for name in self.prior or ()])
         criterion = CRITERIA[self.criterion]
         return TIETrainer(net, self.config, synthesizers, prior, criterion, progress)
 
-    def methods(self) -> list[tuple[str, Settings]]:
-        """The class of each synthesizer by name, and its settings.
-
-        Raises:
-            TypeError: If a setting is unknown.
-            ValueError: If one is out of range.
-        """
-        known = {name: SYNTHESIZERS[name] for name in self.synthesizers}
-        return [
-            (cls.__name__, replace(usual, **self.synthesizers[name]))  # type: ignore[type-var]
-            for name, (cls, usual) in known.items()
-        ]
-
     def record(self) -> dict[str, Any]:
         """The method as JSON, with every setting, defaults included."""
-        settings = {}
-        for name, changed in self.synthesizers.items():
-            settings[name] = plain(
-                type(SYNTHESIZERS[name][1])(**{**asdict(SYNTHESIZERS[name][1]), **changed})
-            )  # type: ignore[call-overload]
-        parts = {"prior": list(self.prior), "criterion": self.criterion, "head": self.head}
+        settings = {
+            name: plain(replace(SYNTHESIZERS[name][1], **changed))  # type: ignore[type-var]
+            for name, changed in self.synthesizers.items()
+        }
+        parts = {"prior": list(self.prior or ()), "criterion": self.criterion, "head": self.head}
         return {"config": plain(self.config), "synthesizers": settings, **parts}
 
     @classmethod
@@ -127,5 +123,5 @@ class Recipe:
             record["criterion"],
             record.get("head", "linear"),
         )
-        recipe.methods()  # which looks at their settings
+        recipe.record()  # which looks at the settings of synthesizers
         return recipe

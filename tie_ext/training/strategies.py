@@ -27,7 +27,7 @@ from tie_ext.training.fit_head import StatisticsCollector, fit_head
 from tie_ext.training.pool import GarbagePool, draw
 from tie_ext.utils.batchnorm import settle_statistics
 from tie_ext.utils.distributed import average_statistics, gathered, total, world
-from tie_ext.utils.random import seeded
+from tie_ext.utils.random import HEAD, seeded
 
 GARBAGE_SHARE = 1 / 4
 """Garbage images for each ID image of a batch: their cost in time. Their weight in the loss is
@@ -222,14 +222,14 @@ class MultilayerGarbage(GarbageStrategy):
     def _fit_head(self, sample: Pairs, epoch: int, last: bool) -> float:
         """Fit the head to the sample, to the pool, and to new images of the prior; its loss."""
         config = self.head_config
-        statistics = StatisticsCollector(self.net, config.memory // world())
+        statistics = StatisticsCollector(self.net, config.memory // world(), config.corruption)
         bar = f"epoch {epoch}: head"
         for x, _ in tqdm(sample, desc=bar, leave=False, disable=not self.progress):
             statistics.add_id(x.to(self.device))
         for images in self._garbage(sum(len(x) for x, _ in sample), last):
             statistics.add_ood(images, self.sample_config.batch_size)
         # The same statistics and random numbers in every process, so that all heads stay one.
-        with seeded(self.config.seed, epoch, 0, 4):
+        with seeded(self.config.seed, epoch, 0, HEAD):
             return fit_head(
                 cast(GarbageHead, self.net.garbage),
                 gathered(statistics.id.rows, self.device),

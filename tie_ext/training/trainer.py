@@ -42,7 +42,7 @@ from tie_ext.utils.distributed import (
     world,
 )
 from tie_ext.utils.loader import BatchReader
-from tie_ext.utils.random import seeded
+from tie_ext.utils.random import FIRST_POOL, FIRST_WEIGHTS, SURVEY, seeded
 from tie_ext.utils.reservoir import Reservoir
 
 
@@ -109,14 +109,14 @@ class TIETrainer:
         broadcast(net)
         multilayer = isinstance(net.garbage, GarbageHead)
         strategy = MultilayerGarbage if multilayer else LinearGarbage
-        with seeded(self.config.seed, 0, rank(), 1):  # the stream of Recipe.trainer too
+        with seeded(self.config.seed, 0, rank(), FIRST_WEIGHTS):
             if synthesizers is None:
                 synthesizers = [Inversion(net)]
             if prior is None:
                 prior = [strategy.prior_class(net)]
         self.synthesizers, self.prior = list(synthesizers), list(prior)
         self.pool = GarbagePool(share(self.config.pool_size), net.image_shape, net.low, net.high)
-        with seeded(self.config.seed, 0, rank(), 2):
+        with seeded(self.config.seed, 0, rank(), FIRST_POOL):
             self.pool.begin(self.prior, self.sample_config.at_once(net.image_shape))
         self.garbage = strategy(
             net,
@@ -156,8 +156,7 @@ class TIETrainer:
         reader = BatchReader(loader, n, *bounds, labelled=True, id_only=True)
         batches = cast(Loader, reader)  # labelled
         if world() > 1 and not self._counted:
-            # A stream of its own, so that the survey does not change the order of any epoch.
-            with seeded(self.config.seed, 0, rank(), 3):
+            with seeded(self.config.seed, 0, rank(), SURVEY):
                 self._count(survey(batches, n, self.device))
         with seeded(self.config.seed, t + 1, rank()):
             start = time.perf_counter()

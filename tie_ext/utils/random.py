@@ -6,6 +6,16 @@ from contextlib import contextmanager
 import torch
 from numpy.random import SeedSequence
 
+FIRST_WEIGHTS, FIRST_POOL, SURVEY, HEAD = 1, 2, 3, 4
+"""Streams of a training, after its seed, epoch (0 before the first) and rank: the first weights of
+generators and VAEs, the images that the pool begins with, the survey of the data, the steps of a
+head on every layer. Everything else in an epoch has the stream of seed, epoch and rank."""
+FIRST_BATCH = 1
+"""Stream, after the seed, of the batch that attach and explain read for the shape of images: a
+loader that shuffles draws from it."""
+OUTLIERS = 2
+"""Stream, after the seed and before rank and batch, of what attach draws beside a batch."""
+
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:

@@ -15,17 +15,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from tie_ext.cli.batches import training_batches
+from tie_ext.cli.batches import ImageBatches, training_batches
 from tie_ext.cli.classifier import attached, make_network, train_plain
 from tie_ext.cli.evaluation import evaluate
 from tie_ext.cli.images import Images, RunImages
 from tie_ext.models.network import TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import Standardized
+from tie_ext.training.config import TIEConfig
 from tie_ext.training.log import EpochLog
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.trainer import TIETrainer
@@ -49,6 +51,9 @@ OPENOOD = tuple(method for method in LABELS if method.startswith("openood:"))
 """Methods that OpenOOD ships, trained by its own code where it is installed."""
 METHODS = tuple(method for method in LABELS if method not in OPENOOD)
 """The methods of this package, but combinations of synthesizers."""
+
+BATCH_SIZE = 128
+"""ID images per batch."""
 
 
 def check_method(method: str) -> None:
@@ -94,7 +99,7 @@ def recipe_of(method: str, recipe: Recipe) -> Recipe:
     if method == "ascood":  # the authors' w = 1; every outlier joins
         return Recipe(exclude_all, synthesizers("gradient"), (), "uniform")
     if method == "layers":
-        return replace(recipe, head="multilayer", prior=("procedural",))
+        return replace(recipe, head="multilayer", prior=None)
     if method in ("multiscale", "white"):
         return replace(recipe, synthesizers={}, prior=(method,))
     if method in LABELS:
@@ -107,7 +112,7 @@ def train_method(
     backbone: Callable[[], nn.Module],
     images: Images,
     recipe: Recipe,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     device: str | torch.device = "cpu",
     progress: bool = False,
     after_epoch: Callable[[TIETrainer], None] = lambda trainer: None,
@@ -140,18 +145,7 @@ def train_method(
 
     net = make_network(make, images, config, device, recipe.head)
     batches = training_batches(images, batch_size, shift)
-    if method in ("plain", "attach"):
-        train_plain(net, batches, config, progress)
-        if method == "attach":
-            net = attached(net, images, config.seed, progress)
-    elif method in OPENOOD:
-        from tie_ext.openood import check_requirements
-
-        check_requirements()  # before OpenOOD's own imports fail one by one
-        from tie_ext.cli.reproduce.openood_baselines import train_baseline
-
-        train_baseline(method.removeprefix("openood:"), net, batches, config.epochs, config.seed)
-    else:
+    if has_garbage(method) and method != "attach":
         trainer = recipe.trainer(net, progress)
         if state is not None and state.exists():
             trainer.load(state)
@@ -161,7 +155,22 @@ def train_method(
             if state is not None:
                 trainer.save(state)
         return net.eval(), trainer.log
+    if method in OPENOOD:
+        _train_by_openood(method, net, batches, config)
+    else:
+        train_plain(net, batches, config, progress)
+    if method == "attach":
+        net = attached(net, images, config.seed, progress)
     return net.eval(), []
+
+
+def _train_by_openood(method: str, net: TIENet, batches: ImageBatches, config: TIEConfig) -> None:
+    from tie_ext.openood import check_requirements
+
+    check_requirements()  # before OpenOOD's own imports fail one by one
+    from tie_ext.cli.reproduce.openood_baselines import train_baseline
+
+    train_baseline(method.removeprefix("openood:"), net, batches, config.epochs, config.seed)
 
 
 def cell(
@@ -170,11 +179,9 @@ def cell(
     images: RunImages,
     recipe: Recipe,
     about: Mapping[str, object],
-    batch_size: int = 128,
     device: str | torch.device = "cpu",
-    progress: bool = False,
     after_epoch: Callable[[TIETrainer], None] = lambda trainer: None,
-    state: Path | None = None,
+    **how: Any,
 ) -> tuple[dict, TIENet]:
     """Train and evaluate one method.
 
@@ -196,9 +203,8 @@ def cell(
         memory.append(peak_memory())
         after_epoch(trainer)
 
-    net, log = train_method(
-        method, backbone, images.train, recipe, batch_size, device, progress, measure, state=state
-    )
+    how |= {"device": device, "after_epoch": measure}
+    net, log = train_method(method, backbone, images.train, recipe, **how)
     before = log[: len(log) - len(memory)]
     seconds = time.perf_counter() - start + sum(sum(entry.seconds.values()) for entry in before)
     numbers, _ = evaluate(net, images, has_garbage(method))
@@ -208,7 +214,7 @@ def cell(
         "images": len(images.train),
         "test_images": len(images.test),
         "ood_images": {name: len(s) for name, s in images.ood.items()},
-        "batch_size": batch_size,
+        "batch_size": how.get("batch_size", BATCH_SIZE),
         **recipe_of(method, recipe).record(),
         "numbers": numbers,
         "seconds": seconds,

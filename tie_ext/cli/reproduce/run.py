@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,23 +20,22 @@ from tqdm import tqdm
 from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import all_logits, ood_metrics
-from tie_ext.cli.flags import check_flags, interactive, recipe_of, usage
+from tie_ext.cli.flags import check_flags, interactive, recipe_of, settings_of
 from tie_ext.cli.images import Images, ImageSet, RunImages
 from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.reproduce.comparison import cell, check_method, has_garbage
-from tie_ext.cli.reproduce.tables import CELLS, read_cells, tables
+from tie_ext.cli.reproduce.tables import CELLS, brief, read_cells, tables
+from tie_ext.cli.settings import ReproduceSettings
 from tie_ext.cli.snapshots import to_bytes
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.inversion import Inversion
 from tie_ext.scores.decision import ood_score, uncertainty
-from tie_ext.training.config import TIEConfig
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.trainer import TIETrainer
-from tie_ext.utils.checks import check_number
 from tie_ext.utils.files import add_json_line, load_state, save_state, write_atomically, write_json
 from tie_ext.utils.random import seeded
-from tie_ext.utils.settings import plain
+from tie_ext.utils.settings import differences
 from tie_ext.utils.views import frozen_view
 
 BACKBONE = dict(
@@ -50,33 +48,20 @@ NOISE = {"noise": "gaussian", "uniform noise": "uniform", "sphere noise": "spher
 """Noise as OOD sets: name in the tables and kind of :func:`tie_ext.cli.data.noise`."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to run. The defaults are the paper's protocol; tables say where images or epochs are
-    fewer.
+@dataclass(frozen=True, kw_only=True)
+class Plan(ReproduceSettings):
+    """What to run; tables say where images or epochs are fewer than the paper's.
 
     Raises:
         ValueError: If a set, method or seed is unknown or out of range.
     """
 
-    root: str = "data"
-    """Where the sets are (:func:`tie_ext.cli.data.load`)."""
-    sets: tuple[str, ...] = data.NAMES
-    """ID sets, of :data:`tie_ext.cli.data.NAMES` or some of their classes (``mnist:0-4``)."""
-    methods: tuple[str, ...] = ("tie", "predecessor", "multiscale", "white", "plain")
-    """Methods of :mod:`tie_ext.cli.reproduce.comparison`."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One training each."""
-    images: int | None = None
-    """Train on a random subset of this many images, and score a tenth as many of each OOD set; all
-    ID test images are scored."""
-    download: bool = False
-    """Let torchvision download what is missing."""
     recipe: Recipe = field(default_factory=Recipe)
     """The settings, which methods may change; each cell has its own seed."""
 
     def __post_init__(self) -> None:
-        for name in self.sets:
+        super().__post_init__()
+        for name in self.data:
             if _whole(name) not in data.NAMES:
                 raise ValueError(
                     f"Expected a data set, one of {', '.join(data.NAMES)} or some of its classes "
@@ -84,8 +69,6 @@ class Plan:
                 )
         for method in self.methods:
             check_method(method)
-        for seed in self.seeds:
-            check_number("--seeds", seed, 0, 2**31 - 1, integer=True)
 
     def recipe_for(self, seed: int) -> Recipe:
         """The settings of a cell with a seed."""
@@ -101,11 +84,7 @@ class Plan:
 def run(flags: Namespace) -> None:
     """Run the plan that the flags give, and print what could not be run."""
     check_flags(vars(flags))
-    given = {"sets": flags.data, "methods": flags.methods, "seeds": flags.seeds}
-    chosen: dict[str, Any] = {name: tuple(value) for name, value in given.items() if value}
-    chosen |= {"root": flags.root, "images": flags.images, "download": flags.download}
-    with usage():
-        plan = Plan(recipe=recipe_of(vars(flags)), **chosen)
+    plan = settings_of(Plan, vars(flags), recipe=recipe_of(vars(flags)))
     for reason in run_plan(plan, flags.out, flags.device, interactive()):
         print(f"not run: {reason}")
     print(f"tables: {flags.out / 'tables.md'}")
@@ -125,7 +104,7 @@ def run_plan(plan: Plan, out: Path, device: str = "cpu", progress: bool = False)
             settings.
     """
     path, missing = out / CELLS, {}
-    cells = {plan.stem(*key): key for key in product(plan.sets, plan.methods, plan.seeds)}
+    cells = {plan.stem(*key): key for key in product(plan.data, plan.methods, plan.seeds)}
     done = read_cells(path)
     for stem, (_, method, seed) in cells.items():
         if stem in done:
@@ -155,37 +134,28 @@ def run_plan(plan: Plan, out: Path, device: str = "cpu", progress: bool = False)
         )
         record["level2"] = level_2(net, images, garbage=has_garbage(method))
         net.save(out / "networks" / f"{stem}.safetensors")
-        add_json_line(path, record, "cell")
+        add_json_line(path, brief(record), "cell")
         state.unlink(missing_ok=True)
     _judge_inversions(out)
-    _note_missing(out / "not_run.json", plan.sets, missing)
+    _note_missing(out / "not_run.json", plan.data, missing)
     write_atomically(out / "tables.md", tables(out).encode())
     return [f"{name}: {reason}" for name, reason in sorted(missing.items())]
 
 
 def _check_settings(path: Path, record: Mapping, method: str, recipe: Recipe) -> None:
     """Refuse a cell that was made with other settings than this plan's."""
-    wanted, found = _flat(comparison.recipe_of(method, recipe).record()), _flat(record)
-    matter = wanted.keys() if has_garbage(method) else {"epochs", "lr", "autocast_dtype", "seed"}
-    other = [
-        f"{key} {found.get(key)!r} instead of {wanted[key]!r}"
-        for key in sorted(matter)
-        if found.get(key) != wanted[key]
-    ]
-    if other:
+    wanted, found = (
+        {**(values := each.record()).pop("config"), **values}
+        for each in (comparison.recipe_of(method, recipe), Recipe.of_record(record))
+    )
+    if not has_garbage(method):
+        matter = ("epochs", "lr", "autocast_dtype", "seed")
+        wanted, found = ({key: values[key] for key in matter} for values in (wanted, found))
+    if other := differences(found, wanted):
         raise ValueError(
             f"Expected {record['cell']} in {path} to be a cell of these settings, but got one "
-            f"with {', '.join(other)}; give another --out"
+            f"with {other}; give another --out"
         )
-
-
-def _flat(record: Mapping) -> dict:
-    """A recipe's record, flat; a setting that is newer than the record has its default."""
-    parts = {name: record.get(name) for name in ("prior", "criterion")}
-    flat = {**plain(TIEConfig()), **record["config"], **parts}
-    for name, settings in record.get("synthesizers", {}).items():
-        flat |= {f"{name}.{key}": value for key, value in settings.items()}
-    return flat
 
 
 def _json(path: Path) -> dict:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 from tie_ext.cli.data import NAMES
 from tie_ext.cli.folder import renamed
@@ -51,7 +52,48 @@ OTHERS = ("notmnist", "noise", "uniform noise", "sphere noise")
 CELLS = "cells.jsonl"
 """File of the cells in a folder, one per line."""
 
+LOGGED = ("epoch", "tau", "proposed", "excluded", "seconds")
+"""What a cell keeps of each epoch; of the last also ``agreement``."""
+
 Records = Sequence[Mapping]
+
+
+def brief(record: Mapping) -> dict:
+    """A cell as its file keeps it: what tables read, its numbers rounded to five digits."""
+    last, level2 = record["log"][-1:], record["level2"]
+    garbage = "least_confident_id" in level2
+    kept = {
+        "numbers": {key: of for key, of in record["numbers"].items() if key != "scores"},
+        "level2": {name: _brief_level(of, garbage) for name, of in level2.items()},
+        "log": [{key: entry[key] for key in LOGGED} for entry in record["log"]],
+        "seconds": record["seconds"],
+    }
+    for entry, whole in zip(kept["log"][-1:], last, strict=True):
+        entry["agreement"] = whole["agreement"]
+    return {**record, **_rounded(kept)}
+
+
+def _brief_level(of: Any, garbage: bool) -> Any:
+    """Level 2 of an OOD set; ``through`` is ``all`` where there is no garbage class."""
+    if not isinstance(of, Mapping):
+        return of
+    found = dict(of)
+    for score in (s for s in of if isinstance(of[s], Mapping)):
+        keys = ("auroc", "fpr95", "fpr95_id") if score == "score" else ("auroc", "fpr95")
+        found[score] = {
+            which: m and {key: m[key] for key in keys}
+            for which, m in of[score].items()
+            if garbage or which == "all"
+        }
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(of) for key, of in value.items()}
+    return [_rounded(of) for of in value] if isinstance(value, list) else value
 
 
 def read_cells(path: Path) -> dict[str, dict]:
