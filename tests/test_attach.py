@@ -98,7 +98,7 @@ def test_the_softmax_over_all_outputs_gives_the_heads_odds():
 
 
 def test_statistics_of_every_layer_before_its_relu(monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, rng: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, *_: x)
     x, y = stripes()
     model = Small().eval()
     net = attach(model, [(x[:30], y[:30]), (x[30:], y[30:])], 3)
@@ -236,7 +236,7 @@ def test_id_images_as_they_are_and_corrupted_and_outliers(
     monkeypatch.setattr(
         sys.modules["tie_ext.training.fit_head"],
         "corrupt",
-        lambda x, rng: brought.append(1 - x) or brought[-1],
+        lambda x, *_: brought.append(1 - x) or brought[-1],
     )
     x, y = stripes()
     net = attach(Small().eval(), [(x[:50], y[:50]), (x[50:], y[50:])], 3)

@@ -89,7 +89,7 @@ def test_images_that_the_head_is_fitted_to_in_each_epoch(monkeypatch):
         ),
     )
     monkeypatch.setattr(
-        "tie_ext.training.fit_head.corrupt", lambda x, rng: corrupted.append(len(x)) or x
+        "tie_ext.training.fit_head.corrupt", lambda x, *_: corrupted.append(len(x)) or x
     )
     net = make_net()
     config = replace(TINY, garbage_weight=2.0)

@@ -160,7 +160,7 @@ def parts(rank: int, again: TIETrainer) -> dict:
     found["alone"] = alone.epoch(last).losses["classifier"]
     headed = TIENet(Small(3), 3, SHAPE, head="multilayer")
     with patch(
-        "tie_ext.training.fit_head.corrupt", lambda x, rng: x
+        "tie_ext.training.fit_head.corrupt", lambda x, *_: x
     ):  # so that the head's mean is that of the images
         found["head taught"] = (
             TIETrainer(headed, replace(TINY, epochs=1), [], [Noise(headed)])

@@ -56,7 +56,7 @@ class CombinedPostprocessor(Postprocessor):
             return
         inner = getattr(net, "module", net)
         garbage, view = isinstance(inner, TIENet), eval_view(inner)
-        if garbage and inner.train_features is not None:
+        if isinstance(inner, TIENet) and inner.train_features is not None:
             sample = kept_sample(inner)
         else:
             with seeded(0):
