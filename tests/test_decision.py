@@ -130,8 +130,9 @@ def test_an_input_as_uncertain_as_tau_is_accepted():
 def test_an_input_that_scores_as_much_as_the_threshold_is_accepted():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 5.0]])
     score = ood_score(logits)
-    assert decide_by_score(logits, score, score).level.tolist() == [0, 0]
-    assert decide_by_score(logits, score, score - 1e-3).level.tolist() == [2, 1]
+    for row, (value, level) in enumerate(zip(score, (2, 1), strict=True)):
+        assert decide_by_score(logits, score, value).level[row] == 0
+        assert decide_by_score(logits, score, value - 1e-3).level[row] == level
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -10,9 +10,11 @@ from conftest import FEW, SHAPE, TINY, Small, make_batches
 from tie_ext import TIEConfig, TIENet, TIETrainer
 from tie_ext.cli.classifier import train_plain
 from tie_ext.models.head import GarbageHead
+from tie_ext.models.network import HEADS
 from tie_ext.outliers import Inversion, Noise, Procedural
 from tie_ext.outliers.saliency import uniform_criterion
 from tie_ext.training.config import HeadConfig
+from tie_ext.training.recipe import Recipe
 
 QUICK = HeadConfig(steps=30, epoch_steps=20)
 
@@ -58,6 +60,7 @@ def test_a_pool_begins_with_what_suits_its_garbage_class():
     assert [type(each) for each in TIETrainer(make_net(), TINY, []).prior] == [Procedural]
     linear = TIENet(Small(3), 3, SHAPE)
     assert [type(each) for each in TIETrainer(linear, TINY, []).prior] == [Noise]
+    assert [Recipe(head=head).prior for head in HEADS] == [("multiscale",), ("procedural",)]
 
 
 def test_the_head_learns_the_pool():

@@ -11,7 +11,7 @@ Made by `python tests/bench/tables.py` of `docs/results/benchmark.json`, which t
     {command}
 
 `Benchmark.evaluate` of pytorch-ood, on an attached ResNet-20 of 28 epochs; percent, of its `OODMetrics`.
-FPR@95 is its FPR95TPR: ID images that are taken for OOD ones where 95 % of the OOD images are found. Other pages turn that round.
+A cell is AUROC / FPR@95. FPR@95 is its FPR95TPR: ID images that are taken for OOD ones where 95 % of the OOD images are found. Other pages turn that round.
 
 {numbers}.
 The lists are not OpenOOD's own, and the images are JPEG files of 32 by 32 pixels in all sets. As in OpenOOD's lists, 1000 images of the

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import benchmark_page
+import drift
 import mutants
 import public_page
+import rejects
 from cost_page import cost
 from page import fill
 
@@ -37,6 +39,8 @@ OTHERS = {
         f"public {name}": lambda name=name: public_page.facts()[name] for name in public_page.FACTS
     },
     "mutants": mutants.shown,
+    **{f"drift {name}": place for name, place in drift.PLACES.items()},
+    **{f"rejects {name}": place for name, place in rejects.PLACES.items()},
 }
 """What may stand in a page beside numbers of cells and of history."""
 
@@ -52,17 +56,19 @@ def inserted(name: str) -> str:
 
 
 def documents() -> dict[str, str]:
-    """Text of every document by its place in docs/."""
+    """Text of every document by its place in docs/; those without records are left out."""
     pages = sorted((BENCH / "pages").glob("*.md"))
     texts = {f"research/{page.name}": fill(page.read_text(), OTHERS) for page in pages}
-    return {
+    found = {
         "results.md": texts.pop("research/results.md"),
+        "drift.md": texts.pop("research/drift.md"),
         **texts,
         "research/benchmark.md": benchmark_page.page(),
         "research/cost.md": cost(),
         **{name: inserted(name) for name in OUTSIDE},
         **{f"results/{run}/tables.md": reproduced(DOCS / "results" / run) for run in RUNS},
     }
+    return {name: text for name, text in found.items() if text}
 
 
 def main() -> None:

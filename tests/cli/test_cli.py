@@ -22,8 +22,7 @@ import torch
 from conftest import make_net, set_head_defaults
 
 from tie_ext import TIEDetector, TIENet, TIETrainer, __version__
-from tie_ext.cli import data, demo, demo_images, explain, figures, registry, report, tables
-from tie_ext.cli.demo import RECIPE
+from tie_ext.cli import data, explain, figures, registry, report, tables
 from tie_ext.cli.flags import make_parser
 from tie_ext.cli.folder import load_network, written
 from tie_ext.cli.images import ImageFiles, ImageSet, RunImages
@@ -33,8 +32,7 @@ from tie_ext.cli.snapshots import load_examples, save_examples
 from tie_ext.scores.decision import Decision
 from tie_ext.scores.threshold import conformal_threshold
 from tie_ext.training.log import EpochLog
-from tie_ext.utils import files
-from tie_ext.utils.files import load_state, locked, write_atomically
+from tie_ext.utils.files import load_state
 
 Image = pytest.importorskip("PIL.Image")
 FAST = [
@@ -244,8 +242,8 @@ def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert (run / ".lock").exists()  # which a report passes over
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 7
-    assert "accepted ones at the left" in page
+    assert page.count("<figure>") == 6
+    assert page.count('<ul class="gallery">') == 2
     assert "http" not in page.replace("http-equiv", "")
     assert "AUROC" in page
     assert "ID rejected" in page
@@ -257,29 +255,27 @@ def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     )
 
 
-def test_a_report_shows_what_was_accepted_and_what_was_rejected():
-    x, level = torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
-    decision = Decision(
-        torch.tensor([0, 1, 0, 1]), torch.zeros(4), torch.tensor([-3.0, 7.5, 1.0, -2.0]), level
-    )
-    figure = figures.decision_grid(
-        {"id": x, "letters": x[:2]},
-        {"id": decision, "letters": Decision(*(part[:2] for part in decision))},
-        ["cat", "dog"],
-        2,
-    )
-    said = [
-        [(ax.get_title(), ax.title.get_color()) for ax in figure.axes[row * 4 : row * 4 + 4]]
-        for row in range(2)
-    ]
-    black, red, none = "k", "tab:red", ("", "black")
-    assert said[0] == [
-        ("cat\naccepted, -3.0", black),
-        ("dog\naccepted, -2.0", black),
-        ("dog\ngarbage, 7.5", red),
-        ("cat\nuncertain, 1.0", red),
-    ]
-    assert said[1] == [("cat\naccepted, -3.0", red), none, ("dog\ngarbage, 7.5", black), none]
+def test_report_shows_accepted_and_rejected_images():
+    level, label = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0, 1])
+    decision = Decision(label, torch.zeros(4), torch.tensor([-3.0, 7.5, 1.0, -2.0]), level)
+    x = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
+    said = {
+        name: [shown[1:] for shown in report._shown(x, decision, name, ["cat", "dog"])]
+        for name in ("id", "letters")
+    }
+    captions = ["accepted, cat, -3.0", "accepted, dog, -2.0", "garbage, dog, 7.5"]
+    captions.append("uncertain, cat, 1.0")
+    assert said["id"] == list(zip(captions, [False, False, True, True], strict=True))
+    assert said["letters"] == list(zip(captions, [True, True, False, False], strict=True))
+
+
+@pytest.mark.parametrize(("accepted", "shown"), [(24, 10), (3, 3), (0, 0), (12, 5)])
+def test_report_shows_ten_images_of_a_set(accepted, shown):
+    level = (torch.arange(24) >= accepted).long()
+    decision = Decision(level, torch.zeros(24), torch.zeros(24), level)
+    x = torch.zeros(24, 1, 4, 4, dtype=torch.uint8)
+    found = list(report._shown(x, decision, "id", ["cat", "dog"]))
+    assert [of.mistake for of in found] == [False] * shown + [True] * (10 - shown)
 
 
 def test_a_report_shows_images_from_all_over_a_set_that_is_sorted_by_class(tmp_path):
@@ -293,11 +289,6 @@ def test_a_report_shows_images_from_all_over_a_set_that_is_sorted_by_class(tmp_p
     assert list(kept) == ["id", "b"]
     assert set((kept["id"][:, 0, 0, 0] // 25).tolist()) == set(range(10))
     assert len(kept["b"]) == 3
-    decision = Decision(
-        torch.arange(24) // 3, torch.zeros(24), torch.zeros(24), torch.zeros(24, dtype=torch.long)
-    )
-    figure = figures.decision_grid({"id": kept["id"]}, {"id": decision}, tuple("abcdefghij"), 2)
-    assert [ax.get_title() for ax in figure.axes[:2]] == ["a\naccepted, 0.0", "h\naccepted, 0.0"]
 
 
 def test_a_histogram_says_where_the_line_is():
@@ -401,7 +392,7 @@ def test_help_says_what_each_setting_means(command, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "attach", "score", "report", "explain", "reproduce"]
+    "command", ["demo", "train", "attach", "score", "calibrate", "report", "explain", "reproduce"]
 )
 def test_help_of_a_command_fits_two_screens_and_says_what_every_flag_does(
     command, capsys, monkeypatch
@@ -913,7 +904,6 @@ def test_a_link_to_nowhere_is_no_reason_to_begin_anew(copied, capsys):
 
 
 def test_a_loss_that_overflowed_is_left_out_of_the_record(copied):
-    from dataclasses import replace
 
     from tie_ext.cli.folder import read_settings
     from tie_ext.cli.train import finish
@@ -968,16 +958,6 @@ def test_scores_that_find_the_disk_full_say_so(run, folder):
         "tie-ext: Expected to write to the standard output, but got: No space left on device"
     )
     assert done.stderr.count("\n") == 1
-
-
-def test_the_demo_set_is_real_and_split(recwarn):
-    train, test, ood = demo_images.demo()
-    assert train.shape == test.shape == (1, 28, 28)
-    assert len(train) + len(test) == 1797
-    assert set(ood) == {"photographs", "letters", "noise"}
-    assert all(
-        s.x.float().std() > 10 and s.x.dtype == torch.uint8 for s in (train, test, *ood.values())
-    )
 
 
 def test_mnist_loads_from_where_it_lies(data_root):
@@ -1054,179 +1034,12 @@ def test_images_that_cannot_be_read_are_named_before_any_training(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def small_demo(monkeypatch):
-    """A demo of two epochs on drawn stripes, and the command that runs it into a folder."""
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 100, (36, 1, 28, 28), dtype=torch.uint8, generator=rng)
-    y = torch.arange(36) % 3
-    for i, label in enumerate(y.tolist()):
-        x[i, :, 8 * label : 8 * label + 8] += 150
-    sets = {"noise": data.noise("gaussian", 12, (1, 28, 28))}
-    monkeypatch.setattr(
-        demo_images,
-        "demo",
-        lambda: (
-            ImageSet(x[:24], y[:24], tuple("abc")),
-            ImageSet(x[24:], y[24:], tuple("abc")),
-            sets,
-        ),
-    )
-    config = replace(RECIPE.config, epochs=2, candidates=55, pool_size=40)
-    monkeypatch.setattr(
-        demo,
-        "RECIPE",
-        replace(RECIPE, config=config, synthesizers={"inversion": {"steps": 2, "width": 4}}),
-    )
-
-    set_head_defaults(monkeypatch, steps=20)
-
-    def page(out):
-        for name in ("figures/metrics.png", "report.html"):
-            write_atomically(out / name, b"drawn")
-
-    monkeypatch.setattr(report, "write_report", page)  # which takes longer than all else
-    return lambda out, *more: main(["demo", "--out", str(out), *more])
-
-
 def listed(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
-
-
-def test_a_demo_gives_way_to_the_next_and_leaves_other_peoples_files(small_demo, tmp_path, capsys):
-    out = tmp_path / "demo"
-    assert small_demo(out) == 0
-    first = listed(out)
-    assert list(json.loads((out / "run.json").read_text())["comparison"]) == [
-        "TIE",
-        "attach",
-        "plain n-class network",
-    ]
-    mine = [
-        "notes.txt",
-        "epochs/mine.safetensors",
-        "epochs/0001.txt",
-        "figures/holiday.png",
-        "more/run.json",
-        "network.safetensors.old",
-    ]
-    for name in mine:
-        (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text("mine")
-    assert small_demo(out, "--seed", "1") == 0
-    second = listed(out)
-    assert {name: second.pop(name) for name in mine} == dict.fromkeys(mine, b"mine")
-    assert second.keys() == first.keys()
-    assert json.loads((out / "run.json").read_text())["settings"]["recipe"]["config"]["seed"] == 1
-    assert second["network.safetensors"] != first["network.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "when",
-    [
-        "in the first epoch",
-        "in the second epoch",
-        "after training",
-        "while the one before was cleared away",
-    ],
-)
-def test_a_demo_that_was_stopped_can_be_run_again(when, small_demo, tmp_path, monkeypatch):
-    out, epoch, unlink = tmp_path / "demo", TIETrainer.epoch, Path.unlink
-    with monkeypatch.context() as patched:
-        if when == "while the one before was cleared away":
-            assert small_demo(out) == 0
-            patched.setattr(
-                Path,
-                "unlink",
-                lambda self, **how: stop() if self.name == "report.html" else unlink(self, **how),
-            )
-        elif when == "after training":
-            patched.setattr(demo, "plain_network", stop)
-        else:
-            done = int(when == "in the second epoch")
-            patched.setattr(
-                TIETrainer,
-                "epoch",
-                lambda self, batches: stop() if len(self.log) == done else epoch(self, batches),
-            )
-        assert small_demo(out) == 130
-    assert small_demo(out) == 0
-    assert "comparison" in json.loads((out / "run.json").read_text())
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "a run",
-        "a run on the demo's images",
-        "no run",
-        "a run.json of something else",
-        "an unreadable run.json",
-    ],
-)
-def test_a_demo_touches_no_folder_of_anything_else(content, small_demo, run, tmp_path, capsys):
-    out = tmp_path / "precious"
-    if content == "a run":
-        shutil.copytree(run, out)
-    elif content == "a run on the demo's images":
-        assert (
-            main(["train", "--data", "demo", "--out", str(out), "--backbone", "conv3", *FAST]) == 0
-        )
-    else:
-        out.mkdir()
-        if content == "no run":
-            (out / "network.safetensors").write_text("mine")
-        else:
-            (out / "run.json").write_text(
-                '{"settings": {"data": "marathon"}}' if "else" in content else "42 km"
-            )
-    before = listed(out)
-    assert small_demo(out) == 1
-    error = capsys.readouterr().err
-    name = "network.safetensors" if content == "no run" else "run.json"
-    assert f"Expected a folder for the demo, but got {out}, which holds {name}" in error
-    assert error.count("\n") == 1
-    assert listed(out) == before
-
-
-def test_a_finished_demo_of_an_earlier_version_gives_way(small_demo, tmp_path):
-    out = tmp_path / "demo"
-    assert small_demo(out) == 0
-    of_earlier_version(out)
-    assert small_demo(out) == 0
-    assert "recipe" in json.loads((out / "run.json").read_text())["settings"]
-
-
-def test_a_demo_waits_for_nobody(small_demo, tmp_path, capsys):
-    out = tmp_path / "demo"
-    assert small_demo(out) == 0
-    before = listed(out)
-    with locked(out):
-        assert small_demo(out) == 1
-    assert f"Expected {out} to be free" in capsys.readouterr().err
-    assert listed(out) == before
-
-
-@pytest.mark.parametrize("last", ["save_state", "write_json"])
-def test_a_demo_is_alone_in_its_folder_to_its_last_file(
-    last, small_demo, tmp_path, monkeypatch, capsys
-):
-    out, tried, write = tmp_path / "demo", [], getattr(files, last)
-
-    def busy(path, *rest):
-        if not tried:
-            tried.append("begun")  # or the second would try a third
-            tried.append(small_demo(out, "--seed", "1"))
-        return write(path, *rest)
-
-    monkeypatch.setattr(demo, last, busy)
-    assert small_demo(out) == 0
-    assert tried == ["begun", 1]
-    assert f"Expected {out} to be free" in capsys.readouterr().err
 
 
 HELD = """
@@ -1382,14 +1195,10 @@ def test_a_broken_test_image_on_disk_is_named_before_any_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_train_and_demo_leave_is_a_detector(run, folder, small_demo, tmp_path):
-    assert small_demo(tmp_path / "demo") == 0
-    for place, shape in ((run, (3, 28, 28)), (tmp_path / "demo", (1, 28, 28))):
-        net, x = TIENet.load(place / "network.safetensors"), torch.rand(5, *shape)
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(TIEDetector.load(place).decide(x), net.decide(x), strict=True)
-        )
+def test_what_train_leaves_is_a_detector(run):
+    net, x = TIENet.load(run / "network.safetensors"), torch.rand(5, 3, 28, 28)
+    pairs = zip(TIEDetector.load(run).decide(x), net.decide(x), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_torchvision_network_trains_from_weights_of_other_classes_on_normalised_images(

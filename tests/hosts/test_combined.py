@@ -1071,20 +1071,22 @@ def test_sampled_knn_says_what_it_cannot_use():
         SampledKNN(None).predict_features(z)
     with pytest.raises(ModelNotSetException):
         SampledKNN(None).predict(images()[0])
-    with pytest.raises(ValueError, match="Expected at least k = 50 ID samples, but got 20"):
-        SampledKNN(None).fit_features(z, y)
+    with pytest.raises(ValueError, match="Expected ID samples, but got none"):
+        SampledKNN(None).fit_features(z, y - 1)
     with pytest.raises(
         ValueError, match=r"Expected finite floating-point features of shape \(N, F\)"
     ):
         SampledKNN(None, 2).fit_features(z * float("nan"), y)
     with pytest.raises(ValueError, match="Expected max_samples"):
         SampledKNN(None, 50, 20)
-    fitted = SampledKNN(None, 2, 10).fit_features(z, y)
-    with pytest.raises(
-        ValueError, match="Expected k to be at most the 10 features kept, but got 11"
-    ):
-        fitted.set_hyperparameters(k=11).predict_features(z)
-    assert fitted.fit_features(z, y).predict_features(z).isfinite().all()
+
+
+def test_sampled_knn_takes_the_farthest_where_fewer_than_k_are_kept():
+    z = torch.randn(20, 4)
+    fitted = SampledKNN(None, 20, 20).fit_features(z)
+    farthest = fitted.predict_features(z)
+    for k in SampledKNN.hyperparameter_space["k"]:
+        assert torch.equal(fitted.set_hyperparameters(k=k).predict_features(z), farthest)
 
 
 def test_the_nearest_vote_for_a_label():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import set_head_defaults
 from torch import nn
 
 from tie_ext.models.head import GarbageHead
@@ -81,7 +82,7 @@ def test_the_launcher_says_what_it_wants():
             [sys.executable, "-m", "tie_ext.openood", *arguments], capture_output=True, text=True
         )
         assert run.returncode
-        assert "Expected one of OpenOOD's scripts" in run.stderr
+        assert "Expected attach or one of OpenOOD's scripts" in run.stderr
 
 
 def test_without_cuda_is_undone_and_leaves_a_gpu_alone(monkeypatch):
@@ -538,14 +539,18 @@ def test_images_are_read_alike_from_every_loader(openood):
     assert inside == {tuple(image.flatten()[:3].tolist()) for image in expected}
 
 
-@pytest.mark.parametrize("name", ["tie_combined", "dmr"])
+@pytest.mark.parametrize("name", ["tie_combined", "attach", "dmr"])
 def test_a_postprocessor_is_fitted_alike_in_every_script(openood, monkeypatch, name):
+    from openood.networks.lenet import LeNet
+
     import tie_ext.openood.combined as combined
     from tie_ext.openood.registry import POSTPROCESSORS
 
     few = partial(combined.sample_features, max_samples=40)  # fewer than the images
     monkeypatch.setattr(combined, "sample_features", few)
-    net, x = build(num_classes=3).eval(), torch.rand(9, 3, 28, 28)
+    set_head_defaults(monkeypatch, steps=20)
+    x = torch.rand(9, 3, 28, 28)
+    net = (LeNet(3) if name == "attach" else build(num_classes=3)).eval()
     found = []
     for seed, augmented in enumerate((True, True, False)):
         torch.manual_seed(seed)
@@ -565,7 +570,7 @@ def test_combined_says_that_a_network_has_no_garbage_class(openood, capsys):
     assert capsys.readouterr().out == ""
     CombinedPostprocessor().setup(LeNet(3), id_loaders(), Unread())
     (line,) = capsys.readouterr().out.splitlines()
-    assert re.search("LeNet has no garbage class.*trainer attach", line)
+    assert re.search("LeNet has no garbage class.*combines without one.*openood attach", line)
 
 
 @pytest.mark.parametrize("name", ["tie_combined", "tie_ue", "dmr"])
@@ -876,18 +881,14 @@ def test_trainer_attach_says_what_it_wants(openood, tmp_path, head, checkpoint, 
 
 
 def test_a_postprocessor_without_a_config_has_that_of_its_file(openood, tmp_path, monkeypatch):
-    import shutil
-
-    import tie_ext.openood.postprocessors as ours
     from tie_ext.openood import DMRPostprocessor, TIEPostprocessor, TIEUEPostprocessor
 
     assert TIEPostprocessor().t == 1.0
     assert DMRPostprocessor().parameters == {"k": 5, "vae_epochs": 10, "epochs": 10}
     assert not TIEUEPostprocessor().APS_mode
-    shutil.copytree(CONFIGS / "postprocessors", tmp_path / "postprocessors")
-    monkeypatch.setattr(ours, "configs", lambda: tmp_path)
-    file = tmp_path / "postprocessors" / "tie.yml"
-    file.write_text(file.read_text().replace("t: 1.0", "t: 0.5"))
+    file = tmp_path / "tie.yml"
+    file.write_text(Path(TIEPostprocessor.config_path).read_text().replace("t: 1.0", "t: 0.5"))
+    monkeypatch.setattr(TIEPostprocessor, "config_path", str(file))
     assert TIEPostprocessor().t == 0.5
 
 

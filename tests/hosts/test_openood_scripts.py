@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import set_head_defaults
 
 from tie_ext.models.backbones import Conv3
 
@@ -30,6 +32,7 @@ LISTED["imagenet"] = [
     "imagenet_r",
     "imagenet_es",
 ]
+LISTED["imagenet200"] = LISTED["imagenet"][:-1]
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def place(openood_root, tmp_path_factory) -> Path:
         }:  # a folder that is not empty is not downloaded
             (place / "data" / kind / name).mkdir(parents=True)
             (place / "data" / kind / name / "images").touch()
-    for name, many in (("cifar10", 4), ("imagenet", 1)):
+    for name, many in (("cifar10", 4), ("imagenet", 2), ("imagenet200", 2)):
         info = DATA_INFO[name]
         groups = [
             info["id"],
@@ -98,6 +101,8 @@ def draw(data: Path, where: dict, name: str, count: int, inside: bool) -> None:
         if inside:
             image //= 4
             image[3 * (i % 10) : 3 * (i % 10) + 5] = 255
+        if name.endswith("imagenet_c"):  # which OpenOOD does not resize
+            image = image.repeat(7, 0).repeat(7, 1)
         Image.fromarray(image).save(data / where["data_dir"] / f"{name}_{i}.png")
         rows.append(f"{name}_{i}.png {i % 10 if inside else -1}\n")
     path = data / where["imglist_path"]
@@ -151,14 +156,19 @@ def learn(net, x, y) -> None:
     assert torch.equal(net(x).argmax(1), y)
 
 
-def run(script: Path, *arguments: str) -> None:
+def launch(*arguments: str) -> None:
+    """``python -m tie_ext.openood``, in this process."""
     from tie_ext.openood.__main__ import main
 
     before = sys.argv, list(sys.path)
     try:
-        main([str(script), *arguments])
+        main(list(arguments))
     finally:
         sys.argv, sys.path[:] = before
+
+
+def run(script: Path, *arguments: str) -> None:
+    launch(str(script), *arguments)
 
 
 @pytest.mark.parametrize(
@@ -307,29 +317,173 @@ def in_a_process(openood_root: Path, place: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_lines_of_the_page_attach_and_score(openood, openood_root, place, monkeypatch):
+ROWS = ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "farood"]
+LARGE = ["ssb_hard", "ninco", "nearood", "inaturalist", "textures", "openimage_o", "farood"]
+
+
+@pytest.fixture
+def checkout(openood_root, openood, place, monkeypatch):
+    """The folder of a checkout, for ``python -m tie_ext.openood`` in this process; a head that
+    learns for a moment, of images that have not all classes.
+    """
+    import openood.evaluation_api.datasets as datasets
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(datasets.gdown, "download", None)
+    set_head_defaults(monkeypatch, steps=20)
+    monkeypatch.setattr("tie_ext.training.attach.check_class_counts", lambda counts: None)
+    make_small(monkeypatch)
+    return place
+
+
+def make_small(monkeypatch) -> None:
+    """The networks that OpenOOD's scripts build, with few layers and channels."""
+    import openood.networks as networks
+    from torchvision.models.regnet import BlockParams
+
+    for name in ("ResNet18_32x32", "ResNet18_224x224", "ResNet50"):
+        init = getattr(networks, name).__base__.__init__
+        block, _, num_classes = init.__defaults__
+        monkeypatch.setattr(init, "__defaults__", (block, [1] * 4, num_classes))
+    vit, swin = (224, 16, 1, 2, 16, 32, 1000), ([4, 4], 8, [1] * 4, [1] * 4, [7, 7], 0.2, 1000)
+    monkeypatch.setattr(networks.ViT_B_16.__base__.__init__, "__defaults__", vit)
+    monkeypatch.setattr(networks.Swin_T.__base__.__init__, "__defaults__", swin)
+    small = {"depth": 4, "w_0": 8, "w_a": 8.0, "w_m": 2.0, "group_width": 8, "se_ratio": 0.25}
+    params = BlockParams.from_init_params
+    monkeypatch.setattr(BlockParams, "from_init_params", lambda **_: params(**small))
+
+
+def of_the_page(begin: str) -> list[str]:
+    """Arguments of the only line of docs/hosts.md that begins so."""
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+    begin = f"python -m tie_ext.openood {begin}"
+    (line,) = [line for line in page.splitlines() if line.startswith(begin)]
+    return shlex.split(line)[3:]
+
+
+def tables(folder: Path, rows: list[str]) -> dict:
+    """The tables below a folder, by where they lie; each has AUROCs of all sets."""
     import pandas as pd
+
+    found = {}
+    for path in folder.rglob("*.csv"):
+        table = pd.read_csv(path, index_col=0)
+        assert list(table.index) == rows
+        auroc = table.AUROC.astype(str).str.split().str[0].astype(float)
+        assert auroc.between(0, 100).all()
+        found[path.relative_to(folder).with_suffix("").as_posix()] = auroc
+    return found
+
+
+def test_one_line_of_the_page_attaches_to_every_seed_and_scores(checkout, capsys):
     from openood.networks import ResNet18_32x32
 
-    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
-    (lines,) = re.findall(r"^```\n(for s in 0 1 2; .*?)^```", page, re.M | re.S)
-    attach, score = lines.replace("$TIE", str(openood.configs())).splitlines()
-    attach = re.fullmatch("for s in 0 1 2; do (.*); done", attach)[1].replace("$s", "0")
-    checkpoint = place / re.search(r"--network.backbone.checkpoint (\S+)", attach)[1]
-    checkpoint.parent.mkdir(parents=True)
-    torch.manual_seed(0)
-    torch.save(ResNet18_32x32(num_classes=10).state_dict(), checkpoint)
-    (place / "main.py").symlink_to(openood_root / "main.py")
-    begin = "python -m tie_ext.openood "
-    assert attach.startswith(begin)
-    in_a_process(
-        openood_root, place, *shlex.split(attach.removeprefix(begin)), "--num_workers", "0"
+    arguments = of_the_page("attach --id-data cifar10")
+    root = checkout / arguments[arguments.index("--root") + 1]
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        (root / f"s{seed}").mkdir(parents=True)
+        nets.append(ResNet18_32x32(num_classes=10).eval())
+        torch.save(nets[-1].state_dict(), root / f"s{seed}" / "best.ckpt")
+    launch(*arguments)
+    out = root.with_name(f"{root.name}_attach")
+    assert "no garbage class" not in capsys.readouterr().out
+    first = tables(out, ROWS)
+    assert set(first) == {"ood/tie", "ood/tie_combined"}
+    x = torch.rand(2, 3, 32, 32)
+    for seed, net in enumerate(nets):
+        scores = sorted(path.name for path in (out / f"s{seed}" / "scores").iterdir())
+        assert scores == ["tie.pkl", "tie_combined.pkl"]
+        again = ResNet18_32x32(num_classes=10).eval()
+        again.load_state_dict(torch.load(out / f"s{seed}" / "best.ckpt", weights_only=True))
+        assert torch.equal(again.eval()(x), net(x))
+        assert again.tau.isfinite()
+    # In OpenOOD's own script, by the name of the postprocessor alone.
+    run(
+        Path("scripts/eval_ood.py"),
+        *("--id-data", "cifar10", "--root", str(root), "--postprocessor", "attach", "--save-csv"),
     )
-    monkeypatch.chdir(place)
-    assert score.startswith(begin)
-    run(*shlex.split(score.removeprefix(begin)))
-    (table,) = (place / "results").glob("*/ood/tie_combined.csv")
-    assert pd.read_csv(table, index_col=0).index[-1] == "farood"
+    same = tables(root, ROWS)["ood/attach"]
+    assert same.tolist() == first["ood/tie_combined"].tolist()
+    # Scores of another checkpoint do not stay; full-spectrum tables come beside the others.
+    before = (out / "s0" / "scores" / "tie.pkl").read_bytes()
+    torch.save(nets[1].state_dict(), root / "s0" / "best.ckpt")
+    for folder in (root, out):
+        shutil.rmtree(folder / "s1")
+    launch(*arguments, "--fsood")
+    assert set(tables(out, ROWS)) == {*first, "fsood/tie", "fsood/tie_combined"}
+    assert (out / "s0" / "scores" / "tie.pkl").read_bytes() != before
+    for folder in (root, out):
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "swin-t", "vit-b-16", "regnet"])
+def test_torchvisions_weights_are_attached_to_and_scored(checkout, monkeypatch, arch):
+    import openood.networks as networks
+    from torchvision.models import get_weight
+
+    from tie_ext.openood.attach import TORCHVISION
+
+    name, weights = TORCHVISION[arch]
+    torch.manual_seed(0)
+    net, asked = getattr(networks, name)(), []
+    if arch == "vit-b-16":  # whose last layer begins with zeros
+        torch.nn.init.normal_(net.heads.head.weight)
+    state = net.state_dict()
+
+    def read(url):
+        asked.append(url)
+        return state
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", read)
+    arguments = of_the_page("attach --id-data imagenet --tvs-pretrained")
+    arguments[arguments.index("--arch") + 1] = arch
+    more = ["--fsood"] if arch in ("vit-b-16", "regnet") else []
+    launch(*arguments, *more)
+    assert asked == [get_weight(weights).url]
+    out = checkout / "results" / f"imagenet_{arch}_tvsv1_base_default"
+    found = tables(out, LARGE)
+    expected = {"ood/tie", "ood/tie_combined"}
+    assert set(found) == expected | ({"fsood/tie", "fsood/tie_combined"} if more else set())
+    saved = torch.load(out / "best.ckpt", weights_only=True)
+    assert saved["garbage.mean"].isfinite().all()
+    assert torch.hub.load_state_dict_from_url is read
+
+
+def test_imagenet_200_and_checkpoints_of_imagenet_are_attached_to(checkout, tmp_path):
+    import openood.networks as networks
+
+    torch.manual_seed(0)
+    for name, net in (
+        ("imagenet200", networks.ResNet18_224x224(num_classes=200)),
+        ("imagenet", networks.ResNet50()),
+    ):
+        (tmp_path / name / "s0").mkdir(parents=True)
+        torch.save(net.state_dict(), tmp_path / name / "s0" / "best.ckpt")
+        launch("attach", "--id-data", name, "--root", str(tmp_path / name))
+        found = tables(tmp_path / f"{name}_attach", LARGE)
+        place = "s0/" * (name == "imagenet") + "ood"
+        assert set(found) == {f"{place}/tie", f"{place}/tie_combined"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--id-data imagenet", "give --root RESULTS, or --id-data imagenet --tvs-pretrained"),
+        ("--tvs-pretrained", "are for --id-data imagenet"),
+        ("--root a --arch vit-b-16", "one of resnet18_32x32, conv3, .* but got vit-b-16"),
+        ("--id-data cifar100 --root a --fsood", "no full-spectrum sets .* for cifar100"),
+        ("--root nowhere", "Expected s\\*/best.ckpt in --root nowhere, but found none"),
+        ("--root {other}", "Expected a checkpoint of OpenOOD's network resnet18_32x32, but got"),
+    ],
+)
+def test_attach_says_what_it_wants(checkout, tmp_path, capsys, arguments, message):
+    (tmp_path / "s0").mkdir()
+    torch.save(Conv3(3, 10).state_dict(), tmp_path / "s0" / "best.ckpt")
+    with pytest.raises(SystemExit) as stopped:
+        launch("attach", *arguments.format(other=tmp_path).split())
+    assert re.search(message, f"{stopped.value}{capsys.readouterr().err}")
 
 
 def test_eval_ood_imagenet_scores_an_attached_network(openood, place, tmp_path):
@@ -426,6 +580,38 @@ def test_the_evaluation_api_reads_the_users_own_file(openood, tmp_path):
     )
     post = get_postprocessor(str(tmp_path), "tie", "cifar10")
     assert (post.t, post.config.dataset.name) == (0.5, "cifar10")
+
+
+BEFORE = """
+import sys
+{imports}
+import urllib.request
+urllib.request.urlretrieve = None
+for name in ('tie', 'tie_ue', 'tie_combined', 'attach', 'dmr'):
+    post = get_postprocessor("nowhere", name, "cifar10")
+    assert post.name == name, name
+tie_ext.openood.unregister()
+try:
+    get_postprocessor("nowhere", "tie", "cifar10")
+except TypeError:
+    print("known")
+"""
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_names_are_known_without_a_download_before_register(openood_root, tmp_path, first):
+    lines = ["import tie_ext.openood"]
+    lines.append("from openood.evaluation_api.postprocessor import get_postprocessor")
+    code = BEFORE.format(imports="\n".join(lines if first == "ours" else lines[::-1]))
+    path = os.pathsep.join([str(openood_root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.endswith("known\n"), done.stderr[-2000:]
 
 
 class Loader(list):

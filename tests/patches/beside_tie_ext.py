@@ -151,9 +151,7 @@ def main(run: Run) -> None:
     ours.eval(), theirs.eval()
     with torch.no_grad():
         logits = ours(images, garbage=True)
-    pred, conf = TIEPostprocessor(
-        Config({"postprocessor": {"postprocessor_args": {"temperature": 1.0}}})
-    ).postprocess(theirs, images)
+    pred, conf = TIEPostprocessor(Config({})).postprocess(theirs, images)
     held = len(trainer.pool)
     equal = {
         "loss": [log.losses["classifier"] for log in logs] == losses,

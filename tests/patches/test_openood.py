@@ -22,6 +22,7 @@ NEW = [
     "openood/postprocessors/tie_postprocessor.py",
     "openood/trainers/tie_trainer.py",
     "openood/utils/plugins.py",
+    "tests/unit/test_plugins.py",
 ]
 
 
@@ -54,7 +55,7 @@ def run(tree: Path, *command: str, path: str = "") -> str:
 
 @pytest.mark.parametrize(
     ("patch", "lines", "files"),
-    [(PLUG_INS, 45, 5), (TIE, 550, 18)],
+    [(PLUG_INS, 87, 7), (TIE, 508, 15)],
     ids=lambda value: getattr(value, "stem", None),
 )
 def test_a_patch_is_short_and_needs_nothing_of_ours(patch, lines, files):
@@ -136,7 +137,7 @@ def test_the_training_config_holds_the_defaults_of_tie_ext(patched):
     from tie_ext import TIEConfig
     from tie_ext.outliers import InversionSettings
 
-    config = yaml.safe_load((patched / "configs/pipelines/train/train_tie.yml").read_text())
+    config = yaml.safe_load((patched / "configs/pipelines/train/train_tie_loop.yml").read_text())
     given, loop, inversion = config["trainer"]["trainer_args"], TIEConfig(), InversionSettings()
     named = {
         "generator_steps": "steps",
@@ -181,7 +182,7 @@ with runpy.run_path({cpu!r})['without_cuda'](wanted=False):
     for sys.argv in json.load(open('runs.json')):
         runpy.run_path(sys.argv[0], run_name='__main__')
 """
-SCORED = ["tie", "msp", "react"]
+SCORED = ["tie_loop", "msp", "react"]
 
 
 def draw(data: Path, name: str, count: int, inside: bool) -> None:
@@ -234,18 +235,19 @@ def trained(patched) -> Path:
         r"^python (scripts/eval_ood\.py.*?)\n\n?$", script(patched, "test"), re.M | re.S
     )
     command = command.replace("\\\n", "").replace("_e20_", "_e1_").split()
-    assert command[-4:] == ["--postprocessor", "tie", "--save-score", "--save-csv"]
+    assert command[-4:] == ["--postprocessor", "tie_loop", "--save-score", "--save-csv"]
     runs += [[*command[:-3], name, "--save-csv"] for name in SCORED]
     (patched / "runs.json").write_text(json.dumps(runs))
     (patched / "launch.py").write_text(LAUNCH.format(cpu=str(CPU)))
     said = run(patched, "launch.py")
     assert said.count("Training Completed!") == 2
-    return patched / "results" / "cifar10_tie_net_tie_e1_lr0.001_default"
+    return patched / "results" / "cifar10_tie_loop_net_tie_loop_e1_lr0.001_default"
 
 
 def script(tree: Path, kind: str) -> str:
-    """One of the scripts for CIFAR-10, ending in an empty line."""
-    return (tree / f"scripts/ood/tie/cifar10_{kind}_tie.sh").read_text() + "\n"
+    """One of the scripts, for CIFAR-10, ending in an empty line."""
+    path = tree / f"scripts/ood/tie_loop/{kind}_tie_loop.sh"
+    return path.read_text().replace("${DATA}", "cifar10") + "\n"
 
 
 def test_its_eval_ood_scores_every_seed(trained):
@@ -265,10 +267,11 @@ def test_its_eval_ood_scores_every_seed(trained):
             "farood",
         ]
         assert table.map(lambda cell: 0 <= float(cell.split()[0]) <= 100).all(axis=None)
-    assert (trained / "ood" / "tie.csv").read_text() != (trained / "ood" / "msp.csv").read_text()
+    ours = (trained / "ood" / "tie_loop.csv").read_text()
+    assert ours != (trained / "ood" / "msp.csv").read_text()
 
 
-def test_the_last_epoch_is_what_is_scored_and_it_has_tau(trained):
+def test_a_checkpoint_has_tau(trained):
     import torch
 
     for folder in trained.glob("s*"):
@@ -281,24 +284,13 @@ def test_the_last_epoch_is_what_is_scored_and_it_has_tau(trained):
     assert not torch.equal(first["garbage.weight"], second["garbage.weight"])
 
 
-def test_the_recorder_keeps_the_last_epoch_where_asked_and_the_best_elsewhere(patched, tmp_path):
-    code = """
-import sys, torch
-from openood.recorders import get_recorder
-from openood.utils.config import Config
-for last in (True, None):
-    config = Config({'recorder': {'name': 'base', 'save_all_models': False}})
-    config.optimizer, config.output_dir = Config({'num_epochs': 2}), sys.argv[1]
-    if last:
-        config.recorder.best_is_last = True
-    recorder = get_recorder(config)
-    for epoch, accuracy in ((1, 0.9), (2, 0.5)):
-        net = torch.nn.Linear(1, 1)
-        net.weight.data.fill_(epoch)
-        recorder.save_model(net, {'acc': accuracy, 'epoch_idx': epoch})
-    print(int(torch.load(sys.argv[1] + '/best.ckpt')['weight']), recorder.best_epoch_idx)
-"""
-    assert run(patched, "-c", code, str(tmp_path)).split() == ["2", "2", "1", "1"]
+def test_no_name_hides_one_of_the_plug_in(patched):
+    table = re.findall(
+        r"^(\w+) = .tie_ext\.openood", (CPU.parents[2] / "pyproject.toml").read_text(), re.M
+    )
+    changed = "\n".join(map("\n".join, added(TIE).values()))
+    assert {"tie", "attach", "tie_net"} <= set(table)
+    assert not [name for name in table if f"'{name}'" in changed or f"name: {name}\n" in changed]
 
 
 # Plug-ins.
@@ -307,6 +299,7 @@ PLUG = """
 def of(kind):
     return type(kind, (), {'__init__': lambda self, *given: setattr(self, 'given', given)})
 Trainer, Post = of('Trainer'), of('Post')
+Post.config_path = __file__[:-3] + '.yml'
 def network(config):
     import torch
     return torch.nn.Linear(config.size, 1)
@@ -329,13 +322,16 @@ loader = DataLoader([0])
 assert get_trainer(net, loader, None, config).given == (net, loader, config)
 assert get_trainer(net, [loader, loader], None, config).given == (net, loader, loader, config)
 assert get_postprocessor(config).given == (config,)
-post = of_the_api('.', 'plugged', 'cifar10')
+import urllib.request
+urllib.request.urlretrieve = None
+post = of_the_api('nowhere', 'plugged', 'cifar10')
 assert post.given[0].dataset.name == 'cifar10'
 assert post.given[0].postprocessor.postprocessor_args.t == 0.5
 assert post.APS_mode is True and post.hyperparam_search_done is False
 config.trainer.name = config.postprocessor.name = 'other'
 asked = [lambda: get_trainer(net, loader, None, config)]
 asked += [lambda: get_network(Config({'name': 'other'})), lambda: get_postprocessor(config)]
+asked += [lambda: of_the_api('.', 'other', 'cifar10')]
 for ask in asked:
     try:
         ask()
@@ -376,8 +372,7 @@ def test_plug_ins_are_called_as_built_ins_are(plugged, tmp_path):
     )
     (installed(tmp_path, "plug", points) / "plug.py").write_text(PLUG)
     torch.save({"weight": torch.ones(1, 3), "bias": torch.zeros(1)}, plugged / "net.ckpt")
-    (plugged / "postprocessors").mkdir()
-    (plugged / "postprocessors" / "plugged.yml").write_text(
+    (tmp_path / "plug.yml").write_text(
         "postprocessor:\n  APS_mode: True\n  postprocessor_args:\n    t: 0.5\n"
     )
     assert run(plugged, "-c", CALLS, path=str(tmp_path)).endswith("called\n")
@@ -399,6 +394,11 @@ config.network.backbone.name = 'lenet'
 config.parse_refs()
 net = get_network(config.network)
 trainer = get_trainer(net, DataLoader([0]), None, config)
+from openood.evaluation_api.postprocessor import get_postprocessor as of_the_api
+import tie_ext.openood
+tie_ext.openood.unregister()  # so that only the entry points say the names
+for name in ('tie', 'tie_ue', 'tie_combined', 'attach', 'dmr'):
+    assert of_the_api('nowhere', name, 'cifar10').name == name
 print(*[type(thing).__name__ for thing in (net, trainer, get_postprocessor(config))])
 """
 

@@ -6,6 +6,8 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
+from torch import nn
+
 from tie_ext.cli import data, registry, tables
 from tie_ext.cli.batches import sampled_batches
 from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
@@ -37,7 +39,7 @@ def run(flags: Namespace) -> None:
     _refuse_a_run(folder)
     weights = registry.read_weights(settings.weights)
     channels = registry.channels_of(settings.backbone, weights, settings.weights)
-    low, high = settings.bounds(channels)
+    settings.bounds(channels)  # refuses a wrong number
     images = load_images(settings, settings.seed, channels)
     test, classes = images.test, images.train.classes
     n = len(classes)
@@ -48,18 +50,7 @@ def run(flags: Namespace) -> None:
             print(note)
     with locked(folder):
         _refuse_a_run(folder)  # again: another process may have started one meanwhile
-        net = attach(
-            model.to(flags.device),
-            sampled_batches(images.train, settings.seed, settings.batch_size, Bounded(low, high)),
-            n,
-            low,
-            high,
-            classes,
-            seed=settings.seed,
-            progress=interactive(),
-            autocast_dtype=settings.autocast_dtype,
-        )
-        numbers = _save(folder, settings, flags.device, net, images)
+        numbers = attach_in(folder, settings, model, images, flags.device)
     if guesses(numbers["accuracy"], n, len(test)):
         print(
             f"ID accuracy is {numbers['accuracy']:.1%}, which guessing among {n} classes could "
@@ -70,6 +61,34 @@ def run(flags: Namespace) -> None:
     print(tables.worst_validation(numbers) + tables.decides(numbers), end="")
     print("ID accuracy is that of the network before")
     print(f"run: {folder}; figures: tie-ext report {folder}")
+
+
+def attach_in(
+    folder: Path,
+    settings: AttachSettings,
+    model: nn.Module,
+    images: RunImages,
+    device: str = "cpu",
+) -> dict:
+    """Attach in a folder that this process has locked, score the test images, and write all files
+    of the run.
+
+    Returns:
+        The numbers of ``run.json``.
+    """
+    low, high = settings.bounds(images.train.shape[0])
+    net = attach(
+        model.to(device),
+        sampled_batches(images.train, settings.seed, settings.batch_size, Bounded(low, high)),
+        len(images.train.classes),
+        low,
+        high,
+        images.train.classes,
+        seed=settings.seed,
+        progress=interactive(),
+        autocast_dtype=settings.autocast_dtype,
+    )
+    return _save(folder, settings, device, net, images)
 
 
 def _save(

@@ -1,102 +1,117 @@
-"""``tie-ext demo``: TIE, a plain network, and a garbage class attached to it, on built-in
-images.
-"""
+"""``tie-ext demo``: a garbage class for a trained network that ships, and what it then decides."""
 
 import time
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from tie_ext.cli import report, tables
-from tie_ext.cli.classifier import attached, plain_network
-from tie_ext.cli.evaluation import evaluate, metrics, score_combination
+from torch import Tensor
+
+from tie_ext.cli import demo_images, registry, report, tables
+from tie_ext.cli.attach import attach_in
+from tie_ext.cli.batches import SCORING, scaled
 from tie_ext.cli.flags import check_flags, interactive
-from tie_ext.cli.folder import clear, read_record, read_settings, written
-from tie_ext.cli.images import RunImages
-from tie_ext.cli.settings import TrainSettings, load_images
+from tie_ext.cli.folder import clear, load_decision, read_record, written
+from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.settings import AttachSettings, TrainSettings
 from tie_ext.cli.train import train_in
-from tie_ext.models.backbones import BACKBONES
+from tie_ext.models.network import TIENet
+from tie_ext.scores.decision import Decision
 from tie_ext.training.config import TIEConfig
 from tie_ext.training.recipe import Recipe
-from tie_ext.utils.files import load_state, locked, save_state, write_json
+from tie_ext.utils.files import locked, write_json
 
-# For 1348 small images. Digits of 8x8 pixels fill the image, so they are not shifted; without the
-# shift, garbage of full weight costs ID accuracy, and tau, which comes from training images that
-# are learned by heart, needs a larger lambda (docs/research/defaults.md).
-RECIPE = Recipe(
-    TIEConfig(epochs=10, lam=5.0, garbage_weight=0.1, candidates=1100, pool_size=1000),
-    {"inversion": {"steps": 40, "width": 16}},
-)
-BATCH_SIZE = 32
-ATTACH, PLAIN = "attach", "plain n-class network"
+
+def recipe(seed: int = 0, **changes: Any) -> Recipe:
+    """Two minutes of training on 2000 small images (``--train``)."""
+    few = {"epochs": 6, "candidates": 1100, "pool_size": 2000} | changes
+    synthesizers = {"inversion": {"steps": 40, "width": 16}}
+    return Recipe(TIEConfig(seed=seed, **few), synthesizers, head="multilayer")
 
 
 def run(flags: Namespace) -> None:
-    """Train and compare, write report and detector, and print the tables."""
+    """Attach, or train, decide on images of every kind, and write the report."""
     check_flags(vars(flags))
     start, folder = time.perf_counter(), flags.out
-    recipe = replace(RECIPE, config=replace(RECIPE.config, seed=flags.seed))
-    settings = TrainSettings(data="demo", batch_size=BATCH_SIZE, shift=0, recipe=recipe)
-    images = load_images(settings, flags.seed)
-    _check_folder(folder, settings)
-    sets = ", ".join(f"{len(x)} {name}" for name, x in images.ood.items())
-    count = f"{len(images.train)} digits to train on, {len(images.test)} to test"
-    print(f"{count}; OOD: {sets}")
+    train, calibration, new = demo_images.clothes()
+    images = RunImages(train, calibration, {**demo_images.strangers()})
+    _check_folder(folder)
     with locked(folder):
-        _check_folder(folder, settings)  # again: another process may have used it meanwhile
+        _check_folder(folder)  # again: another process may have used it meanwhile
         clear(folder)
-        print("1 of 2: TIE, a network trained with its garbage class", flush=True)
-        record = train_in(folder, settings, images, progress=interactive())
-        print("2 of 2: a plain network, and a garbage class attached to it", flush=True)
-        numbers, scores = _compare(settings, images)
-        numbers = {"TIE": record["numbers"], **numbers}
-        path = folder / "scores.safetensors"
-        save_state(path, "scores", load_state(path, "scores") | scores)
-        write_json(folder / "run.json", {**record, "comparison": numbers})
-    print(tables.tables(numbers))
-    print("\n".join(tables.WORDS))
-    print(f"seed {flags.seed}, {time.perf_counter() - start:.0f} s of training and scoring")
-    print(f"report: {report.write_report(folder)}\ndetector: {folder / 'network.safetensors'}")
+        print(f"clothes: {len(train)} to fit, {len(calibration)} held out", flush=True)
+        (_train if flags.train else _attach)(folder, images, flags.seed)
+        _say(start, "deciding")
+        net, decide = load_decision(folder)
+        sets = {"clothes": new, **images.ood}
+        rejected = {name: rejection(net, decide, of) for name, of in sets.items()}
+        record = read_record(folder)
+        record["numbers"]["decision"]["measured"] = rejected["clothes"]
+        write_json(folder / "run.json", record)
+    rows = [
+        {"images": name, "count": len(sets[name]), "rejected": f"{share:.1%}"}
+        for name, share in rejected.items()
+    ]
+    print(tables.table(rows))
+    _say(start, f"report: {report.write_report(folder)}; detector: {folder}")
+    print(sentence(rejected))
 
 
-def _compare(settings: TrainSettings, images: RunImages) -> tuple[dict, dict]:
-    """Numbers and scores of a plain network, and of a garbage class attached to it."""
-    config = settings.recipe.config
-    plain = plain_network(
-        BACKBONES["conv3"], images.train, config, BATCH_SIZE, shift=0, progress=interactive()
-    )
-    net = attached(plain, images.train, config.seed, interactive())
-    numbers, scores = {}, {}
-    numbers[ATTACH], found = evaluate(net, images)
-    scores[ATTACH] = found["score"]
-    combined = score_combination(net, images)
-    numbers[ATTACH]["scores"] |= metrics(combined)
-    numbers[PLAIN], found = evaluate(plain, images, garbage=False)
-    return numbers, scores | combined | found
+def sentence(rejected: Mapping[str, float]) -> str:
+    """What was decided, given the share rejected of clothes and of every other set."""
+    others = {name: share for name, share in rejected.items() if name != "clothes"}
+    named = ", ".join(f"{share:.1%} of {name}" for name, share in others.items())
+    return f"{1 - rejected['clothes']:.1%} of new clothes accepted; rejected: {named}"
 
 
-def _check_folder(folder: Path, settings: TrainSettings) -> None:
+def rejection(net: TIENet, decide: Callable[[Tensor], Decision], images: Images) -> float:
+    """Share of the images that is rejected."""
+    x = scaled(images.loaded().x, net)
+    return sum(int((decide(part).level > 0).sum()) for part in x.split(SCORING)) / len(x)
+
+
+def _attach(folder: Path, images: RunImages, seed: int) -> None:
+    """A garbage class attached to the network that ships."""
+    path = str(demo_images.NETWORK)
+    settings = AttachSettings(data="demo", backbone="conv3", weights=path, seed=seed)
+    weights = registry.read_weights(path)
+    model = registry.load("conv3", 1, len(images.train.classes), weights, path)
+    print("attaching a garbage class to a network trained on clothes", flush=True)
+    attach_in(folder, settings, model, images)
+
+
+def _train(folder: Path, images: RunImages, seed: int) -> None:
+    """A network trained with its garbage class from the start."""
+    settings = TrainSettings(data="demo", recipe=recipe(seed))
+    print(f"training a network by TIE: {settings.recipe.config.epochs} epochs", flush=True)
+    train_in(folder, settings, images, progress=interactive())
+
+
+def _say(start: float, what: str) -> None:
+    print(f"{time.perf_counter() - start:3.0f} s  {what}", flush=True)
+
+
+def _check_folder(folder: Path) -> None:
     """Refuse a folder that holds files of a run, but for an earlier demo, which is replaced."""
     files = written(folder)
-    if files and not _is_demo(folder, settings):
+    if files and not _is_demo(folder):
         raise ValueError(
             f"Expected a folder for the demo, but got {folder}, which holds {files[-1].name} of "
             "something else; give another --out"
         )
 
 
-def _is_demo(folder: Path, settings: TrainSettings) -> bool:
-    """Whether a folder holds a finished demo, or one that was stopped, whatever its seed."""
+def _is_demo(folder: Path) -> bool:
+    """Whether a folder holds a demo, finished or stopped, of this version or an earlier one."""
     try:
         record = read_record(folder)
-        if record["settings"]["data"] != "demo":
-            return False
-        if "comparison" in record:  # of any version
-            return True
-        found = read_settings(folder)
-    except (OSError, ValueError, KeyError):
+        settings = record["settings"]
+        if settings["data"] != "demo" or "comparison" in record:
+            return settings["data"] == "demo"
+        if "weights" in settings and "recipe" not in settings:
+            return settings["weights"] == str(demo_images.NETWORK)
+        found = Recipe.of_record(settings["recipe"])
+        return found.record() == recipe(found.config.seed).record()
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    seed = settings.recipe.config.seed
-    config = replace(found.recipe.config, seed=seed)
-    same = replace(found, recipe=replace(found.recipe, config=config))
-    return same.record() == settings.record()

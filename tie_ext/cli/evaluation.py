@@ -144,7 +144,9 @@ def metrics(scores: Scores) -> dict:
     }
 
 
-def score_combination(net: TIENet, images: RunImages, folder: Path | None = None) -> Scores:
+def score_combination(
+    net: TIENet, images: RunImages, folder: Path | None = None
+) -> tuple[Scores, dict]:
     """Fit the combination of a network with a head, and score.
 
     Its threshold rejects at most :data:`FALSE_ALARM` of new ID images.
@@ -156,11 +158,12 @@ def score_combination(net: TIENet, images: RunImages, folder: Path | None = None
         folder: Where the detector is saved; None for nowhere.
 
     Returns:
-        The scores, under :data:`COMBINED`; ``id`` are those that set the threshold. Empty where
-        there are fewer test images than :data:`NEEDED`, or no head.
+        The scores, under :data:`COMBINED`; ``id`` are those that set the threshold. And under
+        ``decision`` the rate, the threshold, and the share rejected by set. Both empty where there
+        are fewer test images than :data:`NEEDED`, or no head.
     """
     if len(images.test) < NEEDED or not isinstance(net.garbage, GarbageHead):
-        return {}
+        return {}, {}
     training = ImageBatches(images.train.first(MAX_SAMPLES), scale=net)
     detector = combine(
         net,
@@ -173,7 +176,10 @@ def score_combination(net: TIENet, images: RunImages, folder: Path | None = None
         scores[name] = _predict(detector, of, net)
     if folder is not None:
         detector.save(folder)
-    return {COMBINED: scores}
+    threshold = float(cast(Tensor, detector.threshold))
+    rejected = {name: _mean(scores[name] > threshold) for name in images.ood}
+    decision = {"false_alarm": FALSE_ALARM, "threshold": threshold, "rejected": rejected}
+    return {COMBINED: scores}, {"decision": decision}
 
 
 def evaluate_run(folder: Path, label: str, net: TIENet, images: RunImages) -> dict:
@@ -183,7 +189,8 @@ def evaluate_run(folder: Path, label: str, net: TIENet, images: RunImages) -> di
         The numbers of ``run.json``.
     """
     numbers, scores = evaluate(net, images)
-    combined = score_combination(net, images, folder)
+    combined, decision = score_combination(net, images, folder)
+    numbers |= decision
     numbers["scores"] |= metrics(combined)
     save_examples(folder, images)
     save_state(folder / "scores.safetensors", "scores", {label: scores["score"], **combined})

@@ -5,7 +5,6 @@ RUN/figures/explain_classes.png   inversions of each class beside their nearest 
 RUN/figures/explain_layers.png    rejected images, and how far from ID images each layer finds them
 """
 
-import html
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,11 +12,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from tie_ext.cli import page
 from tie_ext.cli.batches import ImageBatches, scaled
 from tie_ext.cli.figures import inversion_grid, layer_bars, spread
 from tie_ext.cli.flags import check_flags, interactive
 from tie_ext.cli.folder import is_attached, load_decision, read_record
-from tie_ext.cli.report import write_figure, write_page
 from tie_ext.cli.score import LEVELS
 from tie_ext.cli.settings import ImageSettings, load_images
 from tie_ext.cli.snapshots import load_examples
@@ -62,17 +61,20 @@ def run(flags: Namespace) -> None:
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decide, examples, names)
     with locked(folder):
-        body = [write_figure(folder, "explain_classes", CLASSES, class_grid(found, names))]
+        grid = page.figure(folder, "explain_classes", CLASSES, class_grid(found, names))
+        body = [page.section("Classes", grid)]
         if captions:
             distances = found.layers.compare(x).relative_distance
             bars = layer_bars(net.to_unit(x), captions, distances, found.layers.names)
-            body.append(write_figure(folder, "explain_layers", LAYERS, bars))
+            layers = page.figure(folder, "explain_layers", LAYERS, bars)
         else:
-            body.append("<p>None of the images of other sets that the run kept is rejected.</p>")
-        name = html.escape(folder.resolve().name)
-        head = f"<h1>{name}: what the network has learned</h1>"
+            layers = page.paragraph(
+                "None of the images of other sets that the run kept is rejected."
+            )
+        body.append(page.section("Rejected images", layers))
+        title = f"{folder.resolve().name}: what the network has learned"
         agree = AGREE.format(100 * found.agreement)
-        print(write_page(folder / "explain.html", name, [head, agree, *body]))
+        print(page.write_page(folder / "explain.html", title, agree, body))
 
 
 def rejected(
@@ -120,4 +122,4 @@ LAYERS = (
     "images exceed. Red: outside. Early layers see strokes and textures, late ones shapes and "
     "classes."
 )
-AGREE = "<p>The network takes {:.1f} % of the inversions for the class asked for.</p>"
+AGREE = "The network takes {:.1f} % of the inversions for the class asked for."

@@ -11,8 +11,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from tie_ext.cli.evaluation import FALSE_ALARM
-from tie_ext.cli.score import LEVELS
-from tie_ext.scores.decision import Decision
 from tie_ext.scores.threshold import calibration_size, conformal_threshold
 
 GAP = 28
@@ -165,42 +163,6 @@ def histograms(scores: Mapping[str, Tensor]) -> Figure:
         ax.axvline(threshold, color="k", linewidth=0.8, linestyle=":", label=label)
     ax.set(xlabel="score (larger = more OOD)", ylabel="density")
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8)
-    return figure
-
-
-def decision_grid(
-    examples: Mapping[str, Tensor],
-    decisions: Mapping[str, Decision],
-    names: Sequence[str],
-    columns: int = 5,
-) -> Figure:
-    """Accepted images of each set at the left, rejected ones at the right, each with its label,
-    level and score; wrong decisions are red.
-
-    Arguments:
-        examples: uint8 ``(M, C, S, S)`` by set; the one called ``id`` is ID.
-        decisions: On the images, by set.
-        names: Names of the ID classes.
-        columns: Images of a set on each side.
-    """
-    figure = Figure(figsize=(2.4 * columns, 1.45 * len(examples) + 0.4), layout="constrained")
-    grid = figure.subplots(len(examples), 2 * columns, squeeze=False)
-    for line, (name, x) in zip(grid, examples.items(), strict=True):
-        for ax in line:
-            ax.axis("off")
-        label, _, score, level = decisions[name]
-        for side, word in enumerate(("accepted", "rejected")):
-            rows, axes = ((level > 0) == bool(side)).nonzero().flatten(), line[side * columns :]
-            colour = "tab:red" if (name == "id") == bool(side) else "k"
-            for ax, row in zip(axes, spread(rows, columns), strict=False):
-                show(ax, x[row])
-                title = f"{names[int(label[row])]}\n{LEVELS[int(level[row])]}, {score[row]:.1f}"
-                ax.set_title(title, fontsize=6, color=colour)
-            if not len(rows):
-                centre = {"ha": "center", "va": "center", "fontsize": 6, "color": "gray"}
-                axes[0].text(0.5, 0.5, f"none {word}", **centre)
-        place = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8}
-        line[0].text(-0.1, 0.5, name, transform=line[0].transAxes, **place)
     return figure
 
 

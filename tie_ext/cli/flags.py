@@ -16,6 +16,7 @@ from tie_ext.cli.settings import AttachSettings, ReproduceSettings, TrainSetting
 from tie_ext.models.network import HEADS
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.inversion import InversionSettings
+from tie_ext.scores.threshold import GUARANTEES
 from tie_ext.training.config import TIEConfig
 from tie_ext.training.explain import STEPS
 from tie_ext.training.recipe import PRIORS, Recipe, names
@@ -76,6 +77,8 @@ def _demo(demo) -> None:
     about = "folder for table, figures and detector"
     demo.path("output", "--out", "FOLDER", about, default=Path("demo"))
     demo.flag("output", "--seed", "random seed", default=0, type=int, metavar="N")
+    about = "train a network with TIE instead, in two minutes"
+    demo.flag("output", "--train", about, action="store_true")
 
 
 def _train(train) -> None:
@@ -113,6 +116,8 @@ def _score(score) -> None:
     about = "reject at most this share of new ID images, by a threshold on the score "
     about += "(default: the detector's own rule, 0.05 for a combination)"
     score.flag("method", "--false-alarm", about, type=float, metavar="RATE")
+    about = "carry a monitor of drift from run to run; exit code 3 once it has raised its alarm"
+    score.path("method", "--monitor", "STATE", about)
     score.device("method")
     about = "images scored at once"
     score.flag("speed", "--batch-size", about, default=64, type=int, metavar="N")
@@ -124,8 +129,33 @@ def _score(score) -> None:
     score.flag("output", "--every-label", about, action="store_true")
 
 
+def _calibrate(calibrate) -> None:
+    calibrate.usage = "tie-ext calibrate RUN IMAGE [IMAGE ...] [flags]"
+    about = "folder of a run or of a saved detector; its threshold is replaced"
+    calibrate.path("data", "run", "RUN", about)
+    about = "ID images that nothing was trained on: files, and folders with all below them"
+    calibrate.path("data", "images", "IMAGE", about, nargs="+")
+    about = "reject at most this share of new ID images (default: the detector's, else 0.05)"
+    calibrate.flag("method", "--false-alarm", about, type=float, metavar="RATE")
+    about = (
+        "what it bounds: the rate on average over such sets of images, or that of these images "
+    )
+    about += "(default: the detector's, else average)"
+    calibrate.flag("method", "--guarantee", about, choices=GUARANTEES)
+    about = "probability that the bound holds, for pac (default: the detector's, else 0.95)"
+    calibrate.flag("method", "--confidence", about, type=float, metavar="P")
+    about = "a threshold for each predicted class that has enough images"
+    calibrate.flag("method", "--per-class", about, action="store_true")
+    calibrate.device("method")
+
+
 def _report(report) -> None:
-    report.path("data", "run", "RUN", "run folder")
+    about = "run folder; with --images also that of a saved detector"
+    report.path("data", "run", "RUN", about)
+    about = "group the images below that are rejected, on the page RUN/rejected.html"
+    report.path("data", "--images", "FOLDER", about)
+    about = "copy the images of each group into a folder of its own"
+    report.path("output", "--export", "DIR", about)
 
 
 def _explain(explain) -> None:
@@ -146,11 +176,18 @@ def _reproduce(reproduce) -> None:
 
 
 COMMANDS = {
-    "demo": ("train and compare on built-in images, in a minute or two", _demo),
+    "demo": ("attach a garbage class to a network that ships, and decide", _demo),
     "train": ("train a network with TIE", _train),
     "attach": ("give a trained network a garbage class, without training it again", _attach),
     "score": ("label, level, uncertainty and score of images, one row per image", _score),
-    "report": ("figures, table and settings of a run on an HTML page", _report),
+    "calibrate": (
+        "set the threshold of a saved detector anew, on ID images from where it is used",
+        _calibrate,
+    ),
+    "report": (
+        "figures, table and settings of a run on an HTML page; with --images, what is rejected",
+        _report,
+    ),
     "explain": ("show what the classes look like to a network, and why it rejects", _explain),
     "reproduce": (
         "compute the paper's tables, one line of JSON per cell; continues where it was stopped",
@@ -213,7 +250,7 @@ class _Command(argparse.ArgumentParser):
                 value["choices"] = about["choices"]
             else:
                 value |= {"type": kind, "metavar": flag.get("metavar", METAVARS[kind])}
-                value["nargs"] = "*" if isinstance(f.default, tuple) else None
+                value["nargs"] = "+" if isinstance(f.default, tuple) else None
             name = f"--{prefix}{f.name.replace('_', '-')}"
             self.flag(flag.get("group", group), name, _help(about["help"], f.default), **value)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -37,6 +37,7 @@ FILES = [
     "run.json",
     "report.html",
     "explain.html",
+    "rejected.html",
     "detector.json",
     "combined/detector.json",
     "training.safetensors",
@@ -185,7 +186,17 @@ def load_network(folder: str | os.PathLike) -> TIENet:
 def load_decision(
     place: Path, false_alarm: float | None = None, device: str = "cpu"
 ) -> tuple[TIENet, Callable[[Tensor], Decision]]:
-    """The network of a run or of a saved detector, and what decides on images by it.
+    """The network of a run or of a saved detector, and what decides on images by it; arguments and
+    errors are those of :func:`load_run`.
+    """
+    detector, decide = load_run(place, false_alarm, device)
+    return cast(TIENet, detector.network), decide
+
+
+def load_run(
+    place: Path, false_alarm: float | None = None, device: str = "cpu"
+) -> tuple[TIEDetector | Combined, Callable[[Tensor], Decision]]:
+    """The detector of a run or of a folder that holds one, and what decides on images by it.
 
     Arguments:
         place: The folder, or the network's file in it.
@@ -198,6 +209,29 @@ def load_decision(
         FileNotFoundError: If there is no such file, or no scores to set a threshold by.
         ValueError: If a file is damaged or foreign, the architecture is not known, a detector has
             no threshold, or there are too few scores for the rate.
+    """
+    detector, net, home = read_detector(place)
+    folder = place if place.is_dir() else place.parent
+    decide = detector.decide
+    if false_alarm is not None:
+        known = detector.calibration_scores
+        named = (COMBINED,) if isinstance(detector, Combined) else tuple(OWN.values())
+        scores = _id_scores(folder, named) if known is None else None
+        detector.recalibrate(false_alarm, scores)
+    elif not (home / "detector.json").is_file():
+        decide = net.decide
+    elif detector.threshold is None and not _decides_by_tau(detector, net):
+        raise ValueError(
+            f"Expected a detector with a threshold in {place}, but got one without; fit it and "
+            "save it again"
+        )
+    net.to(device)
+    return detector.to(device), decide
+
+
+def read_detector(place: Path) -> tuple[TIEDetector | Combined, TIENet, Path]:
+    """The detector of a run or of a saved one, on the CPU, its network, and the folder of its
+    files; the errors are those of :func:`load_run`.
     """
     if not place.exists():
         raise FileNotFoundError(
@@ -215,18 +249,7 @@ def load_decision(
     net = detector.network
     if not isinstance(net, TIENet):
         raise TypeError(f"Expected a detector on a TIENet, but got {type(net).__name__}")
-    if false_alarm is not None:
-        known = detector.calibration_scores
-        named = (COMBINED,) if isinstance(detector, Combined) else tuple(OWN.values())
-        detector.recalibrate(false_alarm, _id_scores(folder, named) if known is None else known)
-    elif not (home / "detector.json").is_file():
-        return net.to(device), net.decide
-    elif detector.threshold is None and not _decides_by_tau(detector, net):
-        raise ValueError(
-            f"Expected a detector with a threshold in {place}, but got one without; fit it and "
-            "save it again"
-        )
-    return net.to(device), detector.to(device).decide
+    return detector, net, home
 
 
 def _decides_by_tau(detector: TIEDetector | Combined, net: TIENet) -> bool:

@@ -1,4 +1,6 @@
-"""The command line: ``tie-ext demo | train | attach | score | report | explain | reproduce``."""
+"""The command line: ``tie-ext demo | train | attach | score | calibrate | report | explain |
+reproduce``.
+"""
 
 import errno
 import logging
@@ -16,6 +18,7 @@ COMMANDS = {
     "train": "tie_ext.cli.train",
     "attach": "tie_ext.cli.attach",
     "score": "tie_ext.cli.score",
+    "calibrate": "tie_ext.cli.calibrate",
     "report": "tie_ext.cli.report",
     "explain": "tie_ext.cli.explain",
     "reproduce": "tie_ext.cli.reproduce.run",
@@ -27,13 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; see ``tie-ext --help``.
 
     Returns:
-        0 when done, 1 where the input is wrong, 2 where the flags are, 130 when interrupted.
+        0 when done, 1 where the input is wrong, 2 where the flags are, 3 where ``score --monitor``
+        has found drift, 130 when interrupted.
     """
     flags = make_parser().parse_args(arguments)
     _show_log()
     try:
         with _whole_output():
-            import_module(COMMANDS[flags.name]).run(flags)
+            status = import_module(COMMANDS[flags.name]).run(flags) or 0
     except ModuleNotFoundError as error:
         return _report(f"{error}; pip install 'tie_ext[cli]' installs what the commands need", 1)
     except UsageError as error:
@@ -46,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _report(f"stopped{_resume_hint(flags)}", 130)
-    return 0
+    return status
 
 
 def _show_log() -> None:

@@ -1,8 +1,5 @@
-"""``tie-ext report``: figures, tables and settings of a run on one HTML page."""
+"""``tie-ext report``: what a run decided, with images, figures and settings, on one web page."""
 
-import base64
-import html
-import io
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,25 +8,37 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tie_ext.cli import figures
+from tie_ext.cli import figures, page
 from tie_ext.cli.batches import scaled
+from tie_ext.cli.evaluation import COMBINED
+from tie_ext.cli.flags import UsageError
 from tie_ext.cli.folder import OWN, is_attached, load_decision, load_scores, read_record
+from tie_ext.cli.score import LEVELS
 from tie_ext.cli.snapshots import load_examples, load_snapshots
 from tie_ext.cli.tables import WORDS, decides, id_rows, idle, ood_rows
 from tie_ext.outliers import SYNTHESIZERS
-from tie_ext.utils.files import load_state, reading, write_atomically
+from tie_ext.utils.files import load_state, reading
 
 Snapshots = Mapping[int, Mapping[str, Tensor]]
+SHOWN = 10
+"""Images shown of a set, half of them accepted where it has so many."""
 
 
 def run(flags: Namespace) -> None:
     """Write the page, and print its path."""
-    print(write_report(flags.run))
+    if flags.images is not None:
+        from tie_ext.cli import rejected  # which reads this module
+
+        rejected.run(flags)
+    elif flags.export is not None:
+        raise UsageError("Expected --images FOLDER beside --export, but got it alone")
+    else:
+        print(write_report(flags.run))
 
 
 def write_report(folder: Path) -> Path:
-    """Write all figures of a run to ``RUN/figures``, and ``RUN/report.html`` with figures, table
-    and settings.
+    """Write all figures of a run to ``RUN/figures``, and ``RUN/report.html``: what was decided,
+    examples, scores, one table; figures, further tables and settings below, folded away.
 
     Returns:
         The page, which needs no other file and no network.
@@ -46,13 +55,106 @@ def write_report(folder: Path) -> Path:
         )
     with reading(f"a run whose files are of one network at {folder}"):
         log = [] if is_attached(record) else _read_log(folder)
-        results, parts = _results(record), dict(_figures(folder, record, snapshots, log))
-    title = html.escape(folder.resolve().name)
-    written = [write_figure(folder, name, *part) for name, part in parts.items()]
+        body = list(_body(folder, record, snapshots, log))
+    return page.write_page(folder / "report.html", folder.resolve().name, lead(record), body)
+
+
+def lead(record: Mapping) -> str:
+    """What was decided, in a sentence or two."""
+    if "numbers" not in record:
+        return "The run has not reached its last epoch; there are no test scores yet."
+    numbers = record["numbers"]
+    known, decision = f"{100 * numbers['accuracy']:.1f} % accurate", numbers.get("decision")
+    rejected = decision["rejected"] if decision else numbers["rejected"]
+    least = min(rejected, key=rejected.__getitem__)
+    found = f"Of other images it rejects {100 * rejected[least]:.1f} % ({least}) or more."
+    if decision is None:
+        return f"The network is {known} on its classes. {found}".strip()
+    promise = f"at most {decision['false_alarm']:.0%} of new images of its classes on average"
+    return f"The network is {known}. The detector rejects {promise}. {found}".strip()
+
+
+def _cards(numbers: Mapping) -> Iterator[page.Card]:
+    decision = numbers.get("decision")
+    yield page.Card(f"{100 * numbers['accuracy']:.1f} %", "accuracy on the network's classes")
+    if decision:
+        promised = decision["false_alarm"]
+        yield page.Card(f"{100 * promised:.0f} %", "false alarms promised, at most, on average")
+        if "measured" in decision:
+            measured = decision["measured"]
+            label = "false alarms measured on new images"
+            yield page.Card(f"{100 * measured:.1f} %", label, measured > 2 * promised)
+    else:
+        yield page.Card(f"{100 * numbers['id_rejected']:.1f} %", "false alarms on test images")
+    for name, share in (decision or numbers)["rejected"].items():
+        label = f"of {name.removeprefix('val:')} rejected"
+        yield page.Card(f"{100 * share:.1f} %", label, share < 0.5)
+
+
+def _body(
+    folder: Path, record: Mapping, snapshots: Snapshots, log: Sequence[Mapping]
+) -> Iterator[str]:
+    """The page from top to bottom."""
+    net, decide = load_decision(folder)
+    names = [*(net.class_names or map(str, range(net.num_classes))), "garbage"]
+    numbers = record.get("numbers")
+    scores = _scores(folder)
+    if numbers:
+        yield page.cards(_cards(numbers))
+        if examples := load_examples(folder):
+            shown = (
+                page.gallery(
+                    TITLES.get(name, name), _shown(x, decide(scaled(x, net)), name, names)
+                )
+                for name, x in examples.items()
+            )
+            yield page.section("Accepted and rejected", page.paragraph(EXAMPLES), *shown)
+        label = COMBINED if COMBINED in scores else next(iter(scores), None)
+        if label:
+            drawn = figures.histograms(scores[label])
+            yield page.section("Scores", page.figure(folder, f"scores_{label}", HISTOGRAM, drawn))
+        yield page.section("Sets", page.table(_sets(numbers)), page.paragraph(" ".join(WORDS[:2])))
+    for name, title, caption, drawn in _figures(record, snapshots, log, names, scores):
+        yield page.section(title, page.figure(folder, name, caption, drawn), folded=True)
+    if numbers:
+        methods = record.get("comparison", {OWN[is_attached(record)]: numbers})
+        words = " ".join((*WORDS, decides(numbers)))
+        parts = page.table(id_rows(methods)), page.table(ood_rows(methods)), page.paragraph(words)
+        yield page.section("All scores", *parts, folded=True)
     settings = {k: v for k, v in record.items() if k not in ("log", "numbers", "comparison")}
-    body = [f"<h1>{title}</h1>", results, *written, "<h2>Settings</h2>"]
-    body.append(f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>")
-    return write_page(folder / "report.html", title, body)
+    text = page.preformatted(json.dumps(settings, indent=1))
+    yield page.section("Settings and versions", text, folded=True)
+
+
+def _shown(x: Tensor, decision, name: str, names: Sequence[str]) -> Iterator[page.Shown]:
+    """Some accepted images of a set, then some rejected ones, from all over it."""
+    sides = [((decision.level > 0) == side).nonzero().flatten() for side in (False, True)]
+    for rejected, (rows, others) in enumerate(zip(sides, sides[::-1], strict=True)):
+        for row in figures.spread(rows, max(SHOWN // 2, SHOWN - len(others))):
+            label, score = names[int(decision.label[row])], decision.score[row]
+            word = LEVELS[int(decision.level[row])]
+            caption = f"{word}, {label}, {score:.1f}"
+            yield page.Shown(x[row], caption, bool(rejected) == (name == "id"))
+
+
+def _sets(numbers: Mapping) -> list[dict[str, object]]:
+    """A row for each set of images that are of none of the classes."""
+    decision, scores = numbers.get("decision"), numbers["scores"]
+    rows: list[dict[str, object]] = []
+    for name, of in scores[COMBINED if COMBINED in scores else next(iter(scores))].items():
+        row = {"images": name, "AUROC": f"{100 * of['auroc']:.2f}"}
+        row |= {"FPR@95": f"{100 * of['fpr95']:.2f}"}
+        share = (decision or numbers)["rejected"].get(name)
+        row["rejected"] = "-" if share is None else f"{100 * share:.1f}"
+        garbage = numbers.get("garbage_rate", {}).get(name)
+        row["in garbage"] = "-" if garbage is None else f"{100 * garbage:.1f}"
+        rows.append(row)
+    return rows
+
+
+def _scores(folder: Path) -> dict[str, dict[str, Tensor]]:
+    path = folder / "scores.safetensors"
+    return load_scores(path) if path.is_file() else {}
 
 
 def _read_log(folder: Path) -> list[dict]:
@@ -63,37 +165,36 @@ def _read_log(folder: Path) -> list[dict]:
 
 
 def _figures(
-    folder: Path, record: Mapping, snapshots: Snapshots, log: Sequence[Mapping]
-) -> Iterator[tuple[str, tuple[str, Figure]]]:
-    """Name, caption and figure."""
-    net, decide = load_decision(folder)
-    names = [*(net.class_names or map(str, range(net.num_classes))), "garbage"]
+    record: Mapping,
+    snapshots: Snapshots,
+    log: Sequence[Mapping],
+    names: Sequence[str],
+    scores: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[tuple[str, str, str, Figure]]:
+    """Name of the file, title, caption and figure."""
     last = snapshots[max(snapshots)]
     if "inversions" in last:
-        caption = "Inversions over the epochs: what each class looks like to the network"
-        yield "inversions", (caption, figures.inversions_over_epochs(snapshots, names))
+        title = "Inversions: what each class looks like to the network"
+        grid = figures.inversions_over_epochs(snapshots, names)
+        yield "inversions", title, "One inversion of each output over the epochs", grid
         grid = figures.inversion_grid(last["inversions"], names)
-        yield "inversion_grid", ("Inversions after the last epoch", grid)
+        yield "inversion_grid", "Inversions after the last epoch", "A row for each output", grid
     for name, caption, key in _outliers(record):
         if key in last:
-            yield f"outliers_{name}", (caption, figures.inversion_grid(last[key][None], [""]))
+            grid = figures.inversion_grid(last[key][None], [""])
+            yield f"outliers_{name}", f"Outliers: {name}", caption, grid
     if log:
         caption = (
             "Proposed outliers by the output they were aimed at: entropy, confidence, margin, "
             f"uncertainty; {idle(log)}"
         )
-        yield "metrics", (caption.strip("; \n"), figures.metric_curves(log, names))
+        curves = figures.metric_curves(log, names)
+        yield "metrics", "Proposed outliers over the epochs", caption.strip("; \n"), curves
     caption = "Features of test images and garbage (t-SNE)"
-    yield "features", (caption, figures.feature_map(snapshots, names))
-    if not (folder / "scores.safetensors").is_file():
-        return
-    if examples := load_examples(folder):
-        decisions = {name: decide(scaled(x, net)) for name, x in examples.items()}
-        yield "examples", (EXAMPLES, figures.decision_grid(examples, decisions, names))
-    for label, scores in load_scores(folder / "scores.safetensors").items():
+    yield "features", "Features", caption, figures.feature_map(snapshots, names)
+    for label, of in scores.items():
         caption = f"{label}: ROC and precision-recall, OOD positive"
-        yield f"curves_{label}", (caption, figures.roc_and_pr(scores))
-        yield f"scores_{label}", (f"{label}: scores", figures.histograms(scores))
+        yield f"curves_{label}", f"Curves: {label}", caption, figures.roc_and_pr(of)
 
 
 def _outliers(record: Mapping) -> list[tuple[str, str, str]]:
@@ -109,57 +210,10 @@ def _outliers(record: Mapping) -> list[tuple[str, str, str]]:
     ]
 
 
-def _results(record: Mapping) -> str:
-    own = {OWN[is_attached(record)]: record["numbers"]} if "numbers" in record else {}
-    methods = record.get("comparison", own)
-    if not methods:
-        return "<p>The run has not reached its last epoch; there are no test scores yet.</p>"
-    words = html.escape(" ".join((*WORDS, decides(next(iter(methods.values()))))))
-    return f"{_table(id_rows(methods))}<br>{_table(ood_rows(methods))}<p>{words}</p>"
-
-
-def _table(rows: Sequence[Mapping[str, object]]) -> str:
-    cells = [[f"<th>{html.escape(c)}</th>" for c in rows[0]]]
-    cells += [[f"<td>{html.escape(str(v))}</td>" for v in row.values()] for row in rows]
-    lines = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
-    return f"<table>{lines}</table>"
-
-
-def write_figure(folder: Path, name: str, caption: str, figure: Figure) -> str:
-    """Write a figure to ``RUN/figures``, and give it as HTML."""
-    png, caption = io.BytesIO(), html.escape(caption)
-    figure.savefig(png, format="png", dpi=110, bbox_inches="tight")
-    write_atomically(folder / "figures" / f"{name}.png", png.getvalue())
-    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    return (
-        f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-    )
-
-
-def write_page(path: Path, title: str, body: Sequence[str]) -> Path:
-    """Write an HTML page that needs no other file; gives its path."""
-    head = PAGE_STYLE.format(title=title)
-    write_atomically(path, "\n".join([head, *body, "</body></html>"]).encode())
-    return path
-
-
+TITLES = {"id": "Images of the classes"}
 EXAMPLES = (
-    "Test images and the run's decisions: accepted ones at the left, rejected ones at the right, "
-    "with the nearest class, the decision (garbage: level 1; uncertain: level 2, or above the "
-    "threshold) and the score. Red: an OOD image that is accepted, or an ID image that is "
-    "rejected."
+    "Test images with the decision (garbage: the garbage class takes the image; uncertain: its "
+    "score is above the threshold), the nearest class and the score. Larger score: more unlike "
+    "the training images. Framed: a mistake."
 )
-PAGE_STYLE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<title>TIE: {title}</title><style>
-:root{{color-scheme:light dark}}
-body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0
-1rem;color:#222}} table{{border-collapse:collapse;display:block;overflow-x:auto}}
-td,th{{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}}
-td:nth-child(-n+2),th:nth-child(-n+2){{text-align:left}}
-figure{{margin:1.5rem 0}}img{{max-width:100%}}figcaption{{color:#555}}
-pre{{background:#f5f5f5;padding:1rem;overflow:auto}}
-@media(max-width:40rem){{td,th{{padding:.2rem .35rem;font-size:13px}}}}
-@media(prefers-color-scheme:dark){{body{{background:#111;color:#ddd}}td,th{{border-color:#333}}
-figcaption{{color:#aaa}}pre{{background:#1c1c1c}}}}
-</style></head><body>"""
-"""The start of a page, in the reader's colours; wide parts scroll by themselves."""
+HISTOGRAM = "Scores of held-out images of the classes (id) and of other images; dotted: threshold"

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from tie_ext.cli.batches import scaled
 from tie_ext.cli.flags import check_flags, interactive, usage
-from tie_ext.cli.folder import load_decision
+from tie_ext.cli.folder import load_run
 from tie_ext.cli.images import ImageFiles, images_below
+from tie_ext.cli.watch import Watch
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import Decision
 from tie_ext.utils.checks import check_number
@@ -29,10 +30,14 @@ UNREADABLE = "unreadable"
 BATCH = 64
 """Images scored at once, unless ``--batch-size`` says."""
 COLUMNS = ("image", "label", "level", "uncertainty", "score")
+DRIFT = 3
+"""Exit code where the monitor has found drift."""
 
 
-def run(flags: Namespace) -> None:
-    """Load the detector of a run, and write a row for each image as it is scored."""
+def run(flags: Namespace) -> int:
+    """Load the detector of a run, and write a row for each image as it is scored; gives the exit
+    code.
+    """
     check_flags({"device": flags.device})
     with usage():
         if flags.false_alarm is not None:
@@ -40,9 +45,13 @@ def run(flags: Namespace) -> None:
         check_number("--batch-size", flags.batch_size, 1, 10**6, integer=True)
         if flags.workers is not None:
             check_number("--workers", flags.workers, 0, 1000, integer=True)
-    net, decide = load_decision(flags.run, flags.false_alarm, flags.device)
+    detector, decide = load_run(flags.run, flags.false_alarm, flags.device)
+    net = cast(TIENet, detector.network)
     check_square(net)
-    files = list_images(flags.images)
+    files, watch = list_images(flags.images), None
+    if flags.monitor is not None:
+        watch = Watch(flags.monitor, detector, decide)
+        decide = watch.decide
     progress = interactive() and (flags.out is not None or not sys.stdout.isatty())
     how = (flags.batch_size, flags.workers)
     rows = score(net, decide, files, flags.every_label, progress, *how)
@@ -57,12 +66,14 @@ def run(flags: Namespace) -> None:
             else:
                 out.write(json.dumps(row) + "\n")
             if error is not None:
-                errors.append(error)
+                errors.append((i - 1, error))
             if i % flags.batch_size == 0:
                 out.flush()
+    drift = watch is not None and watch.end(without=[place for place, _ in errors])
     if errors:
         more = f"; {len(errors) - 1} more are unreadable too, see level {UNREADABLE!r}"
-        raise ValueError(errors[0] + (more if len(errors) > 1 else ""))
+        raise ValueError(errors[0][1] + (more if len(errors) > 1 else ""))
+    return DRIFT if drift else 0
 
 
 def check_square(net: TIENet) -> None:

@@ -202,12 +202,12 @@ def _load(settings: ImageSettings, seed: int, shape: tuple[int, int, int]) -> Ru
     test: Images
     others: dict[str, Images]
     if settings.data == "demo":
-        from tie_ext.cli.demo_images import demo
+        from tie_ext.cli.demo_images import clothes, strangers
 
-        whole, test, found = demo()
+        own, found = clothes()[:2], strangers()
         train, test, *shaped = (
             replace(images, x=data.reshape(images.x, *shape[:2]))
-            for images in (whole, test, *found.values())
+            for images in (*own, *found.values())
         )
         train, others = train.first(settings.images, seed), dict(zip(found, shaped, strict=True))
     else:

@@ -2,10 +2,13 @@
 ``python -m tie_ext.openood main.py ...``.
 
 Adds trainers ``tie`` and ``attach``, network ``tie_net`` and postprocessors ``tie``, ``tie_ue``,
-``tie_combined`` and ``dmr`` wherever OpenOOD looks names up, in memory only.
+``tie_combined``, ``attach`` and ``dmr`` wherever OpenOOD looks names up, in memory only.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from tie_ext.openood.requirements import check_requirements
@@ -22,6 +25,7 @@ _MODULES = {
     "CombinedPostprocessor": "combined",
     "TIEPostprocessor": "postprocessors",
     "TIEUEPostprocessor": "postprocessors",
+    "AttachPostprocessor": "attached",
     "DMRPostprocessor": "rejection",
     "without_cuda": "cpu",
 }
@@ -45,3 +49,33 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _RegisterOnImport(MetaPathFinder):
+    """Registers once OpenOOD's evaluation API is imported, which looks on the network for the
+    config of a name that it does not know.
+    """
+
+    api = "openood.evaluation_api"
+
+    def find_spec(self, name, path=None, target=None):
+        """The spec of the API, with registration after it; None for any other module."""
+        if name != self.api:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec and spec.loader and "tie_ext.openood.registry" not in sys.modules:
+            execute = spec.loader.exec_module
+
+            def exec_module(module) -> None:
+                execute(module)
+                __getattr__("register")()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _RegisterOnImport.api in sys.modules:
+    __getattr__("register")()
+else:
+    sys.meta_path.insert(0, _RegisterOnImport())

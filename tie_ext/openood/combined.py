@@ -70,8 +70,9 @@ class CombinedPostprocessor(Postprocessor):
     def _say_what_is_missing(self, network: str, garbage: bool, layer: bool) -> None:
         if not garbage:
             tqdm.write(
-                f"{network} has no garbage class, so that {self.name} goes without it; "
-                "trainer attach would give it one"
+                f"{network} has no garbage class, so that {self.name} combines without one; "
+                "postprocessor attach gives it one, and `python -m tie_ext.openood attach` saves "
+                "it"
             )
         if not layer:
             tqdm.write(

@@ -6,7 +6,6 @@ Its code calls ``.cuda()`` everywhere, and names the device ``cuda`` in a few pl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,19 @@ def _stay(self, *_, **__):
 
 
 @contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Other values of an object's attributes, inside."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
 def without_cuda(wanted: bool) -> Iterator[None]:
     """Keep tensors and modules on the CPU, whatever device they are sent to.
 
@@ -48,10 +60,10 @@ def without_cuda(wanted: bool) -> Iterator[None]:
         return
     load, safe = torch.load, {"map_location": "cpu", "weights_only": True}
     with (
-        patch.object(Tensor, "cuda", _stay),
-        patch.object(nn.Module, "cuda", _stay),
-        patch.object(torch.cuda, "FloatTensor", torch.FloatTensor),
-        patch.object(torch, "load", lambda *args, **kwargs: load(*args, **{**safe, **kwargs})),
+        replaced(Tensor, cuda=_stay),
+        replaced(nn.Module, cuda=_stay),
+        replaced(torch.cuda, FloatTensor=torch.FloatTensor),
+        replaced(torch, load=lambda *args, **kwargs: load(*args, **{**safe, **kwargs})),
         _OnCPU(),
     ):
         yield

@@ -7,10 +7,15 @@ they are tested. What is fitted to one of them has to be fitted to the other.
 from collections.abc import Iterator
 
 import torch
+from openood.utils.config import Config
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tie_ext.openood.network import normalization, value_range
+
 BATCH_SIZE = 128
+MAX_IMAGES = 50_000
+"""Images that are read of a loader: all of CIFAR's, and a random sample of ImageNet's."""
 
 
 class PlainImages:
@@ -18,7 +23,8 @@ class PlainImages:
 
     Images are ``(B, 3, S, S)``. Their order and the batch size are the same for every script, seed
     and number of processes, so that what is computed from them is the same to the last bit. The
-    order is random, as OpenOOD's lists are sorted by class.
+    order is random, as OpenOOD's lists are sorted by class. Of more than :data:`MAX_IMAGES` those
+    that come first are read.
 
     Arguments:
         loader: The loader, batches ``{"data": ..., "data_aux": ..., "label": ...}``.
@@ -54,7 +60,20 @@ def _ordered(loader: DataLoader) -> DataLoader:
     if not isinstance(loader, DataLoader):
         return loader
     rng = torch.Generator().manual_seed(0)  # none of it comes from the global random state
-    order = torch.randperm(len(loader.dataset), generator=rng).tolist()  # type: ignore[arg-type]
+    order = torch.randperm(len(loader.dataset), generator=rng)[:MAX_IMAGES].tolist()  # type: ignore[arg-type]
     return DataLoader(
         loader.dataset, BATCH_SIZE, sampler=order, num_workers=loader.num_workers, generator=rng
     )
+
+
+def value_range_of(loader: DataLoader, dataset: Config | None) -> tuple[list[float], list[float]]:
+    """What a loader's transform makes of 0 and of 1, one number a channel.
+
+    Read from the transform's last step, ``Normalize``, or else from the config of the data set,
+    which the evaluation API does not give to a postprocessor that is passed to it.
+    """
+    preprocessor = _transform(loader)
+    transform = getattr(preprocessor, "transform", preprocessor)
+    last = (getattr(transform, "transforms", None) or [transform])[-1]
+    mean, std = normalization(dataset and (dataset.normalization_type or dataset.name))
+    return value_range(getattr(last, "mean", mean), getattr(last, "std", std))

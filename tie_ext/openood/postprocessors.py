@@ -24,10 +24,15 @@ class Postprocessor(BasePostprocessor):
     """
 
     name: ClassVar[str]
+    config_path: ClassVar[str]
+    """The config that is shipped; an OpenOOD that discovers plug-ins reads it."""
     args_dict: ClassVar[dict[str, list]] = {"none": [None]}
 
+    def __init_subclass__(cls) -> None:
+        cls.config_path = str(configs() / "postprocessors" / f"{cls.name}.yml")
+
     def __init__(self, config: Config | None = None):
-        shipped = Config(str(configs() / "postprocessors" / f"{self.name}.yml"))
+        shipped = Config(self.config_path)
         super().__init__(config or shipped)
         given = self.config.postprocessor
         self.APS_mode, self.hyperparam_search_done = bool(given.APS_mode), False

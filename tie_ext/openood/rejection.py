@@ -3,10 +3,8 @@
 import torch
 from openood.utils.config import Config
 from torch import Tensor, nn, no_grad
-from torch.utils.data import DataLoader
 
-from tie_ext.openood.loaders import PlainImages
-from tie_ext.openood.network import normalization, value_range
+from tie_ext.openood.loaders import PlainImages, value_range_of
 from tie_ext.openood.postprocessors import Postprocessor
 from tie_ext.outliers.base import Domain
 from tie_ext.outliers.marginal import (
@@ -45,7 +43,8 @@ class DMRPostprocessor(Postprocessor):
         x, device = reader.first().images, next(net.parameters()).device
         with no_grad():
             num_classes = net(x.to(device)).shape[1]
-        low, high = _value_range(train, self.config.dataset)
+        bounds = value_range_of(train, self.config.dataset)
+        low, high = (torch.tensor(bound).view(-1, 1, 1) for bound in bounds)
         with seeded(0):
             synthesizer = MarginalRepresentations(
                 Domain(num_classes, tuple(x.shape[1:]), low, high),
@@ -72,17 +71,3 @@ class DMRPostprocessor(Postprocessor):
             raise self.needs_setup()
         logits, features = net(data, return_feature=True)
         return logits.argmax(dim=1), -self.network(features.flatten(1)).squeeze(1)
-
-
-def _value_range(loader: DataLoader, dataset: Config | None) -> list[Tensor]:
-    """What a loader's transform makes of 0 and of 1, each ``(3, 1, 1)``.
-
-    Read from the transform's last step, ``Normalize``, or else from the config of the data set,
-    which the evaluation API does not give to a postprocessor that is passed to it.
-    """
-    preprocessor = getattr(getattr(loader, "dataset", None), "preprocessor", None)
-    transform = getattr(preprocessor, "transform", preprocessor)
-    last = (getattr(transform, "transforms", None) or [transform])[-1]
-    mean, std = normalization(dataset and (dataset.normalization_type or dataset.name))
-    bounds = value_range(getattr(last, "mean", mean), getattr(last, "std", std))
-    return [torch.tensor(bound).view(-1, 1, 1) for bound in bounds]

@@ -1,5 +1,6 @@
 """OpenOOD's trainer contract around TIE's epoch and around :func:`tie_ext.attach`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -148,7 +149,12 @@ class OpenOODAttachTrainer:
             )
         self.net, self.loader, self.seed = net, PlainImages(train_loader), config.seed or 0
         self.model = backbone_of(config.network.backbone)
-        _load_weights(self.model, config.network.backbone)
+        if (path := config.network.backbone.checkpoint) in (None, "none"):
+            raise ValueError(
+                "Trainer attach needs network.backbone.checkpoint, a best.ckpt of OpenOOD's; "
+                "give one"
+            )
+        load_weights(self.model, config.network.backbone.name, path)
 
     def train_epoch(self, epoch_idx: int) -> tuple[nn.Module, dict]:
         """Attach the head.
@@ -170,17 +176,21 @@ class OpenOODAttachTrainer:
         return net, {"epoch_idx": epoch_idx, "loss": float("nan")}
 
 
-def _load_weights(model: nn.Module, settings) -> None:
-    """Read all trained weights; OpenOOD itself skips those that do not fit, without a word."""
-    path = settings.checkpoint
-    if path in (None, "none"):
-        raise ValueError(
-            "Trainer attach needs network.backbone.checkpoint, a best.ckpt of OpenOOD's; give one"
-        )
+def load_weights(model: nn.Module, name: str, path: str | os.PathLike) -> None:
+    """Read all weights of one of OpenOOD's checkpoints; OpenOOD itself skips those that do not
+    fit, without a word.
+
+    Arguments:
+        model: The network, on the CPU.
+        name: OpenOOD's name of it.
+        path: The checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint is of another network.
+    """
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except RuntimeError as error:
         raise ValueError(
-            f"Expected a checkpoint of network.backbone.name {settings.name} for trainer attach, "
-            f"but got {path}: {error}"
+            f"Expected a checkpoint of OpenOOD's network {name}, but got {path}: {error}"
         ) from None

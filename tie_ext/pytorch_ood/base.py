@@ -13,8 +13,9 @@ from pytorch_ood.api import (
 from torch import Tensor
 
 from tie_ext.models.network import TIENet
-from tie_ext.pytorch_ood.files import saved_number, saved_scores
-from tie_ext.scores.threshold import conformal_threshold
+from tie_ext.pytorch_ood.files import saved_scores, saved_threshold
+from tie_ext.scores.threshold import Guarantee
+from tie_ext.utils.checks import check_number
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.views import holder_view
 
@@ -87,31 +88,71 @@ class Thresholded(Detector):
     """A threshold on the score, and the scores of held-out ID images that set it."""
 
     false_alarm: float | None
+    guarantee: str  #: what ``false_alarm`` bounds
+    confidence: float  #: of the guarantee ``pac``, in (0, 1)
+    per_class: bool  #: whether the guarantee is for each predicted class
+
+    def _promise(
+        self, false_alarm: float | None, guarantee: str, confidence: float, per_class: bool
+    ) -> None:
+        if false_alarm is not None:
+            check_number("false_alarm", false_alarm, 0, 1, above=True)
+        found = Guarantee(guarantee, confidence, bool(per_class))
+        self.false_alarm, self.guarantee = false_alarm, found.kind
+        self.confidence, self.per_class = found.confidence, found.per_class
+
+    @property
+    def _guarantee(self) -> Guarantee:
+        return Guarantee(self.guarantee, self.confidence, self.per_class)
 
     def _forget_threshold(self) -> None:
-        self.threshold: Tensor | None = None  #: largest score of an accepted input
+        #: largest score of an accepted input, or ``(m+1,)`` as
+        #: :func:`tie_ext.scores.threshold.class_thresholds` gives them
+        self.threshold: Tensor | None = None
         self.calibration_scores: Tensor | None = None  #: ``(M,)`` scores that set the threshold
+        self.calibration_labels: Tensor | None = None  #: ``(M,)`` their predicted classes
 
-    def recalibrate(self: Fitted, false_alarm: float, scores: Tensor | None = None) -> Fitted:
-        """Set the threshold for another false-alarm rate.
+    def recalibrate(
+        self: Fitted,
+        false_alarm: float,
+        scores: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        guarantee: str | None = None,
+        confidence: float | None = None,
+        per_class: bool | None = None,
+    ) -> Fitted:
+        """Set the threshold for another false-alarm rate or guarantee, or by other images.
 
         Arguments:
             false_alarm: Share of new ID images that may be rejected, in (0, 1].
             scores: Scores ``(M,)`` of held-out ID images, larger = more OOD; None for
                 :attr:`calibration_scores`.
+            labels: Their predicted classes ``(M,)``, for ``per_class``.
+            guarantee: ``average`` or ``pac``; None, as for the next two, for the detector's own.
+            confidence: Of ``pac``, in (0, 1).
+            per_class: Whether each predicted class has a threshold of its own.
 
         Raises:
             RequiresFittingException: If there are no calibration scores.
-            ValueError: If ``false_alarm`` is out of range, there are too few scores for it, or one
-                is not finite.
+            ValueError: If a number is out of range, there are too few scores for the guarantee, or
+                one is not finite.
         """
-        scores = self.calibration_scores if scores is None else scores
+        own = self._guarantee
+        wanted = Guarantee(
+            own.kind if guarantee is None else guarantee,
+            own.confidence if confidence is None else confidence,
+            own.per_class if per_class is None else per_class,
+        )
+        if scores is None:
+            scores, labels = self.calibration_scores, self.calibration_labels
         if scores is None:
             raise RequiresFittingException("Expected calibration scores, but got none; call fit")
-        threshold = conformal_threshold(scores, false_alarm)
-        device = self.device or scores.device
+        threshold, device = wanted.threshold(scores, labels, false_alarm), self.device
+        device = device or scores.device
+        self._promise(false_alarm, wanted.kind, wanted.confidence, wanted.per_class)
         self.calibration_scores, self.threshold = scores.to(device), threshold.to(device)
-        self.false_alarm = false_alarm
+        self.calibration_labels = None if labels is None else labels.to(device)
         return self
 
     def _fitted_threshold(self) -> Tensor:
@@ -122,8 +163,25 @@ class Thresholded(Detector):
             )
         return self.threshold
 
+    def _saved_threshold(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The entries of ``detector.json`` and ``detector.safetensors``."""
+        settings = {
+            "false_alarm": self.false_alarm,
+            "threshold": None if self.threshold is None else self.threshold.tolist(),
+            "guarantee": self.guarantee,
+            "confidence": self.confidence,
+            "per_class": self.per_class,
+        }
+        state = {
+            "calibration_scores": self.calibration_scores,
+            "calibration_labels": self.calibration_labels,
+        }
+        return settings, state
+
     def _restore_threshold(self, settings: dict[str, Any], state: dict[str, Any]) -> None:
-        self.threshold, self.calibration_scores = (
-            saved_number(settings, "threshold"),
-            saved_scores(state),
+        earlier = {"guarantee": "average", "confidence": 0.95, "per_class": False}
+        self._promise(
+            settings["false_alarm"], **{k: settings.get(k, v) for k, v in earlier.items()}
         )
+        self.threshold = saved_threshold(settings)
+        self.calibration_scores, self.calibration_labels = saved_scores(state)

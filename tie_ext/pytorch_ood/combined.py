@@ -35,7 +35,7 @@ from tie_ext.pytorch_ood.members import (
 from tie_ext.scores.combination import FORMULAS, RULES, Reference, check_rule
 from tie_ext.scores.decision import Decision, decide_by_score
 from tie_ext.scores.threshold import calibrate
-from tie_ext.utils.checks import check_finite, check_labels, check_number, describe
+from tie_ext.utils.checks import check_finite, check_labels, describe
 from tie_ext.utils.files import reading
 from tie_ext.utils.views import eval_view
 
@@ -63,6 +63,13 @@ class Combined(Thresholded, Detector):
         rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`. By
             ``tails`` each member has the weight of its entry in
             :data:`tie_ext.pytorch_ood.members.MEMBERS`, or 1 without an entry.
+        guarantee: What ``false_alarm`` bounds: ``average``, the rate on average over draws of the
+            held-out images; ``pac``, the rate of these held-out images, with probability
+            ``confidence`` over draws of them.
+        confidence: Of ``pac``, in (0, 1).
+        per_class: Give each predicted class that has enough held-out images a threshold of its
+            own, so that the bound holds for its images
+            (:func:`tie_ext.scores.threshold.class_thresholds`).
 
     Raises:
         TypeError: If the members are not pytorch-ood detectors.
@@ -97,6 +104,9 @@ class Combined(Thresholded, Detector):
         detectors: Sequence[Detector],
         false_alarm: float | None = 0.05,
         rule: str = "tails",
+        guarantee: str = "average",
+        confidence: float = 0.95,
+        per_class: bool = False,
     ):
         super().__init__()
         members = detectors if isinstance(detectors, list | tuple) else [detectors]
@@ -104,9 +114,8 @@ class Combined(Thresholded, Detector):
             raise TypeError(f"Expected a list of pytorch-ood detectors, but got {strange[0]}")
         if not members:
             raise ValueError("Expected at least one detector to combine, but got none")
-        if false_alarm is not None:
-            check_number("false_alarm", false_alarm, 0, 1, above=True)
-        self.detectors, self.false_alarm = list(members), false_alarm
+        self._promise(false_alarm, guarantee, confidence, per_class)
+        self.detectors = list(members)
         self.rule = check_rule(rule)
         self.network = network_of(self.detectors)
         self.reference: Reference | None = None  #: scale of the members' scores, once fitted
@@ -151,22 +160,24 @@ class Combined(Thresholded, Detector):
                 range of training, or a score is not finite or the same for all.
         """
         net = self._net()
-        view, found = eval_view(net), []
+        view, found, predicted = eval_view(net), [], []
         for x, labels in id_reader(net, calibration_loader, "calibration_loader"):
             x = x.to(self.device)
             outputs = forward(view, x, self._fields())
             if labels is not None:
                 check_labels(labels, len(x), outputs.logits.shape[1])
             found.append(self._stack(outputs, x))
-        return self.fit_scores(torch.cat(found))
+            predicted.append(outputs.logits.argmax(dim=1))
+        return self.fit_scores(torch.cat(found), torch.cat(predicted))
 
-    def fit_scores(self, scores: Tensor) -> "Combined":
+    def fit_scores(self, scores: Tensor, labels: Tensor | None = None) -> "Combined":
         """As :meth:`fit`, from the members' scores ``(N, k)`` of held-out ID images
-        (:meth:`scores`).
+        (:meth:`scores`), and their predicted classes ``(N,)``, which ``per_class`` needs.
         """
-        weights = weights_of(self.detectors)
-        found = calibrate(self._checked(scores), self.rule, self.false_alarm, weights)
-        self.reference, self.calibration_scores, self.threshold = found
+        weights, guarantee = weights_of(self.detectors), self._guarantee
+        scores = self._checked(scores)
+        found = calibrate(scores, self.rule, self.false_alarm, weights, labels, guarantee)
+        self.reference, self.calibration_scores, self.calibration_labels, self.threshold = found
         return self
 
     def predict(self, x: Tensor) -> Tensor:
@@ -260,17 +271,9 @@ class Combined(Thresholded, Detector):
         if self.reference is None:
             raise RequiresFittingException
         members = [state_of(member, net) for member in self.detectors]
-        settings = {
-            "members": [member["name"] for member in members],
-            "rule": self.rule,
-            "false_alarm": self.false_alarm,
-            "threshold": None if self.threshold is None else float(self.threshold),
-        }
-        state = {
-            "members": members,
-            "reference": self.reference._asdict(),
-            "calibration_scores": self.calibration_scores,
-        }
+        settings, state = self._saved_threshold()
+        settings |= {"members": [member["name"] for member in members], "rule": self.rule}
+        state |= {"members": members, "reference": self.reference._asdict()}
         write_folder(folder, FORMAT, net, settings, state)
 
     @classmethod

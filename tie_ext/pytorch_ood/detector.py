@@ -66,6 +66,13 @@ class TIEDetector(Thresholded, LogitsDetector):
             ``tau = mean + lam * std`` of the ID data's UE.
         lam: lambda of the paper's rule.
         t: Temperature > 0 of the score.
+        guarantee: What ``false_alarm`` bounds: ``average``, the rate on average over draws of the
+            held-out images; ``pac``, the rate of these held-out images, with probability
+            ``confidence`` over draws of them.
+        confidence: Of ``pac``, in (0, 1).
+        per_class: Give each predicted class that has enough held-out images a threshold of its
+            own, so that the bound holds for its images
+            (:func:`tie_ext.scores.threshold.class_thresholds`).
 
     Raises:
         TypeError: If the model is not a :class:`tie_ext.TIENet`.
@@ -89,6 +96,9 @@ class TIEDetector(Thresholded, LogitsDetector):
         false_alarm: float | None = None,
         lam: float = TIEConfig.lam,
         t: float = 1.0,
+        guarantee: str = "average",
+        confidence: float = 0.95,
+        per_class: bool = False,
     ):
         super().__init__()
         if model is not None and not isinstance(model, TIENet):
@@ -97,12 +107,11 @@ class TIEDetector(Thresholded, LogitsDetector):
                 "TIENet(model, num_classes, image_shape) and train it with TIETrainer, or use "
                 "UncertaintyEstimate for an n-class network"
             )
-        if false_alarm is not None:
-            check_number("false_alarm", false_alarm, 0, 1, above=True)
+        self._promise(false_alarm, guarantee, confidence, per_class)
         check_number("lam", lam, -1e6, 1e6)
         check_number("t", t, 0, 1e6, above=True)
         self.model = None if model is None else _AllLogits(model)
-        self.false_alarm, self.lam, self.t = false_alarm, lam, t
+        self.lam, self.t = lam, t
         self.tau: Tensor | None = None  #: largest UE of an accepted input, by the paper's rule
         self._forget_threshold()
 
@@ -157,7 +166,8 @@ class TIEDetector(Thresholded, LogitsDetector):
             raise ValueError("Expected logits of ID images (labels >= 0) to fit on, but got none")
         self._check(logits)
         if self.false_alarm is not None:
-            self.recalibrate(self.false_alarm, self.predict_logits(logits))
+            labels = logits[:, :-1].argmax(dim=1)
+            self.recalibrate(self.false_alarm, self.predict_logits(logits), labels)
             self.tau = None
             return self
         tau = exclusion_threshold(uncertainty(upcast(logits).softmax(dim=1)), self.lam)
@@ -228,13 +238,10 @@ class TIEDetector(Thresholded, LogitsDetector):
             ModelNotSetException: If there is no model.
             OSError: If a file cannot be written.
         """
-        numbers = {
-            name: None if value is None else float(value)
-            for name, value in (("tau", self.tau), ("threshold", self.threshold))
-        }
-        settings = {"false_alarm": self.false_alarm, "lam": self.lam, "t": self.t, **numbers}
-        state = {"calibration_scores": self.calibration_scores}
-        write_folder(folder, FORMAT, self._net(), settings, state)
+        settings, state = self._saved_threshold()
+        tau = None if self.tau is None else float(self.tau)
+        own = {"tau": tau, "lam": self.lam, "t": self.t}
+        write_folder(folder, FORMAT, self._net(), settings | own, state)
 
     @classmethod
     def load(

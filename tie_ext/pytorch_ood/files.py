@@ -46,8 +46,7 @@ def write_folder(
         for name in ("network", "detector")
     }
     about = {"format": kind, "version": VERSION, **prints}
-    room = {"guarantee": "average", "transform": None}
-    write_json(folder / "detector.json", {**about, **settings, **room})
+    write_json(folder / "detector.json", {**about, **settings, "transform": None})
     (folder / EARLIER).unlink(missing_ok=True)  # of a detector that was saved here before
 
 
@@ -102,15 +101,34 @@ def saved_number(settings: dict[str, Any], name: str) -> Tensor | None:
     return torch.tensor(float(settings[name]))
 
 
-def saved_scores(state: dict[str, Any]) -> Tensor | None:
-    """Calibration scores ``(M,)``; None where there are none.
+def saved_threshold(settings: dict[str, Any]) -> Tensor | None:
+    """The threshold, a scalar, or those of the classes ``(m+1,)``; None where there is none.
 
     Raises:
-        ValueError: If they are no finite vector.
+        ValueError: If one is no finite number.
     """
-    scores = state.get("calibration_scores")
+    if not isinstance(settings["threshold"], list):
+        return saved_number(settings, "threshold")
+    for value in settings["threshold"]:
+        check_number("threshold", value, -3e38, 3e38)
+    if not settings["threshold"]:
+        raise ValueError("Expected a threshold for each class, but got none")
+    return torch.tensor([float(value) for value in settings["threshold"]])
+
+
+def saved_scores(state: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Calibration scores ``(M,)`` and their predicted classes ``(M,)``; None where there are none.
+
+    Raises:
+        ValueError: If they are no finite vector, or no class of each.
+    """
+    scores, labels = state.get("calibration_scores"), state.get("calibration_labels")
     if scores is not None:
         if not isinstance(scores, Tensor) or scores.ndim != 1 or not scores.is_floating_point():
             raise ValueError(f"Expected calibration scores (M,), but got {describe(scores)}")
         check_finite(scores, "calibration scores")
-    return scores
+    if labels is not None:
+        good = isinstance(labels, Tensor) and labels.dtype == torch.int64
+        if not good or scores is None or labels.shape != scores.shape or bool((labels < 0).any()):
+            raise ValueError(f"Expected a class of each score, but got {describe(labels)}")
+    return scores, labels

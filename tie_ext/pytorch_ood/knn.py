@@ -28,7 +28,7 @@ class SampledKNN(FeatureScore, KNN):
     Arguments:
         encoder: Penultimate features ``(B, ...) -> (B, F)`` of the classifier; None to use
             features alone.
-        k: Which neighbour counts, >= 1.
+        k: Which neighbour counts, >= 1; the farthest where fewer features are kept.
         max_samples: Features kept, >= k.
 
     Raises:
@@ -59,7 +59,7 @@ class SampledKNN(FeatureScore, KNN):
         ``(N,)`` < 0 are left out.
 
         Raises:
-            ValueError: If they are no matrix or not finite, or fewer than k are left.
+            ValueError: If they are no matrix or not finite, or none is left.
         """
         if z.ndim != 2 or not z.is_floating_point() or not z.isfinite().all():
             raise ValueError(
@@ -68,8 +68,8 @@ class SampledKNN(FeatureScore, KNN):
         z = z.detach()
         if labels is not None:
             z = z[(labels >= 0).to(z.device)]
-        if len(z) < self.k:
-            raise ValueError(f"Expected at least k = {self.k} ID samples, but got {len(z)}")
+        if not len(z):
+            raise ValueError("Expected ID samples, but got none")
         rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
         kept = z[rows[: max(self.max_samples, self.k)].to(z.device)]
         self.sample = F.normalize(kept.to(self.device or z.device).float())
@@ -83,13 +83,7 @@ class SampledKNN(FeatureScore, KNN):
 
         Raises:
             RequiresFittingException: If it has not been fitted.
-            ValueError: If k has been set to more than the features kept.
         """
         if self.sample is None:
             raise RequiresFittingException
-        if self.k > len(self.sample):
-            raise ValueError(
-                f"Expected k to be at most the {len(self.sample)} features kept, "
-                f"but got {self.k}; fit the detector again"
-            )
-        return knn_score(z, self.sample, self.k)
+        return knn_score(z, self.sample, min(self.k, len(self.sample)))

@@ -18,7 +18,7 @@ from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.members import Outputs, forward
 from tie_ext.scores.combination import check_rule
 from tie_ext.scores.knn import knn_labels
-from tie_ext.scores.threshold import split
+from tie_ext.scores.threshold import Guarantee, split
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.distributed import gathered, world
 from tie_ext.utils.reservoir import Reservoir
@@ -47,6 +47,9 @@ def combine(
     train_loader: Iterable | None = None,
     false_alarm: float | None = 0.05,
     rule: str = "tails",
+    guarantee: str = "average",
+    confidence: float = 0.95,
+    per_class: bool = False,
 ) -> Combined:
     """The garbage class of a network and four other scores as one detector with one threshold.
 
@@ -68,6 +71,11 @@ def combine(
         rule: How the scores are combined, one of :data:`tie_ext.scores.combination.RULES`. ``max``
             resists adversarially optimised inputs better, as all members have to be fooled at once
             (docs/research/fooling.md).
+        guarantee: What ``false_alarm`` bounds, ``average`` or ``pac``; as for the next two,
+            :class:`Combined` says more.
+        confidence: Of ``pac``, in (0, 1).
+        per_class: Give each predicted class that has enough held-out images a threshold of its
+            own.
 
     Returns:
         The fitted detector.
@@ -80,6 +88,7 @@ def combine(
             range.
     """
     check_rule(rule)  # all arguments before any image is read
+    Guarantee(guarantee, confidence, per_class)
     if false_alarm is not None:
         check_number("false_alarm", false_alarm, 0, 1, above=True)
     TIEDetector(net)  # a TypeError where it has no garbage class
@@ -94,7 +103,8 @@ def combine(
     else:
         sample = sample_features(_read(net, train_loader, "train_loader", "features", MAX_SAMPLES))
     layer = (net.fc.weight, net.fc.bias)
-    combined = Combined(chosen_members(sample, net, layer), false_alarm, rule)
+    members, promise = chosen_members(sample, net, layer), (guarantee, confidence, per_class)
+    combined = Combined(members, false_alarm, rule, *promise)
     return fit_chosen(combined, sample, calibration)
 
 
@@ -173,18 +183,22 @@ def fit_chosen(
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
-    found, right = [], []
+    found, right, predicted = [], [], []
     for outputs, labels in batches:
         found.append(combined.score_outputs(outputs))
+        predicted.append(outputs.logits.argmax(dim=1))
         right.append(_right(sample, outputs, labels))
     scores = torch.cat(found)
     answers = gathered(torch.cat(right).long(), scores.device)
     scores = gathered(scores, scores.device)
-    votes, network = answers[split(len(scores), combined.false_alarm)[0]].sum(dim=0)
+    predicted = [gathered(torch.cat(predicted), scores.device)]
+    confidence = combined._guarantee.probability
+    scale, _ = split(len(scores), combined.false_alarm, confidence)
+    votes, network = answers[scale].sum(dim=0)
     if not votes >= TRUST * network > 0:
         kept = [i for i, of in enumerate(combined.detectors) if not isinstance(of, SampledKNN)]
         combined.detectors, scores = [combined.detectors[i] for i in kept], scores[:, kept]
-    return combined.fit_scores(scores)
+    return combined.fit_scores(scores, torch.cat(predicted))
 
 
 def _right(sample: Sample, outputs: Outputs, labels: Tensor | None) -> Tensor:

@@ -112,7 +112,8 @@ def decide_by_score(
         logits: ``(B, n+1)``, the garbage logit last; or ``(B, n)`` without ``garbage``.
         score: ``(B,)``, larger = more OOD.
         threshold: Largest score of an accepted input, as
-            :func:`tie_ext.scores.threshold.conformal_threshold` gives it.
+            :func:`tie_ext.scores.threshold.conformal_threshold` gives it; or ``(m+1,)``, one for
+            each class, as :func:`tie_ext.scores.threshold.class_thresholds` does.
         garbage: Whether the last logit is that of the garbage class.
 
     Returns:
@@ -129,4 +130,6 @@ def decide_by_score(
         p = upcast(logits).softmax(dim=1)
         label, u = p.argmax(dim=1), uncertainty(p)
         rejected = torch.full_like(label, 2)
+    if isinstance(threshold, Tensor) and threshold.ndim:
+        threshold = threshold[label.clamp(max=len(threshold) - 1)]
     return Decision(label, u, score, torch.where(score > threshold, rejected, 0))

@@ -4,6 +4,8 @@ Symbols: ``scores (N,)`` of ID inputs, larger = more OOD; :math:`\alpha` = ``fal
 share of new ID inputs that may be rejected.
 """
 
+import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -17,6 +19,62 @@ SPLIT_SEED = 0
 """Seed of the split into a scale half and a threshold half."""
 
 
+GUARANTEES = ("average", "pac")
+"""What ``false_alarm`` bounds: the rate on average over held-out sets, or of the one at hand."""
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What a threshold promises, by name.
+
+    Arguments:
+        kind: ``average``: on average over draws of the held-out images, at most ``false_alarm`` of
+            new ID images are rejected. ``pac`` (probably approximately correct): the rate of the
+            held-out images at hand is at most that, with probability ``confidence`` over draws of
+            them.
+        confidence: In (0, 1); for ``pac``.
+        per_class: Keep the promise for the images of each predicted class, by a threshold of its
+            own.
+
+    Raises:
+        ValueError: If there is no guarantee of that name, or ``confidence`` is out of range.
+    """
+
+    kind: str = "average"
+    confidence: float = 0.95
+    per_class: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in GUARANTEES:
+            raise ValueError(
+                f"Expected a guarantee, one of {', '.join(GUARANTEES)}, but got {self.kind!r}"
+            )
+        check_number("confidence", self.confidence, 0, 1, above=True)
+        if self.confidence == 1:
+            raise ValueError("Expected confidence below 1, but got 1")
+
+    @property
+    def probability(self) -> float | None:
+        """The confidence of ``pac``; None for ``average``."""
+        return self.confidence if self.kind == "pac" else None
+
+    def threshold(self, scores: Tensor, labels: Tensor | None, false_alarm: float) -> Tensor:
+        """Largest score of an accepted input: a scalar, or one for each class
+        (:func:`class_thresholds`).
+
+        Raises:
+            ValueError: As :func:`conformal_threshold` does, or if ``per_class`` has no labels.
+        """
+        if not self.per_class:
+            return conformal_threshold(scores, false_alarm, self.probability)
+        if labels is None:
+            raise ValueError(
+                "Expected the predicted class of each calibration image for a threshold per "
+                "class, but got none; fit the detector again"
+            )
+        return class_thresholds(scores, labels, false_alarm, self.probability)
+
+
 class Calibration(NamedTuple):
     """What held-out ID images give a combination of scores."""
 
@@ -24,12 +82,19 @@ class Calibration(NamedTuple):
     """The scale of each score, from the scale half."""
     scores: Tensor | None
     """Combined scores ``(M,)`` of the threshold half; None without a false-alarm rate."""
+    labels: Tensor | None
+    """Predicted classes ``(M,)`` of the threshold half; None where they are not given."""
     threshold: Tensor | None
-    """Largest score of an accepted input, a scalar; None without a false-alarm rate."""
+    """Largest score of an accepted input; None without a false-alarm rate."""
 
 
 def calibrate(
-    scores: Tensor, rule: str, false_alarm: float | None, weights: Tensor | None = None
+    scores: Tensor,
+    rule: str,
+    false_alarm: float | None,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    guarantee: Guarantee = Guarantee(),
 ) -> Calibration:
     """Learn the scale of each score on one half of the ID images, and the threshold on the other.
 
@@ -43,30 +108,37 @@ def calibrate(
             and all images set the scale.
         weights: Weights ``(k,)`` of the scores, as
             :func:`tie_ext.scores.combination.reference` takes them.
+        labels: Predicted classes ``(N,)``, which a guarantee per class needs.
+        guarantee: What ``false_alarm`` bounds.
 
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
-    scale_rows, threshold_rows = split(len(scores), false_alarm)
+    scale_rows, threshold_rows = split(len(scores), false_alarm, guarantee.probability)
     learned = reference(scores[scale_rows.to(scores.device)], weights)
     if false_alarm is None:
-        return Calibration(learned, None, None)
+        return Calibration(learned, None, None, None)
     combined = FORMULAS[rule](learned, scores[threshold_rows.to(scores.device)])
-    return Calibration(learned, combined, conformal_threshold(combined, false_alarm))
+    labels = None if labels is None else labels[threshold_rows.to(labels.device)]
+    threshold = guarantee.threshold(combined, labels, false_alarm)
+    return Calibration(learned, combined, labels, threshold)
 
 
-def split(count: int, false_alarm: float | None) -> tuple[Tensor, Tensor]:
+def split(
+    count: int, false_alarm: float | None, confidence: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows of a scale half and of a threshold half, none in common; all set the scale where there
     is no false-alarm rate.
 
     Raises:
         ValueError: If there are fewer than :func:`images_needed`.
     """
-    if count < (needed := images_needed(false_alarm)):
+    if count < (needed := images_needed(false_alarm, confidence)):
         purpose = (
             "to set the scale of the scores"
             if false_alarm is None
-            else f"for a false-alarm rate of {false_alarm}, half of them to set the threshold"
+            else f"for a false-alarm rate of {false_alarm}{_with(confidence)}, half of them to "
+            "set the threshold"
         )
         raise ValueError(f"Expected at least {needed} ID images {purpose}, but got {count}")
     rows = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
@@ -74,58 +146,134 @@ def split(count: int, false_alarm: float | None) -> tuple[Tensor, Tensor]:
     return rows[:half], rows[half:]
 
 
-def images_needed(false_alarm: float | None) -> int:
+def images_needed(false_alarm: float | None, confidence: float | None = None) -> int:
     """Fewest ID images for :func:`calibrate`: two to set the scale, and in each half no fewer than
     :func:`calibration_size` less one.
     """
-    return 2 if false_alarm is None else max(2 * calibration_size(false_alarm) - 1, 4)
+    if false_alarm is None:
+        return 2
+    return max(2 * calibration_size(false_alarm, confidence) - 1, 4)
 
 
-def conformal_threshold(scores: Tensor, false_alarm: float) -> Tensor:
+def conformal_threshold(
+    scores: Tensor, false_alarm: float, confidence: float | None = None
+) -> Tensor:
     r"""Largest score of an accepted input, such that a new ID input is rejected with probability
     at most ``false_alarm``.
 
-    The split-conformal quantile: the k-th smallest of N calibration scores,
+    On average, the split-conformal quantile: the k-th smallest of N calibration scores,
     :math:`k = \lceil (N+1)(1-\alpha) \rceil`. The bound holds for :math:`N \geq 1/\alpha - 1`
     and every distribution of scores, on average over calibration sets, as long as the input is
     exchangeable with the calibration inputs, on which the network must not have been trained.
 
+    With a confidence :math:`1 - \delta`, for these calibration inputs: with r of N above the
+    threshold, the rate has the distribution Beta(r+1, N-r), so that r is the largest for which a
+    binomial variable of N trials with :math:`\alpha` is at most r with probability at most
+    :math:`\delta`. The calibration inputs have to be independent draws.
+
     Arguments:
         scores: Scores ``(N,)`` of held-out ID inputs, larger = more OOD.
         false_alarm: :math:`\alpha` in (0, 1].
+        confidence: :math:`1 - \delta` in (0, 1); None for the bound on average.
 
     Returns:
         The threshold, a scalar tensor; accept where ``score <= threshold``.
 
     Raises:
-        ValueError: If ``false_alarm`` is out of range, or N is below :math:`1/\alpha - 1`, where
-            only a threshold above all scores would keep the bound.
+        ValueError: If ``false_alarm`` is out of range, or N is below :func:`calibration_size`,
+            where only a threshold above all scores would keep the bound.
 
     References:
         V. Vovk, A. Gammerman, G. Shafer. *Algorithmic Learning in a Random World*, 2005; J. Lei et
-        al., JASA 2018 (split conformal).
+        al., JASA 2018 (split conformal). V. Vovk. *Conditional validity of inductive conformal
+        predictors*, 2012, proposition 2 (with a confidence).
     """
-    needed = calibration_size(false_alarm)
-    # Of the decimal that was written, since 0.29 * 100 is 28.999999999999996 in floating point.
-    rejected = int(Fraction(str(false_alarm)) * (len(scores) + 1))
-    if rejected < 1:
+    needed = calibration_size(false_alarm, confidence)
+    if len(scores) < needed:
         raise ValueError(
             f"Expected at least {needed} ID images to guarantee a false-alarm rate of "
-            f"{false_alarm}, but got {len(scores)}"
+            f"{false_alarm}{_with(confidence)}, but got {len(scores)}"
         )
     check_finite(scores, "scores")
-    return scores.sort().values[max(len(scores) - rejected, 0)]
+    above = _above(len(scores), false_alarm, confidence)
+    return scores.sort().values[max(len(scores) - 1 - above, 0)]
 
 
-def calibration_size(false_alarm: float) -> int:
-    r"""Fewest ID images for :func:`conformal_threshold`, :math:`\lceil 1/\alpha \rceil - 1` and at
-    least one.
+def _above(count: int, false_alarm: float, confidence: float | None) -> int:
+    """How many of the calibration scores may lie above the threshold; -1 where the bound does not
+    hold even with none.
+    """
+    if confidence is None:
+        # Of the decimal that was written: 0.29 * 100 is 28.999999999999996 in floating point.
+        return int(Fraction(str(false_alarm)) * (count + 1)) - 1
+    below = torch.arange(count, dtype=torch.float64)
+    log_choose = torch.lgamma(torch.tensor(count + 1.0, dtype=torch.float64))
+    log_choose = log_choose - torch.lgamma(below + 1) - torch.lgamma(count - below + 1)
+    rate = torch.full_like(below, false_alarm)
+    log_p = log_choose + below * rate.log() + torch.special.xlog1py(count - below, -rate)
+    return int((log_p.logcumsumexp(0).exp() <= 1 - confidence).sum()) - 1
+
+
+def class_thresholds(
+    scores: Tensor, labels: Tensor, false_alarm: float, confidence: float | None = None
+) -> Tensor:
+    """A threshold for each predicted class that has :func:`calibration_size` images.
+
+    For the inputs of such a class the bound of :func:`conformal_threshold` holds; with a
+    confidence, for each class by itself. Other classes have the threshold of all inputs, and no
+    bound of their own.
+
+    Arguments:
+        scores: Scores ``(N,)`` of held-out ID inputs, larger = more OOD.
+        labels: Their predicted classes ``(N,)``.
+        false_alarm: In (0, 1].
+        confidence: In (0, 1); None for the bound on average.
+
+    Returns:
+        ``(m+1,)``: those of the classes 0 to m-1, then that of all inputs, for the classes from m
+        on, which none of the inputs was predicted to be.
+
+    Raises:
+        ValueError: If a number is out of range, or no class has enough inputs.
+
+    References:
+        V. Vovk, A. Gammerman, G. Shafer. *Algorithmic Learning in a Random World*, 2005, section
+        4.5 (Mondrian conformal prediction).
+    """
+    needed, counts = calibration_size(false_alarm, confidence), labels.bincount()
+    if not len(counts) or counts.max() < needed:
+        raise ValueError(
+            f"Expected at least {needed} ID images of a predicted class to guarantee a "
+            f"false-alarm rate of {false_alarm}{_with(confidence)} for it, but got at most "
+            f"{int(counts.max()) if len(counts) else 0}"
+        )
+    found = conformal_threshold(scores, false_alarm, confidence).repeat(len(counts) + 1)
+    for label in (counts >= needed).nonzero().flatten().tolist():
+        found[label] = conformal_threshold(scores[labels == label], false_alarm, confidence)
+    return found
+
+
+def calibration_size(false_alarm: float, confidence: float | None = None) -> int:
+    r"""Fewest ID images for :func:`conformal_threshold`: :math:`\lceil 1/\alpha \rceil - 1` and at
+    least one; with a confidence :math:`1 - \delta` the smallest N with
+    :math:`(1 - \alpha)^N \leq \delta`.
 
     Raises:
         ValueError: If ``false_alarm`` is out of range.
     """
     check_number("false_alarm", false_alarm, 0, 1, above=True)
-    return max(-(-1 // Fraction(str(false_alarm))) - 1, 1)
+    if confidence is None:
+        return max(-(-1 // Fraction(str(false_alarm))) - 1, 1)
+    if false_alarm == 1:
+        return 1
+    size = math.floor(math.log(1 - confidence) / math.log1p(-false_alarm))
+    while _above(size, false_alarm, confidence) < 0:  # once or twice, at the edge of rounding
+        size += 1
+    return size
+
+
+def _with(confidence: float | None) -> str:
+    return "" if confidence is None else f" with confidence {confidence}"
 
 
 def exclusion_threshold(u: Tensor, lam: float) -> float:
