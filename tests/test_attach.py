@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SHAPE, Small, make_batches
 from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import tie_ext
 from tie_ext import TIENet
@@ -20,6 +20,7 @@ from tie_ext.outliers import MarginalRepresentations, MarginalSettings, Noise, m
 from tie_ext.scores.decision import uncertainty, upcast
 from tie_ext.scores.threshold import exclusion_threshold
 from tie_ext.training.config import HeadConfig
+from tie_ext.training.fit_head import fit_head
 from tie_ext.utils.reservoir import Reservoir
 
 attach = partial(tie_ext.attach, head_config=HeadConfig(steps=30))
@@ -45,15 +46,15 @@ def torchvision_model(name: str):
 BACKBONES = {
     "Conv3": (lambda: Conv3(3, 4), 3),
     "Conv5": (lambda: Conv5(3, 4), 5),
-    "ResidualCNN": (lambda: ResidualCNN(3, 4), 16),
-    "ResNet20": (lambda: ResNet20(3, 4), 16),
+    "ResidualCNN": (lambda: ResidualCNN(3, 4), 8),
+    "ResNet20": (lambda: ResNet20(3, 4), 8),
     "resnet18": (
         lambda: torchvision_model("resnet18"),
-        15,
+        8,
     ),  # at 32 pixels its last maps are single points
-    "mobilenet_v3_small": (lambda: torchvision_model("mobilenet_v3_small"), 16),
-    "resnet50": (lambda: torchvision_model("resnet50"), 16),
-    "convnext_tiny": (lambda: torchvision_model("convnext_tiny"), 16),
+    "mobilenet_v3_small": (lambda: torchvision_model("mobilenet_v3_small"), 8),
+    "resnet50": (lambda: torchvision_model("resnet50"), 8),
+    "convnext_tiny": (lambda: torchvision_model("convnext_tiny"), 8),
     "vit": (lambda: torchvision_model("vit"), 3),
 }
 
@@ -97,7 +98,7 @@ def test_the_softmax_over_all_outputs_gives_the_heads_odds():
 
 
 def test_statistics_of_every_layer_before_its_relu(monkeypatch):
-    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, rng: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, *_: x)
     x, y = stripes()
     model = Small().eval()
     net = attach(model, [(x[:30], y[:30]), (x[30:], y[30:])], 3)
@@ -235,17 +236,17 @@ def test_id_images_as_they_are_and_corrupted_and_outliers(
     monkeypatch.setattr(
         sys.modules["tie_ext.training.fit_head"],
         "corrupt",
-        lambda x, rng: brought.append(1 - x) or brought[-1],
+        lambda x, *_: brought.append(1 - x) or brought[-1],
     )
     x, y = stripes()
     net = attach(Small().eval(), [(x[:50], y[:50]), (x[50:], y[50:])], 3)
     ((inside, outside, steps, weight),) = taught
-    assert (len(inside), len(outside), steps, weight) == (120, 180, 30, 3.0)
+    assert (len(inside), len(outside), steps, weight) == (120, 120, 30, 3.0)
     seen = torch.cat([part for pair in zip(brought, x.split(50), strict=True) for part in pair])
     torch.testing.assert_close(inside, net.statistics(seen)[1])
     uncertainties = uncertainty(upcast(net(seen, garbage=True)).softmax(1)).detach()
     assert float(net.tau) == pytest.approx(exclusion_threshold(uncertainties, 2.0), rel=1e-4)
-    assert len(outside.unique(dim=0)) == 180  # no outlier is there twice
+    assert len(outside.unique(dim=0)) == 120  # no outlier is there twice
 
 
 def test_passes_and_memory_of_attach(monkeypatch):
@@ -264,12 +265,53 @@ def test_passes_and_memory_of_attach(monkeypatch):
         passed.clear()
         batches = list(zip(x.split(10) * times, y.split(10) * times, strict=True))
         attach(Counted().eval(), batches, 3, head_config=HeadConfig(memory=4 * 100 * 10))
-        images, outliers = 2 * 90 * times, 3 * 90 * times
+        images, outliers = 2 * 90 * times, 2 * 90 * times
         assert (
             images + outliers <= sum(passed) <= images + outliers + 9
         )  # a few to try the network on
     sizes = [sum(part.numel() for part in parts) for parts in kept]
     assert sizes[0] == sizes[1] <= 3 * 1000
+
+
+def test_a_budget_bounds_the_passes_of_attach(monkeypatch):
+    passed: list[int] = []
+    model, (x, y) = Small().eval(), stripes(90)
+    model.conv[0].register_forward_hook(lambda part, args, output: passed.append(len(output)))
+    monkeypatch.setattr(sys.modules["tie_ext.training.attach"], "KEPT", 50)
+    config = HeadConfig(steps=2, max_images=30)
+    for times in (1, 3):
+        passed.clear()
+        data = TensorDataset(x.repeat(times, 1, 1, 1), y.repeat(times))
+        net = attach(model, DataLoader(data, 8, shuffle=True), 3, head_config=config)
+        assert 2 * 30 + 2 * 30 + 20 <= sum(passed) <= 2 * 30 + 2 * 30 + 20 + 5
+        assert net.train_features.shape == (50, 48)
+
+
+class Drawing(TensorDataset):
+    """Images that are the same whatever is drawn beside them."""
+
+    def __getitem__(self, i):
+        torch.rand(3)
+        return super().__getitem__(i)
+
+
+def test_workers_and_order_of_a_loader_change_nothing():
+    model, data = Small().eval(), Drawing(*stripes(40))
+    ways = ({}, {"num_workers": 1}, {"shuffle": True})
+    first, *others = (attach(model, DataLoader(data, 16, **way), 3).state_dict() for way in ways)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_fit_ends_where_held_out_images_gain_no_more():
+    head, rng = GarbageHead({}, 4), torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 4, generator=rng)
+    seen: list[int] = []
+    head.network[0].register_forward_hook(lambda part, args, output: seen.append(len(output)))
+    fit_head(head, noise[:200], noise[200:], HeadConfig(steps=100_000, batch_size=50))
+    assert 100 <= seen.count(50) < 5000  # where there is nothing to learn
+    held = seen.count(40)
+    assert held == seen.count(50) // 25
 
 
 def test_reservoir_leaves_its_input_unchanged():

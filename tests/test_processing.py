@@ -138,7 +138,7 @@ def test_head_fitted_to_corruptions_accepts_blur(monkeypatch):
     )  # blocks with sharp edges
     softer = blur(x, torch.full((len(x),), 0.5))
     rejected = []
-    for process in (corrupt, lambda x, rng: x):
+    for process in (corrupt, lambda x, *_: x):
         monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", process)
         net = attach(Conv3(1, 10).eval(), [x], 10)
         assert float((net.decide(x).level == 1).float().mean()) < 0.02

@@ -193,7 +193,7 @@ def main() -> None:
     net = attached_public(a.network, training) if a.public else TIENet.load(a.network)
     detectors = fitted(net, training, held_out)
     detectors["TIEDetector"] = TIEDetector(net)
-    detectors["combine"] = combine(net, train_loader=training, calibration_loader=held_out)
+    detectors["combine"] = combine(net, calibration_loader=held_out)
     rows = evaluated(benchmark, detectors, loader)
     print(shown(rows))
     if a.keep:

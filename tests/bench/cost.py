@@ -7,8 +7,8 @@
     python tests/bench/cost.py memory
     python tests/bench/cost.py classes
     python tests/bench/cost.py large
-    python tests/bench/cost.py head --root DATA NETWORK
-    python tests/bench/cost.py detection before-0=RUN after-0=RUN ...
+    python tests/bench/cost.py attach --images DATA --cases resnet20 efficientnet-lite0 flat
+    python tests/bench/cost.py scoring --images DATA
 
 Epochs of both are trained in turn, each after the other's; the ratio is that of the medians. Seconds are those that the process computed for, on
 one thread, as the clock on the wall counts what else a machine does; loading counts where it is this process that loads.
@@ -20,16 +20,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from tie_ext import TIEConfig, TIENet, TIETrainer
+from tie_ext import TIEConfig, TIENet, TIETrainer, attach
 from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches, shifted, training_batches
-from tie_ext.cli.classifier import classifier, train_plain
-from tie_ext.cli.evaluation import ood_metrics
+from tie_ext.cli.classifier import train_plain
 from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import HEADS
@@ -213,68 +213,130 @@ def large(a: argparse.Namespace) -> dict:
     return found
 
 
-def head(a: argparse.Namespace) -> dict:
-    """Some epochs of the loop around a network of attached.py that learns no more, scored as attached.py scores its head."""
-    import attached
+class Repeated(torch.utils.data.Dataset):
+    """So many images, each many times; as a user's data set it gives one at a time."""
 
-    of = attached.Trained.read(a.network.stem)
-    sets = attached.image_sets(of.data, a.root, of.images, of.seed)
-    images = sets["train"]
-    net = TIENet(
-        classifier(TIENet.load(a.network)), len(images.classes), images.shape, head="multilayer"
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, count: int, make: Callable):
+        self.x, self.y, self.make, self.count = x, y, make, count
+        self.targets = y.repeat(-(-count // len(y)))[:count]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self.make(self.x[i % len(self.x)]), int(self.y[i % len(self.x)])
+
+
+def user(name: str, root: Path, count: int) -> tuple[torch.nn.Module, Repeated, int, tuple]:
+    """A public network as a user has it, images for it, its classes and the range of images."""
+    import public_data
+    import public_networks
+
+    backbone = public_networks.BACKBONES[name]
+    source, n = ("photos_imagenet", 1000) if backbone.size > 100 else ("cifar10-train", 10)
+    x, y = public_data.read(root, source, backbone.size, 3, min(count, 5000))
+    middle, deviation = (
+        torch.tensor(of).view(-1, 1, 1) for of in (backbone.mean, backbone.deviation)
     )
-    for part in net.modules():
-        part.training = not isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
-    config = TIEConfig(epochs=a.epochs, lr=1e-12, seed=of.seed)
-    trainer = Recipe(config, prior=("procedural",), head="multilayer").trainer(net)
-    for _ in range(a.epochs):
-        log = trainer.epoch(training_batches(images))
-        print(log.epoch, log.losses, log.excluded, flush=True)
-    decisions = {
-        name: [net.decide(x) for x, _ in ImageBatches(sets[name], 500)]
-        for name in sets
-        if name != "train"
-    }
-    score = {
-        name: torch.cat([decision.score for decision in each]) for name, each in decisions.items()
-    }
-    garbage = {
-        name: torch.cat([decision.level == 1 for decision in each]).double().mean().item()
-        for name, each in decisions.items()
-    }
-    metrics = {
-        name: ood_metrics(score["id"], score[name]) for name in score if name not in ("id", "held")
-    }
-    found = {
-        name: {"garbage": garbage[name], "auroc": m["auroc"], "fpr95": m["fpr95_id"]}
-        for name, m in metrics.items()
-    }
-    record = {
-        "network": a.network.stem,
-        "epochs": a.epochs,
-        "tau": log.tau,
-        "ID in garbage": garbage["id"],
-        "sets": found,
-    }
-    record["ID rejected"] = (
-        torch.cat([decision.level > 0 for decision in decisions["id"]]).double().mean().item()
-    )
-    print(record)
-    return record
+    y = y if n == 10 else torch.full_like(y, -1)
+    data = Repeated(x, y, count, lambda one: (one.float() / 255 - middle) / deviation)
+    if n != 10:
+        del data.targets  # images alone, as of most classes there is none
+    model = backbone.make(root, root).to(memory_format=torch.channels_last).eval()
+    return model, data, n, backbone.range
 
 
-def detection(a: argparse.Namespace) -> dict:
-    """Accuracy, garbage rate, AUROC and FPR@95 by OOD set of runs of ``tie-ext train``, by the name each is given."""
-    runs = {}
-    for pair in a.runs:
-        name, _, folder = pair.partition("=")
-        run = read_json(Path(folder) / "run.json", "a run")
-        runs[name] = {
-            "settings": run["settings"] | {"root": "DATA"},
-            "numbers": run["numbers"],
-            "commit": run["commit"],
+def per_image(model: Callable, x: torch.Tensor) -> float:
+    """Seconds of an image in a pass, the smallest of three."""
+    with torch.no_grad():
+        model(x)
+        return min(seconds(lambda: model(x)) for _ in range(3)) / len(x)
+
+
+def attached(name: str, root: Path, count: int, batch: int) -> dict:
+    """attach and combine on so many images, in passes of the backbone over them."""
+    from inspect import signature
+
+    from tie_ext import combine
+
+    if name == "flat":
+        x = torch.rand(1000, 1, 28, 28)
+        data = Repeated(x, torch.arange(1000) % 10, count, lambda one: one)
+        model, n, bounds = BACKBONES["conv3"](1, 10).eval(), 10, (0.0, 1.0)
+    else:
+        model, data, n, bounds = user(name, root, count)
+    kept = hasattr(data, "targets")
+    collate = None if kept else lambda rows: torch.stack([row[0] for row in rows])
+    loader = torch.utils.data.DataLoader(data, batch, shuffle=True, collate_fn=collate)
+    held = torch.utils.data.Subset(data, range(min(200, count)))
+    held_out = torch.utils.data.DataLoader(held, batch, collate_fn=collate)
+    some = next(iter(torch.utils.data.DataLoader(data, batch)))[0]
+    plain, of, nets = per_image(model, some), {}, []
+    of["attach"] = seconds(lambda: nets.append(attach(model, loader, n, *bounds)))
+    asked = signature(combine).parameters["train_loader"].default is not None
+    more = {"train_loader": loader} if asked else {}
+    of["combine"] = seconds(lambda: combine(nets[0], calibration_loader=held_out, **more))
+    of["combine"] -= len(held) * plain
+    plain = (plain + per_image(model, some)) / 2
+    found = {"images": count, "seconds": of, "pass of an image": plain}
+    found["passes"] = sum(of.values()) / plain / count
+    print(name, found, flush=True)
+    return found | {"peak_memory_mb": peak_memory()}
+
+
+def attached_cases(a: argparse.Namespace) -> dict:
+    """attach and combine on a network of a user, and on ten times as many images."""
+    known = {
+        "cifar10-resnet20": (45_000, 128),
+        "efficientnet-lite0": (300, 32),
+        "flat": (20_000, 128),
+        "flat, ten times as many": (200_000, 128),
+    }
+    cases = {
+        case: attached(case.split(",")[0], a.images, a.count or known[case][0], known[case][1])
+        for case in known
+        if case.split(",")[0] in a.cases
+    }
+    return {"when": a.when, "cases": cases}
+
+
+def scoring(a: argparse.Namespace) -> dict:
+    """A pass of the head and of the combination, in passes of the backbone; public networks."""
+    from tie_ext import Combined
+    from tie_ext.pytorch_ood.recommended import Sample, chosen_members
+    from tie_ext.training.config import HeadConfig
+
+    found = {}
+    for name in a.cases:
+        if name in BACKBONES:
+            model, n, bounds, x = (
+                BACKBONES[name](3, 10).eval(),
+                10,
+                (0.0, 1.0),
+                torch.rand(128, 3, 32, 32),
+            )
+        else:
+            model, data, n, bounds = user(name, a.images, 128)
+            x = torch.stack([data[i][0] for i in range(128 if n == 10 else 16)])
+        net = attach(model, [x[:40]], n, *bounds, head_config=HeadConfig(steps=10))
+        # As many training images as the network keeps, and KNN, trusted or not.
+        rows = net.features(x[:1]).detach() + torch.randn(5000, net.feature_size)
+        sample = Sample(rows, torch.arange(len(rows)) % n)
+        members = chosen_members(sample, net, (net.fc.weight, net.fc.bias))
+        combined = Combined(members, 0.2).fit([x[:40]])
+        kinds = {"backbone": model, "head": net.decide, "combination": combined.decide}
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        with torch.no_grad():
+            for _ in range(a.repeats + 1):
+                for kind, work in kinds.items():
+                    times[kind].append(seconds(partial(work, x)))
+        least = {kind: median(of[1:]) for kind, of in times.items()}
+        found[name] = {
+            "batch": len(x),
+            "ratio": {kind: least[kind] / least["backbone"] for kind in ("head", "combination")},
         }
-    return {"runs": runs}
+        print(name, found[name], flush=True)
+    return {"when": a.when, "cases": found}
 
 
 def main() -> None:
@@ -300,25 +362,30 @@ def main() -> None:
     three.add_argument("--epochs", type=int, default=3)
     three.add_argument("--kind", choices=HEADS, default="multilayer")
     commands.add_parser("large", help=large.__doc__)
-    four = commands.add_parser("head", help=head.__doc__)
-    four.add_argument("network", type=Path, help="NETWORK.safetensors of attached.py")
-    four.add_argument("--root", default="data")
-    four.add_argument("--epochs", type=int, default=2)
-    five = commands.add_parser("detection", help=detection.__doc__)
-    five.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    for what in (attached_cases, scoring):
+        public = commands.add_parser(what.__name__.partition("ed_")[0], help=what.__doc__)
+        public.add_argument("--images", type=Path, required=True, help="packed image sets")
+        public.add_argument("--cases", nargs="+", required=True)
+        public.add_argument("--count", type=int, help="other than the bars'")
+        public.add_argument("--repeats", type=int, default=5)
+        public.add_argument("--when", choices=("before", "after"), default="after")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    known = (epoch, memory, classes, large, head, detection)
-    found = {of.__name__: of for of in known}[a.what](a)
+    known = (epoch, memory, classes, large, scoring)
+    found = {"attach": attached_cases, **{of.__name__: of for of in known}}[a.what](a)
     if found:
         stem = a.what
         if a.what == "epoch":
             stem += f"-{a.data}-{found['images']}-{a.backbone}" + (
                 f"-search{a.adversarial_steps}" if a.adversarial_steps else ""
             )
-        if a.what == "head":
-            stem += f"-{a.network.stem}"
         places = {"DATA": getattr(a, "root", None), "WORK": getattr(a, "work", None)}
+        if "when" in found:  # cases that were measured apart are one record
+            stem += f"-{a.when}"
+            places["DATA"] = a.images
+            path = OUT / f"{stem}.json"
+            earlier = read_json(path, "a record")["cases"] if path.exists() else {}
+            found["cases"] = earlier | found["cases"]
         if hasattr(a, "network"):
             places[a.network.name] = a.network
         places = {name: place for name, place in places.items() if place is not None}

@@ -247,10 +247,12 @@ def reader(model: nn.Module, backbone: Backbone, num_classes: int):
 def fitted_head(
     model: nn.Module, backbone: Backbone, num_classes: int, batches: list, seed: int
 ) -> dict[str, Tensor]:
-    """Weights of the head that attach fits."""
+    """Weights of the head that attach fits, and what it keeps of training images."""
     from tie_ext import attach
 
-    return attach(model, batches, num_classes, *backbone.range, seed=seed).garbage.state_dict()
+    net = attach(model, batches, num_classes, *backbone.range, seed=seed)
+    kept = {"train_features": net.train_features, "train_labels": net.train_labels}
+    return net.garbage.state_dict() | {name: of for name, of in kept.items() if of is not None}
 
 
 @torch.no_grad()
@@ -261,9 +263,10 @@ def own_scores(
     threshold of the latter."""
     from tie_ext import Combined
     from tie_ext.pytorch_ood.members import Outputs
-    from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, sample_features
-    from tie_ext.utils.random import seeded
+    from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, kept_sample
 
+    head = dict(head)
+    net.keep_training(head.pop("train_features"), head.pop("train_labels", None))
     net.garbage.load_state_dict(head)
 
     def outputs(of: Seen) -> Outputs:
@@ -272,8 +275,8 @@ def own_scores(
         return Outputs(every[:, :-1], of.features, every)
 
     given = {name: outputs(of) for name, of in seen.items()}
-    with seeded(0):
-        sample = sample_features([(given.pop("fit"), seen["fit"].labels)])
+    del given["fit"]
+    sample = kept_sample(net)
     members = chosen_members(sample, None, (net.fc.weight, net.fc.bias))
     held = [(given["calibration"], seen["calibration"].labels)]
     combined = fit_chosen(Combined(members), sample, held)

@@ -504,7 +504,7 @@ def test_other_architectures_are_made_again_from_the_record(
 def test_the_range_is_what_normalising_makes_of_black_and_white(
     folder, weights, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, rng: x)
+    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, *_: x)
     assert main(attach(folder, weights, tmp_path / "run", *MEAN, *STD)) == 0
     net = TIENet.load(tmp_path / "run" / "network.safetensors")
     assert net.low.flatten().tolist() == pytest.approx([-2, -2, -2])

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE, make_net
+from conftest import SHAPE, TINY, Small, make_net
 from test_combination import draw
 from test_pytorch_ood import N, TwoSets, drop, edit, images, loader, trained
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tie_ext import TIENet, attach
+from tie_ext import TIENet, TIETrainer, attach
 from tie_ext.models.backbones import Conv3, Conv5
+from tie_ext.outliers import Noise
 from tie_ext.scores.combination import RULES, reference
 from tie_ext.scores.decision import uncertainty
 from tie_ext.scores.knn import knn_labels, knn_score, pairwise_distances
 from tie_ext.scores.mahalanobis import fit_gaussians
 from tie_ext.scores.threshold import conformal_threshold, split
+from tie_ext.training.config import HeadConfig
 
 pytest.importorskip("pytorch_ood")
 import pytorch_ood.detector as theirs
@@ -245,7 +247,49 @@ def test_few_training_images_give_finite_scores_and_one_is_refused():
     ):
         combine(net, train_loader=(both := loader(40)), calibration_loader=both)
     with pytest.raises(ValueError, match="Expected a rule"):
-        combine(net, train_loader=None, calibration_loader=loader(40), rule="sum")  # type: ignore[arg-type]
+        combine(net, calibration_loader=loader(40), rule="sum")
+    with pytest.raises(ValueError, match=r"kept features .*; give train_loader=\.\.\."):
+        combine(net, calibration_loader=loader(40))
+    with pytest.raises(TypeError):
+        combine(net, loader(40))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_combine_reads_what_attach_kept_and_saved(labelled, tmp_path):
+    model, data = Small(N).eval(), list(loader(100, seed=1))
+    data = data if labelled else [x for x, _ in data]
+    net = attach(model, data, N, head_config=HeadConfig(steps=5, max_images=40))
+    assert (net.train_features.shape, net.train_labels is None) == ((100, 48), not labelled)
+    given = combine(net, calibration_loader=loader(40), train_loader=data)
+    kept, x = combine(net, calibration_loader=loader(40)), images()[0]
+    torch.testing.assert_close(kept(x), given(x), rtol=1e-3, atol=1e-3)
+    net.save(tmp_path / "net")
+    again = TIENet.load(tmp_path / "net", model)
+    assert torch.equal(combine(again, calibration_loader=loader(40))(x), kept(x))
+    assert not any("train_" in name for name in kept.export_module().state_dict())
+    weights = net.state_dict()
+    bare = TIENet(model, N, SHAPE, head=net.garbage)
+    bare.load_state_dict(weights)
+    assert torch.equal(bare.train_features, net.train_features)
+    bare.load_state_dict({name: of for name, of in weights.items() if "train_" not in name})
+    assert bare.train_features is bare.train_labels is None
+    TIETrainer(again, TINY, [], [Noise(again)]).epoch([(x, images()[1])])
+    assert again.train_features is None  # of weights that are no more
+
+
+@pytest.mark.parametrize("change", ["nan", "size", "labels", "alone"])
+def test_damaged_features_of_training_images_are_refused(change, tmp_path):
+    net = trained().eval()
+    features, labels = torch.rand(6, net.feature_size), torch.arange(6) % N
+    if change == "nan":
+        features[0] = torch.nan
+    net.keep_training(
+        None if change == "alone" else features[:, int(change == "size") :],
+        labels + N * (change == "labels"),
+    )
+    net.save(tmp_path / "net")
+    with pytest.raises(ValueError, match="features or labels of training images"):
+        TIENet.load(tmp_path / "net")
 
 
 # One network, run once.

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import SHAPE, TINY, Small, make_net, make_small
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from tie_ext import TIENet, TIETrainer
+from tie_ext import TIENet, TIETrainer, attach, combine
 from tie_ext.outliers import (
     BoundarySettings,
     Inversion,
@@ -24,6 +25,7 @@ from tie_ext.outliers import (
 )
 from tie_ext.scores.decision import uncertainty
 from tie_ext.scores.threshold import exclusion_threshold
+from tie_ext.training.config import HeadConfig
 from tie_ext.utils.distributed import (
     average_gradients,
     average_statistics,
@@ -75,6 +77,21 @@ def still() -> TIETrainer:
         if isinstance(part, torch.nn.BatchNorm2d):
             part.eval()
     return TIETrainer(net, replace(TINY, epochs=1, lr=1e-9), [], [])
+
+
+def attached(rank: int) -> dict:
+    """A head and a combination of images that all processes have, and of images in shares."""
+    images = TensorDataset(*(torch.cat(part) for part in zip(*batches(None), strict=True)))
+    model, config = make_small().backbone, HeadConfig(steps=20)
+    model.fc = torch.nn.Linear(48, 3)
+    torch.nn.init.normal_(model.fc.weight, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    every = DataLoader(images, 8, shuffle=True)
+    shares = DataLoader(images, 8, sampler=DistributedSampler(images, WORLD, rank))
+    net, other = (attach(model, of, 3, head_config=config) for of in (every, shares))
+    detector = combine(net, calibration_loader=every, false_alarm=0.1)
+    scores = detector.calibration_scores
+    return {"net": net.state_dict(), "shares": other.train_features, "scores": scores}
 
 
 class Seeds(Synthesizer):
@@ -143,7 +160,7 @@ def parts(rank: int, again: TIETrainer) -> dict:
     found["alone"] = alone.epoch(last).losses["classifier"]
     headed = TIENet(Small(3), 3, SHAPE, head="multilayer")
     with patch(
-        "tie_ext.training.fit_head.corrupt", lambda x, rng: x
+        "tie_ext.training.fit_head.corrupt", lambda x, *_: x
     ):  # so that the head's mean is that of the images
         found["head taught"] = (
             TIETrainer(headed, replace(TINY, epochs=1), [], [Noise(headed)])
@@ -151,6 +168,7 @@ def parts(rank: int, again: TIETrainer) -> dict:
             .losses["head"]
         )
     found["head"] = headed.state_dict()
+    found["attached"] = attached(rank)
     for garbage in ("linear", "multilayer"):
         torch.manual_seed(0)
         searching = TIENet(Small(3), 3, SHAPE, head=garbage)
@@ -232,6 +250,18 @@ def test_head_fitted_by_all_processes_is_one(two):
     with torch.no_grad():
         statistics = torch.cat([net.eval().statistics(x)[1] for x, _ in batches(None)])
     torch.testing.assert_close(net.garbage.mean, statistics.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_attach_and_combine_in_two_processes(two):
+    a, b = (each["attached"] for each in two)
+    assert a["net"].keys() == b["net"].keys()
+    assert all(torch.equal(a["net"][name], b["net"][name]) for name in a["net"])
+    assert torch.equal(a["scores"], b["scores"])
+    assert len(a["scores"]) == 48  # half of the images, each scored by one process
+    features, shares = a["net"]["train_features"], a["shares"]
+    assert len(features.unique(dim=0)) == 96
+    assert torch.equal(features.sort(0).values, shares.sort(0).values)
+    assert a["net"]["train_labels"].bincount().tolist() == [32, 32, 32]
 
 
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])

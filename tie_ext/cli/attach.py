@@ -11,7 +11,7 @@ from typing import cast
 from torch import nn
 
 from tie_ext.cli import registry, tables
-from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.batches import sampled_batches
 from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
 from tie_ext.cli.flags import check_flags, settings_of, usage
 from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
@@ -90,7 +90,7 @@ def attach_in(
     low, high = cast(Transform, images.transform).bounds
     net = attach(
         model.to(device),
-        ImageBatches(images.train, settings.batch_size, scale=Bounded(low, high)),
+        sampled_batches(images.train, settings.seed, settings.batch_size, Bounded(low, high)),
         len(images.train.classes),
         low,
         high,

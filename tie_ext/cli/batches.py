@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.cli.images import Images
+from tie_ext.training.attach import KEPT
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_number
+from tie_ext.utils.subset import stratified
 
 SCORING = 500
 """Images per batch where nothing is trained."""
@@ -81,6 +83,21 @@ class ImageBatches:
         rows = self._order().split(self.batch_size)
         for part, pixels in zip(rows, self.images.parts(rows), strict=True):
             yield scaled(shifted(pixels, self.shift), self.scale), self.images.y[part]
+
+
+def sampled_batches(
+    images: Images, seed: int, batch_size: int = SCORING, scale: Bounded | None = None
+) -> ImageBatches:
+    """Batches of as many images as :func:`tie_ext.attach` reads, drawn at random by class.
+
+    Arguments:
+        images: The set.
+        seed: Of the sample.
+        batch_size: Images per batch.
+        scale: As for :class:`ImageBatches`.
+    """
+    rows = stratified(images.y, KEPT, torch.Generator().manual_seed(seed))
+    return ImageBatches(images.take(rows), batch_size, scale=scale)
 
 
 def training_batches(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tie_ext.cli.batches import ImageBatches, training_batches
+from tie_ext.cli.batches import ImageBatches, sampled_batches, training_batches
 from tie_ext.cli.images import Images
 from tie_ext.models.network import TIENet
 from tie_ext.training.attach import attach
@@ -87,7 +87,7 @@ def attached(net: TIENet, images: Images, seed: int, progress: bool = False) -> 
     """The same classifier with a garbage head on every layer, fitted to procedural images."""
     return attach(
         classifier(net),
-        ImageBatches(images),
+        sampled_batches(images, seed),
         net.num_classes,
         class_names=net.class_names,
         seed=seed,

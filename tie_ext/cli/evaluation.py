@@ -12,6 +12,7 @@ from tie_ext.cli.snapshots import save_examples
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import combine
+from tie_ext.pytorch_ood.knn import MAX_SAMPLES
 from tie_ext.scores.decision import decide
 from tie_ext.scores.threshold import images_needed
 from tie_ext.utils.files import save_state
@@ -163,10 +164,11 @@ def score_combination(
     """
     if len(images.test) < NEEDED or not isinstance(net.garbage, GarbageHead):
         return {}, {}
+    training = ImageBatches(images.train.first(MAX_SAMPLES), scale=net)
     detector = combine(
         net,
-        train_loader=ImageBatches(images.train, scale=net),
         calibration_loader=ImageBatches(images.test, scale=net),
+        train_loader=training if net.train_features is None else None,
         false_alarm=FALSE_ALARM,
     )
     scores = {"id": cast(Tensor, detector.calibration_scores).cpu()}

@@ -116,6 +116,10 @@ def _score(score) -> None:
     about = "carry a monitor of drift from run to run; exit code 3 once it has raised its alarm"
     score.path("method", "--monitor", "STATE", about)
     score.device("method")
+    about = "images scored at once"
+    score.flag("speed", "--batch-size", about, default=64, type=int, metavar="N")
+    about = "processes that read images, 0 for none beside this one (default: one a processor)"
+    score.flag("speed", "--workers", about, type=int, metavar="N")
     score.path("output", "--out", "FILE", "file for the rows (default: standard output)")
     score.flag("output", "--format", "of the rows", default="csv", choices=("csv", "jsonl"))
     about = "name the likeliest class of a rejected image too"

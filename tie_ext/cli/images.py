@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tie_ext.cli.transform import Transform
+from tie_ext.scores.threshold import MAX_REPEATED
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.duplicates import SHARE
 
 PIECE = 32
 """Images that a worker decodes at once, so that few wait in memory, whatever the batch size."""
@@ -208,19 +208,27 @@ class ImageFiles(Images):
             x[part] = images
         return ImageSet(x, self.y, self.classes, self.note)
 
-    def decoded(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[int, str]]]:
+    def decoded(
+        self, rows: Sequence[Tensor], workers: int | None = None
+    ) -> Iterator[tuple[Tensor, dict[int, str]]]:
         """As :meth:`parts`; an image that cannot be read is black, and reported instead of raised.
+
+        Arguments:
+            rows: Indices, a tensor for each batch.
+            workers: Processes that decode; 0 for this one, None for as many as help.
 
         Returns:
             Images, and what is wrong with the broken ones by their index in the batch.
         """
         pieces = [piece.numpy() for part in rows for piece in part.split(PIECE)]
-        alone = sum(map(len, pieces)) <= WITHOUT_WORKERS
+        if workers is None:
+            alone = sum(map(len, pieces)) <= WITHOUT_WORKERS
+            workers = 0 if alone else min(WORKERS, _processors())
         loader = DataLoader(
             _Decoder(self),
             batch_size=None,
             sampler=pieces,  # type: ignore[arg-type]
-            num_workers=0 if alone else min(WORKERS, _processors(), len(pieces)),
+            num_workers=min(workers, len(pieces)),
             collate_fn=_unchanged,
             # A random state of its own: the order of images must not depend on where they lie.
             generator=torch.Generator(),
@@ -264,9 +272,9 @@ class RunImages(NamedTuple):
             anyway: Do not.
 
         Raises:
-            ValueError: With the share of them, if it is above :data:`SHARE`.
+            ValueError: With the share of them, if it is above :data:`MAX_REPEATED`.
         """
-        if self.repeated > SHARE and not anyway:
+        if self.repeated > MAX_REPEATED and not anyway:
             raise ValueError(
                 "Expected test images that the network was not trained on, but got training "
                 f"images in {self.repeated:.0%} of them, byte for byte: their threshold rejects "

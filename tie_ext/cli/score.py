@@ -33,7 +33,7 @@ UNREADABLE = "unreadable"
 """Level of a file that is no image."""
 ESCAPED = "backslashreplace"
 BATCH = 64
-"""Images scored at once."""
+"""Images scored at once, unless ``--batch-size`` says."""
 COLUMNS = ("image", "label", "level", "uncertainty", "score")
 DRIFT = 3
 """Exit code where the monitor has found drift."""
@@ -44,9 +44,12 @@ def run(flags: Namespace) -> int:
     code.
     """
     check_flags({"device": flags.device})
-    if flags.false_alarm is not None:
-        with usage():
+    with usage():
+        if flags.false_alarm is not None:
             check_number("--false-alarm", flags.false_alarm, 0, 1, above=True)
+        check_number("--batch-size", flags.batch_size, 1, 10**6, integer=True)
+        if flags.workers is not None:
+            check_number("--workers", flags.workers, 0, 1000, integer=True)
     detector, decide = load_run(flags.run, flags.false_alarm, flags.device)
     net = cast(TIENet, detector.network)
     folder = flags.run if flags.run.is_dir() else flags.run.parent
@@ -58,8 +61,8 @@ def run(flags: Namespace) -> int:
         decide = watch.decide
     # A bar between rows on one terminal would tear them.
     progress = flags.out is not None or not (sys.stdout.isatty() and sys.stderr.isatty())
-    found = Survey()
-    rows = score(net, decide, files, transform, flags.every_label, progress, found)
+    found, how = Survey(), (flags.batch_size, flags.workers)
+    rows = score(net, decide, files, transform, flags.every_label, progress, found, *how)
     errors = []
     with _output(flags.out) as out:
         table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -72,7 +75,7 @@ def run(flags: Namespace) -> int:
                 out.write(json.dumps(row) + "\n")
             if error is not None:
                 errors.append((i - 1, error))
-            if i % BATCH == 0:
+            if i % flags.batch_size == 0:
                 out.flush()
     drift = watch is not None and watch.end(without=[place for place, _ in errors])
     for note in filter(None, (*notes(found, transform, known), left_out(unread))):
@@ -153,6 +156,8 @@ def score(
     every_label: bool = False,
     progress: bool = False,
     found: Survey | None = None,
+    batch_size: int = BATCH,
+    workers: int | None = None,
 ) -> Iterator[tuple[dict, str | None]]:
     """Score image files.
 
@@ -164,15 +169,17 @@ def score(
         every_label: Name the likeliest class of a rejected image too.
         progress: Show progress.
         found: Counts images that are not square or not upright.
+        batch_size: Images scored at once.
+        workers: Processes that decode; 0 for this one, None for one a processor, 8 at most.
 
     Returns:
         For each file its row, of :data:`COLUMNS`, and what is wrong with it, or None. An
         unreadable file has a level alone, :data:`UNREADABLE`.
     """
     images = ImageFiles.of(files, transform)
-    parts = torch.arange(len(images)).split(BATCH)
+    parts = torch.arange(len(images)).split(batch_size)
     with Progress(desc="score", total=len(images), unit=" images", disable=not progress) as bar:
-        for part, (x, broken) in zip(parts, images.decoded(parts), strict=True):
+        for part, (x, broken) in zip(parts, images.decoded(parts, workers), strict=True):
             decisions = zip(*(field.tolist() for field in decide(scaled(x, net))), strict=True)
             for place, (label, uncertainty, value, level) in enumerate(decisions):
                 row = dict.fromkeys(COLUMNS) | {"image": files[int(part[place])]}

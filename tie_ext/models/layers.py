@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tie_ext.models.statistics import NORMS, first_tensor
 from tie_ext.utils.views import add_hook, eval_view
 
-MIN_LAYERS, MAX_LAYERS = 8, 16
-"""Blocks are looked into where there are fewer; layers read at most, evenly spaced from the first
-to the last."""
+MAX_LAYERS = 8
+"""Layers read, evenly spaced from the first to the last; blocks are looked into where there are
+fewer. Sixteen cost twice as much and rank no better (docs/research/cost.md)."""
 
 
 def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
@@ -84,12 +84,12 @@ def _has_parts(block: nn.Module) -> bool:
 
 
 def _level(blocks: dict[str, int], view: nn.Module) -> dict[str, int]:
-    """The outermost blocks; where they are fewer than :data:`MIN_LAYERS`, the blocks inside of
+    """The outermost blocks; where they are fewer than :data:`MAX_LAYERS`, the blocks inside of
     those that have some, such as a stage.
     """
     found = _outermost(blocks)
     whole = {name: size for name, size in blocks.items() if _has_parts(view.get_submodule(name))}
-    while len(found) < MIN_LAYERS:
+    while len(found) < MAX_LAYERS:
         inner = _outermost({name: size for name, size in whole.items() if name not in found})
         if not inner:
             break

@@ -26,7 +26,7 @@ from tie_ext.models.readout import (
     plug,
     sizes,
 )
-from tie_ext.models.serialization import AUTOCAST_DTYPES, EXTRA, load_network, save_network
+from tie_ext.models.serialization import AUTOCAST_DTYPES, EXTRA, KEPT, load_network, save_network
 from tie_ext.scores.decision import Decision, decide, upcast
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_images, check_number, check_shape
@@ -88,6 +88,11 @@ class TIENet(Bounded):
 
     tau: Tensor
     fc: Any
+    train_features: Tensor | None
+    """``(M, F)`` of a random sample of the images that the head was fitted on; None where none
+    were kept."""
+    train_labels: Tensor | None
+    """``(M,)``; None where there are none."""
     exact: ClassVar[tuple[str, ...]] = ("low", "high", "tau")
 
     def __init__(
@@ -138,6 +143,8 @@ class TIENet(Bounded):
         )
         # Infinite until training sets it, so that level 2 rejects nothing.
         self.register_buffer("tau", torch.tensor(math.inf))
+        for name in KEPT:
+            self.register_buffer(name, None)
         self._autocast_dtype = "float32"
         for name in self.exact:
             setattr(self, name, getattr(self, name).to(like["device"]))
@@ -275,6 +282,11 @@ class TIENet(Bounded):
         """
         check_images(x, self.image_shape, self.low.to(x.device), self.high.to(x.device))
 
+    def keep_training(self, features: Tensor | None, labels: Tensor | None) -> None:
+        """Keep features ``(M, F)`` and labels ``(M,)`` of training images, or none."""
+        for name, value in zip(KEPT, (features, labels), strict=True):
+            setattr(self, name, None if value is None else value.detach().to(self.low.device))
+
     def get_extra_state(self) -> Tensor:
         """Index in :data:`AUTOCAST_DTYPES`, in the ``state_dict`` so that any checkpoint keeps
         it.
@@ -289,6 +301,8 @@ class TIENet(Bounded):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Earlier checkpoints have float32 only.
         state_dict.setdefault(prefix + EXTRA, torch.tensor(0))
+        saved = (state_dict.get(prefix + name) for name in KEPT)
+        self.keep_training(*(of if of is None else torch.empty_like(of) for of in saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save(self, path: str | os.PathLike) -> None:

@@ -21,6 +21,8 @@ AUTOCAST_DTYPES = ("float32", "bfloat16")
 """Types that a backbone can compute in; weights, features and logits keep theirs."""
 EXTRA = "_extra_state"
 """PyTorch's key for the result of get_extra_state."""
+KEPT = ("train_features", "train_labels")
+"""Buffers that :func:`tie_ext.attach` fills, and :func:`tie_ext.combine` reads."""
 LARGEST_TRIED = 3 * 224 * 224
 """Values of the largest image for a trial run of a network from a file; one that claims larger
 images must not take memory for them when it is read."""
@@ -156,6 +158,20 @@ def _build(
     net = kind(backbone, n, tried, *bounds, state["classes"], head, readout)
     net.image_shape = shape
     net.to(weight.dtype)
+    _check_kept(weights, n, features)
     check_state(net, weights)
     net.load_state_dict(weights)
     return net
+
+
+def _check_kept(weights: dict[str, Tensor], n: int, features: int) -> None:
+    """Refuse features and labels of training images that do not fit a network."""
+    h, y = (weights.get(name) for name in KEPT)
+    if h is None and y is None:
+        return
+    good = h is not None and h.dtype in FLOATS and h.shape[1:] == (features,)
+    if good and y is not None:
+        good = y.dtype == torch.int64 and y.shape == h.shape[:1]  # type: ignore[union-attr]
+        good = good and bool(((y >= 0) & (y < n)).all())
+    if not good or not bool(h.isfinite().all()):  # type: ignore[union-attr]
+        raise ValueError("features or labels of training images that do not fit the network")

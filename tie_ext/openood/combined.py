@@ -13,7 +13,12 @@ from tie_ext.openood.loaders import PlainImages
 from tie_ext.openood.postprocessors import Postprocessor
 from tie_ext.pytorch_ood.combined import Combined, saved_rule
 from tie_ext.pytorch_ood.members import Outputs, forward
-from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, sample_features
+from tie_ext.pytorch_ood.recommended import (
+    chosen_members,
+    fit_chosen,
+    kept_sample,
+    sample_features,
+)
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.random import seeded
 from tie_ext.utils.views import eval_view
@@ -38,7 +43,8 @@ class CombinedPostprocessor(Postprocessor):
 
     @no_grad()
     def setup(self, net: nn.Module, id_loader_dict: dict, ood_loader_dict: dict) -> None:
-        """Fit the members on ``id_loader_dict["train"]``, the scales on ``id_loader_dict["val"]``.
+        """Fit the members on what a ``tie_net`` has kept of its training images, or on
+        ``id_loader_dict["train"]``, the scales on ``id_loader_dict["val"]``.
 
         No OOD image is read.
 
@@ -50,8 +56,11 @@ class CombinedPostprocessor(Postprocessor):
             return
         inner = getattr(net, "module", net)
         garbage, view = isinstance(inner, TIENet), eval_view(inner)
-        with seeded(0):
-            sample = sample_features(_outputs(view, id_loader_dict, "train"))
+        if isinstance(inner, TIENet) and inner.train_features is not None:
+            sample = kept_sample(inner)
+        else:
+            with seeded(0):
+                sample = sample_features(_outputs(view, id_loader_dict, "train"))
         layer = _last_layer(inner, sample.features)
         self._say_what_is_missing(type(inner).__name__, garbage, layer is not None)
         combined = Combined(chosen_members(sample, None, layer, garbage), None)

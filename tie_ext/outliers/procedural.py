@@ -25,6 +25,9 @@ from tie_ext.utils.settings import Settings, setting
 
 TILES = 4
 """Tiles along each side of a shuffled image."""
+LARGE = 96
+"""Shorter side in pixels from which images other than noise are rendered at half size, a quarter
+of the time; their edges are then as soft as those of photographs."""
 
 
 def shapes(shape: Sequence[int], rng: Rng) -> Tensor:
@@ -117,6 +120,17 @@ def permuted_pixels(x: Tensor, rng: Rng) -> Tensor:
     return torch.minimum(torch.maximum(mixed, low), high)
 
 
+def enlarged(
+    render: Callable[[Sequence[int], Rng], Tensor], shape: Sequence[int], rng: Rng
+) -> Tensor:
+    """Images of a family ``(M, C, H, W)``, rendered at half size where they are large."""
+    M, C, H, W = shape
+    if min(H, W) < LARGE or render is clouds:
+        return render(shape, rng)
+    half = render((M, C, -(-H // 2), -(-W // 2)), rng)
+    return F.interpolate(half, (H, W), mode="bilinear")
+
+
 FAMILIES: dict[str, tuple[float, Callable[[Sequence[int], Rng], Tensor]]] = {
     "noise": (0.1, clouds),
     "shapes": (0.7, shapes),
@@ -165,7 +179,7 @@ class Procedural(Prior):
         for i, (_, render) in enumerate(mixture):
             for chosen in rng.split((family == i).nonzero()[:, 0], math.prod(shape[1:])):
                 if len(chosen):
-                    rendered = greyed(render((len(chosen), *shape[1:]), rng), rng)
+                    rendered = greyed(enlarged(render, (len(chosen), *shape[1:]), rng), rng)
                     images[chosen] = self.from_unit(rendered)
                     paired = chosen < twins
                     negatives = self.from_unit(1 - rendered[paired].flip(3))

@@ -392,6 +392,7 @@ class CombinedExportModule(nn.Module):
     ):
         super().__init__()
         self.net, self.members, self.rule = eval_view(net), list(members), FORMULAS[rule]
+        self.net.keep_training(None, None)  # no part of what is exported
         for name, value in {"threshold": threshold, **learned._asdict()}.items():
             self.register_buffer(name, value)
 

@@ -315,6 +315,7 @@ class ExportModule(nn.Module):
     def __init__(self, net: TIENet, threshold: Tensor | None, tau: Tensor, t: float):
         super().__init__()
         self.net, self.t = eval_view(net), t
+        self.net.keep_training(None, None)  # no part of what is exported
         self.register_buffer("threshold", threshold)
         self.register_buffer("tau", tau)
 

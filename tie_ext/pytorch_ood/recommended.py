@@ -1,7 +1,7 @@
 """The combination that we recommend, in one call. Larger score = more OOD."""
 
 import logging
-from collections import defaultdict
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -20,12 +20,13 @@ from tie_ext.pytorch_ood.knn import MAX_SAMPLES, K, SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.members import Outputs, forward
 from tie_ext.scores.combination import check_rule
-from tie_ext.scores.knn import knn_labels
-from tie_ext.scores.threshold import Guarantee, split
+from tie_ext.scores.knn import knn_labels, knn_score
+from tie_ext.scores.threshold import MAX_REPEATED, Guarantee, split
 from tie_ext.utils.checks import check_number
-from tie_ext.utils.duplicates import Digests, warn_of_repeated
+from tie_ext.utils.distributed import gathered, world
 from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.reservoir import Reservoir
+from tie_ext.utils.subset import SampledLoader
 from tie_ext.utils.views import eval_view
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 VOTERS, TRUST = 5, 0.95
 """KNN ranks near images only where neighbours share a class, which is taken to be so where
 the vote of 5 training images is right at least 0.95 times as often as the network."""
+
+SAME = 1e-5
+"""Features of length 1 that are no farther apart are of one image in two batches."""
 
 
 class Sample(NamedTuple):
@@ -49,8 +53,8 @@ class Sample(NamedTuple):
 def combine(
     net: TIENet,
     *,
-    train_loader: Iterable,
     calibration_loader: Iterable,
+    train_loader: Iterable | None = None,
     false_alarm: float | None = 0.05,
     rule: str = "tails",
     guarantee: str = "average",
@@ -67,11 +71,11 @@ def combine(
 
     Arguments:
         net: A network with a garbage class, as :func:`tie_ext.attach` gives it.
-        train_loader: ID images on which the classifier was trained, with or without labels; the
-            features of a sample of them fit the other scores.
-        calibration_loader: ID images on which it was not trained, with or without labels: half of
-            them set the scale of the scores, half the threshold. In both loaders images with
-            labels < 0 are left out. KNN is trusted only where both have labels.
+        calibration_loader: ID images on which the classifier was not trained, with or without
+            labels: half of them set the scale of the scores, half the threshold. In both loaders
+            images with labels < 0 are left out. KNN is trusted only where both have labels.
+        train_loader: ID images on which it was trained; the features of a sample of them fit the
+            other scores. None for those that :func:`tie_ext.attach` kept in the network.
         false_alarm: Share of new ID images that may be rejected, in (0, 1]; None for scores
             without a threshold.
         rule: How the scores are combined, one of :data:`tie_ext.scores.combination.RULES`. ``max``
@@ -88,39 +92,62 @@ def combine(
 
     Raises:
         TypeError: If the network is no TIENet.
-        ValueError: If there are fewer than two training images, too few for calibration, or the
-            same loader twice, if images or labels are not those of the network, or the rule is
-            unknown or ``false_alarm`` out of range.
+        ValueError: If there are fewer than two training images or too few for calibration, the
+            same loader is given twice, none for a network that has kept no features, images or
+            labels are not those of the network, or the rule is unknown or ``false_alarm`` out of
+            range.
     """
     check_rule(rule)  # all arguments before any image is read
     Guarantee(guarantee, confidence, per_class)
     if false_alarm is not None:
         check_number("false_alarm", false_alarm, 0, 1, above=True)
-    device = TIEDetector(net).device  # a TypeError where it has no garbage class
+    TIEDetector(net)  # a TypeError where it has no garbage class
     if calibration_loader is train_loader:
         raise ValueError(
             "Expected calibration images that the network was not trained on, "
             "but got the training images again"
         )
-    view = eval_view(net)
-    seen: defaultdict[str, Digests] = defaultdict(Digests)
-
-    def read(loader: Iterable, name: str, field: str) -> Iterator[tuple[Outputs, Tensor | None]]:
-        for x, labels in id_reader(net, loader, name):
-            seen[name].add(x)
-            yield forward(view, x.to(device), {field}), labels
-
-    sample = sample_features(read(train_loader, "train_loader", "features"))
+    calibration = _read(net, calibration_loader, "calibration_loader", "all_logits")
+    if train_loader is None:
+        sample = kept_sample(net)
+    else:
+        sample = sample_features(_read(net, train_loader, "train_loader", "features", MAX_SAMPLES))
     linear = not isinstance(net.fc, OwnLogits)
     if not linear:
         log.warning("left out fDBD, as the network does not end in a linear layer of its features")
     layer = (net.fc.weight, net.fc.bias) if linear else None
     members, promise = chosen_members(sample, net, layer), (guarantee, confidence, per_class)
     combined = Combined(members, false_alarm, rule, *promise)
-    held_out = read(calibration_loader, "calibration_loader", "all_logits")
-    fit_chosen(combined, sample, held_out)
-    warn_of_repeated(seen["train_loader"], seen["calibration_loader"])
-    return combined
+    return fit_chosen(combined, sample, calibration)
+
+
+def kept_sample(net: TIENet) -> Sample:
+    """What a network has kept of its training images.
+
+    Raises:
+        ValueError: If it has kept nothing, as networks that were saved before 0.3 have not.
+    """
+    if net.train_features is None:
+        raise ValueError(
+            "Expected a network that has kept features of its training images, but got one that "
+            "an earlier version saved, or that was not attached; give train_loader=..., its "
+            "training images"
+        )
+    labels = net.train_labels
+    return Sample(net.train_features.float(), None if labels is None else labels.cpu())
+
+
+def _read(
+    net: TIENet, loader: Iterable, name: str, field: str, count: int | None = None
+) -> Iterator[tuple[Outputs, Tensor | None]]:
+    """What the network gives for a loader's ID images, or a sample of so many, and their labels;
+    in several processes for this one's share.
+    """
+    view, device = eval_view(net), net.low.device
+    if count is not None or world() > 1:
+        loader = SampledLoader(loader, count, 0, name, rereadable=False)
+    for x, labels in id_reader(net, loader, name):
+        yield forward(view, x.to(device), {field}), labels
 
 
 def chosen_members(
@@ -169,19 +196,36 @@ def fit_chosen(
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
-    found, right, predicted = [], [], []
+    found, right, predicted, again = [], [], [], []
     for outputs, labels in batches:
         found.append(combined.score_outputs(outputs))
         predicted.append(outputs.logits.argmax(dim=1))
         right.append(_right(sample, outputs, labels))
+        again.append(_repeated(sample, outputs.features))  # type: ignore[arg-type]
     scores = torch.cat(found)
+    if (share := float(torch.cat(again).double().mean())) > MAX_REPEATED:
+        warnings.warn(
+            f"{share:.0%} or more of the held-out images are training images: a threshold from "
+            "them rejects more new images than it says; hold out images that the network has not "
+            "seen",
+            stacklevel=3,
+        )
+    answers = gathered(torch.cat(right).long(), scores.device)
+    scores = gathered(scores, scores.device)
+    predicted = [gathered(torch.cat(predicted), scores.device)]
     confidence = combined._guarantee.probability
     scale, _ = split(len(scores), combined.false_alarm, confidence)
-    votes, network = torch.cat(right)[scale].sum(dim=0)
+    votes, network = answers[scale].sum(dim=0)
     if not votes >= TRUST * network > 0:
         kept = [i for i, of in enumerate(combined.detectors) if not isinstance(of, SampledKNN)]
         combined.detectors, scores = [combined.detectors[i] for i in kept], scores[:, kept]
     return combined.fit_scores(scores, torch.cat(predicted))
+
+
+def _repeated(sample: Sample, features: Tensor) -> Tensor:
+    """Which images ``(B,)`` have the features of a training image, but for rounding."""
+    unit = torch.nn.functional.normalize(sample.features)
+    return knn_score(features.to(unit), unit, 1) < SAME
 
 
 def _right(sample: Sample, outputs: Outputs, labels: Tensor | None) -> Tensor:
@@ -206,7 +250,7 @@ def sample_features(
         labelled = labelled and labels is not None
         none = torch.zeros(len(outputs.logits), dtype=torch.long)
         sample.add(outputs.features.float(), none if labels is None else labels)  # type: ignore[union-attr]
-    features, kept = sample.columns
+    features, kept = (gathered(column, sample.columns[0].device) for column in sample.columns)
     return Sample(features, kept if labelled else None)
 
 

@@ -42,9 +42,15 @@ def knn_labels(z: Tensor, sample: Tensor, labels: Tensor, k: int) -> Tensor:
 
 def _nearest(z: Tensor, sample: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances and rows ``(B, k)`` of the k nearest of a sample, the nearest first."""
-    distances = pairwise_distances(F.normalize(z.to(sample.dtype)), sample)
-    values, rows = distances.topk(k, largest=False)
-    return values, rows
+    z = F.normalize(z.to(sample.dtype))
+    if z.device.type == "mps":  # which has no double precision
+        return pairwise_distances(z, sample).topk(k, largest=False)  # type: ignore[return-value]
+    x, y = z.double(), sample.double()
+    # The expanded square as below, less what is the same for all of the sample: one matrix product
+    # and no other pass over all distances.
+    nearness, rows = torch.addmm(y.square().sum(1) / -2, x, y.T).topk(k)
+    squares = x.square().sum(1, keepdim=True) - 2 * nearness
+    return squares.clamp_min(0).sqrt().to(z.dtype), rows
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from tie_ext.utils.checks import check_finite, check_number
 
 SPLIT_SEED = 0
 """Seed of the split into a scale half and a threshold half."""
+MAX_REPEATED = 0.05
+"""Share of held-out images that may be training images. A network is more certain of these, so
+that with more of them it rejects more new images than the threshold says."""
 
 
 GUARANTEES = ("average", "pac")

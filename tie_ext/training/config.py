@@ -95,10 +95,16 @@ class HeadConfig(Settings):
         ValueError: If a setting is out of range.
     """
 
+    max_images: int = setting(
+        3000,
+        "ID images that a head is attached with at most, drawn at random.",
+        low=2,
+        high=10**9,
+    )
     steps: int = setting(
-        1600,
-        "Steps of the optimiser in attach and in the last epoch of the loop, whatever the number "
-        "of images; some seconds on a CPU.",
+        600,
+        "Most steps of the optimiser in attach and in the last epoch of the loop; it stops where "
+        "the loss on held-out images falls no more.",
         low=1,
         high=10**9,
     )
@@ -114,7 +120,7 @@ class HeadConfig(Settings):
         above=True,
     )
     outliers: int = setting(
-        3,
+        2,
         "Outliers for each ID image, of each synthesizer in attach, and of each prior in the last "
         "epoch of the loop.",
         low=1,

@@ -4,6 +4,7 @@ Symbols: ``s (N, S)`` statistics of images (:mod:`tie_ext.models.head`); ``t (N,
 outlier, 0 for an ID image.
 """
 
+import copy
 import math
 from typing import cast
 
@@ -21,6 +22,10 @@ from tie_ext.utils.progress import Progress
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import frozen_view
 
+HELD, EVERY, PATIENCE = 10, 25, 100
+"""One image in so many is held out; steps between two looks at their loss; steps without a
+smaller one after which the fit ends."""
+
 
 class StatisticsCollector:
     """Statistics of ID images, each as it is and corrupted, and of outliers, in bounded memory.
@@ -31,11 +36,16 @@ class StatisticsCollector:
         corruption: How strongly ID images are corrupted.
     """
 
+    id: Reservoir
+    """Statistics ``(N, S)`` and features ``(N, F)`` of ID images."""
+    ood: Reservoir
+    """Statistics ``(M, S)`` of outliers."""
+
     def __init__(self, net: TIENet, memory: int, corruption: CorruptionConfig):
         self.net = frozen_view(net)
         head = cast(GarbageHead, net.garbage)
         self.corruption = corruption
-        rows = max(2, memory // (4 * head.mean.numel()))
+        rows = max(2, memory // (4 * (head.mean.numel() + net.feature_size)))
         self.id, self.ood = Reservoir(2 * rows), Reservoir(rows)
 
     @torch.no_grad()
@@ -45,7 +55,7 @@ class StatisticsCollector:
         corrupted = net.from_unit(corrupt(net.to_unit(x), Rng(x.device), self.corruption))
         for images in (corrupted, x):
             h, s = net.statistics(images)
-            self.id.add(s)
+            self.id.add(s, h)
         return h
 
     @torch.no_grad()
@@ -64,11 +74,14 @@ def fit_head(
 ) -> float:
     """Minimise the weighted binary cross-entropy of outliers against ID images.
 
+    One image in ten is held out. Where the loss of these falls no more the fit ends, with the
+    weights of the smallest.
+
     Arguments:
         head: The head; it is standardised on the ID images first.
         id_statistics: ``(N, S)``, N >= 2.
         ood_statistics: ``(M, S)``, M >= 1.
-        config: Steps, batch size, learning rate and weight of the outliers.
+        config: Most steps, batch size, learning rate and weight of the outliers.
         progress: Show a progress bar.
 
     Returns:
@@ -82,18 +95,31 @@ def fit_head(
     n, m, count = len(id_statistics), len(ood_statistics), len(statistics)
     target = torch.cat([torch.zeros(n), torch.ones(m)]).to(statistics)
     weights = torch.where(target == 1, config.weight * count / (2 * m), count / (2 * n))
+
+    def loss_of(rows: Tensor) -> Tensor:
+        logits = head(statistics[rows]).squeeze(1)
+        return F.binary_cross_entropy_with_logits(logits, target[rows], weights[rows])
+
+    held, taught = torch.randperm(count).tensor_split([count // HELD])
     optimizer = torch.optim.Adam(head.parameters(), lr=config.lr)
     schedule, losses = CosineAnnealingLR(optimizer, config.steps), []
-    for _ in Progress(range(config.steps), "garbage head", disable=not progress):
-        rows = torch.randint(count, (min(config.batch_size, count),))
-        loss = F.binary_cross_entropy_with_logits(
-            head(statistics[rows]).squeeze(1), target[rows], weights[rows]
-        )
+    best, best_step, kept = math.inf, 0, copy.deepcopy(head.state_dict())
+    for step in Progress(range(1, config.steps + 1), "garbage head", disable=not progress):
+        loss = loss_of(taught[torch.randint(len(taught), (min(config.batch_size, len(taught)),))])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
+        if step % EVERY and step < config.steps:
+            continue
+        with torch.no_grad():
+            now = float(loss_of(held if len(held) else taught))
+        if now < best:
+            best, best_step, kept = now, step, copy.deepcopy(head.state_dict())
+        elif step >= best_step + PATIENCE:
+            break
+    head.load_state_dict(kept)
     mean = float(torch.stack(losses).mean())
     if not math.isfinite(mean):
         raise ValueError(

@@ -141,6 +141,7 @@ class GarbageStrategy(abc.ABC):
         if self.net.training:
             self.frozen = [part for part in self.net.modules() if not part.training]
         self.net.train()
+        self.net.keep_training(None, None)  # of the weights before
         for part in self.frozen:
             part.training = False
 
@@ -288,8 +289,8 @@ class MultilayerGarbage(GarbageStrategy):
             )
 
     def _garbage(self, count: int, last: bool) -> Iterator[Tensor]:
-        """So many images of the pool, and two or, in the last epoch, three times as many new ones
-        of each prior; a few at a time.
+        """So many images of the pool, and as many times so many new ones of each prior as the
+        config says; a few at a time.
         """
         outliers = self.head_config.outliers if last else self.head_config.epoch_outliers
         shape = self.pool.image_shape

@@ -71,7 +71,7 @@ class BatchReader:
         name: str = "loader",
         rereadable: bool = True,
     ):
-        _check_loader(loader, name, rereadable)
+        check_loader(loader, name, rereadable)
         self.loader, self.num_classes, self.name = loader, num_classes, name
         self.image_shape = None if image_shape is None else tuple(image_shape)
         self.low, self.high = (v.cpu() if isinstance(v, Tensor) else v for v in (low, high))
@@ -184,7 +184,8 @@ def _class_indices(labels: Tensor, count: int, num_classes: int | None) -> Tenso
     return labels.long()
 
 
-def _check_loader(loader: Any, name: str, rereadable: bool) -> None:
+def check_loader(loader: Any, name: str, rereadable: bool = True) -> None:
+    """Refuse what gives no batches; the arguments and errors are :class:`BatchReader`'s."""
     kind = type(loader).__name__
     if isinstance(loader, Tensor | np.ndarray):
         raise ValueError(

@@ -13,6 +13,8 @@ head on every layer. Everything else in an epoch has the stream of seed, epoch a
 FIRST_BATCH = 1
 """Stream, after the seed, of the batch that attach and explain read for the shape of images: a
 loader that shuffles draws from it."""
+OUTLIERS = 2
+"""Stream, after the seed and before rank and batch, of what attach draws beside a batch."""
 
 
 @contextmanager

@@ -76,5 +76,5 @@ class Reservoir:
 
     @property
     def rows(self) -> Tensor:
-        """The sample, where one tensor was offered."""
+        """The sample, of the first tensor that was offered."""
         return self.columns[0] if self.parts else torch.empty(0, 0)
