@@ -38,7 +38,7 @@ CORE = {"torch", "numpy", "safetensors", "tqdm", "filelock"}
 OUTSIDE = {
     **dict.fromkeys(("utils", "scores", "models", "outliers", "training", "tie_ext"), CORE),
     "pytorch_ood": {"torch", "pytorch_ood", "numpy", "scipy", "sklearn"},
-    "openood": {"torch", "openood", "pytorch_ood", "tqdm"},
+    "openood": {"torch", "torchvision", "openood", "pytorch_ood", "tqdm"},
     "cli": CORE
     | {"PIL", "matplotlib", "pillow_heif", "pytorch_ood", "sklearn", "timm", "torchvision"},
     "cli.reproduce": {"torch", "tqdm", "openood", "pytorch_ood"},

@@ -102,7 +102,7 @@ def test_images_that_the_head_is_fitted_to_in_each_epoch(monkeypatch):
     batches = make_batches(sizes=(9, 6))
     for _ in range(2):
         trainer.epoch(batches)
-    assert drawn == [30, 45]
+    assert drawn == [30, 30]
     assert sum(corrupted) == 30  # each image of both epochs
     # The ID images as they are and corrupted; in the last epoch more outliers and steps.
     assert fitted == [(30, 45, 20, 6.0), (30, 60, 30, 6.0)]

@@ -140,10 +140,10 @@ def test_head_fitted_to_corruptions_accepts_blur(monkeypatch):
     rejected = []
     for process in (corrupt, lambda x, *_: x):
         monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", process)
-        net = attach(Conv3(1, 10).eval(), [x], 10)
+        net = attach(Conv3(1, 10).eval(), [x], 10, head_config=HeadConfig(steps=1600, outliers=3))
         assert float((net.decide(x).level == 1).float().mean()) < 0.02
         rejected.append(float((net.decide(softer).level == 1).float().mean()))
-    assert rejected[0] < 0.02
+    assert rejected[0] < 0.05
     assert rejected[1] > 0.3
 
 

@@ -727,7 +727,6 @@ class Headless(nn.Sequential):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: Softmaxed(2, 3), "but Softmaxed returns probabilities; leave the softmax out"),
         (
             Flat,
             "Expected a backbone with convolutions or transformer blocks for the head to read, "
@@ -735,7 +734,7 @@ class Headless(nn.Sequential):
         ),
         (
             Headless,
-            "Expected a backbone that ends in a linear layer, but got Headless without any",
+            "Expected a backbone that ends in a linear layer, but Headless called none",
         ),
     ],
 )
@@ -1029,6 +1028,7 @@ def test_every_command_has_its_work():
         "train",
         "attach",
         "score",
+        "calibrate",
         "report",
         "explain",
         "reproduce",

@@ -13,6 +13,7 @@ from tie_ext.cli import demo, demo_images, registry, report
 from tie_ext.cli.main import main
 from tie_ext.pytorch_ood import load_detector
 from tie_ext.utils.files import locked, write_atomically
+from tie_ext.utils.weight_files import read_checkpoint
 
 pytest.importorskip("PIL.Image")
 STRANGERS = {"digits", "letters", "photographs", "noise"}
@@ -29,7 +30,7 @@ def test_shipped_images():
 
 def test_shipped_network_knows_new_clothes():
     path = str(demo_images.NETWORK)
-    model = registry.load("conv3", 1, 10, registry.read_weights(path), path).eval()
+    model = registry.load("conv3", 1, 10, read_checkpoint(path))[0].eval()
     *_, new = demo_images.clothes()
     with torch.no_grad():
         right = model(new.x.float() / 255).argmax(1) == new.y

@@ -87,7 +87,7 @@ def two(tmp_path_factory):
 
 def test_processes_leave_one_run_and_one_of_them_speaks(two):
     out, said = two
-    assert said.count("| TIE ") == 4  # one row of ID images, three of OOD ones
+    assert said.count("| TIE ") == 5  # one row of ID images, four of OOD ones
     assert {path.name for path in out.iterdir()} - {".lock"} == {
         "run.json",
         "network.safetensors",

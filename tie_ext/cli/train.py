@@ -31,7 +31,7 @@ from tie_ext.cli.transform import Transform
 from tie_ext.training.trainer import TIETrainer
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.distributed import share, world
-from tie_ext.utils.files import locked, sha256, write_json
+from tie_ext.utils.files import load_state, locked, sha256, write_json
 from tie_ext.utils.provenance import provenance
 from tie_ext.utils.weight_files import read_checkpoint
 
@@ -165,6 +165,7 @@ def _backbone(settings: TrainSettings, images: Images, resumed: Path | None) -> 
     """The backbone of a run; of one that is resumed, without its weights, which the file has."""
     name, channels, n = settings.backbone, images.shape[0], len(images.classes)
     if resumed is not None:
+        load_state(resumed, "training", ())  # says what is wrong with the file
         return registry.build_for(name, channels, n, resumed.stat().st_size)
     if settings.weights is None:
         return registry.build(name, channels, n)

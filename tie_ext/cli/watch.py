@@ -28,7 +28,7 @@ class Watch:
     """
 
     def __init__(self, path: Path, detector: Thresholded, decide: Callable[[Tensor], Decision]):
-        self.path, self.detector, self.decider = path, detector, decide
+        self.path, self.detector, self.rule = path, detector, decide
         self.seen: list[Decision] = []
         self._monitor()  # an error comes before any image is read
 
@@ -39,7 +39,7 @@ class Watch:
 
     def decide(self, x: Tensor) -> Decision:
         """The decision on images ``(B, C, H, W)``."""
-        decision = self.decider(x)
+        decision = self.rule(x)
         self.seen.append(Decision(*(part.cpu() for part in decision)))
         return decision
 

@@ -48,6 +48,7 @@ AUROC better by 5000 than by 2000. The head reads fewer, as each costs it four p
 
 
 @without_autocast
+@torch.inference_mode(False)
 def attach(
     model: nn.Module,
     loader: Iterable,
@@ -118,7 +119,7 @@ def attach(
         sample = SampledLoader(loader, max(KEPT, head_config.max_images), seed)
         x = BatchReader(sample.peek()).first().images
     # A caller under inference_mode or no_grad gets the same head.
-    with seeded(seed), torch.inference_mode(False), torch.enable_grad():
+    with seeded(seed), torch.enable_grad():
         about = (num_classes, x.shape[1:], low, high, class_names)
         net = TIENet(model, *about, head="multilayer", logits=logits).eval()
         net.autocast_dtype = autocast_dtype

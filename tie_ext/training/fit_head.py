@@ -22,9 +22,10 @@ from tie_ext.utils.progress import Progress
 from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.views import frozen_view
 
-HELD, EVERY, PATIENCE = 10, 25, 100
-"""One image in so many is held out; steps between two looks at their loss; steps without a
-smaller one after which the fit ends."""
+ENOUGH, HELD = 1000, 10
+"""Of so many images, or more, one in so many is held out; of fewer their loss says little."""
+EVERY, PATIENCE = 25, 100
+"""Steps between two looks at the held-out loss, and without a smaller one until the fit ends."""
 
 
 class StatisticsCollector:
@@ -74,8 +75,8 @@ def fit_head(
 ) -> float:
     """Minimise the weighted binary cross-entropy of outliers against ID images.
 
-    One image in ten is held out. Where the loss of these falls no more the fit ends, with the
-    weights of the smallest.
+    Of :data:`ENOUGH` images or more one in ten is held out. Where the loss of these falls no more
+    the fit ends, with the weights of the smallest.
 
     Arguments:
         head: The head; it is standardised on the ID images first.
@@ -100,7 +101,7 @@ def fit_head(
         logits = head(statistics[rows]).squeeze(1)
         return F.binary_cross_entropy_with_logits(logits, target[rows], weights[rows])
 
-    held, taught = torch.randperm(count).tensor_split([count // HELD])
+    held, taught = torch.randperm(count).tensor_split([count // HELD if count >= ENOUGH else 0])
     optimizer = torch.optim.Adam(head.parameters(), lr=config.lr)
     schedule, losses = CosineAnnealingLR(optimizer, config.steps), []
     best, best_step, kept = math.inf, 0, copy.deepcopy(head.state_dict())
