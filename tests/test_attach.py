@@ -59,6 +59,7 @@ BACKBONES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_any_backbone_takes_a_head_and_keeps_its_logits(name, tmp_path):
     make_one, layers = BACKBONES[name]
@@ -175,6 +176,7 @@ def test_layers_are_read_before_relu_after_norm(layers, found):
     assert before.min() < 0
 
 
+@pytest.mark.slow
 def test_unseen_outliers_and_seeds_of_attach():
     x, y = stripes(300)
     torch.manual_seed(0)
@@ -249,6 +251,7 @@ def test_id_images_as_they_are_and_corrupted_and_outliers(
     assert len(outside.unique(dim=0)) == 120  # no outlier is there twice
 
 
+@pytest.mark.slow
 def test_passes_and_memory_of_attach(monkeypatch):
     module, passed, kept = sys.modules["tie_ext.training.attach"], [], []
 
@@ -378,6 +381,7 @@ def test_a_network_in_double_precision_takes_a_head():
     assert {p.dtype for p in net.parameters()} == {torch.float64}
 
 
+@pytest.mark.slow
 def test_attach_in_bfloat16(tmp_path, monkeypatch):
     x, y = stripes()
     read = []

@@ -54,6 +54,7 @@ def test_agreement_of_inversions_with_their_class(trained, found):
     assert found.agreement > 0.8
 
 
+@pytest.mark.slow
 def test_statistics_weight_brings_inversions_closer(trained, found):
     without = explain(trained, [bars(120, 0)], N, per_class=2, steps=100, statistics_weight=0.0)
     means, deviations = (part.repeat_interleave(2, 0) for part in found.layers.of_class)

@@ -121,6 +121,7 @@ def test_a_papers_file_needs_no_other_papers(path):
     assert path.stem == "__init__" or not set(ours(path)) & papers - {f"outliers.{path.stem}"}
 
 
+@pytest.mark.slow
 def test_import_tie_ext_loads_no_host_and_no_plotting():
     code = "import sys, tie_ext; print({'pytorch_ood', 'openood', 'matplotlib', 'sklearn', 'torchvision', 'PIL'} & set(sys.modules))"
     assert (
@@ -260,6 +261,7 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", project_file(page), re.S)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "written"),
     [*enumerate([None, "detector/detector.json", "network.safetensors"])],
@@ -278,6 +280,7 @@ def test_the_readme_has_no_other_blocks():
     assert len(blocks("README.md")) == 3
 
 
+@pytest.mark.slow
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     found: dict = {}
@@ -288,6 +291,7 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     )  # the exported program decides as the detector does
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_guides_line_on_onnx_runs(tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -338,6 +342,7 @@ def test_the_commands_on_a_page_are_understood(page):
     }
 
 
+@pytest.mark.slow
 def test_the_api_reference_has_every_public_name(tmp_path):
     pytest.importorskip("pdoc")
     (command,) = re.findall(r"&& pdoc (.*)", project_file("docs/guide.md"))
@@ -402,6 +407,7 @@ def test_tests_that_the_page_of_costs_names_are_there():
     assert set(named) <= defined
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_and_shows_what_it_did(tmp_path):
     page, copy = HOUSE.parent / "docs" / "tutorial.ipynb", tmp_path / "tutorial.ipynb"
     assert all(
@@ -468,6 +474,7 @@ EXTRAS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_name_that_needs_pytorch_ood_says_how_to_install_it():
     code = "import sys; sys.modules['pytorch_ood'] = None; from tie_ext import attach, combine"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=HERE)
@@ -475,6 +482,7 @@ def test_a_name_that_needs_pytorch_ood_says_how_to_install_it():
     assert done.stderr.endswith("; pip install 'pytorch-ood>=0.4'\n")
 
 
+@pytest.mark.slow
 def test_the_core_works_without_extras():
     code = f"import runpy, sys; sys.modules.update(dict.fromkeys({EXTRAS})); runpy.run_path('tests/minimal.py', run_name='__main__')"
     done = subprocess.run(

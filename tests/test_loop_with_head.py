@@ -151,6 +151,7 @@ def test_more_weight_of_garbage_puts_more_in_it():
     assert heavy.mean() > light.mean() + 1
 
 
+@pytest.mark.slow
 def test_stop_and_resume_equals_uninterrupted(tmp_path):
     whole, first = make_trainer(), make_trainer()
     for _ in range(3):

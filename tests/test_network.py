@@ -41,6 +41,7 @@ def test_a_compiled_backbone_is_taken_as_it_was(tmp_path):
     assert torch.equal(TIENet.load(tmp_path / "net")(x, garbage=True), net(x, garbage=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="older compilers have not been tried")
 def test_all_logits_compile_and_export_without_a_break():
     net, x = TIENet(Small(3), 3, SHAPE, head="multilayer").eval(), torch.rand(4, *SHAPE)

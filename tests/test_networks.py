@@ -157,6 +157,7 @@ def family(name: str) -> tuple[nn.Module, int]:
     return getattr(models, kind)(weights=None, num_classes=5).eval(), size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore")
 def test_a_head_reads_layers_over_the_whole_depth_of_a_family(name):
@@ -229,6 +230,7 @@ def test_statistics_that_overflow_are_named():
         head.standardise(statistics)
 
 
+@pytest.mark.slow
 def test_what_attach_gives_can_be_compiled():
     for name in ("a tuple", "two heads that are averaged", "a softmax behind"):
         case, (x, y) = TAKEN[name], images()
@@ -258,6 +260,7 @@ def combined(model: nn.Module, case: Case, batches: list, held: list, steps: int
     return tie_ext.combine(net, train_loader=batches, calibration_loader=held, false_alarm=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two heads that are averaged", "a softmax behind"])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_decides_as_a_detector_of_such_a_network(name, tmp_path):
@@ -364,6 +367,7 @@ CONTEXTS = {
 }
 
 
+@pytest.mark.slow
 @settings(
     max_examples=COMPOSITIONS,
     deadline=None,

@@ -43,6 +43,7 @@ def test_corruptions_of_values_beyond_the_range():
     assert bool(((y >= 0) & (y <= 1)).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_images_of_any_floating_point_type(kind):
     x = torch.rand(50, 3, 12, 12).to(kind)
@@ -131,6 +132,7 @@ def test_a_warp_moves_a_point_by_no_more_than_a_few_pixels():
     assert 1.0 < float((column - 32).abs().max()) < 0.05 * 12 + moved + 0.7
 
 
+@pytest.mark.slow
 def test_head_fitted_to_corruptions_accepts_blur(monkeypatch):
     torch.manual_seed(0)
     x = (

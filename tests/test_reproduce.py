@@ -405,6 +405,7 @@ def test_layers_is_the_loop_of_tie_ext_train(done, monkeypatch):
     assert recipe_of("layers", RECIPE).record() == {**recipe_of("tie", RECIPE).record(), **taught}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tie", "plain"])
 def test_every_method_computes_in_the_precision_of_the_settings(method, done):
     out, plan, _ = done
@@ -464,6 +465,7 @@ def test_memory_is_told_where_the_system_tells_it(monkeypatch):
     assert peak_memory() is None
 
 
+@pytest.mark.slow
 def test_networks_of_shorter_runs_judge_too_and_those_of_other_sets_do_not(done, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "out")
     for other in (
@@ -497,6 +499,7 @@ def test_inversions_that_are_judged_are_asked_for_as_in_training(tmp_path, monke
     assert asked == [0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tie", "predecessor", "white"])
 def test_a_cell_that_is_killed_goes_on_where_it_stood_and_ends_the_same(
     method, root, tmp_path, monkeypatch

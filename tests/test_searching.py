@@ -89,6 +89,7 @@ def test_max_log_prob_is_acets_formula():
     assert max_log_prob(logits, y.clamp(max=2)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 def test_adversarial_training_lowers_confidence(garbage):
     found = {}

@@ -269,6 +269,7 @@ def test_test_images_that_are_training_images_are_refused_unless_the_user_says_y
         main([*command, "--yes"])
 
 
+@pytest.mark.slow
 def test_a_run_may_compute_in_bfloat16(folder, weights, tmp_path, monkeypatch, capsys):
     set_head_defaults(monkeypatch, steps=30)
     assert main(attach(folder, weights, tmp_path / "run", "--autocast-dtype", "bfloat16")) == 0
@@ -305,6 +306,7 @@ def many(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_run_has_a_combined_detector_by_which_images_are_decided(
     many, weights, tmp_path, capsys
 ):
@@ -438,6 +440,7 @@ def _by_path(test, scores):
     return [scores[20 * label + read.index(i)].item() for label in range(2) for i in order]
 
 
+@pytest.mark.slow
 def test_a_report_shows_what_there_is(run, capsys):
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
@@ -459,6 +462,7 @@ def test_a_report_shows_what_there_is(run, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "channels"),
     [
@@ -909,6 +913,7 @@ def test_the_folder_is_locked_while_the_work_goes_on(
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["network", "pictures", "scores"])
 def test_a_run_that_was_stopped_while_it_wrote_is_made_anew(
     when, run, folder, weights, tmp_path, monkeypatch, capsys
@@ -951,6 +956,7 @@ def resnet(folder, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_record_that_names_another_architecture_is_refused_and_nothing_large_is_built(
     resnet, folder, capsys, monkeypatch
 ):
@@ -984,6 +990,7 @@ def test_a_record_that_names_another_architecture_is_refused_and_nothing_large_i
         registry.build_for("vit_h_14", 3, 2, 50_000_000)
 
 
+@pytest.mark.slow
 def test_the_demos_images_can_be_attached_to_and_trained_on_with_every_flag(
     folder, tmp_path, capsys
 ):
@@ -1042,6 +1049,7 @@ def test_a_run_without_its_pictures_has_no_report(run, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("tie-ext: Expected ")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     (block,) = re.findall(
         r"```sh\n(tie-ext attach.*?)```",

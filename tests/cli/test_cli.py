@@ -98,6 +98,7 @@ def test_train_leaves_a_run_that_says_what_it_did(run):
     assert {"command", "commit", "versions", "processor", "threads"} <= set(record)
 
 
+@pytest.mark.slow
 def test_the_shift_is_a_setting_of_the_run(run, folder, tmp_path):
     assert main(train(folder, tmp_path / "still", "--shift", "0")) == 0
     records = [json.loads((path / "run.json").read_text()) for path in (run, tmp_path / "still")]
@@ -238,6 +239,7 @@ def test_a_path_with_nothing_there_is_told_before_any_row(run, folder, tmp_path,
     assert (tmp_path / "rows.csv").read_text() == "of before"
 
 
+@pytest.mark.slow
 def test_report_is_one_page_that_needs_nothing_else(run, capsys):
     assert (run / ".lock").exists()  # which a report passes over
     assert main(["report", str(run)]) == 0
@@ -355,6 +357,7 @@ def test_rejected_images_come_from_all_over_a_set():
     assert [caption[0] for caption in captions] == list("aabbcdef")
 
 
+@pytest.mark.slow
 def test_explain_leaves_one_page_with_classes_and_layers(run, folder, tmp_path, capsys):
     assert main(["explain", str(run), "--steps", "2"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "explain.html")
@@ -431,6 +434,7 @@ def test_help_ends_with_examples_that_parse_and_the_version_has_its_name(capsys)
     ]
 
 
+@pytest.mark.slow
 def test_a_shell_completes_verbs_and_flags_by_the_words_of_the_guide():
     pytest.importorskip("shtab")
     (command,) = re.findall(
@@ -444,6 +448,7 @@ def test_a_shell_completes_verbs_and_flags_by_the_words_of_the_guide():
     assert all(word in done.stdout for word in ("reproduce", "--false-alarm", "--synthesizer"))
 
 
+@pytest.mark.slow
 def test_a_loop_that_expels_nothing_says_so(folder, tmp_path, capsys):
     said = "no candidate was uncertain enough to become garbage"
     assert main(train(folder, tmp_path / "run", "--epochs", "1", "--lam", "100")) == 0
@@ -483,6 +488,7 @@ def test_the_tables_say_what_the_record_does(run):
     ]
 
 
+@pytest.mark.slow
 def test_every_inversion_can_be_expelled(folder, tmp_path):
     assert main(train(folder, tmp_path / "run", "--lam=-inf", "--epochs", "1")) == 0
     log = json.loads((tmp_path / "run" / "run.json").read_text())["log"][0]
@@ -490,6 +496,7 @@ def test_every_inversion_can_be_expelled(folder, tmp_path):
     assert log["excluded"] == log["proposed"]
 
 
+@pytest.mark.slow
 def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_path):
     less = FAST[: FAST.index("--inversion-steps")]
     command = [
@@ -511,6 +518,7 @@ def test_other_synthesizers_are_a_flag_and_show_what_they_propose(folder, tmp_pa
     }
 
 
+@pytest.mark.slow
 def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_asked_for(
     folder, tmp_path, capsys, monkeypatch
 ):
@@ -534,6 +542,7 @@ def test_garbage_is_told_by_a_head_on_every_layer_unless_the_papers_logit_is_ask
     assert (recipe["head"], recipe["prior"]) == ("linear", ["multiscale"])
 
 
+@pytest.mark.slow
 def test_a_pool_that_stays_empty_is_no_trouble(folder, tmp_path):
     assert (
         main(
@@ -557,6 +566,7 @@ def test_a_pool_that_stays_empty_is_no_trouble(folder, tmp_path):
     assert main(["report", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_bit_identical(run, folder, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-m", "tie_ext.cli.main", *train(folder, out)])
@@ -569,6 +579,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(run, folder, tmp_path):
     assert (out / "scores.safetensors").read_bytes() == (run / "scores.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "tie_ext.cli.main", *train(folder, out, "--epochs", "500")]
@@ -764,6 +775,7 @@ def test_a_threshold_is_found_beside_the_networks_file_too(run, folder, capsys):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_validation_sets_are_scored_beside_the_others_and_the_worst_is_named(
     folder, tmp_path, capsys
 ):
@@ -941,6 +953,7 @@ def test_a_network_that_takes_any_images_is_not_scored_by_the_command_line(copie
     assert "Expected a network for images of one shape" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_scores_that_find_the_disk_full_say_so(run, folder):
     command = [
@@ -968,6 +981,7 @@ def test_mnist_loads_from_where_it_lies(data_root):
     assert torch.equal(colour.x[:, 0], colour.x[:, 1])
 
 
+@pytest.mark.slow
 def test_images_are_held_out_of_a_folder_without_splits_and_the_same_on_resume(
     tmp_path, capsys, monkeypatch
 ):
@@ -1062,6 +1076,7 @@ sys.exit(main(sys.argv[2:]))
 """The command line, which begins an epoch when it is told to."""
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_is_at_a_run(run, folder, tmp_path, capsys):
     out, gate = tmp_path / "busy", tmp_path
     first = subprocess.Popen(
@@ -1130,6 +1145,7 @@ def of_earlier_version(run):
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_read_and_not_gone_on_with(run, folder, tmp_path, capsys):
     old = shutil.copytree(run, tmp_path / "old")
     of_earlier_version(old)
@@ -1157,6 +1173,7 @@ def test_a_run_of_an_earlier_version_is_read_and_not_gone_on_with(run, folder, t
     assert listed(old) == before
 
 
+@pytest.mark.slow
 def test_a_folder_on_disk_trains_to_the_same_network_and_goes_on_without_reading_all_again(
     run, folder, tmp_path, monkeypatch
 ):
@@ -1201,6 +1218,7 @@ def test_what_train_leaves_is_a_detector(run):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_torchvision_network_trains_from_weights_of_other_classes_on_normalised_images(
     folder, tmp_path, monkeypatch
 ):

@@ -486,6 +486,7 @@ print(peaks[1] - peaks[0])
 """Memory that ten times as many images take."""
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_folder_that_is_larger_than_the_budget(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     Image.effect_noise((32, 32), 60).convert("RGB").save(tmp_path / "train" / "a" / "0.jpg")

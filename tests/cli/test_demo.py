@@ -77,6 +77,7 @@ def files_of(folder):
     }
 
 
+@pytest.mark.slow
 def test_demo_decides_and_shows(small_demo, tmp_path, capsys):
     out = tmp_path / "demo"
     assert small_demo(out) == 0
@@ -97,6 +98,7 @@ def test_demo_decides_and_shows(small_demo, tmp_path, capsys):
     assert torch.equal(net(x), TIENet.load(out / "network.safetensors")(x))
 
 
+@pytest.mark.slow
 def test_demo_replaces_demos_alone(small_demo, without_page, tmp_path):
     out = tmp_path / "demo"
     assert small_demo(out) == 0
@@ -112,6 +114,7 @@ def test_demo_replaces_demos_alone(small_demo, without_page, tmp_path):
     assert second["network.safetensors"] != first["network.safetensors"]
 
 
+@pytest.mark.slow
 def test_demo_that_trains(small_demo, without_page, tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
     assert small_demo(out, "--train") == 0
@@ -121,6 +124,7 @@ def test_demo_that_trains(small_demo, without_page, tmp_path, monkeypatch, capsy
     assert small_demo(out) == 0  # in place of it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["attach_in", "rejection"])
 def test_stopped_demo_begins_again(when, small_demo, without_page, tmp_path, monkeypatch):
     def stop(*_, **__):
@@ -149,6 +153,7 @@ def test_demo_touches_no_other_folder(name, small_demo, tmp_path, capsys):
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_demo_touches_no_run_on_its_images(small_demo, without_page, tmp_path, capsys):
     weights = str(shutil.copy(demo_images.NETWORK, tmp_path / "mine.safetensors"))
     given = ["--backbone", "conv3", "--weights", weights, "--data", "demo"]

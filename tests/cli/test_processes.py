@@ -20,6 +20,8 @@ from tie_ext.cli.main import main
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
 )
+
+pytestmark = pytest.mark.slow
 SMALL = [
     "--backbone",
     "conv3",

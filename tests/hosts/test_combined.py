@@ -210,6 +210,7 @@ def test_trust_asks_no_image_that_sets_the_threshold():
         assert SampledKNN not in map(type, chosen_by(renamed, layer, z, labels).detectors)
 
 
+@pytest.mark.slow
 def test_the_false_alarm_rate_holds_where_trust_is_estimated():
     alpha, count, rates, trusted = 0.1, 40, [], []
     z, y, layer = world(6, 90, 1.6)
@@ -956,6 +957,7 @@ def exportable(rule: str, *without: type) -> Combined:
     ).fit(loader(60))
 
 
+@pytest.mark.slow
 @rules
 @pytest.mark.skipif(
     torch.__version__.startswith("2.2."),
@@ -977,6 +979,7 @@ def test_the_exported_program_decides_as_the_detector(rule):
     torch.testing.assert_close(got[2], want.score, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @rules
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_decides_as_the_detector(rule, tmp_path):

@@ -208,6 +208,7 @@ def test_images_without_id_labels_are_left_out_of_the_fit():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("false_alarm", [0.05, 0.2])
 def test_the_detector_keeps_the_promise_over_many_draws(false_alarm):
     net, draws = trained(), 400
@@ -604,6 +605,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 # Export.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 @pytest.mark.parametrize("false_alarm", [None, 0.1])
 @pytest.mark.skipif(
@@ -624,6 +626,7 @@ def test_the_exported_program_decides_as_the_detector(false_alarm, garbage):
     torch.testing.assert_close(want.score, got[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", ["linear", "multilayer"])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_decides_as_the_detector(garbage, tmp_path):

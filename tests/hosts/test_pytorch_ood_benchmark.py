@@ -65,6 +65,7 @@ def theirs(name: str) -> nn.Module:
     ).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["WideResNet", "resnet18"])
 def test_attach_to_normalised_images_is_attach_to_a_model_that_normalises(name):
     model = theirs(name)
@@ -86,6 +87,7 @@ def test_bounds_of_one_channel_do_not_do_for_another():
             attach(theirs("WideResNet"), loader, 4, **bounds)
 
 
+@pytest.mark.slow
 def test_the_page_runs():
     (code,) = re.findall(
         r"```python\n(.*?)```", (REPOSITORY / "docs" / "hosts.md").read_text(), re.S
@@ -127,6 +129,7 @@ def stand_ins(tmp_path) -> tuple[Path, Path]:
     return root, hub
 
 
+@pytest.mark.slow
 def test_its_openood_benchmark_evaluates_ours(stand_ins, tmp_path):
     root, hub = stand_ins
     torch.manual_seed(0)
@@ -159,6 +162,7 @@ def test_its_openood_benchmark_evaluates_ours(stand_ins, tmp_path):
     assert float(rows[-2][-1]) > 99  # TIEDetector, of noise beside squares of colour
 
 
+@pytest.mark.slow
 def test_lists_of_our_own_are_those_that_it_reads(tmp_path):
     root, hub = tmp_path / "images_classic", tmp_path / "hub"
     for place in (

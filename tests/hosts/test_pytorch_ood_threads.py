@@ -117,6 +117,7 @@ def check(net: nn.Module, detector) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, before[-1], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MAKERS))
 @pytest.mark.filterwarnings("ignore")
 def test_threads_score_as_one_does(name):
@@ -124,6 +125,7 @@ def test_threads_score_as_one_does(name):
     check(net, MAKERS[name](net))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asks", [True, False])
 def test_threads_on_a_network_that_is_no_tienet(asks):
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ def batch(count: int = 9):
 # Every name, in the loop.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SYNTHESIZERS, "inversion,boundary,shuffle"])
 def test_every_synthesizer_trains_in_the_same_loop_and_resumes(name, tmp_path):
     recipe = Recipe(
@@ -88,6 +89,7 @@ def test_a_garbage_weight_scales_the_garbage_class_alone():
 # Manifold boundary.
 
 
+@pytest.mark.slow
 def test_the_tangent_space_is_spanned_by_the_decoders_jacobian():
     vae = VAE(domain(), latent_size=4).eval()
     x, y = batch(2)
@@ -238,6 +240,7 @@ print(peak_memory() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_take_no_plane_each_and_mixing_them_no_cube():
     done = subprocess.run(
         [sys.executable, "-c", THOUSAND], capture_output=True, text=True, check=True

@@ -559,6 +559,7 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
         self.alive -= size
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_at_224_pixels():
     shape = (64, 3, 224, 224)
     with Peak() as memory:

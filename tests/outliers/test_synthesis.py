@@ -225,6 +225,7 @@ class Quadrants(nn.Module):
         return self.fc(self.pool(x).flatten(1))
 
 
+@pytest.mark.slow
 def test_inversion_learns_to_land_where_it_is_asked():
     net = TIENet(Quadrants(), 3, SHAPE)
     net.garbage.weight.data = torch.tensor([[0.0, 0.0, 0.0, 20.0]])
@@ -285,6 +286,7 @@ def test_the_generators_gradient_is_that_of_the_weighted_terms(progress, gamma):
     assert losses["agreement"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
 
 
+@pytest.mark.slow
 def test_the_cosine_term_spreads_the_features():
     def spread_after(gamma):
         net = make_small()

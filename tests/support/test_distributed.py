@@ -37,6 +37,8 @@ from tie_ext.utils.random import seeded
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
 )
+
+pytestmark = pytest.mark.slow
 WORLD = 2
 EPOCHS = 5
 

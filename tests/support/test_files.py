@@ -141,6 +141,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
         add_json_line(tmp_path / "records.jsonl", {"name": "b"}, "name")
 
 
+@pytest.mark.slow
 def test_processes_that_write_to_one_file_lose_no_record(tmp_path):
     code = """
 import sys
@@ -160,6 +161,7 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 def test_a_full_disk_leaves_the_earlier_file_intact(tmp_path):
     path = tmp_path / "net.safetensors"
@@ -193,6 +195,7 @@ for i in range(300):
 """
 
 
+@pytest.mark.slow
 def test_two_writers_of_one_file_never_meet(tmp_path):
     path = tmp_path / "f"
     writers = [
@@ -243,6 +246,7 @@ with locked(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_one_process_at_a_time_and_free_again_when_that_is_killed(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -340,6 +344,7 @@ print((peak_memory() - before) / size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "most"), [("save", 0.2), ("add", 1.0), ("multiscale", 1.3), ("white", 1.3)]
 )

@@ -211,6 +211,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, "compiled"])
 def test_views_of_torchvision_models_in_many_threads(name):
     net = torchvision_models()[name]().train()
