@@ -184,7 +184,8 @@ def test_retired_words_stay_away(path):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/tutorial.ipynb", "docs/model/README.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/tutorial.ipynb", "tie_ext/cli/clothes/README.md"],
 )
 def test_user_pages_speak_the_fields_language(page):
     assert not [phrase for phrase in PHRASES if phrase in project_file(page).lower()]
@@ -262,22 +263,12 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("block", "written"),
-    [*enumerate([None, "detector/detector.json", "network.safetensors"])],
-    ids=["trained", "attach", "TIE"],
-)
-def test_the_readme_runs(block, written, tmp_path, monkeypatch):
-    (tmp_path / "docs").symlink_to(HOUSE.parent / "docs")
+def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    found: dict = {}
-    exec(compile(blocks("README.md")[block], "README.md", "exec"), found)
-    assert written is None or (tmp_path / written).exists()
-    assert written is not None or found["decision"].level.tolist() == [1] * 8  # noise is garbage
-
-
-def test_the_readme_has_no_other_blocks():
-    assert len(blocks("README.md")) == 3
+    (block,) = blocks("README.md")
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "detector/detector.json").exists()
+    assert re.fullmatch(r"tensor\(\[[012](, [012]){7}\]\)\n", capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -319,7 +310,7 @@ def test_the_guides_line_on_onnx_runs(tmp_path, monkeypatch):
 
 def test_the_readme_is_short():
     words = re.sub(r"```.*?```", "", project_file("README.md"), flags=re.S).split()
-    assert len(words) <= 700  # tables and links among them; the page is for people in a hurry
+    assert len(words) <= 600  # tables and links among them; the page is for people in a hurry
     assert (
         max(line.count("|") for line in project_file("README.md").splitlines()) <= 6
     )  # five columns
@@ -367,7 +358,7 @@ PAGES = sorted(
     for folder in (
         ".",
         "docs",
-        "docs/model",
+        "tie_ext/cli/clothes",
         "docs/research",
         "openood_configs",
         "patches",

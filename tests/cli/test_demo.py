@@ -21,7 +21,7 @@ STRANGERS = {"digits", "letters", "photographs", "noise"}
 
 def test_shipped_images():
     train, calibration, new = demo_images.clothes()
-    assert [len(images) for images in (train, calibration, new)] == [2000, 600, 600]
+    assert [len(images) for images in (train, calibration, new)] == [2000, 1600, 800]
     assert all(of.shape == (1, 28, 28) and len(of.classes) == 10 for of in (train, new))
     ood = demo_images.strangers()
     assert ood.keys() == STRANGERS

@@ -24,8 +24,8 @@ FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "STIX
 
 
 def clothes() -> tuple[ImageSet, ImageSet, ImageSet]:
-    """FashionMNIST, grey and 28x28: 2000 training images of the network, 600 images that it has
-    not seen to calibrate on, and 600 others.
+    """FashionMNIST, grey and 28x28: 2000 training images of the network, 1600 images that it
+    has not seen to calibrate on, and 800 others.
     """
     from PIL import Image
 
@@ -35,7 +35,7 @@ def clothes() -> tuple[ImageSet, ImageSet, ImageSet]:
     images = rows.transpose(1, 2).reshape(-1, 1, SIDE, SIDE)
     whole = ImageSet(images, torch.tensor(about["labels"]), tuple(about["classes"]))
     train, test = torch.arange(len(whole)).split([about["train"], len(whole) - about["train"]])
-    calibration, new = test.chunk(2)
+    calibration, new = test.tensor_split([2 * len(test) // 3])
     return whole.take(train), whole.take(calibration), whole.take(new)
 
 
