@@ -1,14 +1,10 @@
 """docs/research/cost.md: what cost.py, openood_epoch.py and folders.py measured."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
-
-from page import percent
+from statistics import median
 
 from tie_ext.cli.tables import table
-from tie_ext.utils.files import read_json_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
 WANTED = {("mnist", 60_000): 1.5, ("mnist", 20_000): 2.0, ("cifar10", 50_000): 1.3}
@@ -112,10 +108,6 @@ def _measured() -> list[str]:
             f"## Training on a folder that stays on disk\n\n{_typed(r)}: JPEGs of {r['pixels']} pixels, an epoch; peak memory {peaks}: "
             f"{r['more_mb']:+.0f} MB (promised: at most {MORE_MB}, {held(r['more_mb'] <= MORE_MB)})."
         )
-    if heads := [r for name, r in records.items() if name.startswith("head-")]:
-        parts.append(_heads(heads))
-    if r := records.get("detection"):
-        parts.append(_detection(r))
     return parts
 
 
@@ -205,110 +197,6 @@ def _epochs(records: list[dict]) -> str:
         "computed for. In the last epoch the head that people use learns in full. The stages are shares of TIE's epoch; with `layers` the head "
         f"learns inside `train`.\n\n{commands}\n\n{table(rows)}"
     )
-
-
-def _heads(records: list[dict]) -> str:
-    """Heads as the loop teaches them beside those of attach, on the same networks."""
-    networks = {
-        r["network"]: r
-        for r in read_json_lines(DOCS / "results" / "attached" / "networks.jsonl", "a network")
-    }
-    full = [networks[r["network"]]["numbers"] for r in records]
-    rows = [
-        {
-            "": "ID test images in garbage",
-            "attach": percent([f["garbage_rate"]["head"]["id"] for f in full]),
-            "the loop": percent([r["ID in garbage"] for r in records]),
-        }
-    ]
-    for name in records[0]["sets"]:
-        theirs = [
-            (
-                f["garbage_rate"]["head"][name],
-                f["scores"]["head"][name]["auroc"],
-                f["scores"]["head"][name]["fpr95_id"],
-            )
-            for f in full
-        ]
-        ours = [
-            (r["sets"][name]["garbage"], r["sets"][name]["auroc"], r["sets"][name]["fpr95"])
-            for r in records
-        ]
-        row = {"": name}
-        for label, of in (("attach", theirs), ("the loop", ours)):
-            garbage, auroc, fpr95 = zip(*of, strict=True)
-            row[label] = f"{percent(garbage, 1)} / {percent(auroc)} / {percent(fpr95)}"
-        rows.append(row)
-    commands = "\n".join(f"    python tests/bench/{r['command']}" for r in records)
-    return (
-        "## What the head learns from fewer images\n\nThe same networks, which learn no more. Attach: all training images once, as they are and "
-        f"processed, three outliers an image, 1600 steps. The loop: {records[0]['epochs']} epochs, inversions and all, before its head saw processed "
-        "images. Garbage rate / AUROC / FPR@95 of the score; percent, mean ± standard deviation over the networks; `val:` rows are validation "
-        "images.\n\n"
-        f"{commands}\n\n{table(rows)}"
-    )
-
-
-def _detection(r: dict) -> str:
-    """Runs before and after, seeds together."""
-    kinds: dict[str, list[dict]] = {}
-    for name, run in r["runs"].items():
-        kinds.setdefault(name.rpartition("-")[0], []).append(run)
-    made = {
-        kind: " ".join(dict.fromkeys(run["commit"][:7] for run in of))
-        for kind, of in kinds.items()
-    }
-    commits = "; ".join(f"{kind} at {made[kind]}, {len(of)} seeds" for kind, of in kinds.items())
-    first = next(iter(kinds.values()))[0]
-    s, recipe = first["settings"], first["settings"]["recipe"]
-    settings = f"{s['data']}, {s['images']} images, {recipe['config']['epochs']} epochs, garbage: {recipe['garbage']}"
-    rows, worse = [], []
-    for label, figure, good in (
-        ("ID accuracy", "accuracy", 1),
-        ("ID test images in garbage", "id_garbage_rate", -1),
-    ):
-        found = {kind: [run["numbers"][figure] for run in of] for kind, of in kinds.items()}
-        rows.append({"": label, **{kind: percent(values) for kind, values in found.items()}})
-        worse += [label] if _worse(*found.values(), good) else []
-    for name in first["numbers"]["garbage_rate"]:
-        rates = {
-            kind: [run["numbers"]["garbage_rate"][name] for run in of]
-            for kind, of in kinds.items()
-        }
-        scores = {
-            kind: [run["numbers"]["scores"]["score"][name] for run in of]
-            for kind, of in kinds.items()
-        }
-        auroc, fpr = (
-            {kind: [s[figure] for s in of] for kind, of in scores.items()}
-            for figure in ("auroc", "fpr95")
-        )
-        rows.append(
-            {
-                "": name,
-                **{
-                    kind: f"{percent(rates[kind], 1)} / {percent(auroc[kind])} / {percent(fpr[kind])}"
-                    for kind in kinds
-                },
-            }
-        )
-        figures = {"garbage rate": (rates, 1), "AUROC": (auroc, 1), "FPR@95": (fpr, -1)}
-        worse += [
-            f"{figure} of {name}"
-            for figure, (found, good) in figures.items()
-            if _worse(*found.values(), good)
-        ]
-    said = f"Worse by more than both deviations together: {', '.join(worse) or 'nothing'}. (Promised: nothing.)"
-    return (
-        f"## Detection before and after\n\n{_typed(r)}\n\nBefore: each epoch read its images three to five times. Runs of `tie-ext train` "
-        f"({settings}; {commits}). Garbage rate / AUROC / FPR@95 of the score; percent, mean ± standard deviation over the seeds; `val:` rows are "
-        f"validation images.\n\n{table(rows)}\n\n{said}"
-    )
-
-
-def _worse(before: Sequence[float], after: Sequence[float], good: int) -> bool:
-    """Whether a figure fell (``good`` 1), or rose (-1), by more than the spread of the seeds before and after."""
-    return good * (mean(before) - mean(after)) > stdev(before) + stdev(after)
 
 
 if __name__ == "__main__":
