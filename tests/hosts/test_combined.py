@@ -135,12 +135,21 @@ def test_combine_is_body_and_tails_of_scores_of_the_hosts(rule, seed):
     assert without.threshold is None
 
 
-def test_training_images_in_another_loader_are_told_from_held_out_ones():
+@pytest.mark.parametrize("how", ["combine", "kept", "TIEDetector", "Combined"])
+def test_training_images_in_another_loader_are_told_from_held_out_ones(how):
     net, x = trained().eval(), images(100)[0]
-    with pytest.warns(
-        UserWarning, match="100% or more of the held-out images are training images"
-    ):
-        combine(net, train_loader=[x], calibration_loader=list(x[:40].split(7)))
+    net.keep_training(net.features(x).detach(), None)
+    fit = {
+        "combine": lambda of: combine(net, train_loader=[x], calibration_loader=of),
+        "kept": lambda of: combine(net, calibration_loader=of),
+        "TIEDetector": TIEDetector(net, false_alarm=0.1).fit,
+        "Combined": Combined(
+            [TIEDetector(net), MahalanobisPlusPlus(net.features).fit([(x, torch.arange(100) % 3)])]
+        ).fit,
+    }[how]
+    with pytest.warns(UserWarning, match="100% or more of the held-out images are training"):
+        fit(list(x[:40].split(7)))
+    fit(list(images(140)[0][100:].split(7)))  # others: not a word
 
 
 @pytest.mark.parametrize("which", ["train_loader", "calibration_loader"])

@@ -1,5 +1,6 @@
 """What the detectors share: reading loaders, scoring by views, and a threshold on the score."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.files import saved_scores, saved_threshold
 from tie_ext.scores.decision import upcast
-from tie_ext.scores.threshold import Guarantee
+from tie_ext.scores.knn import knn_score
+from tie_ext.scores.threshold import MAX_REPEATED, Guarantee
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.precision import without_autocast
@@ -34,6 +36,32 @@ def id_reader(net: Any, loader: Iterable, name: str, labelled: bool = False) -> 
     return BatchReader(
         loader, *about, labelled=labelled, id_only=True, name=name, rereadable=False
     )
+
+
+SAME = 1e-5
+"""Features of length 1 that are no farther apart are of one image in two batches."""
+
+
+def warn_if_seen(training: Tensor | None, held_out: Tensor) -> None:
+    """Warn where more than :data:`~tie_ext.scores.threshold.MAX_REPEATED` of the held-out images
+    are training images, as their features say.
+
+    Arguments:
+        training: Features ``(M, F)`` of training images, or of a sample of them; None where none
+            are known.
+        held_out: Features ``(N, F)``.
+    """
+    if training is None:
+        return
+    unit = torch.nn.functional.normalize(training.float())
+    seen = [knn_score(part.to(unit), unit, 1) < SAME for part in held_out.split(500)]
+    if (share := float(torch.cat(seen).double().mean())) > MAX_REPEATED:
+        warnings.warn(
+            f"{share:.0%} or more of the held-out images are training images: a threshold from "
+            "them rejects more new images than it says; hold out images that the network has not "
+            "seen",
+            stacklevel=4,
+        )
 
 
 class FeatureScore(FeaturesDetector):

@@ -19,7 +19,7 @@ from pytorch_ood.api import (
 from torch import Tensor, nn
 
 from tie_ext.models.network import TIENet
-from tie_ext.pytorch_ood.base import Thresholded, id_reader
+from tie_ext.pytorch_ood.base import Thresholded, id_reader, warn_if_seen
 from tie_ext.pytorch_ood.files import read_folder, write_folder
 from tie_ext.pytorch_ood.members import (
     Outputs,
@@ -160,7 +160,7 @@ class Combined(Thresholded, Detector):
                 range of training, or a score is not finite or the same for all.
         """
         net = self._net()
-        view, found, predicted = eval_view(net), [], []
+        view, found, predicted, features = eval_view(net), [], [], []
         for x, labels in id_reader(net, calibration_loader, "calibration_loader"):
             x = x.to(self.device)
             outputs = forward(view, x, self._fields())
@@ -168,6 +168,9 @@ class Combined(Thresholded, Detector):
                 check_labels(labels, len(x), outputs.logits.shape[1])
             found.append(self._stack(outputs, x))
             predicted.append(outputs.logits.argmax(dim=1))
+            features += [] if outputs.features is None else [outputs.features]
+        if features and isinstance(net, TIENet):
+            warn_if_seen(net.train_features, torch.cat(features))
         return self.fit_scores(torch.cat(found), torch.cat(predicted))
 
     def fit_scores(self, scores: Tensor, labels: Tensor | None = None) -> "Combined":

@@ -21,7 +21,7 @@ from pytorch_ood.api import (
 from torch import Tensor, nn
 
 from tie_ext.models.network import TIENet
-from tie_ext.pytorch_ood.base import Thresholded, id_reader
+from tie_ext.pytorch_ood.base import Thresholded, id_reader, warn_if_seen
 from tie_ext.pytorch_ood.files import read_folder, saved_number, write_folder
 from tie_ext.scores.decision import (
     Decision,
@@ -152,9 +152,10 @@ class TIEDetector(Thresholded, LogitsDetector):
         """
         net = self._net()
         view, batches = eval_view(net), id_reader(net, data_loader, "data_loader")
-        return self.fit_logits(
-            torch.cat([view(x.to(self.device), garbage=True) for x, _ in batches])
-        )
+        logits, h = zip(*(view.outputs(x.to(self.device)) for x, _ in batches), strict=True)
+        if self.false_alarm is not None:
+            warn_if_seen(net.train_features, torch.cat(h))
+        return self.fit_logits(torch.cat(logits))
 
     def fit_logits(self, logits: Tensor, y: Tensor | None = None) -> "TIEDetector":
         """As :meth:`fit`, from n+1 logits ``(N, n+1)``; rows with labels ``y (N,)`` < 0 are left

@@ -1,9 +1,8 @@
 """The combination that we recommend, in one call. Larger score = more OOD."""
 
 import logging
-import warnings
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from pytorch_ood.api import Detector
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from tie_ext.models.network import TIENet
 from tie_ext.models.readout import OwnLogits
-from tie_ext.pytorch_ood.base import id_reader
+from tie_ext.pytorch_ood.base import id_reader, warn_if_seen
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector
 from tie_ext.pytorch_ood.fdbd import BoundaryDistance
@@ -20,8 +19,8 @@ from tie_ext.pytorch_ood.knn import MAX_SAMPLES, K, SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.members import Outputs, forward
 from tie_ext.scores.combination import check_rule
-from tie_ext.scores.knn import knn_labels, knn_score
-from tie_ext.scores.threshold import MAX_REPEATED, Guarantee, split
+from tie_ext.scores.knn import knn_labels
+from tie_ext.scores.threshold import Guarantee, split
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.distributed import gathered, world
 from tie_ext.utils.precision import without_autocast
@@ -34,9 +33,6 @@ log = logging.getLogger(__name__)
 VOTERS, TRUST = 5, 0.95
 """KNN ranks near images only where neighbours share a class, which is taken to be so where
 the vote of 5 training images is right at least 0.95 times as often as the network."""
-
-SAME = 1e-5
-"""Features of length 1 that are no farther apart are of one image in two batches."""
 
 
 class Sample(NamedTuple):
@@ -196,20 +192,14 @@ def fit_chosen(
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
-    found, right, predicted, again = [], [], [], []
+    found, right, predicted, features = [], [], [], []
     for outputs, labels in batches:
         found.append(combined.score_outputs(outputs))
         predicted.append(outputs.logits.argmax(dim=1))
         right.append(_right(sample, outputs, labels))
-        again.append(_repeated(sample, outputs.features))  # type: ignore[arg-type]
+        features.append(cast(Tensor, outputs.features))
     scores = torch.cat(found)
-    if (share := float(torch.cat(again).double().mean())) > MAX_REPEATED:
-        warnings.warn(
-            f"{share:.0%} or more of the held-out images are training images: a threshold from "
-            "them rejects more new images than it says; hold out images that the network has not "
-            "seen",
-            stacklevel=3,
-        )
+    warn_if_seen(sample.features, torch.cat(features))
     answers = gathered(torch.cat(right).long(), scores.device)
     scores = gathered(scores, scores.device)
     predicted = [gathered(torch.cat(predicted), scores.device)]
@@ -220,12 +210,6 @@ def fit_chosen(
         kept = [i for i, of in enumerate(combined.detectors) if not isinstance(of, SampledKNN)]
         combined.detectors, scores = [combined.detectors[i] for i in kept], scores[:, kept]
     return combined.fit_scores(scores, torch.cat(predicted))
-
-
-def _repeated(sample: Sample, features: Tensor) -> Tensor:
-    """Which images ``(B,)`` have the features of a training image, but for rounding."""
-    unit = torch.nn.functional.normalize(sample.features)
-    return knn_score(features.to(unit), unit, 1) < SAME
 
 
 def _right(sample: Sample, outputs: Outputs, labels: Tensor | None) -> Tensor:
