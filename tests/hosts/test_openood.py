@@ -223,7 +223,7 @@ def test_a_network_answers_all_that_postprocessors_ask_of_it(openood, backbone, 
 
 
 @pytest.mark.parametrize(
-    ("backbone", "size", "layers"), [("lenet", 28, 2), ("resnet18_32x32", 32, 16)]
+    ("backbone", "size", "layers"), [("lenet", 28, 2), ("resnet18_32x32", 32, 8)]
 )
 def test_a_config_asks_for_a_head_on_every_layer(openood, backbone, size, layers):
     net = build(backbone=backbone, image_size=size, head="multilayer").eval()
@@ -861,7 +861,7 @@ def test_trainer_attach_is_the_cores(openood, tmp_path):
     [
         ("linear", "lenet.ckpt", "network.head multilayer"),
         ("multilayer", "none", r"best\.ckpt"),
-        ("multilayer", "other.ckpt", "name lenet for"),
+        ("multilayer", "other.ckpt", "network lenet, but got"),
     ],
 )
 def test_trainer_attach_says_what_it_wants(openood, tmp_path, head, checkpoint, message):
