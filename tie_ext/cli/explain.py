@@ -61,17 +61,19 @@ def run(flags: Namespace) -> None:
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decide, examples, names)
     with locked(folder):
-        grid = page.figure(folder, "explain_classes", CLASSES, class_grid(found, names))
+        pngs: dict[str, bytes] = {}
+        grid = page.figure(pngs, "explain_classes", CLASSES, class_grid(found, names))
         body = [page.section("Classes", grid)]
         if captions:
             distances = found.layers.compare(x).relative_distance
             bars = layer_bars(net.to_unit(x), captions, distances, found.layers.names)
-            layers = page.figure(folder, "explain_layers", LAYERS, bars)
+            layers = page.figure(pngs, "explain_layers", LAYERS, bars)
         else:
             layers = page.paragraph(
                 "None of the images of other sets that the run kept is rejected."
             )
         body.append(page.section("Rejected images", layers))
+        page.write_figures(folder, pngs)
         title = f"{folder.resolve().name}: what the network has learned"
         agree = AGREE.format(100 * found.agreement)
         print(page.write_page(folder / "explain.html", title, agree, body))

@@ -53,7 +53,9 @@ def write_report(folder: Path) -> Path:
         )
     with reading(f"a run whose files are of one network at {folder}"):
         log = [] if is_attached(record) else _read_log(folder)
-        body = list(_body(folder, record, snapshots, log))
+        pngs: dict[str, bytes] = {}  # written when all files have been read
+        body = list(_body(folder, record, snapshots, log, pngs))
+    page.write_figures(folder, pngs)
     return page.write_page(folder / "report.html", folder.resolve().name, lead(record), body)
 
 
@@ -90,7 +92,11 @@ def _cards(numbers: Mapping) -> Iterator[page.Card]:
 
 
 def _body(
-    folder: Path, record: Mapping, snapshots: Snapshots, log: Sequence[Mapping]
+    folder: Path,
+    record: Mapping,
+    snapshots: Snapshots,
+    log: Sequence[Mapping],
+    pngs: dict[str, bytes],
 ) -> Iterator[str]:
     """The page from top to bottom."""
     net, decide = load_decision(folder)
@@ -110,10 +116,10 @@ def _body(
         label = COMBINED if COMBINED in scores else next(iter(scores), None)
         if label:
             drawn = figures.histograms(scores[label])
-            yield page.section("Scores", page.figure(folder, f"scores_{label}", HISTOGRAM, drawn))
+            yield page.section("Scores", page.figure(pngs, f"scores_{label}", HISTOGRAM, drawn))
         yield page.section("Sets", page.table(_sets(numbers)), page.paragraph(" ".join(WORDS[:2])))
     for name, title, caption, drawn in _figures(record, snapshots, log, names, scores):
-        yield page.section(title, page.figure(folder, name, caption, drawn), folded=True)
+        yield page.section(title, page.figure(pngs, name, caption, drawn), folded=True)
     if numbers:
         methods = record.get("comparison", {OWN[is_attached(record)]: numbers})
         words = " ".join((*WORDS, decides(numbers)))
