@@ -39,6 +39,7 @@ OTHERS = {
         f"public {name}": lambda name=name: public_page.facts()[name] for name in public_page.FACTS
     },
     "mutants": mutants.shown,
+    "benchmark library": benchmark_page.pull_request,
     **{f"drift {name}": place for name, place in drift.PLACES.items()},
     **{f"rejects {name}": place for name, place in rejects.PLACES.items()},
 }
