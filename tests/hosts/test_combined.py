@@ -357,7 +357,7 @@ def test_features_of_other_images_than_those_that_are_scored_are_not_taken_for_t
 
 def test_a_head_on_every_layer_is_read_in_the_same_pass():
     torch.manual_seed(0)
-    net = attach(Conv3(1, N).eval(), loader(), num_classes=N)
+    net = attach(Conv3(1, N).eval(), loader(seed=1), num_classes=N)
     detector, x = three(net).fit(loader(60)), images()[0]
     passes = []
     net.backbone.register_forward_hook(lambda *_: passes.append(1))
