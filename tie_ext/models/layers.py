@@ -11,7 +11,7 @@ from tie_ext.utils.views import add_hook, eval_view
 
 MAX_LAYERS = 8
 """Layers read, evenly spaced from the first to the last; blocks are looked into where there are
-fewer. Sixteen cost twice as much and rank no better (docs/research/cost.md)."""
+fewer. Each costs a pooling of its maps in every forward pass."""
 
 
 def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
