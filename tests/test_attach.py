@@ -316,6 +316,10 @@ def test_a_fit_ends_where_held_out_images_gain_no_more(monkeypatch):
     assert 100 <= seen.count(50) < 5000  # where there is nothing to learn
     held = seen.count(40)
     assert held == seen.count(50) // 25
+    low, high = noise[:200] - 3, noise[200:] + 3
+    fit_head(head, low, high, HeadConfig(steps=200))  # the weights of the smallest loss stay
+    assert (head(high) > 0).all()
+    assert (head(low) < 0).all()
 
 
 def test_reservoir_leaves_its_input_unchanged():
