@@ -153,7 +153,7 @@ def figure(of: Judged, clean: Tensor, after: Tensor) -> None:
 
 
 def power() -> str:
-    """The table of docs/drift.md."""
+    """The table of docs/how-to/drift.md."""
     rows = []
     for name, found in _record()["changes"].items():
         row = {"change": name, "rejected": f"{100 * found['rejected']:.0f} %"}
@@ -184,7 +184,7 @@ PLACES: dict[str, Callable[[], str]] = {
     "after": lambda: str(_record()["after"]),
     "naive": lambda: f"{100 * _record()['naive']['40']:.0f} %",
 }
-"""What stands in docs/drift.md."""
+"""What stands in docs/how-to/drift.md."""
 
 
 if __name__ == "__main__":

@@ -131,16 +131,15 @@ def said() -> str:
 
 
 def page() -> str:
-    """The table of docs/drift.md."""
+    """The table of docs/how-to/drift.md."""
     record = read_json(RECORD, "the record of rejected images")
     rows = [
         {
             "images": title,
             "rejected": found["rejected"],
-            "kinds": found["kinds"],
-            "groups": len(found["groups"]),
+            "groups (kinds)": f"{len(found['groups'])} ({found['kinds']})",
             "adjusted Rand index": f"{found['ours']:.2f}",
-            "k-means on the logits": f"{found['kmeans']:.2f}",
+            "k-means on logits": f"{found['kmeans']:.2f}",
         }
         for title, found in ((SETS[name], of) for name, of in record["sets"].items())
     ]
@@ -148,7 +147,7 @@ def page() -> str:
 
 
 PLACES = {"table": page, "called": said}
-"""What stands in docs/drift.md."""
+"""What stands in docs/how-to/drift.md."""
 
 
 if __name__ == "__main__":

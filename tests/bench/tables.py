@@ -62,7 +62,7 @@ def documents() -> dict[str, str]:
     texts = {f"research/{page.name}": fill(page.read_text(), OTHERS) for page in pages}
     found = {
         "results.md": texts.pop("research/results.md"),
-        "drift.md": texts.pop("research/drift.md"),
+        "how-to/drift.md": texts.pop("research/drift.md"),
         **texts,
         "research/benchmark.md": benchmark_page.page(),
         "research/cost.md": cost(),

@@ -435,10 +435,10 @@ def test_help_ends_with_examples_that_parse_and_the_version_has_its_name(capsys)
 
 
 @pytest.mark.slow
-def test_a_shell_completes_verbs_and_flags_by_the_words_of_the_guide():
+def test_a_shell_completes_verbs_and_flags_by_the_words_of_the_page():
     pytest.importorskip("shtab")
     (command,) = re.findall(
-        r"&& shtab (.*) >", (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+        r"&& shtab (.*) >", (Path(__file__).parents[2] / "docs/how-to/command-line.md").read_text()
     )
     done = subprocess.run(
         [sys.executable, "-m", "shtab", *shlex.split(command)], capture_output=True, text=True

@@ -140,7 +140,7 @@ def commands(page: str) -> list[str]:
 
 
 def test_every_page_and_ci_have_the_same_lines_and_they_install_the_extra():
-    lines = commands("docs/hosts.md")
+    lines = commands("docs/how-to/hosts.md")
     assert lines[0].startswith(
         "pip install -e '.[openood]' && pip install --no-build-isolation libmr && git clone "
     )

@@ -354,8 +354,8 @@ def make_small(monkeypatch) -> None:
 
 
 def of_the_page(begin: str) -> list[str]:
-    """Arguments of the only line of docs/hosts.md that begins so."""
-    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+    """Arguments of the only line of docs/how-to/hosts.md that begins so."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "hosts.md").read_text()
     begin = f"python -m tie_ext.openood {begin}"
     (line,) = [line for line in page.splitlines() if line.startswith(begin)]
     return shlex.split(line)[3:]

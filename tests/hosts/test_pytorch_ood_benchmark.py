@@ -90,7 +90,7 @@ def test_bounds_of_one_channel_do_not_do_for_another():
 @pytest.mark.slow
 def test_the_page_runs():
     (code,) = re.findall(
-        r"```python\n(.*?)```", (REPOSITORY / "docs" / "hosts.md").read_text(), re.S
+        r"```python\n(.*?)```", (REPOSITORY / "docs/how-to/normalised-inputs.md").read_text(), re.S
     )
     found: dict = {}
     exec(code, found)

@@ -398,6 +398,7 @@ class CombinedExportModule(nn.Module):
         self.net.keep_training(None, None)  # no part of what is exported
         for name, value in {"threshold": threshold, **learned._asdict()}.items():
             self.register_buffer(name, value)
+        self.eval()  # exporters warn of a module in training mode
 
     def forward(self, x: Tensor) -> Decision:
         """The :class:`tie_ext.Decision` of images ``(B, C, H, W)``."""

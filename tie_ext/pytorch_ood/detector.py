@@ -319,6 +319,7 @@ class ExportModule(nn.Module):
         self.net.keep_training(None, None)  # no part of what is exported
         self.register_buffer("threshold", threshold)
         self.register_buffer("tau", tau)
+        self.eval()  # exporters warn of a module in training mode
 
     def forward(self, x: Tensor) -> Decision:
         """The :class:`tie_ext.Decision` of images ``(B, C, H, W)``."""
