@@ -390,8 +390,8 @@ def test_tutorial_on_a_few_photographs(tmp_path):
     command = [sys.executable, "-c", start, "--inplace", "--timeout=500", str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, env=HERE)
     assert done.returncode == 0, done.stderr
-    rejected = dict(re.findall(r"rejected: ([\d.]+)% of (.*)", said(copy)))
-    shares = {name: float(share) for share, name in rejected.items()}
+    rejected = re.findall(r"rejected: ([\d.]+)% of (.*)", said(copy))
+    shares = {name: float(share) for share, name in rejected}
     assert len(shares) == 9
     assert shares.pop("90 test images") < 20
     assert min(shares.values()) > 80
