@@ -301,12 +301,10 @@ def test_citation_and_changelog_are_of_this_version():
 
 
 def test_the_changelog_sends_to_what_exists():
-    unreleased = (
-        project_file("CHANGELOG.md").partition("\n## [Unreleased]")[2].partition("\n## [")[0]
-    )
+    changes = project_file("CHANGELOG.md").partition(f"\n## [{tie_ext.__version__}]")[2]
     for name in re.findall(
         r"`(tie_ext(?:\.\w+)+)`",
-        "".join(re.findall(r"^\|[^|]*\|(.*)\|$", unreleased, re.M)),
+        "".join(re.findall(r"^\|[^|]*\|(.*)\|$", changes.partition("\n## [")[0], re.M)),
     ):
         module = name if is_room(name) else name.rpartition(".")[0]
         assert is_room(module), name

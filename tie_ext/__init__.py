@@ -17,7 +17,7 @@ from tie_ext.training.trainer import TIETrainer
 if TYPE_CHECKING:
     from tie_ext.pytorch_ood import Combined, TIEDetector, combine
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "Combined",
     "Decision",
