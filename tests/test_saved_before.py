@@ -143,20 +143,23 @@ def test_saved_again_it_scores_the_same(folder, tmp_path):
 
 def test_a_run_of_0_1_0_scores_as_it_did(monkeypatch):
     pytest.importorskip("pytorch_ood")
-    from tie_ext.cli.folder import load_decision, read_settings
+    from tie_ext.cli.folder import load_run, read_settings
 
     folder = DATA / "run_by_0.1.0"
     monkeypatch.setattr("tie_ext.cli.registry.build", lambda name, channels, n: Small())
-    net, decide = load_decision(folder)
+    detector, decide = load_run(folder)
     assert decide(RAMP).score.tolist() == pytest.approx(
         [-1.464127, -1.743791, -2.150465, -2.632676], rel=1e-4
     )
-    assert (decide(RAMP).level.tolist(), net.tau) == ([0, 0, 0, 0], pytest.approx(1.066986))
-    _, decide = load_decision(folder, false_alarm=0.1)
+    assert (decide(RAMP).level.tolist(), detector.network.tau) == (
+        [0, 0, 0, 0],
+        pytest.approx(1.066986),
+    )
+    _, decide = load_run(folder, false_alarm=0.1)
     assert decide(RAMP).level.tolist() == [2, 0, 0, 0]
     recipe = read_settings(folder).recipe
     assert (recipe.config.pool_size, recipe.prior, recipe.head) == (8, ("multiscale",), "linear")
     with pytest.raises(
         ValueError, match=r"Expected the training state of a run with the settings"
     ):
-        recipe.trainer(net.train()).load(folder / "training.safetensors")
+        recipe.trainer(detector.network.train()).load(folder / "training.safetensors")

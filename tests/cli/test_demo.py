@@ -2,21 +2,19 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
 from conftest import set_head_defaults
 
-from tie_ext import TIEDetector, TIENet
+from cli.conftest import files_of, record_of, run, stop
+from tie_ext import TIENet
 from tie_ext.cli import demo, demo_images, registry, report
-from tie_ext.cli.main import main
 from tie_ext.pytorch_ood import load_detector
 from tie_ext.utils.files import locked, write_atomically
 from tie_ext.utils.weight_files import read_checkpoint
 
-pytest.importorskip("PIL.Image")
-STRANGERS = {"digits", "letters", "photographs", "noise"}
+STRANGERS = ("digits", "letters", "photographs", "noise")
 
 
 def test_shipped_images():
@@ -24,23 +22,19 @@ def test_shipped_images():
     assert [len(images) for images in (train, calibration, new)] == [2000, 1600, 800]
     assert all(of.shape == (1, 28, 28) and len(of.classes) == 10 for of in (train, new))
     ood = demo_images.strangers()
-    assert ood.keys() == STRANGERS
+    assert tuple(ood) == STRANGERS
     assert all(len(of) >= 260 and of.x.float().std() > 10 for of in ood.values())
+    sizes = {path.suffix: path.stat().st_size for path in demo_images.FOLDER.iterdir()}
+    assert sizes[".safetensors"] < 2**20
+    assert sizes[".png"] < 3 * 2**20
 
 
 def test_shipped_network_knows_new_clothes():
-    path = str(demo_images.NETWORK)
-    model = registry.load("conv3", 1, 10, read_checkpoint(path))[0].eval()
+    model = registry.load("conv3", 1, 10, read_checkpoint(str(demo_images.NETWORK)))[0]
     *_, new = demo_images.clothes()
     with torch.no_grad():
         right = model(new.x.float() / 255).argmax(1) == new.y
     assert right.double().mean() > 0.9
-
-
-def test_shipped_files_are_small():
-    sizes = {path.suffix: path.stat().st_size for path in demo_images.FOLDER.iterdir()}
-    assert sizes[".safetensors"] < 2**20
-    assert sizes[".png"] < 3 * 2**20
 
 
 @pytest.fixture
@@ -51,11 +45,10 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(demo_images, "clothes", lambda: some)
     sets = {name: of.first(20) for name, of in demo_images.strangers().items()}
     monkeypatch.setattr(demo_images, "strangers", lambda: sets)
-    whole = demo.recipe
-    few = {"epochs": 1, "candidates": 22, "pool_size": 40}
+    few, whole = {"epochs": 1, "candidates": 22, "pool_size": 40}, demo.recipe
     monkeypatch.setattr(demo, "recipe", lambda seed=0: whole(seed, **few))
     set_head_defaults(monkeypatch, steps=150, epoch_steps=5)
-    return lambda out, *more: main(["demo", "--out", str(out), *more])
+    return lambda out, *more: run("demo", "--out", out, *more)
 
 
 @pytest.fixture
@@ -63,108 +56,60 @@ def without_page(monkeypatch):
     """A report of one line, as a page takes longer than all else."""
 
     def page(folder):
-        write_atomically(folder / "figures" / "features.png", b"drawn")
         write_atomically(folder / "report.html", b"drawn")
 
     monkeypatch.setattr(report, "write_report", page)
 
 
-def files_of(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
-
-
 @pytest.mark.slow
-def test_demo_decides_and_shows(small_demo, tmp_path, capsys):
+def test_what_a_demo_decides_and_shows(small_demo, tmp_path, capsys):
     out = tmp_path / "demo"
     assert small_demo(out) == 0
-    said = capsys.readouterr().out.splitlines()
     number = r"(\d+\.\d)%"
-    pattern = f"{number} of new clothes accepted; rejected: " + ", ".join(
-        f"{number} of {name}" for name in ("digits", "letters", "photographs", "noise")
-    )
-    shares = [float(of) for of in re.fullmatch(pattern, said[-1]).groups()]
-    decision = json.loads((out / "run.json").read_text())["numbers"]["decision"]
+    others = ", ".join(f"{number} of {name}" for name in STRANGERS)
+    said = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(f"{number} of new clothes accepted; rejected: {others}", said)
+    shares, decision = list(map(float, found.groups())), record_of(out)["numbers"]["decision"]
     assert shares[0] == pytest.approx(100 * (1 - decision["measured"]), abs=0.06)
-    found = [100 * decision["rejected"][name] for name in ("digits", "letters", "photographs")]
-    assert shares[1:4] == pytest.approx(found, abs=0.06)
-    page = (out / "report.html").read_text()
-    assert "false alarms measured on new images" in page
+    rejected = [100 * decision["rejected"][name] for name in STRANGERS]
+    assert shares[1:4] == pytest.approx(rejected[:3], abs=0.06)
+    assert "false alarms measured on new images" in (out / "report.html").read_text()
     x = demo_images.clothes()[2].x[:5].float() / 255
-    net = load_detector(out).network
-    assert torch.equal(net(x), TIENet.load(out / "network.safetensors")(x))
+    assert torch.equal(load_detector(out).network(x), TIENet.load(out / "network.safetensors")(x))
 
 
 @pytest.mark.slow
-def test_demo_replaces_demos_alone(small_demo, without_page, tmp_path):
+def test_a_demo_takes_the_place_of_another(small_demo, without_page, tmp_path, monkeypatch):
     out = tmp_path / "demo"
-    assert small_demo(out) == 0
-    first = files_of(out)
-    mine = ["notes.txt", "epochs/mine.safetensors", "figures/holiday.png", "more/run.json"]
-    for name in mine:
-        (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text("mine")
-    assert small_demo(out, "--seed", "1") == 0
-    second = files_of(out)
-    assert {name: second.pop(name) for name in mine} == dict.fromkeys(mine, b"mine")
-    assert second.keys() == first.keys()
-    assert second["network.safetensors"] != first["network.safetensors"]
-
-
-@pytest.mark.slow
-def test_demo_that_trains(small_demo, without_page, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "demo"
-    assert small_demo(out, "--train") == 0
-    assert "of new clothes accepted" in capsys.readouterr().out.splitlines()[-1]
-    assert len(json.loads((out / "run.json").read_text())["log"]) == 1
-    assert isinstance(load_detector(out), TIEDetector) or (out / "detector.json").exists()
-    assert small_demo(out) == 0  # in place of it
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["attach_in", "rejection"])
-def test_stopped_demo_begins_again(when, small_demo, without_page, tmp_path, monkeypatch):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(demo, when, stop)
-        assert small_demo(tmp_path / "demo") == 130
-    assert small_demo(tmp_path / "demo") == 0
+        patched.setattr(demo, "rejection", stop)
+        assert small_demo(out, "--train") == 130
+    assert len(record_of(out)["log"]) == 1
+    (out / "epochs" / "mine.txt").write_text("mine")
+    assert small_demo(out, "--seed", 1) == 0
+    assert "log" not in record_of(out)
+    files = files_of(out)
+    assert files["epochs/mine.txt"] == b"mine"
+    assert "training.safetensors" not in files
 
 
-CONTENTS = {
-    "network.safetensors": "mine",
-    "run.json": '{"settings": {"data": "marathon"}}',
-    "report.html": "of nobody",
-}
-
-
-@pytest.mark.parametrize("name", CONTENTS)
-def test_demo_touches_no_other_folder(name, small_demo, tmp_path, capsys):
-    (tmp_path / name).write_text(CONTENTS[name])
-    before = files_of(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("network.safetensors", "mine"),
+        ("run.json", json.dumps({"settings": {"data": "marathon"}})),
+        ("report.html", "of nobody"),
+    ],
+)
+def test_folders_of_others(name, content, small_demo, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
     assert small_demo(tmp_path) == 1
     said = f"Expected a folder for the demo, but got {tmp_path}, which holds {name}"
     assert said in capsys.readouterr().err
-    assert files_of(tmp_path) == before
+    assert files_of(tmp_path) == {name: content.encode()}
 
 
-@pytest.mark.slow
-def test_demo_touches_no_run_on_its_images(small_demo, without_page, tmp_path, capsys):
-    weights = str(shutil.copy(demo_images.NETWORK, tmp_path / "mine.safetensors"))
-    given = ["--backbone", "conv3", "--weights", weights, "--data", "demo"]
-    assert main(["attach", *given, "--out", str(tmp_path / "run")]) == 0
-    before = files_of(tmp_path / "run")
-    assert small_demo(tmp_path / "run") == 1
-    assert "Expected a folder for the demo" in capsys.readouterr().err
-    assert files_of(tmp_path / "run") == before
-
-
-def test_demo_waits_for_nobody(small_demo, tmp_path, capsys):
+def test_a_demo_in_a_folder_that_is_locked(small_demo, tmp_path, capsys):
     with locked(tmp_path):
         assert small_demo(tmp_path) == 1
     assert f"Expected {tmp_path} to be free" in capsys.readouterr().err

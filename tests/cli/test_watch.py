@@ -9,8 +9,8 @@ from conftest import SHAPE
 from PIL import Image
 from pytorch_ood.detector import EnergyBased
 
+from cli.conftest import run
 from tie_ext import Combined, TIEDetector, TIENet
-from tie_ext.cli.main import main
 from tie_ext.models.backbones import Conv3
 from tie_ext.pytorch_ood import load_detector
 
@@ -37,8 +37,8 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(images, tmp_path):
-    """A saved detector that was fitted to the usual images."""
+def detector(images, tmp_path):
+    """The folder of a detector that was fitted to the usual images."""
     torch.manual_seed(0)
     net = TIENet(Conv3(1, 3), 3, SHAPE, class_names=("a", "b", "c"), head="multilayer").eval()
     held = [np.asarray(Image.open(path)) for path in sorted(images["held"].iterdir())]
@@ -48,49 +48,45 @@ def folder(images, tmp_path):
     return tmp_path / "detector"
 
 
-def test_a_monitor_is_carried_from_run_to_run(folder, images, tmp_path, capsys):
+def test_a_monitor_carried_from_run_to_run(detector, images, tmp_path, capsys):
     state = tmp_path / "states" / "state.json"
-    score = ["score", str(folder), "--monitor", str(state), "--out", str(tmp_path / "rows.csv")]
-    assert main([*score, str(images["usual"])]) == 0
+    score = ["score", detector, "--monitor", state, "--out", tmp_path / "rows.csv"]
+    assert run(*score, images["usual"]) == 0
     assert "monitor: no drift in 120 images" in capsys.readouterr().err
-    assert main([*score, str(images["changed"])]) == 3
+    assert run(*score, images["changed"]) == 3
     said = capsys.readouterr().err
     assert "monitor: DRIFT, found at image" in said
-    assert "of 180" in said
+    assert "of 180: since about image" in said
     assert "95 % interval" in said
-    assert main([*score, str(images["usual"])]) == 3  # an alarm stays
+    assert run(*score, images["usual"]) == 3  # an alarm stays
     assert json.loads(state.read_text())["images"] == 300
     # After calibration it is another scale, and the old state is refused.
-    assert main(["calibrate", str(folder), str(images["changed"])]) == 0
-    assert main([*score, str(images["usual"])]) == 1
+    assert run("calibrate", detector, images["changed"]) == 0
+    assert run(*score, images["usual"]) == 1
     assert "from before it was calibrated" in capsys.readouterr().err
 
 
-def test_an_unreadable_image_is_not_monitored(folder, images, tmp_path, capsys):
+def test_an_unreadable_image_is_not_monitored(detector, images, tmp_path):
     (tmp_path / "broken.png").write_text("no image")
-    state, usual = tmp_path / "state.json", str(images["usual"] / "0000.png")
-    score = ["score", str(folder), str(tmp_path / "broken.png"), usual, "--monitor", str(state)]
-    assert main(score) == 1
+    state, usual = tmp_path / "state.json", images["usual"] / "0000.png"
+    assert run("score", detector, tmp_path / "broken.png", usual, "--monitor", state) == 1
     assert json.loads(state.read_text())["images"] == 1
 
 
-def test_a_detector_without_calibration_scores_is_to_be_calibrated(
-    folder, images, tmp_path, capsys
-):
-    (folder / "detector.json").unlink()
-    state = str(tmp_path / "state.json")
-    score = ["score", str(folder), str(images["usual"]), "--monitor", state]
-    assert main(score) == 1
+def test_a_monitor_without_calibration_scores(detector, images, tmp_path, capsys):
+    (detector / "detector.json").unlink()
+    score = ["score", detector, images["usual"], "--monitor", tmp_path / "state.json"]
+    assert run(*score) == 1
     assert "run tie-ext calibrate" in capsys.readouterr().err
-    assert main(["calibrate", str(folder), str(images["held"])]) == 0
-    assert main(score) == 0
+    assert run("calibrate", detector, images["held"]) == 0
+    assert run(*score) == 0
 
 
-def test_calibrate_sets_the_threshold_anew(folder, images, capsys):
-    before = load_detector(folder)
-    given = ["--guarantee", "pac", "--confidence", "0.9", "--false-alarm", "0.1"]
-    assert main(["calibrate", str(folder), str(images["changed"]), *given]) == 0
-    said, after = capsys.readouterr().out, load_detector(folder)
+def test_a_threshold_set_anew(detector, images, capsys):
+    before = load_detector(detector)
+    given = ["--guarantee", "pac", "--confidence", 0.9, "--false-alarm", 0.1]
+    assert run("calibrate", detector, images["changed"], *given) == 0
+    said, after = capsys.readouterr().out, load_detector(detector)
     assert "before: 60 of 60 images rejected" in said
     assert "at most 0.1 of new ID images are rejected, with confidence 0.9" in said
     assert after.threshold > before.threshold
@@ -98,23 +94,32 @@ def test_calibrate_sets_the_threshold_anew(folder, images, capsys):
     assert len(after.calibration_scores) == len(after.calibration_labels) == 60
     assert torch.equal(after.reference.mean, before.reference.mean)
     # What was chosen stays, and too few images change nothing.
-    assert main(["calibrate", str(folder), str(images["changed"] / "0000.png")]) == 1
+    assert run("calibrate", detector, images["changed"] / "0000.png") == 1
     assert "at least 22 ID images" in capsys.readouterr().err
-    assert load_detector(folder).threshold == after.threshold
-    assert main(["calibrate", str(folder), str(images["changed"]), "--false-alarm", "0"]) == 2
+    assert load_detector(detector).threshold == after.threshold
+    assert run("calibrate", detector / "detector.json", images["changed"]) == 1
+    assert run("calibrate", detector, images["changed"], "--confidence", 1) == 2
 
 
-def test_rejected_images_are_grouped_shown_and_exported(folder, images, tmp_path, capsys):
+def test_a_threshold_for_each_class(detector, images, capsys):
+    assert run("calibrate", detector, images["usual"], "--per-class") == 0
+    assert load_detector(detector).threshold.ndim == 1
+    assert "of each predicted class with enough images" in capsys.readouterr().out
+    assert run("calibrate", detector, images["usual"]) == 0
+    assert "of 120 images rejected" in capsys.readouterr().out
+
+
+def test_rejected_images_in_groups(detector, images, tmp_path, capsys):
     out = tmp_path / "groups"
-    report = ["report", str(folder), "--images", str(images["changed"]), "--export", str(out)]
-    assert main(report) == 0
-    page = (folder / "rejected.html").read_text()
-    assert capsys.readouterr().out.strip() == str(folder / "rejected.html")
+    report = ["report", detector, "--images", images["changed"], "--export", out]
+    assert run(*report) == 0
+    page = (detector / "rejected.html").read_text()
+    assert capsys.readouterr().out.strip() == str(detector / "rejected.html")
     assert "60 of 60 images are rejected" in page
     assert "http" not in page
     assert page.count("<img") >= 16
     copies = [path.name for path in out.rglob("*.png")]
     assert len(copies) == len(set(copies)) > 50
-    assert main(report) == 1  # nothing is overwritten
+    assert run(*report) == 1  # nothing is overwritten
     assert "Expected a new folder for --export" in capsys.readouterr().err
-    assert main(["report", str(folder), "--export", str(out)]) == 2
+    assert run("report", detector, "--export", out) == 2

@@ -594,29 +594,6 @@ def test_nothing_is_searched_for_and_a_line_says_so(openood, capsys, name):
         assert torch.equal(of.postprocess(net, x)[1], before)
 
 
-@pytest.mark.parametrize("name", ["logitnorm", "ascood"])
-def test_its_own_training_methods_train_the_id_logits_alone(openood, name):
-    from tie_ext import TIENet
-    from tie_ext.cli.reproduce.openood_baselines import train_baseline
-    from tie_ext.models.backbones import Conv3
-    from tie_ext.outliers.saliency import Standardized
-
-    torch.manual_seed(0)
-    x = torch.zeros(24, 1, 28, 28)
-    for i in range(24):
-        x[i, :, 8 * (i % 3) : 8 * (i % 3) + 8] = 1
-    batches = [(x[:12], torch.arange(12) % 3), (x[12:], torch.arange(12, 24) % 3)]
-    backbone = Conv3(1, 3)
-    net = TIENet(Standardized(backbone) if name == "ascood" else backbone, 3, (1, 28, 28))
-    garbage = net.garbage.weight.clone()
-    train_baseline(name, net, batches, epochs=8)
-    net.eval()
-    assert torch.equal(net(x).argmax(1), torch.arange(24) % 3)
-    assert torch.equal(net.garbage.weight, garbage)
-    with pytest.raises(ValueError, match="one of logitnorm, ascood, but got 'magic'"):
-        train_baseline("magic", net, batches, epochs=1)
-
-
 def test_both_hosts_measure_the_same_on_the_same_scores(openood):
     from openood.evaluators.metrics import compute_all_metrics
     from pytorch_ood.metrics import OODMetrics

@@ -12,15 +12,14 @@ from torch import nn
 
 from tie_ext.cli import registry, tables
 from tie_ext.cli.batches import sampled_batches
-from tie_ext.cli.evaluation import NEEDED, evaluate_run, too_few
-from tie_ext.cli.flags import check_flags, settings_of, usage
-from tie_ext.cli.folder import OWN, clear, holds_attached, read_record, written
+from tie_ext.cli.evaluation import NEEDED, evaluate_run, notes
+from tie_ext.cli.flags import check_device, settings_of, usage
+from tie_ext.cli.folder import OWN, check_new, clear
 from tie_ext.cli.image_folder import HELD_OUT
 from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import AttachSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
 from tie_ext.cli.transform import Transform
-from tie_ext.models.network import TIENet
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.training.attach import attach
 from tie_ext.utils.bounded import Bounded
@@ -29,7 +28,7 @@ from tie_ext.utils.provenance import provenance
 from tie_ext.utils.weight_files import read_checkpoint
 
 SEEN = (
-    ". If the network was trained on these, its threshold rejects more than it says: put images "
+    "if the network was trained on these, its threshold rejects more than it says: put images "
     "that it has not seen into test/"
 )
 """Warns where images are held out here, as the network may have been trained on them."""
@@ -45,32 +44,27 @@ ORDER = (
 
 def run(flags: Namespace) -> None:
     """Attach a garbage class to a trained network, score the test images, leave a run folder."""
-    check_flags(vars(flags))
-    with usage():
-        registry.check_name(flags.backbone)
+    check_device(flags.device)
     folder, settings = flags.out, settings_of(AttachSettings, vars(flags))
-    _refuse_a_run(folder)
+    with usage():
+        registry.check_name(settings.backbone)
+    check_new(folder)
     checkpoint = read_checkpoint(settings.weights)
-    channels = registry.channels_of(settings.backbone, checkpoint)
-    transform = settings.image_transform(channels)
+    channels, _ = registry.sizes_of(settings.backbone, checkpoint)
+    with usage():
+        transform = settings.image_transform(channels)
     images = load_images(settings, settings.seed, transform)
-    images.check_held_out(anyway="yes" in flags)
-    test, classes = images.test, images.train.classes
-    n = len(classes)
+    test, n = images.test, len(images.train.classes)
     model, left = registry.load(settings.backbone, channels, n, checkpoint)
-    images.check()
-    seen = test.note + (SEEN if HELD_OUT in test.note else "")
-    for note in filter(None, (left, seen, too_few(len(test)), *images.notes)):
+    seen = SEEN if HELD_OUT in test.note else ""
+    for note in filter(None, (left, *notes(images), seen)):
         print(note)
     with locked(folder):
-        _refuse_a_run(folder)  # again: another process may have started one meanwhile
         numbers = attach_in(folder, settings, model, images, checkpoint.path, flags.device)
     if doubt := doubts(numbers["accuracy"], n, len(test), checkpoint.accuracy):
-        print(f"{doubt}: {transform.question()} {ORDER}")
-    print(tables.tables({OWN[True]: numbers}))
-    print(tables.worst_validation(numbers) + tables.decides(numbers), end="")
+        print(f"{doubt}: are these its weights, were its images {transform}, {ORDER}")
     print("ID accuracy is that of the network before")
-    print(f"run: {folder}; figures: tie-ext report {folder}")
+    print(tables.summary(OWN[True], numbers, folder))
 
 
 def attach_in(
@@ -99,21 +93,9 @@ def attach_in(
         progress=True,
         autocast_dtype=settings.autocast_dtype,
     )
-    return _save(folder, settings, weights, device, net, images)
-
-
-def _save(
-    folder: Path,
-    settings: AttachSettings,
-    weights: Path,
-    device: str,
-    net: TIENet,
-    images: RunImages,
-) -> dict:
-    """Score the test images, and write all files of the run; gives the numbers of ``run.json``."""
     record = {"settings": settings.record(), "weights_sha256": sha256(weights)}
-    record["transform"] = asdict(cast(Transform, images.transform))
-    record |= ({"test_images": note} if (note := images.test.note) else {}) | provenance(device)
+    record |= {"transform": asdict(cast(Transform, images.transform))}
+    record |= {"test_images": images.test.note} | provenance(device)
     clear(folder)  # of a run that was stopped while it wrote
     write_json(folder / "run.json", record)  # first, as it says whose the others are
     net.save(folder / "network.safetensors")
@@ -143,13 +125,3 @@ def doubts(accuracy: float, classes: int, images: int, said: float | None = None
     if said is not None and accuracy < said - FAR - noise:
         return f"ID accuracy is {accuracy:.1%}, where the checkpoint says {said:.1%}"
     return ""
-
-
-def _refuse_a_run(folder: Path) -> None:
-    """Refuse a folder that holds files of a run, but one of attach that was stopped midway."""
-    files = written(folder)
-    if files and not (holds_attached(folder) and "numbers" not in read_record(folder)):
-        raise ValueError(
-            f"Expected a new folder, but got {folder}, which holds {files[-1].name} of a run; "
-            "give another --out"
-        )

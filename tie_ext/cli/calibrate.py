@@ -5,22 +5,22 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
-from tie_ext.cli.batches import scaled
+from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import FALSE_ALARM
-from tie_ext.cli.flags import check_flags, usage
+from tie_ext.cli.flags import check_device, usage
 from tie_ext.cli.folder import read_detector
 from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.score import BATCH, list_images, transform_of
+from tie_ext.cli.reading import list_images
+from tie_ext.cli.score import BATCH, transform_of
 from tie_ext.pytorch_ood.base import Thresholded
 from tie_ext.scores.threshold import Guarantee
-from tie_ext.utils.checks import check_number
 from tie_ext.utils.files import locked
 from tie_ext.utils.views import eval_view
 
 
 def run(flags: Namespace) -> None:
     """Score the images, set the threshold by them, and save the detector in its place."""
-    check_flags({"device": flags.device})
+    check_device(flags.device)
     if not flags.run.is_dir():
         raise ValueError(f"Expected the folder of a run or of a detector, but got {flags.run}")
     detector, net, home = read_detector(flags.run)
@@ -31,11 +31,10 @@ def run(flags: Namespace) -> None:
             flags.per_class or detector.per_class,
         )
         rate = _first(flags.false_alarm, detector.false_alarm, FALSE_ALARM)
-        check_number("--false-alarm", rate, 0, 1, above=True)
     transform, known = transform_of(net, flags.run)
     net.to(flags.device)
     detector.to(flags.device)
-    images = ImageFiles.of(list_images(flags.images)[0], transform)
+    images = ImageFiles.of(list_images(flags.images), transform)
     with locked(home):
         scores, labels = read_scores(detector, images)
         was = detector.threshold
@@ -65,8 +64,7 @@ def read_scores(detector: Thresholded, images: ImageFiles) -> tuple[Tensor, Tens
         ValueError: If an image cannot be read.
     """
     net, found = detector.network, []  # type: ignore[attr-defined]
-    for pixels in images.parts(torch.arange(len(images)).split(BATCH)):
-        x = scaled(pixels, net)
+    for x, _ in ImageBatches(images, BATCH, scale=net):
         found.append((detector.predict(x).cpu(), eval_view(net)(x).argmax(dim=1).cpu()))
     scores, labels = zip(*found, strict=True)
     return torch.cat(scores), torch.cat(labels)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tie_ext.cli.batches import ImageBatches, sampled_batches, training_batches
+from tie_ext.cli.batches import ImageBatches, sampled_batches
 from tie_ext.cli.images import Images
 from tie_ext.models.network import TIENet
 from tie_ext.training.attach import attach
@@ -59,21 +59,6 @@ def train_plain(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-
-
-def plain_network(
-    backbone: Callable[[], nn.Module],
-    images: Images,
-    config: TIEConfig,
-    batch_size: int,
-    shift: int | None = None,
-    device: str | torch.device = "cpu",
-    progress: bool = False,
-) -> TIENet:
-    """A trained n-class network, in evaluation mode; its garbage class is not trained."""
-    net = make_network(backbone, images, config, device)
-    train_plain(net, training_batches(images, batch_size, shift), config, progress)
-    return net.eval()
 
 
 def classifier(net: TIENet) -> nn.Module:

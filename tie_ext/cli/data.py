@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +21,14 @@ from tie_ext.cli.transform import Transform
 
 NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
 """The paper's six sets."""
-IN_MEMORY = ("auto", "yes", "no")
-"""Where the images of a folder are kept: decoded once in memory, or on disk, decoded each time;
-``auto``: in memory up to :data:`BUDGET`. The results are the same."""
 BUDGET = 2**28
-"""Most bytes of an image set in memory by ``auto``: 20 000 colour images of 64 pixels."""
+"""Most bytes of an image set in memory: 20 000 colour images of 64 pixels. Those of a larger
+folder are decoded each time; the results are the same."""
 _TORCHVISION = dict(
     zip(NAMES, ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100"), strict=False)
 )
 _FOLDERS = {"tinyimagenet": ("tinyimagenet", "tin", "tiny-imagenet-200")}
-_CLASSES = {
-    "fashionmnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot",
-    "cifar10": "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck",
-}
-"""Names that torchvision gives the classes, for folders whose names are numbers."""
 _GREY = ("demo", "mnist", "fashionmnist")
-_SPLITS = ("train", "test", "ood", "val")
 
 
 def load(
@@ -47,8 +38,19 @@ def load(
     shape: Sequence[int] | None = None,
     download: bool = False,
     seed: int = 0,
-    in_memory: str = "yes",
-    transform: Transform | None = None,
+) -> Images:
+    """As :func:`find`, squashed to ``shape``, and in memory where they fit."""
+    how = Transform.squash(shape or own_shape(name))
+    return kept(find(name, split, root, how, download, seed))
+
+
+def find(
+    name: str,
+    split: str,
+    root: str | os.PathLike,
+    transform: Transform,
+    download: bool = False,
+    seed: int = 0,
 ) -> Images:
     """A named set, or ``folder:PATH``, brought to a shape.
 
@@ -60,51 +62,37 @@ def load(
         name: One of :data:`NAMES`, any folder ``root/NAME/SPLIT/CLASS/*.png``, or ``folder:PATH``
             (``PATH/SPLIT/CLASS/*`` or, without splits, ``PATH/CLASS/*``). ``NAME:A-B`` is its
             classes A to B alone, relabelled from 0 (``mnist:0-4``).
-        split: ``train``, ``test``, ``ood`` (the test images; all images of a folder without), or
-            ``val`` (the images of a folder's ``val/`` alone, unlabelled, to choose settings by).
+        split: ``train``, ``test`` or ``ood`` (the test images; all images of a folder without).
         root: Where the sets are: as torchvision keeps them (``root/MNIST/raw``), or as image
             folders (``root/mnist/train/0/*.png``, also below ``root/images_classic``, OpenOOD's).
-        shape: ``(C, S, S)``; None for the set's own, 3 channels and 64 pixels for a folder.
+        transform: How images are brought to a shape.
         download: Let torchvision download what is missing.
         seed: Chooses the images held out of a folder without test images; the same seed and file
             names give the same images.
-        in_memory: One of :data:`IN_MEMORY`; sets that torchvision keeps in one file are read
-            whole.
-        transform: How images are brought to a shape, which it has; None to squash them to
-            ``shape``.
 
     Raises:
-        ValueError: If the name is unknown, a file is no image, or there are no images, saying
-            where they were looked for.
+        ValueError: If the name is unknown or there are no images, saying where they were looked
+            for.
     """
-    if split not in _SPLITS:
-        raise ValueError(
-            f"Expected split to be 'train', 'test', 'ood' or 'val', but got {split!r}"
-        )
-    how = transform or Transform.squash(shape or own_shape(name))
     if name.startswith("folder:"):
-        place = Path(name.removeprefix("folder:"))
-        return keep(folder_images([place], place, split, seed, how), in_memory)
+        return folder_images(Path(name.removeprefix("folder:")), split, seed, transform)
     if part := re.fullmatch(r"(\w+):(\d+)-(\d+)", name):
-        whole = load(part[1], split, root, shape, download, seed, in_memory, transform)
+        whole = find(part[1], split, root, transform, download, seed)
         return whole.classes_between(int(part[2]), int(part[3]))
     folders = _FOLDERS.get(name, (name,))
     places = [base / n for base in (Path(root), Path(root, "images_classic")) for n in folders]
     # OpenOOD keeps SVHN's test images as a folder beside torchvision's training images.
     wanted = ("train",) if split == "train" and name in _TORCHVISION else ("train", *TEST)
-    found = next((p for p in places if any(is_split(p, part) for part in wanted)), None)
-    if found or split == "val":
-        images = keep(folder_images(places, found, split, seed, how), in_memory)
-        by_number = name in _CLASSES and images.classes == tuple(map(str, range(10)))
-        return images.labelled(images.y, tuple(_CLASSES[name].split(","))) if by_number else images
-    train = "train" if split == "train" else "test"
+    for place in places:
+        if any(is_split(place, part) for part in wanted):
+            return folder_images(place, split, seed, transform)
     if name in _TORCHVISION:
-        return _torchvision(name, train, Path(root), how, download)
-    looked = ", ".join(str(place / train) for place in places)
+        return _torchvision(name, split == "train", Path(root), transform, download)
+    looked = ", ".join(map(str, places))
     if name in NAMES:
         raise ValueError(
-            f"Expected {split} images of {name}, which torchvision does not have, in a folder, "
-            f"one of {looked}, but got none"
+            f"Expected {name}, which torchvision does not have, in a folder, one of {looked}, "
+            "but got none"
         )
     hint = f"; did you mean folder:{name}?" if Path(name).is_dir() else ""
     raise ValueError(
@@ -113,18 +101,13 @@ def load(
     )
 
 
-def keep(images: Images, in_memory: str) -> Images:
-    """Images in memory or on disk, as one of :data:`IN_MEMORY` says.
+def kept(images: Images) -> Images:
+    """Images in memory where they fit in :data:`BUDGET`.
 
     Raises:
         ValueError: If one that is to be read cannot be.
     """
-    if in_memory not in IN_MEMORY:
-        raise ValueError(
-            f"Expected in_memory to be one of {', '.join(IN_MEMORY)}, but got {in_memory!r}"
-        )
-    small = len(images) * math.prod(images.shape) <= BUDGET
-    return images.loaded() if in_memory == "yes" or (in_memory == "auto" and small) else images
+    return images.loaded() if len(images) * math.prod(images.shape) <= BUDGET else images
 
 
 def own_shape(name: str) -> tuple[int, int, int]:
@@ -135,10 +118,10 @@ def own_shape(name: str) -> tuple[int, int, int]:
     return (3, 32, 32) if name in _TORCHVISION else (3, 64, 64)
 
 
-def _torchvision(name: str, split: str, root: Path, how: Transform, download: bool) -> ImageSet:
+def _torchvision(name: str, train: bool, root: Path, how: Transform, download: bool) -> ImageSet:
     import torchvision  # only here, so that everything else works without it
 
-    which = {"split": split} if name == "svhn" else {"train": split == "train"}
+    which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         data = getattr(torchvision.datasets, _TORCHVISION[name])(root, download=download, **which)
     except RuntimeError as error:
@@ -147,41 +130,19 @@ def _torchvision(name: str, split: str, root: Path, how: Transform, download: bo
             f"({error})"
         ) from error
     x = torch.as_tensor(np.asarray(data.data))
-    if x.ndim == 3:
-        x = x[:, None]
-    elif name != "svhn":
-        x = x.permute(0, 3, 1, 2)
+    if x.ndim == 4:
+        x = x if name == "svhn" else x.permute(0, 3, 1, 2)
     y = torch.as_tensor(np.asarray(data.labels if name == "svhn" else data.targets)).long()
     classes = tuple(getattr(data, "classes", map(str, range(10))))
-    return ImageSet(transformed(x, how), y, classes)
+    return ImageSet(transformed(x.reshape(len(x), -1, *x.shape[-2:]), how), y, classes)
 
 
 def transformed(x: Tensor, how: Transform) -> Tensor:
     """Uint8 images ``(N, C, H, W)``, transformed."""
-    C, H, W = how.shape
-    if how.resize == (H, W) == (H, H):
-        return reshape(x, C, H)
     from PIL import Image
 
     arrays = x.permute(0, 2, 3, 1).squeeze(3).numpy()
     return torch.stack([how.pixels(Image.fromarray(array)) for array in arrays])
-
-
-def reshape(x: Tensor, channels: int, size: int) -> Tensor:
-    """Bring uint8 images ``(N, C, H, W)`` to ``(N, channels, size, size)``: luma or repetition,
-    then bilinear.
-    """
-    if x.shape[1] == 3 and channels == 1:
-        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        grey = [(part.float() * luma).sum(1, keepdim=True).round() for part in x.split(4096)]
-        x = torch.cat([part.to(torch.uint8) for part in grey])
-    elif x.shape[1] == 1 and channels == 3:
-        x = x.expand(-1, 3, -1, -1)
-    if x.shape[-2:] != (size, size):
-        resize = partial(F.interpolate, mode="bilinear", align_corners=False, antialias=True)
-        parts = [resize(part.float(), (size, size)) for part in x.split(4096)]
-        x = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
-    return x.contiguous()
 
 
 def noise(kind: str, count: int, shape: Sequence[int], seed: int = 0) -> ImageSet:

@@ -4,7 +4,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from tie_ext.cli import demo_images, registry, report, tables
 from tie_ext.cli.attach import attach_in
 from tie_ext.cli.batches import SCORING, scaled
-from tie_ext.cli.flags import check_flags
-from tie_ext.cli.folder import clear, load_decision, read_record, written
+from tie_ext.cli.folder import clear, load_run, read_record, written
 from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.settings import AttachSettings, TrainSettings
 from tie_ext.cli.train import train_in
@@ -35,21 +34,26 @@ def recipe(seed: int = 0, **changes: Any) -> Recipe:
 
 def run(flags: Namespace) -> None:
     """Attach, or train, decide on images of every kind, and write the report."""
-    check_flags(vars(flags))
     # Images are small: threads that wait for one another cost more than they give.
     torch.set_num_threads(1)
     start, folder = time.perf_counter(), flags.out
     train, calibration, new = demo_images.clothes()
     transform = Transform.squash(train.shape)
     images = RunImages(train, calibration, {**demo_images.strangers()}, transform)
-    _check_folder(folder)
+    files = written(folder)
+    found = read_record(folder)["settings"] if (folder / "run.json").is_file() else {}
+    if files and found.get("data") != "demo":
+        raise ValueError(
+            f"Expected a folder for the demo, but got {folder}, which holds {files[-1].name} of "
+            "something else; give another --out"
+        )
     with locked(folder):
-        _check_folder(folder)  # again: another process may have used it meanwhile
         clear(folder)
         print(f"clothes: {len(train)} to fit, {len(calibration)} held out", flush=True)
         (_train if flags.train else _attach)(folder, images, flags.seed)
         _say(start, "deciding")
-        net, decide = load_decision(folder)
+        detector, decide = load_run(folder)
+        net = cast(TIENet, detector.network)
         sets = {"clothes": new, **images.ood}
         rejected = {name: rejection(net, decide, of) for name, of in sets.items()}
         record = read_record(folder)
@@ -96,28 +100,3 @@ def _train(folder: Path, images: RunImages, seed: int) -> None:
 
 def _say(start: float, what: str) -> None:
     print(f"{time.perf_counter() - start:3.0f} s  {what}", flush=True)
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds files of a run, but for an earlier demo, which is replaced."""
-    files = written(folder)
-    if files and not _is_demo(folder):
-        raise ValueError(
-            f"Expected a folder for the demo, but got {folder}, which holds {files[-1].name} of "
-            "something else; give another --out"
-        )
-
-
-def _is_demo(folder: Path) -> bool:
-    """Whether a folder holds a demo, finished or stopped, of this version or an earlier one."""
-    try:
-        record = read_record(folder)
-        settings = record["settings"]
-        if settings["data"] != "demo" or "comparison" in record:
-            return settings["data"] == "demo"
-        if "weights" in settings and "recipe" not in settings:
-            return settings["weights"] == str(demo_images.NETWORK)
-        found = Recipe.of_record(settings["recipe"])
-        return found.record() == recipe(found.config.seed).record()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

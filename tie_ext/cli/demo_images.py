@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tie_ext.cli.data import noise, reshape
+from tie_ext.cli.data import noise, transformed
 from tie_ext.cli.images import ImageSet
+from tie_ext.cli.transform import Transform
 
 FOLDER = Path(__file__).parent / "clothes"
 NETWORK = FOLDER / "conv3.safetensors"
 """The state_dict of a :class:`~tie_ext.models.backbones.Conv3` trained on FashionMNIST."""
 SIDE = 28
+SMALL = Transform.squash((1, SIDE, SIDE))
 COUNT = 300
 """Images of an OOD set."""
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral"]
@@ -51,7 +53,7 @@ def _digits() -> Tensor:
     from sklearn.datasets import load_digits
 
     x = torch.as_tensor(load_digits().images[:COUNT]) * (255 / 16)
-    return reshape(x[:, None].to(torch.uint8), 1, SIDE)
+    return transformed(x[:, None].to(torch.uint8), SMALL)
 
 
 def _photographs() -> Tensor:
@@ -64,7 +66,7 @@ def _photographs() -> Tensor:
     for i in range(COUNT):
         top, left = rng.integers(0, 427 - 112, 2)
         patches.append(photographs[i % 2][:, top : top + 112, left : left + 112])
-    return reshape(torch.stack(patches), 1, SIDE)
+    return transformed(torch.stack(patches), SMALL)
 
 
 def _letters() -> Tensor:

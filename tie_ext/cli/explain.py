@@ -1,12 +1,12 @@
 """``tie-ext explain``: what the classes look like to a network, and why images are rejected.
 
-RUN/explain.html                  the page, which needs no other file
-RUN/figures/explain_classes.png   inversions of each class beside their nearest training images
-RUN/figures/explain_layers.png    rejected images, and how far from ID images each layer finds them
+RUN/explain.html   inversions of each class beside their nearest training images; rejected images,
+                   and how far from ID images each layer finds them
 """
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from matplotlib.figure import Figure
@@ -15,15 +15,14 @@ from torch import Tensor
 from tie_ext.cli import page
 from tie_ext.cli.batches import ImageBatches, scaled
 from tie_ext.cli.figures import inversion_grid, layer_bars, spread
-from tie_ext.cli.flags import check_flags
-from tie_ext.cli.folder import is_attached, load_decision, read_record, run_transform
+from tie_ext.cli.folder import is_attached, load_run, read_record, run_transform
 from tie_ext.cli.score import LEVELS
 from tie_ext.cli.settings import ImageSettings, load_images
 from tie_ext.cli.snapshots import load_examples
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import Decision
 from tie_ext.training.explain import Explanation, explain
-from tie_ext.utils.files import locked, reading
+from tie_ext.utils.files import reading
 
 SHOWN = 8
 """Rejected images on the page."""
@@ -35,14 +34,10 @@ MAX_IMAGES = 20_000
 
 def run(flags: Namespace) -> None:
     """Invert the network of a run, look at what it rejects, write figures and page."""
-    check_flags({"steps": flags.steps})
     folder = flags.run
     record, examples = read_record(folder), load_examples(folder)
-    net, decide = load_decision(folder)
-    if net.image_shape is None:
-        raise ValueError(
-            f"Expected a network for images of one shape at {folder}, but got one for any"
-        )
+    detector, decide = load_run(folder)
+    net = cast(TIENet, detector.network)
     if not examples:
         raise ValueError(
             f"Expected a run with examples.safetensors, which a run writes at its end, at "
@@ -60,23 +55,16 @@ def run(flags: Namespace) -> None:
     found.layers.calibrate(ImageBatches(images.test, 250, scale=net))
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     x, captions = rejected(net, decide, examples, names)
-    with locked(folder):
-        pngs: dict[str, bytes] = {}
-        grid = page.figure(pngs, "explain_classes", CLASSES, class_grid(found, names))
-        body = [page.section("Classes", grid)]
-        if captions:
-            distances = found.layers.compare(x).relative_distance
-            bars = layer_bars(net.to_unit(x), captions, distances, found.layers.names)
-            layers = page.figure(pngs, "explain_layers", LAYERS, bars)
-        else:
-            layers = page.paragraph(
-                "None of the images of other sets that the run kept is rejected."
-            )
-        body.append(page.section("Rejected images", layers))
-        page.write_figures(folder, pngs)
-        title = f"{folder.resolve().name}: what the network has learned"
-        agree = AGREE.format(100 * found.agreement)
-        print(page.write_page(folder / "explain.html", title, agree, body))
+    body = [page.section("Classes", page.figure(CLASSES, class_grid(found, names)))]
+    rejects = page.paragraph("None of the images of other sets that the run kept is rejected.")
+    if captions:
+        distances = found.layers.compare(x).relative_distance
+        bars = layer_bars(net.to_unit(x), captions, distances, found.layers.names)
+        rejects = page.figure(LAYERS, bars)
+    body.append(page.section("Rejected images", rejects))
+    title = f"{folder.resolve().name}: what the network has learned"
+    agree = AGREE.format(100 * found.agreement)
+    print(page.write_page(folder / "explain.html", title, agree, body))
 
 
 def rejected(

@@ -78,15 +78,14 @@ def metric_curves(log: Sequence[Mapping], names: Sequence[str]) -> Figure:
     epochs = [entry["epoch"] for entry in log]
     metrics = ("entropy", "confidence", "margin", "uncertainty")
 
-    def plot(ax: Axes, values: Sequence, style: str, **how) -> None:
-        ax.plot(epochs, [np.nan if v is None else v for v in values], style, **how)
-
     for ax, metric in zip(figure.subplots(2, 2).flat, metrics, strict=True):
+        # None, where there was nothing to measure, becomes NaN.
+        values = np.array([entry[metric] for entry in log], float)
         for i, name in enumerate(names):
             style = "k--" if i == len(names) - 1 else "-"
-            plot(ax, [entry[metric][i] for entry in log], style, label=name, linewidth=1.2)
+            ax.plot(epochs, values[:, i], style, label=name, linewidth=1.2)
         if metric == "uncertainty":
-            plot(ax, [entry["tau"] for entry in log], "r:", label="tau")
+            ax.plot(epochs, np.array([entry["tau"] for entry in log], float), "r:", label="tau")
         ax.set(xlabel="epoch", ylabel=metric)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names) <= LEGEND_CLASSES:

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -31,13 +31,8 @@ if the classes are in PATH itself; the seed chooses them."""
 WEIGHTS = """FILE is a .pt, .pth, .ckpt or .safetensors file, Hugging Face's folder or index of
 shards; the state_dict may be under any key and prefix, and no code is run. It tells whether images
 are grey or colour. Its classes are those of the data, in that order."""
-YES = "go on although test images are training images"
-METHODS = {"inversion": InversionSettings}
-"""Synthesizers with settings that are flags; the others have their defaults."""
 METAVARS = {str: "SET", int: "N", float: "X"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COUNTS = {"seed": 0, "steps": 1}
-"""Counts that are no field of a settings object, and their smallest values."""
 
 
 class UsageError(ValueError):
@@ -57,7 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; ``name`` is the command."""
     about = "Out-of-distribution detection with a garbage class for image classifiers."
     parser = argparse.ArgumentParser(
-        prog="tie-ext", description=about, epilog=EXAMPLES, formatter_class=_Examples
+        prog="tie-ext",
+        description=about,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tie_ext {__version__}")
     commands = parser.add_subparsers(
@@ -68,108 +66,108 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], Any]:
+    """What makes a number of a flag's word, and refuses one out of range."""
+
+    def parse(word: str) -> Any:
+        try:
+            check_number("it", value := kind(word), low, high, integer=kind is int, above=above)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return parse
+
+
+RATE: Any = {"type": number(float, 0, 1, above=True), "metavar": "RATE"}
+SEED: Any = {"type": number(int, 0, 2**31 - 1), "metavar": "N"}
+COUNT: Any = {"type": number(int, 1, 10**6), "metavar": "N"}
+FLAG: Any = {"action": "store_true"}
+
+
 def _demo(demo) -> None:
-    about = "folder for table, figures and detector"
-    demo.path("output", "--out", "FOLDER", about, default=Path("demo"))
-    demo.flag("output", "--seed", "random seed", default=0, type=int, metavar="N")
-    about = "train a network with TIE instead, in two minutes"
-    demo.flag("output", "--train", about, action="store_true")
+    demo.path("--out", "FOLDER", "folder for table, figures and detector", default=Path("demo"))
+    demo.flag("--seed", "random seed", default=0, **SEED)
+    demo.flag("--train", "train a network with TIE instead, in two minutes", **FLAG)
 
 
 def _train(train) -> None:
     train.epilog, train.argument_default = FOLDERS, argparse.SUPPRESS
     train.usage = "tie-ext train --data SET --out RUN [flags]\n       tie-ext train --resume RUN"
-    train.path("output", "--out", "RUN", "new run folder")
-    train.path("output", "--resume", "RUN", "continue a run that was stopped")
-    train.flag("output", "--yes", YES, action="store_true")
+    train.path("--out", "RUN", "new run folder")
+    train.path("--resume", "RUN", "continue a run that was stopped")
+    train.device()
     train.settings(TrainSettings, "data", required=False)
-    train.device("network")
     train.method()
     about = "what gives the garbage logit: a head on every layer, or the paper's linear function "
-    train.flag("method", "--head", f"{about}(default: multilayer)", choices=HEADS)
-    listed = ", ".join(SYNTHESIZERS)
-    about = f"what proposes outliers: {listed}, several with commas, or none (default: inversion)"
-    train.flag("method", "--synthesizer", about, metavar="NAME")
+    train.flag("--head", f"{about}(default: multilayer)", choices=HEADS)
+    about = f"what proposes outliers: {', '.join(SYNTHESIZERS)}, several with commas, or none "
+    train.flag("--synthesizer", f"{about}(default: inversion)", metavar="NAME")
     about = f"what fills the garbage pool at first: {', '.join(PRIORS)}, likewise "
     about += "(default: procedural; with linear, multiscale)"
-    train.flag("method", "--prior", about, metavar="NAME")
+    train.flag("--prior", about, metavar="NAME")
 
 
 def _attach(attach) -> None:
     attach.epilog, attach.argument_default = f"{WEIGHTS} {FOLDERS}", argparse.SUPPRESS
     attach.usage = "tie-ext attach --backbone NAME --weights FILE --data SET --out RUN ..."
-    attach.path("output", "--out", "RUN", "new run folder", required=True)
-    attach.flag("output", "--yes", YES, action="store_true")
+    attach.path("--out", "RUN", "new run folder", required=True)
+    attach.device()
     attach.settings(AttachSettings, "data")
-    attach.device("network")
 
 
 def _score(score) -> None:
-    score.usage = "tie-ext score RUN IMAGE [IMAGE ...] [flags]"
-    about = "folder of a run or of a saved detector, or a network's file"
-    score.path("data", "run", "RUN", about)
-    about = "image files, and folders with all below them"
-    score.path("data", "images", "IMAGE", about, nargs="+")
+    score.path("run", "RUN", "folder of a run or of a saved detector, or a network's file")
+    score.path("images", "IMAGE", "image files, and folders with all below them", nargs="+")
     about = "reject at most this share of new ID images, by a threshold on the score "
     about += "(default: the detector's own rule, 0.05 for a combination)"
-    score.flag("method", "--false-alarm", about, type=float, metavar="RATE")
+    score.flag("--false-alarm", about, **RATE)
     about = "carry a monitor of drift from run to run; exit code 3 once it has raised its alarm"
-    score.path("method", "--monitor", "STATE", about)
-    score.device("method")
-    about = "images scored at once"
-    score.flag("speed", "--batch-size", about, default=64, type=int, metavar="N")
+    score.path("--monitor", "STATE", about)
+    score.device()
+    score.flag("--batch-size", "images scored at once", default=64, **COUNT)
     about = "processes that read images, 0 for none beside this one (default: one a processor)"
-    score.flag("speed", "--workers", about, type=int, metavar="N")
-    score.path("output", "--out", "FILE", "file for the rows (default: standard output)")
-    score.flag("output", "--format", "of the rows", default="csv", choices=("csv", "jsonl"))
-    about = "name the likeliest class of a rejected image too"
-    score.flag("output", "--every-label", about, action="store_true")
+    score.flag("--workers", about, type=number(int, 0, 1000), metavar="N")
+    score.path("--out", "FILE", "file for the rows (default: standard output)")
 
 
 def _calibrate(calibrate) -> None:
-    calibrate.usage = "tie-ext calibrate RUN IMAGE [IMAGE ...] [flags]"
     about = "folder of a run or of a saved detector; its threshold is replaced"
-    calibrate.path("data", "run", "RUN", about)
+    calibrate.path("run", "RUN", about)
     about = "ID images that nothing was trained on: files, and folders with all below them"
-    calibrate.path("data", "images", "IMAGE", about, nargs="+")
+    calibrate.path("images", "IMAGE", about, nargs="+")
     about = "reject at most this share of new ID images (default: the detector's, else 0.05)"
-    calibrate.flag("method", "--false-alarm", about, type=float, metavar="RATE")
-    about = (
-        "what it bounds: the rate on average over such sets of images, or that of these images "
-    )
-    about += "(default: the detector's, else average)"
-    calibrate.flag("method", "--guarantee", about, choices=GUARANTEES)
+    calibrate.flag("--false-alarm", about, **RATE)
+    about = "what it bounds: the rate on average over such sets of images, or that of these "
+    about += "images (default: the detector's, else average)"
+    calibrate.flag("--guarantee", about, choices=GUARANTEES)
     about = "probability that the bound holds, for pac (default: the detector's, else 0.95)"
-    calibrate.flag("method", "--confidence", about, type=float, metavar="P")
+    calibrate.flag("--confidence", about, type=float, metavar="P")
     about = "a threshold for each predicted class that has enough images"
-    calibrate.flag("method", "--per-class", about, action="store_true")
-    calibrate.device("method")
+    calibrate.flag("--per-class", about, **FLAG)
+    calibrate.device()
 
 
 def _report(report) -> None:
-    about = "run folder; with --images also that of a saved detector"
-    report.path("data", "run", "RUN", about)
+    report.path("run", "RUN", "run folder; with --images also that of a saved detector")
     about = "group the images below that are rejected, on the page RUN/rejected.html"
-    report.path("data", "--images", "FOLDER", about)
-    about = "copy the images of each group into a folder of its own"
-    report.path("output", "--export", "DIR", about)
+    report.path("--images", "FOLDER", about)
+    report.path("--export", "DIR", "copy the images of each group into a folder of its own")
 
 
 def _explain(explain) -> None:
-    explain.path("data", "run", "RUN", "run folder")
+    explain.path("run", "RUN", "run folder")
     about = "where the run's data sets are (default: as in the run)"
-    explain.flag("data", "--root", about, metavar="FOLDER")
-    how = {"type": int, "metavar": "N"}
-    explain.flag("method", "--steps", "generator steps", default=STEPS, **how)
+    explain.flag("--root", about, metavar="FOLDER")
+    explain.flag("--steps", "generator steps", default=STEPS, **COUNT)
 
 
 def _reproduce(reproduce) -> None:
-    reproduce.usage = "tie-ext reproduce [flags]"
-    about = "folder for cells and tables"
-    reproduce.path("output", "--out", "FOLDER", about, default=Path("reproduce"))
+    reproduce.usage, about = "tie-ext reproduce [flags]", "folder for cells and tables"
+    reproduce.path("--out", "FOLDER", about, default=Path("reproduce"))
+    reproduce.device()
     reproduce.settings(ReproduceSettings, "data")
     reproduce.method(without=("seed",))
-    reproduce.device("method")
 
 
 COMMANDS = {
@@ -194,39 +192,22 @@ COMMANDS = {
 """What each command does, and what adds its flags."""
 
 
-class _Flags(argparse.HelpFormatter):
-    """Help with room for long flags."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30)
-
-
-class _Examples(_Flags, argparse.RawDescriptionHelpFormatter):
-    """The same, with the lines of the epilog as they are."""
-
-
 class _Command(argparse.ArgumentParser):
     """A command, whose flags stand in groups of its help."""
 
-    def __init__(self, **how: Any):
-        super().__init__(formatter_class=_Flags, **how)
-        self.groups: dict[str, Any] = {}
-
-    def flag(self, group: str, name: str, about: str, **how: Any) -> None:
-        """Add a flag; the help shows its default."""
-        if group not in self.groups:
-            self.groups[group] = self.add_argument_group(group)
+    def flag(self, name: str, about: str, to: Any = None, **how: Any) -> None:
+        """Add a flag, to a group or none; the help shows its default."""
         if how.get("default", argparse.SUPPRESS) != argparse.SUPPRESS:
-            about += f" (default: {how['default']})"
-        self.groups[group].add_argument(name, help=about, **how)
+            about += " (default: %(default)s)"
+        (to or self).add_argument(name, help=about, **how)
 
-    def path(self, group: str, name: str, metavar: str, about: str, **how: Any) -> None:
+    def path(self, name: str, metavar: str, about: str, **how: Any) -> None:
         """Add a flag, or an argument, that is a path."""
-        self.flag(group, name, about, type=Path, metavar=metavar, **how)
+        self.flag(name, about, type=Path, metavar=metavar, **how)
 
-    def device(self, group: str) -> None:
+    def device(self) -> None:
         """Add ``--device``."""
-        self.flag(group, "--device", "where to compute", default=DEVICE)
+        self.flag("--device", "where to compute", default=DEVICE)
 
     def settings(
         self, cls: type, group: str, prefix: str = "", without: Collection[str] = (), **how: Any
@@ -234,13 +215,11 @@ class _Command(argparse.ArgumentParser):
         """Add a flag for every setting but some. One that is not given is left out, so that
         ``--resume`` can tell.
         """
-        kinds = get_type_hints(cls)
+        kinds, to = get_type_hints(cls), self.add_argument_group(group)
         for f in (f for f in fields(cls) if f.metadata and f.name not in without):
             about, flag = f.metadata, f.metadata["flag"]
             kind = (*get_args(kinds[f.name]), kinds[f.name])[0]
-            value: dict[str, Any] = {"default": argparse.SUPPRESS, **how}
-            if f.default is MISSING:
-                value.setdefault("required", True)
+            value: dict[str, Any] = {"required": f.default is MISSING, **how}
             if kind is bool:
                 value["action"] = "store_true"
             elif about["choices"]:
@@ -249,13 +228,13 @@ class _Command(argparse.ArgumentParser):
                 value |= {"type": kind, "metavar": flag.get("metavar", METAVARS[kind])}
                 value["nargs"] = "+" if isinstance(f.default, tuple) else None
             name = f"--{prefix}{f.name.replace('_', '-')}"
-            self.flag(flag.get("group", group), name, _help(about["help"], f.default), **value)
+            value["default"] = argparse.SUPPRESS
+            self.flag(name, _help(about["help"], f.default), to, **value)
 
     def method(self, without: Collection[str] = ()) -> None:
-        """Add the settings of the loop, and those of :data:`METHODS`."""
+        """Add the settings of the loop, and those of inversion."""
         self.settings(TIEConfig, "method", without=without)
-        for name, settings in METHODS.items():
-            self.settings(settings, f"method: --synthesizer {name}", f"{name}-")
+        self.settings(InversionSettings, "method: --synthesizer inversion", "inversion-")
 
 
 def _help(about: str, default: Any) -> str:
@@ -287,40 +266,36 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: If a value is out of range.
     """
-    chosen: dict[str, dict] = {n: {} for n in names(given.get("synthesizer", "inversion"))}
+    changed = {
+        f.name: given[flag]
+        for f in fields(InversionSettings)
+        if (flag := f"inversion_{f.name}") in given
+    }
     with usage():
-        for name, settings in METHODS.items():
-            flags = {f.name: f"{name}_{f.name}" for f in fields(settings)}  # type: ignore[arg-type]
-            changed = {key: given[flag] for key, flag in flags.items() if flag in given}
-            if changed and name not in chosen:
-                flag = next(iter(changed)).replace("_", "-")
-                raise ValueError(
-                    f"Expected --synthesizer {name} beside --{name}-{flag}, but got it alone"
-                )
-            settings(**changed)  # reports a value out of range before any data is read
-            if changed:
-                chosen[name] = changed
+        InversionSettings(**changed)  # reports a value out of range before any data is read
+        chosen: dict[str, dict] = {n: {} for n in names(given.get("synthesizer", "inversion"))}
+        if changed and "inversion" not in chosen:
+            raise ValueError(
+                "Expected --synthesizer inversion beside its flags, but got them alone"
+            )
+        if changed:
+            chosen["inversion"] = changed
         prior = names(given["prior"]) if "prior" in given else None
         config = settings_of(TIEConfig, given)
         return Recipe(config, chosen, prior, head=given.get("head", "linear"))
 
 
-def check_flags(given: Mapping[str, Any]) -> None:
-    """Refuse counts out of range and a device that is not there, before any data is read.
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, before any data is read.
 
     Raises:
-        UsageError: With the flag, its range and what came.
+        UsageError: With the flag and what came.
     """
-    with usage():
-        for name, smallest in COUNTS.items():
-            if given.get(name) is not None:
-                check_number(f"--{name}", given[name], smallest, 2**31 - 1, integer=True)
-        try:
-            torch.empty(0, device=given.get("device", "cpu"))
-        # The latter from a torch that was built without the device.
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                "Expected --device to be one that torch has here, as cpu, but got "
-                f"{given['device']!r}: {reason}"
-            ) from error
+    try:
+        torch.empty(0, device=device)
+    # The latter from a torch that was built without the device.
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"Expected --device to be one that torch has here, as cpu, but got {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error

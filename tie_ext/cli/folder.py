@@ -5,7 +5,6 @@ RUN/network.safetensors    the network with its tau
 RUN/detector.safetensors   with detector.json: the combination that ``tie-ext score`` decides by,
 RUN/detector.json          where there are enough test images to fit one
 RUN/training.safetensors   all that resuming needs; written last, so that it never runs ahead
-RUN/process-1-0001.safetensors ...  the same of each further process (:mod:`.processes`)
 RUN/epochs/0001.safetensors ...  inversions and features after each epoch, for the figures
 RUN/scores.safetensors     test scores of the ID set and each OOD set
 RUN/examples.safetensors   some test images of each set, for the figures
@@ -16,9 +15,9 @@ A run of ``tie-ext attach`` has no training.safetensors, and one file of figures
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import Combined, TIEDetector, load_detector
 from tie_ext.scores.decision import Decision
 from tie_ext.training.recipe import Recipe
-from tie_ext.utils.checks import check_number, check_shape, describe
 from tie_ext.utils.files import load_state, read_json, reading
 
 FILES = [
@@ -71,6 +69,10 @@ RENAMED = {
 }
 """Keys of ``run.json`` as 0.2.0 wrote them."""
 Loaded = TypeVar("Loaded")
+
+
+STATE = "training.safetensors"
+"""What resuming needs."""
 
 
 def written(folder: str | os.PathLike) -> list[Path]:
@@ -134,30 +136,13 @@ def read_settings(folder: Path) -> TrainSettings:
     record = read_record(folder)
     with reading(f"the settings of a run in {folder / 'run.json'}"):
         raw = record["settings"]
-        if is_attached(record):
+        if "recipe" not in raw:
             raise ValueError(
-                f"Expected a run of tie-ext train in {folder}, but got one of tie-ext attach, "
-                "which has nothing to continue"
-            )
-        if "config" in raw and "recipe" not in raw:  # as 0.1.0 wrote them
-            raise ValueError(
-                f"Expected a run of this version of tie_ext in {folder}, but got one that an "
-                "earlier version made; finish it with that version, or start again in another "
-                "folder"
+                f"Expected a run of tie-ext train in {folder}, but got one of tie-ext attach, or "
+                "of version 0.1, which this version does not continue"
             )
         given = {f.name: raw[f.name] for f in fields(TrainSettings) if f.name in raw}
-        for f in fields(TrainSettings):
-            # JSON has lists for tuples; a text is none.
-            if f.default is not MISSING and isinstance(f.default, tuple) and f.name in given:
-                given[f.name] = tuple(_list(given[f.name]))
-        given["recipe"] = Recipe.of_record(raw["recipe"])
-        return TrainSettings(**given)
-
-
-def _list(value: object) -> list:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} instead of a list")
-    return value
+        return TrainSettings(**given | {"recipe": Recipe.of_record(raw["recipe"])})
 
 
 def is_attached(record: Mapping) -> bool:
@@ -165,12 +150,25 @@ def is_attached(record: Mapping) -> bool:
     return "weights" in record["settings"] and "recipe" not in record["settings"]
 
 
-def holds_attached(folder: Path) -> bool:
-    """Whether a folder holds a run of ``tie-ext attach``."""
-    try:
-        return is_attached(read_record(folder))
-    except (OSError, ValueError):
-        return False
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds files of a run, but for one that was stopped before there was
+    anything to resume.
+
+    Raises:
+        ValueError: With the command that resumes the run, if one does.
+    """
+    files = written(folder)
+    if not files or (files[-1].name == "run.json" and not _begun(folder)):
+        return
+    hint = f"continue it with `tie-ext train --resume {folder}`, or "
+    hint = (hint if (folder / STATE).exists() else "") + "give another --out"
+    raise ValueError(
+        f"Expected a new folder, but got {folder}, which holds {files[-1].name} of a run; {hint}"
+    )
+
+
+def _begun(folder: Path) -> bool:
+    return (folder / STATE).exists() or "numbers" in read_record(folder)
 
 
 def run_transform(
@@ -200,16 +198,6 @@ def load_network(folder: str | os.PathLike) -> TIENet:
     return _with_architecture(TIENet.load, file, file, file.parent)
 
 
-def load_decision(
-    place: Path, false_alarm: float | None = None, device: str = "cpu"
-) -> tuple[TIENet, Callable[[Tensor], Decision]]:
-    """The network of a run or of a saved detector, and what decides on images by it; arguments and
-    errors are those of :func:`load_run`.
-    """
-    detector, decide = load_run(place, false_alarm, device)
-    return cast(TIENet, detector.network), decide
-
-
 def load_run(
     place: Path, false_alarm: float | None = None, device: str = "cpu"
 ) -> tuple[TIEDetector | Combined, Callable[[Tensor], Decision]]:
@@ -231,13 +219,15 @@ def load_run(
     folder = place if place.is_dir() else place.parent
     decide = detector.decide
     if false_alarm is not None:
-        known = detector.calibration_scores
-        named = (COMBINED,) if isinstance(detector, Combined) else tuple(OWN.values())
-        scores = _id_scores(folder, named) if known is None else None
+        scores = None
+        if detector.calibration_scores is None:  # of 0.2.0
+            found = load_state(folder / "scores.safetensors", "scores")
+            names = (COMBINED,) if isinstance(detector, Combined) else OWN.values()
+            scores = next(found[name]["id"] for name in names if name in found)
         detector.recalibrate(false_alarm, scores)
     elif not (home / "detector.json").is_file():
         decide = net.decide
-    elif detector.threshold is None and not _decides_by_tau(detector, net):
+    elif detector.threshold is None and not _has_tau(detector, net):
         raise ValueError(
             f"Expected a detector with a threshold in {place}, but got one without; fit it and "
             "save it again"
@@ -269,22 +259,10 @@ def read_detector(place: Path) -> tuple[TIEDetector | Combined, TIENet, Path]:
     return detector, net, home
 
 
-def _decides_by_tau(detector: TIEDetector | Combined, net: TIENet) -> bool:
+def _has_tau(detector: TIEDetector | Combined, net: TIENet) -> bool:
     if isinstance(detector, Combined) or detector.false_alarm is not None:
         return False
     return detector.tau is not None or bool(net.tau.isfinite())
-
-
-def _id_scores(folder: Path, labels: Sequence[str]) -> Tensor:
-    """Scores of held-out ID images that a run has left under one of the labels."""
-    path = folder / "scores.safetensors"
-    found = load_scores(path)
-    for label in labels:
-        if label in found:
-            return found[label]["id"]
-    raise ValueError(
-        f"Expected scores of {' or '.join(labels)} in {path}, but got those of {', '.join(found)}"
-    )
 
 
 def _with_architecture(
@@ -303,31 +281,4 @@ def _with_architecture(
         )
     with reading(f"a network of the architecture that {folder / 'run.json'} says in {file}"):
         name = read_record(folder)["settings"]["backbone"]
-        channels, n = check_shape(about["image_shape"])[0], about["num_classes"]
-        check_number("num_classes", n, 2, 10**9, integer=True)
-        return load(path, registry.build_for(name, channels, n, file.stat().st_size))
-
-
-def load_scores(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
-    """Test scores ``(N,)`` by method and image set, larger = more OOD; the ID set is ``id``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or foreign.
-    """
-    scores = load_state(path, "scores")
-    with reading(f"the test scores of a run in {path}"):
-        for label, sets in scores.items():
-            # Figures are named after the label.
-            if not isinstance(label, str) or {*"/\\\0"} & {*label} or "id" not in sets:
-                raise ValueError(
-                    f"Expected the scores of a method in {path}, with those of ID images, but got "
-                    f"{label!r}"
-                )
-            for name, x in sets.items():
-                good = isinstance(name, str) and isinstance(x, Tensor) and x.is_floating_point()
-                if not good or x.ndim != 1 or not len(x) or not bool(x.isfinite().all()):
-                    raise ValueError(
-                        f"Expected finite scores of {name!r} in {path}, but got {describe(x)}"
-                    )
-    return scores
+        return load(path, registry.build(name, about["image_shape"][0], about["num_classes"]))

@@ -4,10 +4,11 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+import torch
 
 from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.reading import SUFFIXES, images_below, is_hidden, is_readable, left_out
+from tie_ext.cli.reading import SUFFIXES, images_below, is_hidden
 from tie_ext.cli.transform import Transform
 
 HELD_OUT = "held out"
@@ -16,83 +17,45 @@ TEST = ("test", "val", "valid", "validation")
 """Names of a folder of test images; the first that exists is taken."""
 
 
-class Listed(NamedTuple):
-    """What is below a folder of one folder per class."""
-
-    classes: tuple[str, ...]
-    """Names of the classes, in the order of their labels."""
-    files: list[tuple[str, int]]
-    """Path and label of each image, sorted."""
-    unread: tuple[str, ...]
-    """Image files that Pillow does not read here."""
-
-    def images(self, how: Transform, note: str = "") -> ImageFiles:
-        """Its images, to be read by a transform; ``note`` says how they were chosen."""
-        paths, labels = [file for file, _ in self.files], [label for _, label in self.files]
-        about = {"classes": self.classes, "note": note, "left_out": self.unread}
-        return ImageFiles.of(paths, how, labels, **about)
-
-
-def folder_images(
-    places: Sequence[Path], path: Path | None, split: str, seed: int, how: Transform
-) -> ImageFiles:
-    """One split of a folder ``path``; validation images are those of the first place with any.
+def folder_images(path: Path, split: str, seed: int, how: Transform) -> ImageFiles:
+    """One split of a folder.
 
     Arguments:
-        places: Folders that may have a split.
-        path: The one that is taken; None for the first.
-        split: ``train``, ``test``, ``ood`` or ``val``.
+        path: The folder.
+        split: ``train``, ``test`` or ``ood``.
         seed: Chooses the images held out of a folder without test images.
         how: How they are read.
 
     Raises:
         ValueError: If there are no such images, saying where they were looked for.
     """
-    if split == "val":
-        return _list(_validation(places)).images(how).unlabelled()
-    path = path or places[0]  # load() has found one
     train, test = (
         next((path / name for name in names if is_split(path, name)), None)
         for names in (("train",), TEST)
     )
     if test is not None and split != "train":
-        listed = _list(test)
-        note = f"{path} has no test/: the {len(listed.files)} images of {test.name}/ are the test"
-        return listed.images(how, "" if test.name == "test" else f"{note} set")
+        note = f"{path} has no test/: the images of {test.name}/ are the test set"
+        return _images(test, how, "" if test.name == "test" else note)
     if test is not None and train is None:
         raise ValueError(
             f"Expected training images in {path / 'train'}, beside {test}, but got no such folder"
         )
-    source = train or path
-    listed = _list(source)
+    images = _images(train or path, how)
     if test is not None or split == "ood":
-        return listed.images(how)
-    return _held_out(path, source, listed, split, seed, how)
-
-
-def _held_out(
-    path: Path, source: Path, listed: Listed, split: str, seed: int, how: Transform
-) -> ImageFiles:
-    """The training images of a folder without test images, or those held out of them."""
-    names = [(Path(os.path.relpath(file, source)).as_posix(), y) for file, y in listed.files]
-    held = held_out(names, seed)
-    part = [file for i, file in enumerate(listed.files) if (i in held) == (split == "test")]
-    if not part:
+        return images
+    paths = map(os.fsdecode, images.files)
+    names = [Path(os.path.relpath(file, train or path)).as_posix() for file in paths]
+    held = held_out(list(zip(names, images.y.tolist(), strict=True)), seed)
+    if not held and split == "test":
         raise ValueError(
-            f"Expected a class of two images or more below {source}, to hold one out, but got one "
-            "image of each"
+            f"Expected a class of two images or more below {path}, to hold one out, but got none"
         )
-    note = _split_note(path, source, listed, part, seed) if split == "test" else ""
-    return listed._replace(files=part).images(how, note)
-
-
-def _validation(places: Sequence[Path]) -> Path:
-    for place in places:
-        for name in TEST[1:]:
-            if is_split(place, name):
-                return place / name
-    looked = ", ".join(str(place / "val") for place in places)
-    raise ValueError(f"Expected validation images in a folder, one of {looked}, but got none")
+    chosen = torch.tensor([(i in held) == (split == "test") for i in range(len(images))])
+    note = (
+        f"{path} has no test/: {len(images) - len(held)} images to train on, {len(held)} "
+        f"{HELD_OUT} (one in five of each class, seed {seed})"
+    )
+    return images.take(chosen).noted(note if split == "test" else "")
 
 
 def held_out(files: Sequence[tuple[str, int]], seed: int) -> set[int]:
@@ -112,21 +75,6 @@ def held_out(files: Sequence[tuple[str, int]], seed: int) -> set[int]:
     return {i for of in of_class.values() for i in of[: max(len(of) // 5, int(len(of) > 1))]}
 
 
-def _split_note(
-    path: Path, source: Path, listed: Listed, held: Sequence[tuple[str, int]], seed: int
-) -> str:
-    """How many images were held out, and of which classes there are none."""
-    lacks = "no train/ and test/" if source == path else "train/ and no test/"
-    note = (
-        f"{path} has {lacks}: {len(listed.files) - len(held)} images to train on, {len(held)} "
-        f"{HELD_OUT} (one in five of each class, seed {seed})"
-    )
-    tested = {label for _, label in held}
-    none = [name for label, name in enumerate(listed.classes) if label not in tested]
-    names = ", ".join(none[:5]) + (f" and {len(none) - 5} more" if len(none) > 5 else "")
-    return f"{note}; no test image of {names}, of which there is one image" if none else note
-
-
 def is_split(path: Path, name: str) -> bool:
     """Whether ``path/name`` is a split and not a class of that name: it holds folders, or all
     folders beside it are splits.
@@ -144,7 +92,7 @@ def _folders(path: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.name.zfill(12) if p.name.isdigit() else p.name)
 
 
-def _list(path: Path) -> Listed:
+def _images(path: Path, how: Transform, note: str = "") -> ImageFiles:
     """All images below ``path/CLASS/``.
 
     Raises:
@@ -155,21 +103,19 @@ def _list(path: Path) -> Listed:
             f"Expected a folder with one folder of images per class at {path}, but got no folder"
         )
     classes, kinds = _folders(path), ", ".join(sorted(SUFFIXES))
-    files: list[tuple[str, int]] = []
-    unread: list[str] = []
+    files, labels = [], []
     for label, folder in enumerate(classes):
-        there = list(images_below(folder))
-        found = [(file, label) for file in there if is_readable(file)]
+        found = list(images_below(folder))
         if not found:
-            note = f" ({left_out(there)})" if there else ""
             raise ValueError(
                 f"Expected images in {folder}, one folder per class, but got none ({kinds}); "
-                f"add some, or remove the folder{note}"
+                "add some, or remove the folder"
             )
         files += found
-        unread += [file for file in there if not is_readable(file)]
+        labels += [label] * len(found)
     if not classes:
         raise ValueError(
             f"Expected images in folders, one per class, below {path}, but got none ({kinds})"
         )
-    return Listed(tuple(folder.name for folder in classes), files, tuple(unread))
+    names = tuple(folder.name for folder in classes)
+    return ImageFiles.of(files, how, labels, classes=names, note=note)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tie_ext.cli.transform import Transform
-from tie_ext.scores.threshold import MAX_REPEATED
 from tie_ext.utils.checks import check_number
 
 PIECE = 32
@@ -60,13 +59,9 @@ class Images(Dataset):
         (x,) = self.parts([torch.tensor([index])])
         return x[0].float() / 255, int(self.y[index])
 
-    def labelled(self: AnyImages, y: Tensor, classes: tuple[str, ...] = ()) -> AnyImages:
-        """The same images with other labels ``(N,)``."""
-        return replace(self, y=y, classes=classes)  # type: ignore[type-var]
-
-    def unlabelled(self: AnyImages) -> AnyImages:
-        """The same images without labels."""
-        return self.labelled(torch.full_like(self.y, -1))
+    def noted(self: AnyImages, note: str) -> AnyImages:
+        """The same images with another note."""
+        return replace(self, note=note)  # type: ignore[type-var]
 
     def first(self: AnyImages, count: int | None, seed: int = 0) -> AnyImages:
         """A random subset of ``count`` images, the same for the same seed; all images for None or
@@ -89,18 +84,12 @@ class Images(Dataset):
                 f"Expected classes among 0 to {len(self.classes) - 1}, but got {first} to {last}"
             )
         part = self.take((self.y >= first) & (self.y <= last))
-        return part.labelled(part.y - first, self.classes[first : last + 1])
+        names = self.classes[first : last + 1]
+        return replace(part, y=part.y - first, classes=names)  # type: ignore[type-var]
 
     def without(self: AnyImages, labels: Sequence[int]) -> AnyImages:
-        """The images of all other classes, unlabelled: OOD for a network that knows these."""
-        return self.take(~torch.isin(self.y, torch.tensor(labels))).unlabelled()
-
-    def check(self) -> None:
-        """Read every image once, so that a broken one is reported before any work.
-
-        Raises:
-            ValueError: If one cannot be read.
-        """
+        """The images of all other classes: OOD for a network that knows these."""
+        return self.take(~torch.isin(self.y, torch.tensor(labels)))
 
     def loaded(self) -> "ImageSet":
         """The same images in memory.
@@ -156,7 +145,6 @@ class ImageFiles(Images):
         transform: What makes an image of a file.
         classes: Name of each class.
         note: How the test images were chosen.
-        left_out: Image files beside them that Pillow does not read here.
     """
 
     files: np.ndarray
@@ -164,7 +152,6 @@ class ImageFiles(Images):
     transform: Transform
     classes: tuple[str, ...] = ()
     note: str = ""
-    left_out: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -194,11 +181,6 @@ class ImageFiles(Images):
             for error in broken.values():
                 raise ValueError(error)
             yield x
-
-    def check(self) -> None:
-        """Read every image once."""
-        for _ in self.parts(torch.arange(len(self)).split(PIECE)):
-            pass
 
     def loaded(self) -> ImageSet:
         """The same images in memory."""
@@ -255,40 +237,11 @@ class RunImages(NamedTuple):
     """OOD image sets by name."""
     transform: Transform | None = None
     """How they were read."""
-    repeated: float = 0.0
-    """Share of test images, in [0, 1], whose files are among the training images."""
-    notes: tuple[str, ...] = ()
-    """What the user has to know of how they are read."""
 
     @property
     def sets(self) -> dict[str, Images]:
         """The sets to score by name; the ID set is ``id``."""
         return {"id": self.test, **self.ood}
-
-    def check_held_out(self, anyway: bool) -> None:
-        """Refuse test images that are training images.
-
-        Arguments:
-            anyway: Do not.
-
-        Raises:
-            ValueError: With the share of them, if it is above :data:`MAX_REPEATED`.
-        """
-        if self.repeated > MAX_REPEATED and not anyway:
-            raise ValueError(
-                "Expected test images that the network was not trained on, but got training "
-                f"images in {self.repeated:.0%} of them, byte for byte: their threshold rejects "
-                "more than it says. Put others into test/, or give --yes"
-            )
-
-    def check(self) -> None:
-        """Read every image to score once, so that a broken one is reported before any work.
-
-        Raises:
-            ValueError: If one cannot be read.
-        """
-        for images in self.sets.values():
-            images.check()
 
 
 class _Decoder(Dataset):

@@ -2,13 +2,11 @@
 reproduce``.
 """
 
-import errno
 import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from importlib import import_module
 
 from tie_ext.cli.flags import UsageError, make_parser
@@ -36,12 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = make_parser().parse_args(arguments)
     _show_log()
     try:
-        with _whole_output():
-            status = import_module(COMMANDS[flags.name]).run(flags) or 0
+        status = import_module(COMMANDS[flags.name]).run(flags) or 0
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         return _report(f"{error}; pip install 'tie_ext[cli]' installs what the commands need", 1)
     except UsageError as error:
         return _report(str(error), 2)
+    except BrokenPipeError:  # of `| head`; else Python tries again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename is None:
@@ -79,31 +80,6 @@ def _resume_hint(flags: Namespace) -> str:
         folder = vars(flags).get("out") or vars(flags).get("resume")
         return f"; finished epochs are kept, continue with: tie-ext train --resume {folder}"
     return ""
-
-
-_WRITING = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
-"""Errors of writing to a stream."""
-
-
-@contextmanager
-def _whole_output() -> Iterator[None]:
-    """Flush the standard output at the end.
-
-    Raises:
-        OSError: If it cannot be written, as to a file on a full disk.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno not in _WRITING or error.filename is not None or "Expected" in reason:
-            raise
-        with suppress(OSError, ValueError):  # else Python tries again when it exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(
-            error.errno, f"Expected to write to the standard output, but got: {reason}"
-        ) from error
 
 
 if __name__ == "__main__":

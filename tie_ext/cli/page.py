@@ -77,19 +77,12 @@ def gallery(title: str, shown: Iterable[Shown]) -> str:
     return f'{heading}<ul class="gallery">{"".join(found)}</ul>'
 
 
-def figure(pngs: dict[str, bytes], name: str, caption: str, drawn: Figure) -> str:
-    """A figure as HTML; its file is noted by name, for :func:`write_figures`."""
+def figure(caption: str, drawn: Figure) -> str:
+    """A figure as HTML."""
     png, caption = io.BytesIO(), html.escape(caption)
     drawn.savefig(png, format="png", dpi=110, bbox_inches="tight")
-    pngs[name] = png.getvalue()
     image = f'<img alt="{caption}" src="{data_url(png.getvalue())}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-
-
-def write_figures(folder: Path, pngs: Mapping[str, bytes]) -> None:
-    """Write figures to ``figures/NAME.png`` in a folder."""
-    for name, png in pngs.items():
-        write_atomically(folder / "figures" / f"{name}.png", png)
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:

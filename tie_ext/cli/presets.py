@@ -56,8 +56,15 @@ def make_transform(
         ValueError: If there is no such transform for this network.
         ImportError: If timm is asked for, and is not installed.
     """
-    (kind, _, which), (registry, _, arch) = name.partition(":"), backbone.partition(":")
-    check_kind(name, backbone)
+    (kind, colon, which), (registry, _, arch) = name.partition(":"), backbone.partition(":")
+    if kind not in TRANSFORMS or (colon and (kind == "squash" or not which)):
+        raise ValueError(
+            f"Expected --transform to be one of {', '.join(TRANSFORMS)}, but got {name!r}"
+        )
+    if kind in PRESETS and kind != registry:
+        raise ValueError(
+            f"Expected --backbone {kind}:NAME beside --transform {kind}, but got {backbone}"
+        )
     preset = _Preset(own_size, 1, squash=True)
     if kind != "squash":
         preset = _Preset(own_size)
@@ -78,25 +85,6 @@ def make_transform(
         std,
         exif_transpose,
     )
-
-
-def check_kind(name: str, backbone: str) -> None:
-    """Refuse a transform that does not exist, or not for this network.
-
-    Raises:
-        ValueError: With those that do.
-    """
-    kind, colon, which = name.partition(":")
-    if kind not in TRANSFORMS or (colon and (kind == "squash" or not which)):
-        raise ValueError(
-            f"Expected --transform to be one of {', '.join(TRANSFORMS)}, but got {name!r}"
-        )
-    if kind in PRESETS and not backbone.startswith(f"{kind}:"):
-        raise ValueError(
-            f"Expected --backbone {kind}:NAME beside --transform {kind}, but got {backbone}"
-        )
-    if kind == "crop" and which:
-        _ratio(which)
 
 
 def _ratio(text: str) -> float:

@@ -46,38 +46,26 @@ def build(name: str, channels: int, num_classes: int) -> nn.Module:
         return make(channels, num_classes)
 
 
-def channels_of(name: str, checkpoint: Checkpoint) -> int:
-    """C of the images that weights are for, which their first convolution shows.
+def sizes_of(name: str, checkpoint: Checkpoint) -> tuple[int, int | None]:
+    """C of the images that weights are for, which their first convolution shows, and the number of
+    classes, which their last linear layer does; None where it does not.
 
     Raises:
         ValueError: If they are of another architecture, or for neither 1 nor 3 channels.
     """
     plan = build_plan(name, 3, 2)
-    weights, convolutions = find_weights(checkpoint, plan).state, _layers(plan, nn.Conv2d)
-    if not convolutions:
-        return 3
-    first = f"{convolutions[0]}.weight"
-    w = weights.get(first)
-    if w is None or w.ndim != 4:
-        raise ValueError(
-            f"Expected weights of {name} in {checkpoint.path}, but got those of another "
-            f"architecture: {'none' if w is None else tuple(w.shape)} at {first}"
-        )
-    if w.shape[1] not in (1, 3):
-        raise ValueError(
-            f"Expected weights for images of 1 or 3 channels in {checkpoint.path}, but got "
-            f"{first} of {tuple(w.shape)}"
-        )
-    return w.shape[1]
-
-
-def outputs_of(name: str, channels: int, checkpoint: Checkpoint, default: int) -> int:
-    """Number of classes that weights are for, which their last linear layer shows."""
-    plan = build_plan(name, channels, 2)
-    linear = _layers(plan, nn.Linear)
-    last = "fc" if "fc" in linear else (linear or [""])[-1]
-    w = find_weights(checkpoint, plan).state.get(f"{last}.weight")
-    return default if w is None or w.ndim != 2 else len(w)
+    weights, linear = find_weights(checkpoint, plan).state, _layers(plan, nn.Linear)
+    last = weights.get(f"{'fc' if 'fc' in linear else linear[-1]}.weight") if linear else None
+    classes = None if last is None or last.ndim != 2 else len(last)
+    for first in _layers(plan, nn.Conv2d)[:1]:
+        w = weights.get(f"{first}.weight")
+        if w is None or w.ndim != 4 or w.shape[1] not in (1, 3):
+            raise ValueError(
+                f"Expected weights of {name} for images of 1 or 3 channels in {checkpoint.path}, "
+                f"but got {'none' if w is None else tuple(w.shape)} at {first}.weight"
+            )
+        return w.shape[1], classes
+    return 3, classes
 
 
 def _layers(model: nn.Module, kind: type[nn.Module]) -> list[str]:
@@ -108,27 +96,6 @@ def load(
     check_fitting(model, found, what, checkpoint.path)
     load_fitting(model, found)
     return model.eval(), left_out(found.left, checkpoint.path)
-
-
-def build_for(name: str, channels: int, num_classes: int, size: int) -> nn.Module:
-    """An architecture whose weights come from a file; nothing larger than the file is built.
-
-    Arguments:
-        name: As for :func:`build`.
-        channels: C.
-        num_classes: n.
-        size: Bytes of the file.
-
-    Raises:
-        ValueError: If no registry has the name, or it has more weights than the file can hold.
-    """
-    plan = build_plan(name, channels, num_classes)
-    smallest = 2 * sum(p.numel() for p in plan.parameters())  # of two bytes each
-    if smallest > size:
-        raise ValueError(
-            f"Expected a network of {name}, {smallest} bytes or more, but got a file of {size}"
-        )
-    return build(name, channels, num_classes)
 
 
 def build_plan(name: str, channels: int, num_classes: int) -> nn.Module:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from tie_ext.cli import page
-from tie_ext.cli.batches import scaled
+from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.folder import load_run
 from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.score import BATCH, list_images, transform_of
+from tie_ext.cli.reading import list_images
+from tie_ext.cli.score import BATCH, transform_of
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.base import Thresholded
 from tie_ext.pytorch_ood.monitor import rate_interval
 from tie_ext.pytorch_ood.rejects import Group, Rejects, rejects
-from tie_ext.utils.progress import Progress
 
 SHOWN = 16
 """Thumbnails of a group."""
@@ -35,10 +35,9 @@ def run(flags: Namespace) -> None:
     net: TIENet = detector.network  # type: ignore[assignment]
     folder = flags.run if flags.run.is_dir() else flags.run.parent
     transform, _ = transform_of(net, folder)
-    files, _ = list_images([flags.images])
+    files = list_images([flags.images])
     images = ImageFiles.of(files, transform)
-    with Progress(total=len(files), desc="report", unit=" images") as bar:
-        found = rejects(detector, _batches(images, net, bar))
+    found = rejects(detector, ImageBatches(images, BATCH, scale=net))
     for number, group in enumerate(found.groups, 1):
         if flags.export is not None:
             export([files[row] for row in group.rows.tolist()], flags.export / name(number, group))
@@ -46,12 +45,6 @@ def run(flags: Namespace) -> None:
     body = list(_body(found, files, names))
     about = lead(found, detector)
     print(page.write_page(folder / "rejected.html", "What is rejected", about, body))
-
-
-def _batches(images: ImageFiles, net: TIENet, bar: Progress) -> Iterator[Tensor]:
-    for pixels in images.parts(torch.arange(len(images)).split(BATCH)):
-        yield scaled(pixels, net)
-        bar.update(len(pixels))
 
 
 def name(number: int, group: Group) -> str:

@@ -4,19 +4,19 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from tie_ext.cli import figures, page, rejected
 from tie_ext.cli.batches import scaled
-from tie_ext.cli.evaluation import COMBINED
 from tie_ext.cli.flags import UsageError
-from tie_ext.cli.folder import OWN, is_attached, load_decision, load_scores, read_record
+from tie_ext.cli.folder import OWN, STATE, is_attached, load_run, read_record
 from tie_ext.cli.score import LEVELS
 from tie_ext.cli.snapshots import load_examples, load_snapshots
 from tie_ext.cli.tables import WORDS, decides, id_rows, idle, ood_rows
-from tie_ext.outliers import SYNTHESIZERS
+from tie_ext.models.network import TIENet
 from tie_ext.utils.files import load_state, reading
 
 Snapshots = Mapping[int, Mapping[str, Tensor]]
@@ -35,8 +35,8 @@ def run(flags: Namespace) -> None:
 
 
 def write_report(folder: Path) -> Path:
-    """Write all figures of a run to ``RUN/figures``, and ``RUN/report.html``: what was decided,
-    examples, scores, one table; figures, further tables and settings below, folded away.
+    """Write ``RUN/report.html``: what was decided, examples, scores, one table; figures, further
+    tables and settings below, folded away.
 
     Returns:
         The page, which needs no other file and no network.
@@ -44,7 +44,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         FileNotFoundError: If the folder holds no run.
         ValueError: If no epoch of it is finished, or a file is damaged, foreign or of another run.
-        OSError: If a file cannot be written.
+        OSError: If the page cannot be written.
     """
     record, snapshots = read_record(folder), load_snapshots(folder)
     if not snapshots:
@@ -52,10 +52,7 @@ def write_report(folder: Path) -> Path:
             f"Expected a run with at least one finished epoch at {folder}, but got none"
         )
     with reading(f"a run whose files are of one network at {folder}"):
-        log = [] if is_attached(record) else _read_log(folder)
-        pngs: dict[str, bytes] = {}  # written when all files have been read
-        body = list(_body(folder, record, snapshots, log, pngs))
-    page.write_figures(folder, pngs)
+        body = list(_body(folder, record, snapshots))
     return page.write_page(folder / "report.html", folder.resolve().name, lead(record), body)
 
 
@@ -87,22 +84,17 @@ def _cards(numbers: Mapping) -> Iterator[page.Card]:
     else:
         yield page.Card(f"{100 * numbers['id_rejected']:.1f} %", "false alarms on test images")
     for name, share in (decision or numbers)["rejected"].items():
-        label = f"of {name.removeprefix('val:')} rejected"
+        label = f"of {name} rejected"
         yield page.Card(f"{100 * share:.1f} %", label, share < 0.5)
 
 
-def _body(
-    folder: Path,
-    record: Mapping,
-    snapshots: Snapshots,
-    log: Sequence[Mapping],
-    pngs: dict[str, bytes],
-) -> Iterator[str]:
+def _body(folder: Path, record: Mapping, snapshots: Snapshots) -> Iterator[str]:
     """The page from top to bottom."""
-    net, decide = load_decision(folder)
+    detector, decide = load_run(folder)
+    net = cast(TIENet, detector.network)
     names = [*(net.class_names or map(str, range(net.num_classes))), "garbage"]
-    numbers = record.get("numbers")
-    scores = _scores(folder)
+    path, numbers = folder / "scores.safetensors", record.get("numbers")
+    scores = load_state(path, "scores") if path.is_file() else {}
     if numbers:
         yield page.cards(_cards(numbers))
         if examples := load_examples(folder):
@@ -113,19 +105,20 @@ def _body(
                 for name, x in examples.items()
             )
             yield page.section("Accepted and rejected", page.paragraph(EXAMPLES), *shown)
-        label = COMBINED if COMBINED in scores else next(iter(scores), None)
-        if label:
+        for label in list(scores)[-1:]:  # the combination, where there is one
             drawn = figures.histograms(scores[label])
-            yield page.section("Scores", page.figure(pngs, f"scores_{label}", HISTOGRAM, drawn))
+            yield page.section("Scores", page.figure(HISTOGRAM, drawn))
         yield page.section("Sets", page.table(_sets(numbers)), page.paragraph(" ".join(WORDS[:2])))
-    for name, title, caption, drawn in _figures(record, snapshots, log, names, scores):
-        yield page.section(title, page.figure(pngs, name, caption, drawn), folded=True)
+    attached = is_attached(record)
+    log = [] if attached else load_state(folder / STATE, "training", ("log",))["log"]
+    for title, caption, drawn in _figures(record, snapshots, log, names, scores):
+        yield page.section(title, page.figure(caption, drawn), folded=True)
     if numbers:
-        methods = record.get("comparison", {OWN[is_attached(record)]: numbers})
+        methods = {OWN[attached]: numbers}
         words = " ".join((*WORDS, decides(numbers)))
         parts = page.table(id_rows(methods)), page.table(ood_rows(methods)), page.paragraph(words)
         yield page.section("All scores", *parts, folded=True)
-    settings = {k: v for k, v in record.items() if k not in ("log", "numbers", "comparison")}
+    settings = {k: v for k, v in record.items() if k not in ("log", "numbers")}
     text = page.preformatted(json.dumps(settings, indent=1))
     yield page.section("Settings and versions", text, folded=True)
 
@@ -143,29 +136,18 @@ def _shown(x: Tensor, decision, name: str, names: Sequence[str]) -> Iterator[pag
 
 def _sets(numbers: Mapping) -> list[dict[str, object]]:
     """A row for each set of images that are of none of the classes."""
-    decision, scores = numbers.get("decision"), numbers["scores"]
-    rows: list[dict[str, object]] = []
-    for name, of in scores[COMBINED if COMBINED in scores else next(iter(scores))].items():
-        row = {"images": name, "AUROC": f"{100 * of['auroc']:.2f}"}
-        row |= {"FPR@95": f"{100 * of['fpr95']:.2f}"}
-        share = (decision or numbers)["rejected"].get(name)
-        row["rejected"] = "-" if share is None else f"{100 * share:.1f}"
-        garbage = numbers.get("garbage_rate", {}).get(name)
-        row["in garbage"] = "-" if garbage is None else f"{100 * garbage:.1f}"
-        rows.append(row)
-    return rows
-
-
-def _scores(folder: Path) -> dict[str, dict[str, Tensor]]:
-    path = folder / "scores.safetensors"
-    return load_scores(path) if path.is_file() else {}
-
-
-def _read_log(folder: Path) -> list[dict]:
-    log = load_state(folder / "training.safetensors", "training", ("log",))["log"]
-    if not log:
-        raise ValueError(f"Expected a log of a finished epoch at {folder}, but got none")
-    return log
+    scores, rejected = numbers["scores"], (numbers.get("decision") or numbers)["rejected"]
+    best = list(scores)[-1]  # the combination, where there is one
+    rows = ood_rows({"": {**numbers, "scores": {best: scores[best]}}})
+    return [
+        {
+            "images": row["OOD"],
+            **{column: row[column] for column in ("AUROC", "FPR@95")},
+            "rejected": f"{100 * rejected[row['OOD']]:.1f}" if row["OOD"] in rejected else "-",
+            "in garbage": row["in garbage"],
+        }
+        for row in rows
+    ]
 
 
 def _figures(
@@ -174,44 +156,32 @@ def _figures(
     log: Sequence[Mapping],
     names: Sequence[str],
     scores: Mapping[str, Mapping[str, Tensor]],
-) -> Iterator[tuple[str, str, str, Figure]]:
-    """Name of the file, title, caption and figure."""
+) -> Iterator[tuple[str, str, Figure]]:
+    """Title, caption and figure."""
     last = snapshots[max(snapshots)]
     if "inversions" in last:
         title = "Inversions: what each class looks like to the network"
         grid = figures.inversions_over_epochs(snapshots, names)
-        yield "inversions", title, "One inversion of each output over the epochs", grid
+        yield title, "One inversion of each output over the epochs", grid
         grid = figures.inversion_grid(last["inversions"], names)
-        yield "inversion_grid", "Inversions after the last epoch", "A row for each output", grid
-    for name, caption, key in _outliers(record):
-        if key in last:
+        yield "Inversions after the last epoch", "A row for each output", grid
+    recipe = record["settings"].get("recipe", {})
+    for i, name in enumerate(recipe.get("synthesizers", ["procedural"])):
+        if (key := f"outliers_{i}") in last:
             grid = figures.inversion_grid(last[key][None], [""])
-            yield f"outliers_{name}", f"Outliers: {name}", caption, grid
+            yield f"Outliers: {name}", "Some of those that garbage is learned from", grid
     if log:
         caption = (
             "Proposed outliers by the output they were aimed at: entropy, confidence, margin, "
             f"uncertainty; {idle(log)}"
         )
         curves = figures.metric_curves(log, names)
-        yield "metrics", "Proposed outliers over the epochs", caption.strip("; \n"), curves
+        yield "Proposed outliers over the epochs", caption.strip("; \n"), curves
     caption = "Features of test images and garbage (t-SNE)"
-    yield "features", "Features", caption, figures.feature_map(snapshots, names)
+    yield "Features", caption, figures.feature_map(snapshots, names)
     for label, of in scores.items():
         caption = f"{label}: ROC and precision-recall, OOD positive"
-        yield f"curves_{label}", f"Curves: {label}", caption, figures.roc_and_pr(of)
-
-
-def _outliers(record: Mapping) -> list[tuple[str, str, str]]:
-    """Name, caption and key in a snapshot of the outliers of each synthesizer."""
-    if is_attached(record):
-        caption = "Some of the outliers that the garbage class was fitted to"
-        return [("procedural", caption, "outliers_0")]
-    synthesizers = record["settings"].get("recipe", {}).get("synthesizers", ())
-    return [
-        (name, f"Outliers that {name} proposes after the last epoch", f"outliers_{i}")
-        for i, name in enumerate(synthesizers)
-        if name in SYNTHESIZERS
-    ]
+        yield f"Curves: {label}", caption, figures.roc_and_pr(of)
 
 
 TITLES = {"id": "Images of the classes"}

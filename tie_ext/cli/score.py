@@ -2,13 +2,10 @@
 
 import csv
 import io
-import itertools
-import json
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -16,15 +13,14 @@ import torch
 from torch import Tensor
 
 from tie_ext.cli.batches import scaled
-from tie_ext.cli.flags import check_flags, usage
+from tie_ext.cli.flags import check_device
 from tie_ext.cli.folder import load_run
 from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.reading import Survey, images_below, is_readable, left_out
+from tie_ext.cli.reading import list_images
 from tie_ext.cli.transform import Transform, load_transform
 from tie_ext.cli.watch import Watch
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import Decision
-from tie_ext.utils.checks import check_number
 from tie_ext.utils.progress import Progress
 
 LEVELS = ("accepted", "garbage", "uncertain")
@@ -43,46 +39,36 @@ def run(flags: Namespace) -> int:
     """Load the detector of a run, and write a row for each image as it is scored; gives the exit
     code.
     """
-    check_flags({"device": flags.device})
-    with usage():
-        if flags.false_alarm is not None:
-            check_number("--false-alarm", flags.false_alarm, 0, 1, above=True)
-        check_number("--batch-size", flags.batch_size, 1, 10**6, integer=True)
-        if flags.workers is not None:
-            check_number("--workers", flags.workers, 0, 1000, integer=True)
+    check_device(flags.device)
     detector, decide = load_run(flags.run, flags.false_alarm, flags.device)
     net = cast(TIENet, detector.network)
-    folder = flags.run if flags.run.is_dir() else flags.run.parent
-    transform, known = transform_of(net, folder)
-    files, unread = list_images(flags.images)
-    watch = None
+    transform, known = transform_of(net, flags.run if flags.run.is_dir() else flags.run.parent)
+    if not known:
+        print(
+            f"tie-ext: images are {transform}, as the detector does not say how its images were "
+            "read; if otherwise, score in Python, with your own transform",
+            file=sys.stderr,
+        )
+    files, watch = list_images(flags.images), None
     if flags.monitor is not None:
         watch = Watch(flags.monitor, detector, decide)
         decide = watch.decide
     # A bar between rows on one terminal would tear them.
     progress = flags.out is not None or not (sys.stdout.isatty() and sys.stderr.isatty())
-    found, how = Survey(), (flags.batch_size, flags.workers)
-    rows = score(net, decide, files, transform, flags.every_label, progress, found, *how)
-    errors = []
+    how = (progress, flags.batch_size, flags.workers)
+    errors = {}
     with _output(flags.out) as out:
         table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        if flags.format == "csv":
-            table.writeheader()
-        for i, (row, error) in enumerate(rows, 1):
-            if flags.format == "csv":
-                table.writerow(row)
-            else:
-                out.write(json.dumps(row) + "\n")
+        table.writeheader()
+        for i, (row, error) in enumerate(score(net, decide, files, transform, *how)):
+            table.writerow(row)
             if error is not None:
-                errors.append((i - 1, error))
-            if i % flags.batch_size == 0:
-                out.flush()
-    drift = watch is not None and watch.end(without=[place for place, _ in errors])
-    for note in filter(None, (*notes(found, transform, known), left_out(unread))):
-        print(f"tie-ext: {note}", file=sys.stderr)
+                errors[i] = error
+    drift = watch is not None and watch.end(without=list(errors))
     if errors:
-        more = f"; {len(errors) - 1} more are unreadable too, see level {UNREADABLE!r}"
-        raise ValueError(errors[0][1] + (more if len(errors) > 1 else ""))
+        first, more = next(iter(errors.values())), len(errors) - 1
+        others = f"; {more} more are unreadable too, see level {UNREADABLE!r}" if more else ""
+        raise ValueError(first + others)
     return DRIFT if drift else 0
 
 
@@ -107,55 +93,12 @@ def transform_of(net: TIENet, folder: Path) -> tuple[Transform, bool]:
     return found or Transform.squash(shape), known
 
 
-def notes(found: Survey, transform: Transform, known: bool) -> Iterator[str]:
-    """What the user has to know of how images were read."""
-    if found.other and not known:
-        yield (
-            f"{found.other} of {found.seen} images were squashed to {transform.shape[2]} x "
-            f"{transform.shape[1]} pixels, as the detector does not say how its images were read; "
-            "if otherwise, score in Python, with your own transform"
-        )
-    if found.turned:
-        turned = "turned upright" if transform.exif_transpose else "not turned"
-        yield (
-            f"{found.turned} of {found.seen} images carry an EXIF orientation: they were "
-            f"{turned}, as in the run"
-        )
-
-
-def list_images(places: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str]]:
-    """Image files, and those in folders and below them, by name; and those in folders that Pillow
-    does not read here.
-
-    Raises:
-        ValueError: If there is nothing at a path, or a folder holds no image.
-    """
-    files: list[str] = []
-    unread: list[str] = []
-    for place in places:
-        if not Path(place).exists():
-            raise ValueError(
-                f"Expected an image file at {place}, or a folder of them, but there is nothing"
-            )
-        if not Path(place).is_dir():
-            files.append(os.fspath(place))
-            continue
-        found = list(images_below(place))
-        if not found:
-            raise ValueError(f"Expected images in {place} or below it, but got none")
-        files += filter(is_readable, found)
-        unread += itertools.filterfalse(is_readable, found)
-    return files, unread
-
-
 def score(
     net: TIENet,
     decide: Callable[[Tensor], Decision],
     files: Sequence[str],
     transform: Transform,
-    every_label: bool = False,
     progress: bool = False,
-    found: Survey | None = None,
     batch_size: int = BATCH,
     workers: int | None = None,
 ) -> Iterator[tuple[dict, str | None]]:
@@ -166,9 +109,7 @@ def score(
         decide: Gives the decision on a batch of its images.
         files: Paths.
         transform: How they are read.
-        every_label: Name the likeliest class of a rejected image too.
         progress: Show progress.
-        found: Counts images that are not square or not upright.
         batch_size: Images scored at once.
         workers: Processes that decode; 0 for this one, None for one a processor, 8 at most.
 
@@ -186,10 +127,7 @@ def score(
                 if place in broken:
                     row["level"] = UNREADABLE
                 else:
-                    if found is not None:
-                        with suppress(ValueError):  # it vanished meanwhile
-                            found.add(str(row["image"]), transform.shape[1:])
-                    if level == 0 or every_label:
+                    if level == 0:
                         row["label"] = net.class_names[label] if net.class_names else label
                     row |= {"level": LEVELS[level], "uncertainty": round(uncertainty, 6)}
                     row["score"] = round(value, 4)
@@ -205,12 +143,5 @@ def _output(path: Path | None) -> Iterator[TextIO]:
             sys.stdout.reconfigure(errors=ESCAPED)
         yield sys.stdout
         return
-    try:
-        with open(path, "w", newline="", encoding="utf-8", errors=ESCAPED) as out:
-            yield out
-    except OSError as error:
-        if error.filename not in (None, os.fspath(path)):
-            raise  # of an image, not of the rows
-        raise OSError(
-            f"Expected to write rows to {path}, but got: {error.strerror or error}"
-        ) from error
+    with open(path, "w", newline="", encoding="utf-8", errors=ESCAPED) as out:
+        yield out

@@ -1,16 +1,12 @@
 """The settings of a run, which are flags of the command line too, and its images."""
 
-import os
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from textwrap import shorten
 from typing import Any
 
 from tie_ext.cli import data
-from tie_ext.cli.data import IN_MEMORY, NAMES
-from tie_ext.cli.images import ImageFiles, Images, RunImages
-from tie_ext.cli.presets import check_kind, make_transform
-from tie_ext.cli.reading import Survey, left_out, repeated
+from tie_ext.cli.data import NAMES
+from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.presets import make_transform
 from tie_ext.cli.transform import Transform
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import AUTOCAST_DTYPES
@@ -40,9 +36,6 @@ class ImageSettings(Settings):
     root: str = setting("data", "where the named sets are", metavar="FOLDER")
     download: bool = setting(False, "let torchvision download what is missing")
     ood: tuple[str, ...] = setting((), "OOD sets to score at the end, besides noise")
-    val_ood: tuple[str, ...] = setting(
-        (), "OOD sets to choose settings by: their images in val/ are scored too"
-    )
     images: int | None = setting(
         None, "take a random subset of N training images", low=1, high=LARGEST
     )
@@ -64,9 +57,6 @@ class ImageSettings(Settings):
         False, "turn photographs as EXIF says, which torchvision's loaders do not"
     )
     batch_size: int = setting(128, "ID images per batch", low=1, high=10**6)
-    in_memory: str = setting(
-        "auto", "keep images of folders in memory; auto: up to 256 MB", choices=IN_MEMORY
-    )
     backbone: str = setting("conv3", BACKBONE, **NETWORK)
     mean: tuple[float, ...] = setting(
         (),
@@ -90,7 +80,6 @@ class ImageSettings(Settings):
             raise ValueError(
                 f"Expected as many --mean as --std, but got {len(self.mean)} and {len(self.std)}"
             )
-        check_kind(self._transform(), self.backbone)
 
     def record(self) -> dict:
         """The settings as JSON has them."""
@@ -209,70 +198,29 @@ def load_images(settings: ImageSettings, seed: int, transform: Transform) -> Run
         ValueError: If a set is missing or unknown, a file is no image, or training and test
             classes differ.
     """
-    try:
-        images = _load(settings, seed, transform)
-    except OSError as error:
-        raise ValueError(
-            f"Expected to read the images of {shorten(settings.data, 80)}, but got: "
-            f"{error.strerror or error}"
-        ) from error
-    if images.test.classes != images.train.classes:
-        raise ValueError(
-            "Expected the same classes in training and test images, but got "
-            f"{images.train.classes} and {images.test.classes}"
-        )
-    return images
-
-
-def _load(settings: ImageSettings, seed: int, transform: Transform) -> RunImages:
-    files: list[ImageFiles] = []
 
     def read(name: str, split: str, count: int | None = None) -> Images:
-        root, download, shape = settings.root, settings.download, transform.shape
-        images = data.load(name, split, root, shape, download, seed, "no", transform)
-        images = images.first(count, seed)
-        if isinstance(images, ImageFiles):
-            files.append(images)
-        return images
+        images = data.find(name, split, settings.root, transform, settings.download, seed)
+        return data.kept(images.first(count, seed))
 
-    def kept(images: Images) -> Images:
-        return data.keep(images, settings.in_memory)
-
-    train: Images
-    test: Images
     others: dict[str, Images]
     if settings.data == "demo":
         from tie_ext.cli.demo_images import clothes, strangers
 
-        own, found = clothes()[:2], strangers()
-        train, test, *shaped = (
-            replace(images, x=data.transformed(images.x, transform))
-            for images in (*own, *found.values())
-        )
-        train, others = train.first(settings.images, seed), dict(zip(found, shaped, strict=True))
+        found = {"train": clothes()[0], "test": clothes()[1], **strangers()}
+        others = {
+            name: replace(images, x=data.transformed(images.x, transform))
+            for name, images in found.items()
+        }
+        train, test = others.pop("train").first(settings.images, seed), others.pop("test")
     else:
         train, test = read(settings.data, "train", settings.images), read(settings.data, "test")
         noise = data.noise("gaussian", min(len(test), NOISE_IMAGES), transform.shape)
         others = {"noise": noise}
-    validation = {f"val:{name}": read(name, "val") for name in settings.val_ood}
+    if test.classes != train.classes:
+        raise ValueError(
+            "Expected the same classes in training and test images, but got "
+            f"{train.classes} and {test.classes}"
+        )
     ood = {name: read(name, "ood") for name in settings.ood}
-    notes = survey(files, transform)
-    sets = {name: kept(images) for name, images in (validation | ood | others).items()}
-    same = 0.0
-    if isinstance(train, ImageFiles) and isinstance(test, ImageFiles):
-        same = repeated(test.files, train.files)  # type: ignore[arg-type]
-    return RunImages(kept(train), kept(test), sets, transform, same, notes)
-
-
-def survey(sets: Sequence[ImageFiles], transform: Transform) -> tuple[str, ...]:
-    """What a user has to know of how images are read, from the headers of their files.
-
-    Raises:
-        ValueError: If a file has none that Pillow can read.
-    """
-    found = Survey()
-    for images in sets:
-        for file in images.files:
-            found.add(os.fsdecode(file), transform.shape[1:])
-    other = left_out({file for images in sets for file in images.left_out})
-    return tuple(filter(None, (*transform.notes(found), other)))
+    return RunImages(train, test, ood | others, transform)

@@ -77,15 +77,11 @@ def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
 
 
 def save_examples(folder: Path, run: RunImages) -> None:
-    """Save some test images of each set that settings are not chosen by, from all over it, as sets
-    may be sorted by class.
-    """
+    """Save some test images of each set, from all over it, as sets may be sorted by class."""
     examples = {}
     for name, images in run.sets.items():
-        if not name.startswith("val:"):
-            count = min(EXAMPLES, len(images))
-            rows = torch.linspace(0, len(images) - 1, count).long()
-            examples[name] = images.take(rows).loaded().x
+        rows = torch.linspace(0, len(images) - 1, min(EXAMPLES, len(images))).long()
+        examples[name] = images.take(rows).loaded().x
     save_state(folder / "examples.safetensors", "examples", examples)
 
 
@@ -97,6 +93,4 @@ def load_examples(folder: Path) -> dict[str, Tensor]:
         ValueError: If the file is damaged or foreign.
     """
     path = Path(folder) / "examples.safetensors"
-    if not path.is_file():
-        return {}
-    return load_state(path, "examples")
+    return load_state(path, "examples") if path.is_file() else {}

@@ -1,6 +1,7 @@
 """Results as text tables and sentences."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tie_ext.cli.evaluation import COMBINED, FALSE_ALARM
 
@@ -48,20 +49,10 @@ def ood_rows(methods: Mapping[str, Mapping]) -> list[dict[str, object]]:
     return rows
 
 
-def tables(methods: Mapping[str, Mapping]) -> str:
-    """Both tables as text."""
-    return f"{table(id_rows(methods))}\n\n{table(ood_rows(methods))}"
-
-
-def worst_validation(numbers: Mapping) -> str:
-    """A line on the validation set with the smallest AUROC, which settings are chosen by."""
-    label, sets = next(iter(numbers["scores"].items()))
-    aurocs = {name: of["auroc"] for name, of in sets.items() if name.startswith("val:")}
-    if not aurocs:
-        return ""
-    name = min(aurocs, key=aurocs.__getitem__)
-    shown = f"{name.removeprefix('val:')}, AUROC {100 * aurocs[name]:.1f} by {label}"
-    return f"worst validation set: {shown}\n"
+def summary(label: str, numbers: Mapping, folder: Path) -> str:
+    """What a command says of a finished run."""
+    tables = f"{table(id_rows({label: numbers}))}\n\n{table(ood_rows({label: numbers}))}"
+    return f"{tables}\n{decides(numbers)}run: {folder}; figures: tie-ext report {folder}"
 
 
 def decides(numbers: Mapping) -> str:

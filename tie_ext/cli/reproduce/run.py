@@ -7,7 +7,8 @@ is scored on all OOD sets that are found: the paper's, nearer ones, since far se
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -18,23 +19,19 @@ from torch import Tensor
 
 from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches
-from tie_ext.cli.evaluation import all_logits, ood_metrics
-from tie_ext.cli.flags import check_flags, recipe_of, settings_of
-from tie_ext.cli.images import Images, ImageSet, RunImages
+from tie_ext.cli.evaluation import ood_metrics
+from tie_ext.cli.flags import check_device, recipe_of, settings_of
+from tie_ext.cli.images import Images, RunImages
 from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.reproduce.comparison import cell, check_method, has_garbage
-from tie_ext.cli.reproduce.tables import CELLS, brief, read_cells, tables
+from tie_ext.cli.reproduce.tables import CELLS, read_cells, tables
 from tie_ext.cli.settings import ReproduceSettings
-from tie_ext.cli.snapshots import to_bytes
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import TIENet
-from tie_ext.outliers.inversion import Inversion
 from tie_ext.scores.decision import ood_score, uncertainty
 from tie_ext.training.recipe import Recipe
-from tie_ext.training.trainer import TIETrainer
-from tie_ext.utils.files import add_json_line, load_state, save_state, write_atomically, write_json
+from tie_ext.utils.files import add_json_line, write_atomically
 from tie_ext.utils.progress import Progress
-from tie_ext.utils.random import seeded
 from tie_ext.utils.settings import differences
 from tie_ext.utils.views import frozen_view
 
@@ -44,6 +41,8 @@ BACKBONE = dict(
 """The paper's network for each of its sets (section 6.1)."""
 LEVEL_2 = ("UE", "ODIN", "energy", "MSP", "Mahalanobis", "ViM")
 """Detectors on the n ID outputs: the paper's five, and ViM."""
+OURS = ("score", "max ID probability")
+"""Those on all n+1 outputs."""
 NOISE = {"noise": "gaussian", "uniform noise": "uniform", "sphere noise": "sphere"}
 """Noise as OOD sets: name in the tables and kind of :func:`tie_ext.cli.data.noise`."""
 
@@ -83,7 +82,7 @@ class Plan(ReproduceSettings):
 
 def run(flags: Namespace) -> None:
     """Run the plan that the flags give, and print what could not be run."""
-    check_flags(vars(flags))
+    check_device(flags.device)
     plan = settings_of(Plan, vars(flags), recipe=recipe_of(vars(flags)))
     for reason in run_plan(plan, flags.out, flags.device, progress=True):
         print(f"not run: {reason}")
@@ -103,43 +102,32 @@ def run_plan(plan: Plan, out: Path, device: str = "cpu", progress: bool = False)
         ValueError: If a line of ``out/cells.jsonl`` is no cell, or one of the plan's has other
             settings.
     """
-    path, missing = out / CELLS, {}
+    path, missing = out / CELLS, set[str]()
     cells = {plan.stem(*key): key for key in product(plan.data, plan.methods, plan.seeds)}
-    done = read_cells(path)
-    for stem, (_, method, seed) in cells.items():
-        if stem in done:
-            _check_settings(path, done[stem], method, plan.recipe_for(seed))
+    for stem, record in read_cells(path).items():
+        if stem in cells:
+            _check_settings(path, record, cells[stem][1], plan.recipe_for(cells[stem][2]))
     for stem, (name, method, seed) in Progress(cells.items(), "cells", disable=not progress):
         if stem in read_cells(path):  # read again: another process may have run it
             continue
         try:
             images = image_sets(name, seed, plan.images, plan.root, plan.download)
         except ValueError as error:
-            missing[name] = str(error)
+            missing.add(f"{name}: {error}")
             continue
-        about = {"cell": stem, "data": name, "backbone": BACKBONE[_whole(name)]}
+        train, backbone = images.train, BACKBONE[_whole(name)]
+        make = partial(BACKBONES[backbone], train.shape[0], len(train.classes))
+        about = {"cell": stem, "data": name, "backbone": backbone}
         state = out / "states" / f"{stem}.safetensors"
-        record, net = cell(
-            method,
-            partial(
-                BACKBONES[about["backbone"]], images.train.shape[0], len(images.train.classes)
-            ),
-            images,
-            plan.recipe_for(seed),
-            about,
-            device=device,
-            progress=progress,
-            after_epoch=partial(_keep_inversions, out / "inversions" / f"{stem}.safetensors"),
-            state=state,
-        )
-        record["level2"] = level_2(net, images, garbage=has_garbage(method))
-        net.save(out / "networks" / f"{stem}.safetensors")
-        add_json_line(path, brief(record), "cell")
+        recipe = plan.recipe_for(seed)
+        record, net = cell(method, make, images, recipe, about, device, progress, state)
+        record["level2"] = level_2(net, images, has_garbage(method))
+        # Five digits of each number, which makes files a third as large.
+        rounded = json.loads(json.dumps(record), parse_float=lambda x: float(f"{float(x):.5g}"))
+        add_json_line(path, rounded, "cell")
         state.unlink(missing_ok=True)
-    _judge_inversions(out)
-    _note_missing(out / "not_run.json", plan.data, missing)
     write_atomically(out / "tables.md", tables(out).encode())
-    return [f"{name}: {reason}" for name, reason in sorted(missing.items())]
+    return sorted(missing)
 
 
 def _check_settings(path: Path, record: Mapping, method: str, recipe: Recipe) -> None:
@@ -156,54 +144,6 @@ def _check_settings(path: Path, record: Mapping, method: str, recipe: Recipe) ->
             f"Expected {record['cell']} in {path} to be a cell of these settings, but got one "
             f"with {other}; give another --out"
         )
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _note_missing(path: Path, tried: Sequence[str], missing: Mapping[str, str]) -> None:
-    """Record which sets could not be loaded and why; forget those that could be."""
-    known = _json(path)
-    now = {name: reason for name, reason in known.items() if name not in tried} | dict(missing)
-    if now != known:
-        write_json(path, now)
-
-
-def _keep_inversions(path: Path, trainer: TIETrainer, per_class: int = 100) -> None:
-    """Save inversions of each ID class, asked for as in training, over those of the epoch
-    before.
-    """
-    for synthesizer in trainer.synthesizers:
-        if isinstance(synthesizer, Inversion):
-            asked = torch.arange(trainer.net.num_classes).repeat_interleave(per_class)
-            with seeded(len(trainer.log)):
-                x, y = synthesizer.invert(asked, margin=0.0)
-            save_state(path, "inversions", {"x": to_bytes(trainer.net, x).cpu(), "y": y.cpu()})
-
-
-def _judge_inversions(out: Path) -> None:
-    """Write to ``out/inversions.json`` the share of inversions that each plain network of the same
-    set and another seed takes for the class asked for.
-
-    Shares stay where their networks no longer exist: cells are kept, networks need not be.
-    """
-    before = _json(out / "inversions.json")
-    found: dict[str, dict[str, float]] = {name: dict(by) for name, by in before.items()}
-    done = read_cells(out / CELLS)
-    for path in sorted((out / "inversions").glob("*.safetensors")):
-        if path.stem not in done:
-            continue  # another process is still at it
-        state = load_state(path, "inversions")
-        name, _, _, seed = path.stem.rsplit("-", 3)  # see Plan.stem
-        for judge in sorted((out / "networks").glob(f"{name}-*-plain-*.safetensors")):
-            if not judge.stem.endswith(seed):
-                images = ImageSet(state["x"], state["y"])
-                right = all_logits(TIENet.load(judge), images)[:, :-1].argmax(1) == images.y
-                found.setdefault(path.stem, {})[judge.stem] = right.double().mean().item()
-    if found != before:
-        ordered = {name: dict(sorted(by.items())) for name, by in sorted(found.items())}
-        write_json(out / "inversions.json", ordered)
 
 
 def _whole(name: str) -> str:
@@ -256,33 +196,33 @@ def level_2(net: TIENet, images: RunImages, garbage: bool = True) -> dict:
 
     Returns:
         ``{set: {"through": count, score: {"through": metrics or None, "all": metrics}}}``; None
-        where fewer than two images came through. ``score`` is ours, ``max ID probability`` is
-        minus the largest of the n ID probabilities among n+1 (Vernekar et al.).
-        For the predecessor's claim, the largest of the n+1 probabilities: ``least_confident_id``
-        of ID images that level 1 accepts, and ``most_confident_through`` of each set.
+        where fewer than two images came through, and only ``all`` without a garbage class.
+        ``score`` is ours, ``max ID probability`` is minus the largest of the n ID probabilities
+        among n+1 (Vernekar et al.). For the predecessor's claim, the largest of the n+1
+        probabilities: ``least_confident_id`` of ID images that level 1 accepts, and
+        ``most_confident_through`` of each set.
     """
-    scores = _level_2_scores(net, images, garbage)
+    scores = _level_2_scores(net, images)
     known = scores.pop("id")
     found: dict = {}
     for name, of in scores.items():
-        through, confidence = of.pop("through"), of.pop("confidence", None)
-        found[name] = {
-            label: {
-                "through": ood_metrics(known[label], x[through]) if through.sum() > 1 else None,
-                "all": ood_metrics(known[label], x),
-            }
-            for label, x in of.items()
-        }
-        found[name]["through"] = int(through.sum())
-        if confidence is not None:
-            most = confidence[through].max().item() if through.any() else None
+        through = of["through"].bool()
+        found[name] = {"through": int(through.sum()) if garbage else len(through)}
+        for label, x in of.items():
+            if label in LEVEL_2 or (garbage and label in OURS):
+                found[name][label] = {"all": ood_metrics(known[label], x)}
+                if garbage:
+                    some = ood_metrics(known[label], x[through]) if through.sum() > 1 else None
+                    found[name][label]["through"] = some
+        if garbage:
+            most = of["confidence"][through].max().item() if through.any() else None
             found[name]["most_confident_through"] = most
     if garbage:
-        found["least_confident_id"] = known["confidence"][known["through"]].min().item()
+        found["least_confident_id"] = known["confidence"][known["through"].bool()].min().item()
     return found
 
 
-def _level_2_scores(net: TIENet, images: RunImages, garbage: bool) -> dict[str, dict[str, Tensor]]:
+def _level_2_scores(net: TIENet, images: RunImages) -> dict[str, dict[str, Tensor]]:
     """Scores ``(N,)`` of each set on the CPU, which images level 1 lets ``through``, and their
     ``confidence``.
     """
@@ -295,26 +235,27 @@ def _level_2_scores(net: TIENet, images: RunImages, garbage: bool) -> dict[str, 
         h = torch.cat([view.features(x.to(device)) for x, _ in ImageBatches(images.train)])
     for detector in (mahalanobis, vim):
         detector.fit_features(h, images.train.y.to(device))
-    found = {}
-    for name, of_set in images.sets.items():
-        parts = []
-        for x, _ in ImageBatches(of_set):
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, of in images.sets.items():
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for x, _ in ImageBatches(of):
             x = x.to(device)
             with torch.no_grad():
                 logits, h = view.outputs(x)
-            parts.append((logits, h, odin.predict(x).detach()))
-        logits, h, odin_scores = (torch.cat(part) for part in zip(*parts, strict=True))
-        p = logits.softmax(1)
-        of = {"score": ood_score(logits), "max ID probability": -p[:, :-1].amax(1)}
-        of = of if garbage else {}
-        of["UE"] = uncertainty(logits[:, :-1].softmax(1))
-        of["ODIN"] = odin_scores
-        of["energy"] = EnergyBased.score(logits[:, :-1])
-        of["MSP"] = MaxSoftmax.score(logits[:, :-1])
-        of["Mahalanobis"] = mahalanobis.predict_features(h)
-        of["ViM"] = vim.predict_features(h)
-        of["through"] = torch.ones(len(p), dtype=torch.bool)
-        if garbage:
-            of |= {"through": logits.argmax(1) != net.num_classes, "confidence": p.amax(1)}
-        found[name] = {label: x.detach().cpu() for label, x in of.items()}
+            p, known = logits.softmax(1), logits[:, :-1]
+            scores = {
+                "score": ood_score(logits),
+                "max ID probability": -p[:, :-1].amax(1),
+                "UE": uncertainty(known.softmax(1)),
+                "ODIN": odin.predict(x),
+                "energy": EnergyBased.score(known),
+                "MSP": MaxSoftmax.score(known),
+                "Mahalanobis": mahalanobis.predict_features(h),
+                "ViM": vim.predict_features(h),
+                "through": logits.argmax(1) != net.num_classes,
+                "confidence": p.amax(1),
+            }
+            for label, score in scores.items():
+                parts[label].append(score.detach().cpu())
+        found[name] = {label: torch.cat(each) for label, each in parts.items()}
     return found

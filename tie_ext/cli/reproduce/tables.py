@@ -1,16 +1,14 @@
 """The tables of ``tie-ext reproduce``, made from its cells, beside the paper's own figures."""
 
-import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
 
 from tie_ext.cli.data import NAMES
 from tie_ext.cli.folder import renamed
-from tie_ext.cli.reproduce.comparison import METHODS, has_garbage, label
+from tie_ext.cli.reproduce.comparison import LABELS, has_garbage, label
 from tie_ext.cli.tables import table
 from tie_ext.utils.files import read_json_lines, reading
 
@@ -52,48 +50,7 @@ OTHERS = ("notmnist", "noise", "uniform noise", "sphere noise")
 CELLS = "cells.jsonl"
 """File of the cells in a folder, one per line."""
 
-LOGGED = ("epoch", "tau", "proposed", "excluded", "seconds")
-"""What a cell keeps of each epoch; of the last also ``agreement``."""
-
 Records = Sequence[Mapping]
-
-
-def brief(record: Mapping) -> dict:
-    """A cell as its file keeps it: what tables read, its numbers rounded to five digits."""
-    last, level2 = record["log"][-1:], record["level2"]
-    garbage = "least_confident_id" in level2
-    kept = {
-        "numbers": {key: of for key, of in record["numbers"].items() if key != "scores"},
-        "level2": {name: _brief_level(of, garbage) for name, of in level2.items()},
-        "log": [{key: entry[key] for key in LOGGED} for entry in record["log"]],
-        "seconds": record["seconds"],
-    }
-    for entry, whole in zip(kept["log"][-1:], last, strict=True):
-        entry["agreement"] = whole["agreement"]
-    return {**record, **_rounded(kept)}
-
-
-def _brief_level(of: Any, garbage: bool) -> Any:
-    """Level 2 of an OOD set; ``through`` is ``all`` where there is no garbage class."""
-    if not isinstance(of, Mapping):
-        return of
-    found = dict(of)
-    for score in (s for s in of if isinstance(of[s], Mapping)):
-        keys = ("auroc", "fpr95", "fpr95_id") if score == "score" else ("auroc", "fpr95")
-        found[score] = {
-            which: m and {key: m[key] for key in keys}
-            for which, m in of[score].items()
-            if garbage or which == "all"
-        }
-    return found
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(of) for key, of in value.items()}
-    return [_rounded(of) for of in value] if isinstance(value, list) else value
 
 
 def read_cells(path: Path) -> dict[str, dict]:
@@ -127,12 +84,9 @@ def tables(out: Path) -> str:
             group.title(images, epochs),
             *(f"    {line}" for line in commands(group.records)),
         ]
-        for title, rows in group.tables(_json(out / "inversions.json")).items():
-            parts += [f"\n### {title}\n", table(rows)]
+        for title, rows in group.tables().items():
+            parts += [f"\n### {title}\n", table(rows or [{"": "-"}])]
         parts.append("")
-    missing = sorted(_json(out / "not_run.json").items())
-    if missing:
-        parts += ["## Not run\n", *(f"- {name}: {reason}" for name, reason in missing), ""]
     return "\n".join(parts)
 
 
@@ -148,10 +102,6 @@ def commands(records: Records) -> list[str]:
     ]
 
 
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 class Group:
     """The cells of one ID set, number of images and number of epochs.
 
@@ -161,7 +111,7 @@ class Group:
     """
 
     def __init__(self, name: str, methods: Mapping[str, Records]):
-        order = [*METHODS, *sorted({*methods} - {*METHODS})]
+        order = [*LABELS, *sorted({*methods} - {*LABELS})]
         self.name, self.methods = name, {m: methods[m] for m in order if m in methods}
         self.garbage = {m: of for m, of in self.methods.items() if has_garbage(m)}
         self.records = [record for of in self.methods.values() for record in of]
@@ -180,26 +130,16 @@ class Group:
             f"{of_each} images of each OOD set\n"
         )
 
-    def tables(self, judged: Mapping[str, Mapping[str, float]]) -> dict[str, list[dict]]:
-        """Rows by title; ``judged`` has the shares of ``inversions.json``."""
-        found = {
+    def tables(self) -> dict[str, list[dict]]:
+        """Rows by title."""
+        return {
             "Table 1: ID accuracy, and images in the garbage class": self.garbage_rates(),
             "Scores over all OOD images: FPR@95 (AUROC)": self.rankings("all"),
             "Table 2: the same over OOD images that level 1 let through": self.rankings("through"),
             "Rejected at either level / by the score alone, at the threshold that 5 % of the ID "
             "test images exceed": self.rejections(),
-            "The predecessor's claim: the least confident ID image against the most confident OOD "
-            "image let through": self.claim(),
             "Cost": self.cost(),
-            "Inversions that plain networks of the other seeds take for the class asked for": (
-                self.judged(judged)
-            ),
         }
-        always = list(found)[:-1]
-        return {t: rows or [{"": "-"}] for t, rows in found.items() if rows or t in always}
-
-    def _by_column(self, value: Callable[[str], str]) -> dict[str, str]:
-        return {other: value(other) for other in self.columns}
 
     def garbage_rates(self) -> list[dict]:
         """The paper's Table 1."""
@@ -209,13 +149,9 @@ class Group:
             row = {"": label(method), "seeds": str(len(numbers))}
             keys = {"ID accuracy": "accuracy", "ID in garbage": "id_garbage_rate"}
             for column, key in (keys | {"ID rejected": "id_rejected"}).items():
-                row[column] = _spread(n[key] for n in numbers if key in n)
+                row[column] = _spread(n.get(key) for n in numbers)
             rates = [n.get("garbage_rate", {}) for n in numbers]
-
-            def cell(other: str, rates=rates) -> str:
-                return _spread(rate[other] for rate in rates if other in rate)
-
-            rows.append(row | self._by_column(cell))
+            rows.append(row | {o: _spread(rate.get(o) for rate in rates) for o in self.columns})
         if self.name in PAPER_1:
             paper = dict(zip(NAMES, PAPER_1[self.name], strict=True))
             accuracy = paper.pop(self.name)
@@ -229,13 +165,12 @@ class Group:
             levels = [record["level2"] for record in records]
             scores = next(found for found in levels[0].values() if isinstance(found, dict))
             for score in (s for s in scores if isinstance(scores[s], dict)):
-
-                def cell(other: str, levels=levels, score=score) -> str:
-                    of = [level[other][score][which] for level in levels if other in level]
-                    fpr, auroc = (_spread(m[k] for m in of if m) for k in ("fpr95", "auroc"))
-                    return f"{fpr} ({auroc})" if any(of) else "-"
-
-                rows.append({"": f"{label(method)}, {score}", **self._by_column(cell)})
+                row = {"": f"{label(method)}, {score}"}
+                for other in self.columns:
+                    of = [m for at in levels if other in at and (m := at[other][score][which])]
+                    fpr, auroc = (_spread(m[key] for m in of) for key in ("fpr95", "auroc"))
+                    row[other] = f"{fpr} ({auroc})" if of else "-"
+                rows.append(row)
         if which == "through" and self.name in PAPER_2:
             paper = dict(zip(NAMES, PAPER_2[self.name], strict=True))
             del paper[self.name]
@@ -247,41 +182,13 @@ class Group:
         rows = []
         for method, records in self.garbage.items():
             rejected = _spread(r["numbers"]["id_rejected"] for r in records)
-
-            def cell(other: str, records=records) -> str:
+            row = {"": label(method), "ID": f"{rejected} / 5.00"}
+            for other in self.columns:
                 of = [r for r in records if other in r["level2"]]
                 levels = _spread(r["numbers"]["rejected"][other] for r in of)
                 alone = _spread(1 - r["level2"][other]["score"]["all"]["fpr95_id"] for r in of)
-                return f"{levels} / {alone}" if of else "-"
-
-            rows.append({"": label(method), "ID": f"{rejected} / 5.00", **self._by_column(cell)})
-        return rows
-
-    def claim(self) -> list[dict]:
-        """Confidence of the least confident ID image, and of the most confident OOD image."""
-        rows = []
-        for method, records in self.garbage.items():
-            levels = [record["level2"] for record in records]
-            least = _spread(level["least_confident_id"] for level in levels)
-
-            def cell(other: str, levels=levels) -> str:
-                of = [level[other] for level in levels if level.get(other, {}).get("through")]
-                return _spread(found["most_confident_through"] for found in of)
-
-            rows.append({"": label(method), "least confident ID": least, **self._by_column(cell)})
-        return rows
-
-    def judged(self, judged: Mapping[str, Mapping[str, float]]) -> list[dict]:
-        """Inversions that the network itself, and plain networks, take for their class."""
-        rows = []
-        for method, records in self.methods.items():
-            names = sorted({record["cell"] for record in records} & {*judged})
-            if names:
-                last = [record["log"][-1]["agreement"][:-1] for record in records]
-                own = _spread(mean(s for s in shares if s is not None) for shares in last)
-                row = {"": label(method), "the network itself (n+1 outputs)": own}
-                row["plain networks"] = _spread(mean(judged[name].values()) for name in names)
-                rows.append(row)
+                row[other] = f"{levels} / {alone}" if of else "-"
+            rows.append(row)
         return rows
 
     def cost(self) -> list[dict]:
@@ -300,9 +207,9 @@ class Group:
         return rows
 
 
-def _spread(shares: Iterable[float]) -> str:
+def _spread(shares: Iterable[float | None]) -> str:
     """Mean ± standard deviation of shares of 1, in percent; ``-`` of none."""
-    scaled = [100 * share for share in shares]
+    scaled = [100 * share for share in shares if share is not None]
     if not scaled:
         return "-"
     return f"{mean(scaled):.2f}" + (f" ± {stdev(scaled):.2f}" if len(scaled) > 1 else "")
