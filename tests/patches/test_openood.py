@@ -4,17 +4,17 @@ The patched trees train and score, with the numbers of tie_ext.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from hosts.openood.conftest import draw
 
-from patches.upstream import PATCHES, added, apply, cloned, git, other_than_pinned
+from patches.upstream import PATCHES, added, apply, cloned, git, other_than_pinned, python
 
+slow = pytest.mark.slow
 PLUG_INS, TIE = OURS = sorted(PATCHES.glob("openood/*.patch"))
 CPU = Path(__file__).parents[2] / "tie_ext" / "openood" / "cpu.py"
 NEW = [
@@ -32,24 +32,6 @@ def patched(openood_root, tmp_path_factory) -> Path:
     return apply(cloned(openood_root, tmp_path_factory.mktemp("patched") / "OpenOOD"), *OURS)
 
 
-def run(tree: Path, *command: str, path: str = "") -> str:
-    """What a Python command says in a tree, whose ``openood`` is the one imported."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tree), path, os.environ.get("PYTHONPATH", "")]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 # What a reviewer sees first.
 
 
@@ -58,21 +40,15 @@ def run(tree: Path, *command: str, path: str = "") -> str:
     [(PLUG_INS, 87, 7), (TIE, 508, 15)],
     ids=lambda value: getattr(value, "stem", None),
 )
-def test_a_patch_is_short_and_needs_nothing_of_ours(patch, lines, files):
+def test_length_of_a_patch_without_our_names(patch, lines, files):
     found = added(patch)
     assert sum(map(len, found.values())) <= lines
     assert len(found) <= files
     assert "tie_ext" not in "\n".join(map("\n".join, found.values()))
 
 
-def test_what_is_added_is_counted(tmp_path):
-    (tmp_path / "a.patch").write_text(
-        "From\n---\ndiff --git a/b b/b\n--- a/b\n+++ b/b\n@@ -1 +1,2 @@\n-x\n+y\n++z\n"
-    )
-    assert added(tmp_path / "a.patch") == {"b": ["y", "+z"]}
-
-
-def test_each_applies_to_the_commit_it_names(openood_root, tmp_path):
+@slow
+def test_patches_apply_to_the_commit_named(openood_root, tmp_path):
     tree = cloned(openood_root, tmp_path / "OpenOOD")
     for patch in OURS:  # on its own, and one after the other
         assert not other_than_pinned(tree, PLUG_INS), (
@@ -93,6 +69,7 @@ def revision(tree: Path, hook: str) -> str:
     return re.findall(r"rev: v?(\S+)", before)[-1]
 
 
+@slow
 @pytest.mark.parametrize(
     ("tool", "arguments"),
     [
@@ -105,7 +82,7 @@ def revision(tree: Path, hook: str) -> str:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_its_formatters_have_nothing_to_say(patched, tool, arguments):
+def test_formatters_of_the_host_are_silent(patched, tool, arguments):
     if not shutil.which(tool):
         pytest.skip(
             f"no {tool} on the path: pip install flake8==3.8.3 yapf==0.30.0 docformatter==1.3.1 "
@@ -113,25 +90,16 @@ def test_its_formatters_have_nothing_to_say(patched, tool, arguments):
         )
     if tool in ("flake8", "yapf", "docformatter", "codespell"):
         said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
-        if revision(patched, tool) not in said:
-            pytest.skip(
-                f"OpenOOD asks for {tool} {revision(patched, tool)}, but this is {said.strip()}"
-            )
-    files = (
-        [
-            *NEW,
-            "openood/networks/utils.py",
-            "openood/postprocessors/utils.py",
-            "openood/trainers/utils.py",
-        ]
-        if tool == "yapf"
-        else NEW
-    )
+        if (wanted := revision(patched, tool)) not in said:
+            pytest.skip(f"OpenOOD asks for {tool} {wanted}, but this is {said.strip()}")
+    changed = [f"openood/{of}/utils.py" for of in ("networks", "postprocessors", "trainers")]
+    files = [*NEW, *(changed if tool == "yapf" else [])]
     done = subprocess.run([tool, *arguments, *files], cwd=patched, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_the_training_config_holds_the_defaults_of_tie_ext(patched):
+@slow
+def test_training_config_has_our_defaults(patched):
     import yaml
 
     from tie_ext import TIEConfig
@@ -154,12 +122,13 @@ def test_the_training_config_holds_the_defaults_of_tie_ext(patched):
 # By numbers what tie_ext is.
 
 
+@slow
 @pytest.mark.parametrize("backbone", ["lenet", "resnet18_32x32"])
-def test_two_epochs_are_those_of_tie_ext_to_the_last_bit(patched, backbone):
+def test_two_epochs_equal_ours_to_the_last_bit(patched, backbone):
     here = Path(__file__).parent
     found = json.loads(
-        run(
-            patched, str(here / "beside_tie_ext.py"), backbone, path=str(here.parents[1])
+        python(
+            patched, str(here / "beside_tie_ext.py"), backbone, path=(here.parents[1],)
         ).splitlines()[-1]
     )
     assert found["equal"] == dict.fromkeys(
@@ -183,46 +152,24 @@ with runpy.run_path({cpu!r})['without_cuda'](wanted=False):
         runpy.run_path(sys.argv[0], run_name='__main__')
 """
 SCORED = ["tie_loop", "msp", "react"]
-
-
-def draw(data: Path, name: str, count: int, inside: bool) -> None:
-    """One of OpenOOD's lists for CIFAR-10, and its images: squares placed by label, or noise."""
-    import numpy as np
-    from PIL import Image
-
-    rng, rows = np.random.default_rng(len(name)), []
-    (data / "images_classic" / name).mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        image = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
-        if inside:
-            image //= 4
-            image[3 * (i % 10) : 3 * (i % 10) + 5] = 255
-        Image.fromarray(image).save(data / "images_classic" / name / f"{i}.png")
-        rows.append(f"{name}/{i}.png {i % 10 if inside else -1}\n")
-    (data / "benchmark_imglist" / "cifar10").mkdir(parents=True, exist_ok=True)
-    (data / "benchmark_imglist" / "cifar10" / f"{name}.txt").write_text("".join(rows))
+NEAR, FAR = ["cifar100", "tin"], ["mnist", "svhn", "texture", "places365"]
+OOD = [*NEAR, *FAR]
 
 
 @pytest.fixture(scope="module")
 def trained(patched) -> Path:
     """Two seeds of one epoch on a few images, scored as its scripts for CIFAR-10 do it."""
-    for name in ("train_cifar10", "val_cifar10", "test_cifar10", "test_cifar10c"):
-        draw(patched / "data", name, 20 if name == "train_cifar10" else 10, True)
-    for name in (
-        "val_tin",
-        *(f"test_{ood}" for ood in ("cifar100", "tin", "mnist", "svhn", "texture", "places365")),
-    ):
-        draw(patched / "data", name, 4, False)
-    for folder in (
-        "cifar10",
-        "cifar100",
-        "tin",
-        "mnist",
-        "svhn",
-        "texture",
-        "places365",
-    ):  # what is there is not downloaded
-        (patched / "data" / "images_classic" / folder / "images").mkdir(parents=True)
+    lists = patched / "data/benchmark_imglist/cifar10"
+    lists.mkdir(parents=True)
+    known = {
+        "train_cifar10": 20,
+        **dict.fromkeys(("val_cifar10", "test_cifar10", "test_cifar10c"), 10),
+    }
+    for name in (*known, "val_tin", *(f"test_{ood}" for ood in OOD)):
+        rows = draw(patched / "data/images_classic", name, known.get(name, 4), name in known)
+        (lists / f"{name}.txt").write_text(rows)
+    for folder in ("cifar10", *OOD):  # what is there is not downloaded
+        (patched / "data/images_classic" / folder / "images").mkdir(parents=True)
     (command,) = re.findall(r"^python (main\.py.*?)\n\n?$", script(patched, "train"), re.M | re.S)
     small = "--dataset.train.batch_size 10 --optimizer.num_epochs 1 --num_workers 0"
     small += " --trainer.trainer_args.generator_steps 2 --merge_option merge"
@@ -239,7 +186,7 @@ def trained(patched) -> Path:
     runs += [[*command[:-3], name, "--save-csv"] for name in SCORED]
     (patched / "runs.json").write_text(json.dumps(runs))
     (patched / "launch.py").write_text(LAUNCH.format(cpu=str(CPU)))
-    said = run(patched, "launch.py")
+    said = python(patched, "launch.py")
     assert said.count("Training Completed!") == 2
     return patched / "results" / "cifar10_tie_loop_net_tie_loop_e1_lr0.001_default"
 
@@ -250,41 +197,33 @@ def script(tree: Path, kind: str) -> str:
     return path.read_text().replace("${DATA}", "cifar10") + "\n"
 
 
-def test_its_eval_ood_scores_every_seed(trained):
+@slow
+def test_eval_ood_scores_every_seed_of_the_patch(trained):
     import pandas as pd
 
     assert sorted(path.name for path in trained.iterdir()) == ["ood", "s0", "s1"]
     for name in SCORED:
         table = pd.read_csv(trained / "ood" / f"{name}.csv", index_col=0)
-        assert list(table.index) == [
-            "cifar100",
-            "tin",
-            "nearood",
-            "mnist",
-            "svhn",
-            "texture",
-            "places365",
-            "farood",
-        ]
+        assert list(table.index) == [*NEAR, "nearood", *FAR, "farood"]
         assert table.map(lambda cell: 0 <= float(cell.split()[0]) <= 100).all(axis=None)
     ours = (trained / "ood" / "tie_loop.csv").read_text()
     assert ours != (trained / "ood" / "msp.csv").read_text()
 
 
-def test_a_checkpoint_has_tau(trained):
+@slow
+def test_checkpoints_have_a_finite_tau(trained):
     import torch
 
+    weights = []
     for folder in trained.glob("s*"):
         state = torch.load(folder / "best.ckpt", weights_only=True)
         assert state["tau"].isfinite()
         assert state["garbage.weight"].shape == (1, 512)
-    first, second = (
-        torch.load(trained / seed / "best.ckpt", weights_only=True) for seed in ("s0", "s1")
-    )
-    assert not torch.equal(first["garbage.weight"], second["garbage.weight"])
+        weights.append(state["garbage.weight"])
+    assert not torch.equal(*weights)
 
 
-def test_no_name_hides_one_of_the_plug_in(patched):
+def test_names_hide_none_of_the_plug_in(patched):
     table = re.findall(
         r"^(\w+) = .tie_ext\.openood", (CPU.parents[2] / "pyproject.toml").read_text(), re.M
     )
@@ -362,7 +301,8 @@ def plugged(openood_root, tmp_path_factory) -> Path:
     return apply(cloned(openood_root, tmp_path_factory.mktemp("plugged") / "OpenOOD"), PLUG_INS)
 
 
-def test_plug_ins_are_called_as_built_ins_are(plugged, tmp_path):
+@slow
+def test_plug_ins_are_called_as_built_ins(plugged, tmp_path):
     import torch
 
     kinds = {"trainers": "Trainer", "networks": "network", "postprocessors": "Post"}
@@ -375,7 +315,7 @@ def test_plug_ins_are_called_as_built_ins_are(plugged, tmp_path):
     (tmp_path / "plug.yml").write_text(
         "postprocessor:\n  APS_mode: True\n  postprocessor_args:\n    t: 0.5\n"
     )
-    assert run(plugged, "-c", CALLS, path=str(tmp_path)).endswith("called\n")
+    assert python(plugged, "-c", CALLS, path=(tmp_path,)).endswith("called\n")
 
 
 OF_TIE_EXT = """
@@ -403,7 +343,8 @@ print(*[type(thing).__name__ for thing in (net, trainer, get_postprocessor(confi
 """
 
 
-def test_tie_ext_is_found_without_a_launcher(plugged, tmp_path):
+@slow
+def test_tie_ext_is_found_by_entry_points(plugged, tmp_path):
     table = re.findall(
         r'^\[project\.entry-points\."(openood\.\w+)"\]\n((?:\w+ = .*\n)+)',
         (CPU.parents[2] / "pyproject.toml").read_text(),
@@ -411,9 +352,6 @@ def test_tie_ext_is_found_without_a_launcher(plugged, tmp_path):
     )
     assert len(table) == 3
     points = "".join(f"[{group}]\n{lines}" for group, lines in table).replace('"', "")
-    path = os.pathsep.join([str(installed(tmp_path, "tie_ext", points)), str(CPU.parents[2])])
-    assert run(plugged, "-c", OF_TIE_EXT, path=path).split()[-3:] == [
-        "OpenOODTIENet",
-        "OpenOODTIETrainer",
-        "TIEPostprocessor",
-    ]
+    path = (installed(tmp_path, "tie_ext", points), CPU.parents[2])
+    names = python(plugged, "-c", OF_TIE_EXT, path=path).split()[-3:]
+    assert names == ["OpenOODTIENet", "OpenOODTIETrainer", "TIEPostprocessor"]

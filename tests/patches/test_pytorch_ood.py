@@ -4,15 +4,15 @@ import ast
 import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from patches.upstream import PATCHES, git, python
+
 RELEASE = "0.4.0"
-SERIES = Path(__file__).parents[2] / "patches" / "pytorch-ood"
+SERIES = PATCHES / "pytorch-ood"
 TIE, COMBINED = SERIES / "0001-TIE-detector.patch", SERIES / "0002-Combined-detector.patch"
 BUDGET = {TIE: (400, 9), COMBINED: (300, 9)}
 """Most lines added or taken away, and most files."""
@@ -56,12 +56,9 @@ def source() -> Path:
     return found
 
 
-def git(tree: Path, *arguments: str) -> subprocess.CompletedProcess:
-    name = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    return subprocess.run(["git", *name, *arguments], cwd=tree, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module", params=ORDERS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ORDERS]
+)
 def tree(request, source, tmp_path_factory) -> Path:
     """A copy of the source with patches applied by ``git am``.
 
@@ -71,33 +68,21 @@ def tree(request, source, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("tree") / "pytorch-ood"
     shutil.copytree(source, place, ignore=shutil.ignore_patterns(".git", "data", "__pycache__"))
     for arguments in (["init", "-q"], ["add", "-A", "-f"], ["commit", "-qm", RELEASE]):
-        assert git(place, *arguments).returncode == 0
+        git(place, *arguments)
     for patch in ORDERS[request.param]:
         missing = [
             name for name, new in files(patch).items() if not new and not (place / name).exists()
         ]
-        run = git(place, "am", *(f"--exclude={name}" for name in missing), str(patch))
-        assert run.returncode == 0, run.stdout + run.stderr
+        git(place, "am", "-q", *(f"--exclude={name}" for name in missing), str(patch))
     return place
 
 
-def ran(tree: Path, *arguments: str, **more: str) -> str:
-    """What a Python that knows the patched tree before the installed package prints."""
-    path = os.pathsep.join([str(tree / "src"), str(tree), str(SERIES.parents[1])])
-    environment = {**os.environ, "PYTHONPATH": path, **more}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
-    return run.stdout
+def ran(tree: Path, *arguments: str) -> str:
+    return python(tree, *arguments, path=(tree / "src", tree, SERIES.parents[1]))
 
 
 @pytest.mark.parametrize("patch", BUDGET, ids=lambda patch: patch.stem)
-def test_a_patch_keeps_its_budget(patch):
+def test_budget_of_lines_and_files(patch):
     most_lines, most_files = BUDGET[patch]
     body = patch.read_text().partition("\n---\n")[2]
     changed = [line for line in body.splitlines() if re.match(r"[+-](?!\+\+ |-- )", line)]
@@ -106,7 +91,7 @@ def test_a_patch_keeps_its_budget(patch):
 
 
 @pytest.mark.parametrize("patch", BUDGET, ids=lambda patch: patch.stem)
-def test_a_patch_has_the_text_of_its_pull_request(patch):
+def test_sections_of_the_pull_request(patch):
     text = patch.with_suffix(".md").read_text()
     assert re.findall(r"^## (.+)$", text, re.M) == [
         "What",
@@ -116,12 +101,12 @@ def test_a_patch_has_the_text_of_its_pull_request(patch):
     ]
 
 
-def test_nothing_of_ours_is_needed(tree):
+def test_patched_trees_never_name_tie_ext(tree):
     for path in tree.rglob("*.py"):
         assert "tie_ext" not in path.read_text()
 
 
-def test_new_files_are_of_the_oldest_python(tree):
+def test_new_files_parse_in_the_oldest_python(tree):
     added = [
         tree / name
         for patch in BUDGET
@@ -133,7 +118,7 @@ def test_new_files_are_of_the_oldest_python(tree):
         ast.parse(path.read_text(), feature_version=(3, 8))
 
 
-def test_its_own_formatter_has_nothing_to_say(tree):
+def test_formatter_of_the_host_is_silent(tree):
     if find_spec("ruff") is None:
         pytest.skip("ruff is not installed")
     if not (tree / "tests" / "helpers").exists():
@@ -145,13 +130,13 @@ def test_its_own_formatter_has_nothing_to_say(tree):
     ran(tree, "-m", "ruff", "format", "--check", ".")
 
 
-def test_it_imports_without_extras(tree):
+def test_imports_of_the_host_without_extras(tree):
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in EXTRAS)
     imported = f"[importlib.import_module('pytorch_ood.' + name) for name in {PACKAGES}]"
     ran(tree, "-c", f"import sys, importlib\n{blocked}{imported}")
 
 
-def test_its_own_tests_pass(tree):
+def test_tests_of_the_patched_host_pass(tree):
     """All of the tree's tests where the source has them, else the patch's own."""
     if (tree / "tests/detectors/test_all_detectors_smoke.py").exists():
         where = ["tests"]
@@ -232,13 +217,13 @@ print("equal")
 """
 
 
-def test_tie_gives_the_scores_and_levels_of_tie_ext(tree):
+def test_scores_and_levels_of_tie_equal_ours(tree):
     if not (tree / "src/pytorch_ood/detector/tie.py").exists():
         pytest.skip("this tree has 0002 alone")
     assert ran(tree, "-c", EQUAL_TIE.replace("{tree!r}", repr(str(tree)))) == "equal\n"
 
 
-def test_combined_gives_the_scores_of_tie_ext(tree):
+def test_scores_of_combined_equal_ours(tree):
     if not (tree / "src/pytorch_ood/detector/combined.py").exists():
         pytest.skip("this tree has 0001 alone")
     assert ran(tree, "-c", EQUAL_COMBINED) == "equal\n"
@@ -259,7 +244,7 @@ sets.MNIST = sets.FashionMNIST = Few
 """
 
 
-def test_the_example_runs(tree):
+def test_example_of_the_patch_runs(tree):
     """On a few images that are made up, for one epoch."""
     path = tree / "examples/detectors/tie.py"
     if not path.exists():

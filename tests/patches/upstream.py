@@ -1,8 +1,10 @@
 """What the tests of both hosts' patches share: the length of a patch, and the patched tree."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 PATCHES = Path(__file__).parents[2] / "patches"
@@ -23,22 +25,23 @@ def added(patch: Path) -> dict[str, list[str]]:
 
 def git(tree: Path, *arguments: str) -> str:
     """What a git command says in a tree."""
+    settings = ("user.name=a", "user.email=a@a", "core.autocrlf=false")
+    options = [word for setting in settings for word in ("-c", setting)]
+    return said(tree, "git", *options, *arguments)
+
+
+def python(tree: Path, *arguments: str, path: tuple = ()) -> str:
+    """What a Python says in a tree, whose packages are imported first."""
+    places = [str(place) for place in (*path, tree, os.environ.get("PYTHONPATH", ""))]
+    environment = {"PYTHONPATH": os.pathsep.join(places), "PYTHONDONTWRITEBYTECODE": "1"}
+    return said(tree, sys.executable, "-W", "ignore", *arguments, **environment)
+
+
+def said(tree: Path, *command: str, **environment: str) -> str:
     run = subprocess.run(
-        [
-            "git",
-            "-c",
-            "user.name=a",
-            "-c",
-            "user.email=a@a",
-            "-c",
-            "core.autocrlf=false",
-            *arguments,
-        ],
-        cwd=tree,
-        capture_output=True,
-        text=True,
+        command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True
     )
-    assert run.returncode == 0, f"git {' '.join(arguments)}: {run.stdout}{run.stderr}"
+    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
     return run.stdout
 
 

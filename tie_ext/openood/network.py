@@ -1,6 +1,7 @@
 """TIE's network around any of OpenOOD's backbones, with the calls that its postprocessors make."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from openood.preprocessors.transform import normalization_dict
 from openood.utils.config import Config
@@ -164,7 +165,9 @@ def _backbone_in(
         for name, value in checkpoint.items()
         if name.startswith(prefix)
     }
-    for candidate in _candidates(network, num_classes):
+    settings = {"num_classes": num_classes, "pretrained": False}
+    others = (backbone_of(Config(name=name, **settings)) for name in OTHERS)
+    for candidate in chain([network], others):
         state = candidate.state_dict()
         if shapes.items() <= {name: value.shape for name, value in state.items()}.items():
             return candidate
@@ -173,9 +176,3 @@ def _backbone_in(
         f"{', '.join([type(network).__name__, *OTHERS])}, but got one around another network; "
         "score it by main.py"
     )
-
-
-def _candidates(network: nn.Module, num_classes: int) -> Iterator[nn.Module]:
-    yield network
-    for name in OTHERS:
-        yield backbone_of(Config(name=name, num_classes=num_classes, pretrained=False))

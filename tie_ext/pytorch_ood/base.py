@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -170,18 +171,15 @@ class Thresholded(Detector):
             ValueError: If a number is out of range, there are too few scores for the guarantee, or
                 one is not finite.
         """
-        own = self._guarantee
-        wanted = Guarantee(
-            own.kind if guarantee is None else guarantee,
-            own.confidence if confidence is None else confidence,
-            own.per_class if per_class is None else per_class,
-        )
+        given = {"kind": guarantee, "confidence": confidence, "per_class": per_class}
+        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        wanted = replace(self._guarantee, **changes)
         if scores is None:
             scores, labels = self.calibration_scores, self.calibration_labels
         if scores is None:
             raise RequiresFittingException("Expected calibration scores, but got none; call fit")
-        threshold, device = wanted.threshold(scores, labels, false_alarm), self.device
-        device = device or scores.device
+        threshold = wanted.threshold(scores, labels, false_alarm)
+        device = self.device or scores.device
         self._promise(false_alarm, wanted.kind, wanted.confidence, wanted.per_class)
         self.calibration_scores, self.threshold = scores.to(device), threshold.to(device)
         self.calibration_labels = None if labels is None else labels.to(device)

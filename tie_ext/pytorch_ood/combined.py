@@ -63,13 +63,11 @@ class Combined(Thresholded, Detector):
         rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`. By
             ``tails`` each member has the weight of its entry in
             :data:`tie_ext.pytorch_ood.members.MEMBERS`, or 1 without an entry.
-        guarantee: What ``false_alarm`` bounds: ``average``, the rate on average over draws of the
-            held-out images; ``pac``, the rate of these held-out images, with probability
-            ``confidence`` over draws of them.
+        guarantee: What ``false_alarm`` bounds, ``average`` or ``pac``; as for the next two,
+            :class:`tie_ext.scores.threshold.Guarantee` says more.
         confidence: Of ``pac``, in (0, 1).
         per_class: Give each predicted class that has enough held-out images a threshold of its
-            own, so that the bound holds for its images
-            (:func:`tie_ext.scores.threshold.class_thresholds`).
+            own.
 
     Raises:
         TypeError: If the members are not pytorch-ood detectors.

@@ -66,13 +66,11 @@ class TIEDetector(Thresholded, LogitsDetector):
             ``tau = mean + lam * std`` of the ID data's UE.
         lam: lambda of the paper's rule.
         t: Temperature > 0 of the score.
-        guarantee: What ``false_alarm`` bounds: ``average``, the rate on average over draws of the
-            held-out images; ``pac``, the rate of these held-out images, with probability
-            ``confidence`` over draws of them.
+        guarantee: What ``false_alarm`` bounds, ``average`` or ``pac``; as for the next two,
+            :class:`tie_ext.scores.threshold.Guarantee` says more.
         confidence: Of ``pac``, in (0, 1).
         per_class: Give each predicted class that has enough held-out images a threshold of its
-            own, so that the bound holds for its images
-            (:func:`tie_ext.scores.threshold.class_thresholds`).
+            own.
 
     Raises:
         TypeError: If the model is not a :class:`tie_ext.TIENet`.

@@ -117,8 +117,9 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return C, H, W
 
 
-def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
-    """Refuse anything but ``batch`` integer labels in ``[0, num_classes)``.
+def check_labels(y: Tensor, batch: int, num_classes: int | None) -> None:
+    """Refuse anything but ``batch`` integer labels in ``[0, num_classes)``; in any range where
+    that is None.
 
     Raises:
         ValueError: With what was expected and what was given.
@@ -130,7 +131,7 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
         or y.dtype == torch.bool
     ):
         raise ValueError(f"Expected integer labels of shape ({batch},), but got {describe(y)}")
-    if (y < 0).any() or (y >= num_classes).any():
+    if num_classes is not None and ((y < 0).any() or (y >= num_classes).any()):
         raise ValueError(
             f"Expected labels in [0, {num_classes}), "
             f"but got labels in [{int(y.min())}, {int(y.max())}]"

@@ -113,8 +113,7 @@ class BatchReader:
             known = labels >= 0
             self.ood += int((~known).sum())
             images, labels = images[known.to(images.device)], labels[known]
-        if self.num_classes is not None and len(labels):
-            check_labels(labels, len(labels), self.num_classes)
+        check_labels(labels, len(labels), self.num_classes)
         return Batch(images.float(), labels)
 
 
@@ -177,10 +176,7 @@ def _class_indices(labels: Tensor, count: int, num_classes: int | None) -> Tenso
                 f"{f' of {num_classes}' if num_classes else ''}, but got {describe(labels)}"
             )
         labels = labels.long().argmax(1)
-    if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"Expected integer labels of shape ({count},), but got {describe(labels)}"
-        )
+    check_labels(labels, count, None)
     return labels.long()
 
 

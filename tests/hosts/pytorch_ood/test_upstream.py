@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 OURS = """
 import math, sys, unittest
 import torch
@@ -98,6 +98,7 @@ for cls, make in BUILD.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "needs"),
     [
@@ -107,7 +108,7 @@ for cls, make in BUILD.items():
     ],
     ids=["info and smoke", "benchmark", "search"],
 )
-def test_our_detectors_pass_its_tests(tmp_path, code, needs):
+def test_our_detectors_pass_its_own_tests(tmp_path, code, needs):
     root = Path(os.environ.get("PYTORCH_OOD_ROOT", Path.home() / "pytorch-ood"))
     lacking = [name for name in needs if not (root / "tests" / name).exists()]
     if lacking:

@@ -4,17 +4,14 @@ refused by name.
 
 import numpy as np
 import pytest
+import pytorch_ood.detector as theirs
 import torch
-from conftest import SHAPE, make_net
-from test_pytorch_ood import N, images, loader, trained
+from conftest import SHAPE
 from torch.utils.data import TensorDataset
 
-pytest.importorskip("pytorch_ood")
-import pytorch_ood.detector as theirs
-
+from hosts.pytorch_ood.conftest import N, images, loader, rejection, trained
 from tie_ext import Combined, TIEDetector, combine
-from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
-from tie_ext.pytorch_ood import MahalanobisPlusPlus, RejectionNetwork, SampledKNN
+from tie_ext.pytorch_ood import MahalanobisPlusPlus, SampledKNN
 
 X, Y = images(60, seed=4)
 PARTS = list(zip(X.split(20), Y.split(20), strict=True))
@@ -61,7 +58,7 @@ FITS = {
 @pytest.mark.filterwarnings("ignore:.*held-out images are training images")
 @pytest.mark.parametrize("kind", [*LABELLED, *UNLABELLED])
 @pytest.mark.parametrize("name", list(FITS))
-def test_every_kind_of_batch_gives_the_same(name, kind):
+def test_every_kind_of_batch_fits_alike(name, kind):
     torch.manual_seed(3)
     # Without labels combine has one Gaussian and does not trust KNN.
     like = UNLABELLED["images alone"] if name == "combine" and kind in UNLABELLED else PARTS
@@ -72,9 +69,7 @@ def test_every_kind_of_batch_gives_the_same(name, kind):
 def test_labelled_batches_of_every_kind(kind):
     gaussians = [MahalanobisPlusPlus(net.features).fit(of).mu for of in (LABELLED[kind], PARTS)]
     torch.testing.assert_close(*gaussians)
-    marginal = MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))
-    detector = RejectionNetwork(net.features, marginal, epochs=1).fit(LABELLED[kind])
-    assert detector(X).isfinite().all()
+    assert rejection(net).fit(LABELLED[kind])(X).isfinite().all()
 
 
 REFUSED = {
@@ -91,7 +86,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", list(REFUSED))
 @pytest.mark.parametrize("name", list(FITS))
-def test_what_is_no_batch_of_id_images_is_refused(name, kind):
+def test_errors_of_batches_without_id_images(name, kind):
     make, message = REFUSED[kind]
     with pytest.raises(ValueError, match=message):
         FITS[name](make())
@@ -99,25 +94,14 @@ def test_what_is_no_batch_of_id_images_is_refused(name, kind):
 
 @pytest.mark.parametrize("which", ["train_loader", "calibration_loader"])
 @pytest.mark.parametrize("kind", list(REFUSED))
-def test_combine_refuses_either_loader(which, kind):
+def test_errors_of_either_loader_of_combine(which, kind):
     loaders = {"train_loader": loader(60), "calibration_loader": loader(60, 8)}
     make, message = REFUSED[kind]
     with pytest.raises(ValueError, match=message):
         combine(net, **{**loaders, which: make()})
 
 
-def test_labels_are_asked_for_where_they_are_needed():
-    marginal = MarginalRepresentations(net, MarginalSettings(k=2, vae_epochs=1))
-    for detector in (MahalanobisPlusPlus(net.features), RejectionNetwork(net.features, marginal)):
+def test_errors_where_labels_are_needed():
+    for detector in (MahalanobisPlusPlus(net.features), rejection(net)):
         with pytest.raises(ValueError, match="Expected labels beside the images of data_loader"):
             detector.fit(UNLABELLED["images alone"])
-
-
-def test_negative_labels_do_not_enter_the_neighbours():
-    detector = combine(
-        make_net().eval(),
-        train_loader=with_ood(),
-        calibration_loader=loader(60, 8),
-        false_alarm=0.2,
-    )
-    assert len(detector.detectors[1].sample) == 60

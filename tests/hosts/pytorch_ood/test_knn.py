@@ -1,0 +1,69 @@
+"""KNN on a sample of the training images, beside pytorch-ood's KNN."""
+
+import pytest
+import pytorch_ood.detector as theirs
+import torch
+from torch.nn.functional import normalize
+
+from hosts.pytorch_ood.conftest import N
+from tie_ext.pytorch_ood import SampledKNN
+from tie_ext.scores.knn import knn_labels, knn_score, pairwise_distances
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-3, 1e-4])
+def test_distances_of_features_close_together(spread):
+    z = normalize(torch.randn(3, 64)[torch.arange(200) % 3] + spread * torch.randn(200, 64))
+    a, b = z[:40], z[40:]
+    expected = (a.double()[:, None] - b.double()).norm(dim=2)
+    torch.testing.assert_close(pairwise_distances(a, b).double(), expected, rtol=1e-5, atol=0)
+    expected = expected.sort(dim=1).values[:, 4]
+    torch.testing.assert_close(knn_score(3 * a, b, 5).double(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_scores_are_their_knn_on_kept_features():
+    z, y = torch.randn(300, 6) * torch.rand(300, 1) * 5, torch.arange(300) % N
+    new = torch.cat([torch.randn(50, 6), torch.zeros(1, 6)])
+
+    def ours(max_samples: int, z=z, y=y) -> SampledKNN:
+        return SampledKNN(None, 7, max_samples).fit_features(z, y)
+
+    every, some = ours(400), ours(100)
+    assert some.sample.shape == (100, 6)
+    assert {*map(tuple, some.sample.tolist())} < {*map(tuple, every.sample.tolist())}
+    for fitted, of in ((every, z), (some, some.sample)):
+        expected = theirs.KNN(None, k=7).fit_features(of, torch.zeros(len(of)))
+        torch.testing.assert_close(
+            fitted.predict_features(new).double(),
+            expected.predict_features(new),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    assert torch.equal(ours(100).sample, some.sample)
+    known = ours(400, z, torch.where(torch.arange(300) < 200, 1, -1))
+    assert torch.equal(known.sample, ours(400, z[:200], y[:200]).sample)
+
+
+def test_errors_of_bad_features():
+    z, y = torch.randn(20, 4), torch.zeros(20)
+    with pytest.raises(ValueError, match="Expected ID samples, but got none"):
+        SampledKNN(None).fit_features(z, y - 1)
+    with pytest.raises(ValueError, match=r"Expected finite .* features of shape \(N, F\)"):
+        SampledKNN(None, 2).fit_features(z * torch.nan, y)
+    with pytest.raises(ValueError, match="Expected max_samples"):
+        SampledKNN(None, 50, 20)
+
+
+def test_farthest_neighbour_of_fewer_than_k():
+    z = torch.randn(20, 4)
+    fitted = SampledKNN(None, 20, 20).fit_features(z)
+    farthest = fitted.predict_features(z)
+    for k in SampledKNN.hyperparameter_space["k"]:
+        assert torch.equal(fitted.set_hyperparameters(k=k).predict_features(z), farthest)
+
+
+def test_nearest_neighbours_vote_for_a_label():
+    sample = normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]))
+    labels, z = torch.tensor([5, 5, 2, 2]), torch.tensor([[3.0, 0.2], [0.2, 3], [1, 1]])
+    for k in (1, 3):
+        assert knn_labels(z, sample, labels, k).tolist()[:2] == [5, 2]
+    assert knn_labels(z, sample, torch.tensor([5, 7, 7, 7]), 4).tolist() == [7, 7, 7]

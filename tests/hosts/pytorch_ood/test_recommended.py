@@ -1,0 +1,208 @@
+"""``combine``: its members, when KNN is trusted, and the features that a network has kept."""
+
+import pytest
+import pytorch_ood.detector as theirs
+import torch
+from conftest import SHAPE, TINY, Small
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hosts.pytorch_ood.conftest import N, images, loader, trained
+from tie_ext import Combined, TIEDetector, TIENet, TIETrainer, attach, combine
+from tie_ext.outliers import Noise
+from tie_ext.pytorch_ood import MahalanobisPlusPlus, SampledKNN
+from tie_ext.pytorch_ood.members import Outputs
+from tie_ext.pytorch_ood.recommended import Sample, chosen_members, fit_chosen, sample_features
+from tie_ext.scores.combination import RULES
+from tie_ext.scores.threshold import split
+from tie_ext.training.config import HeadConfig
+
+X = images()[0]
+
+
+def trusts(net: TIENet, training, held) -> bool:
+    """Whether the nearest neighbours are right about as often as the network, on the images that
+    set the scale.
+    """
+    (z, y), (x, labels) = [map(torch.cat, zip(*of, strict=True)) for of in (training, held)]
+    distances = torch.cdist(normalize(net.features(x)), normalize(net.features(z)))
+    votes, rows = y[distances.argsort(1)[:, :5]].mode(1).values, split(len(x), 0.1)[0]
+    right = [(of == labels)[rows].sum() for of in (votes, net(x).argmax(1))]
+    return bool(right[0] >= 0.95 * right[1] > 0)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("seed", [2, 3])  # with KNN, and without
+def test_combination_of_scores_of_the_host(rule, seed):
+    net, training, held = trained().eval(), loader(300, seed=1), loader(40, seed=seed)
+    loaders = {"train_loader": training, "calibration_loader": held}
+    found = combine(net, **loaders, false_alarm=0.1, rule=rule)
+    knn = [theirs.KNN(net.features, k=3)] if trusts(net, training, held) else []
+    layer = theirs.fDBD(net.features, net.fc)
+    others = [*knn, theirs.EnergyBased(net), MahalanobisPlusPlus(net.features), layer]
+    members = [TIEDetector(net), *(of.fit(training) for of in others)]
+    expected = Combined(members, 0.1, rule).fit(held)
+    torch.testing.assert_close(found(X), expected(X), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-3, atol=1e-3)
+    assert found.reference.weights.tolist() == [0.0, *[2.0] * len(knn), 1.0, 0.0, 1.0]
+    assert combine(net, **loaders, false_alarm=None, rule=rule).threshold is None
+
+
+@pytest.mark.parametrize("how", ["combine", "kept", "TIEDetector", "Combined"])
+def test_warning_of_training_images_held_out(how):
+    net, x = trained().eval(), images(100)[0]
+    net.keep_training(net.features(x).detach(), None)
+    several = Combined([TIEDetector(net), theirs.EnergyBased(net)])
+    fit = {
+        "combine": lambda of: combine(net, train_loader=[x], calibration_loader=of),
+        "kept": lambda of: combine(net, calibration_loader=of),
+        "TIEDetector": TIEDetector(net, false_alarm=0.1).fit,
+        "Combined": several.fit,
+    }[how]
+    if how == "Combined":
+        several.detectors.append(MahalanobisPlusPlus(net.features).fit([(x, images(100)[1])]))
+    with pytest.warns(UserWarning, match="100% or more of the held-out images are training"):
+        fit(list(x[:40].split(7)))
+    fit(list(images(140)[0][100:].split(7)))  # others: not a word
+
+
+@pytest.mark.parametrize("which", ["train_loader", "calibration_loader"])
+def test_no_trust_in_knn_without_labels(which):
+    net, x = trained().eval(), images(40)[0]
+    y = net(x).argmax(1)  # so that the network is right
+    loaders = {"train_loader": list(loader(100, seed=1)), "calibration_loader": [(x, y)]}
+    loaders[which] = [x for x, _ in loaders[which]]
+    found = combine(net, **loaders)
+    assert SampledKNN not in map(type, found.detectors)
+    assert found.decide(X).score.isfinite().all()
+
+
+def world(classes: int, count: int, spread: float, seed: int = 0) -> tuple[Sample, tuple]:
+    """Features of classes that lie apart, their labels, and a layer that knows their means."""
+    rng = torch.Generator().manual_seed(seed)
+    means = torch.randn(classes, 12, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(count) % classes
+    z = means[y] + spread * torch.randn(count, 12, generator=rng)
+    return Sample(z, y), (means, -means.square().sum(1) / 2)
+
+
+def given(z: Tensor, layer: tuple[Tensor, Tensor]) -> Outputs:
+    """What a network of this layer gives, whose garbage logit is a length."""
+    logits = z @ layer[0].T + layer[1]
+    return Outputs(logits, z, torch.cat([logits, z.norm(dim=1, keepdim=True)], dim=1))
+
+
+def chosen_by(sample: Sample, layer, z: Tensor, y: Tensor, members=None) -> tuple[Combined, bool]:
+    """The combination, and whether KNN is trusted."""
+    combined = Combined(members or chosen_members(sample, None, layer), 0.1)
+    fit_chosen(combined, sample, [(given(z, layer), y)])
+    return combined, SampledKNN in map(type, combined.detectors)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("classes", "count"), [(2, 100), (2, 2), (100, 100), (1000, 100)])
+def test_few_images_many_classes_and_no_labels(classes, count, labelled):
+    (z, y), layer = world(classes, count, 0.3)
+    (held, labels), _ = world(classes, 40, 0.3, seed=1)
+    combined, trusted = chosen_by(Sample(z, y if labelled else None), layer, held, labels)
+    new = torch.cat([9 * torch.randn(30, 12), torch.zeros(1, 12), z])
+    assert combined.predict_scores(combined.score_outputs(given(new, layer))).isfinite().all()
+    # Neighbours cannot share a class of one image, nor of images that nobody has labelled.
+    assert trusted == (labelled and classes == 2 and count == 100)
+
+
+def test_trust_asks_no_image_of_the_threshold():
+    (sample, layer), ((z, y), _) = world(3, 200, 0.5), world(3, 60, 0.5, seed=1)
+    calibrating = split(60, 0.1)[1]
+    first, trusted = chosen_by(sample, layer, z, y)
+    assert trusted
+    others, wrong = z.clone(), y.clone()
+    others[calibrating] = torch.randn(30, 12)
+    wrong[calibrating] = (y[calibrating] + 1) % 3
+    for features, labels in ((others, y), (z, wrong), (others, wrong)):
+        same, trusted = chosen_by(sample, layer, features, labels)
+        assert trusted
+        assert all(map(torch.equal, same.reference, first.reference))
+    # The same labels are wrong of a sample whose classes have other names.
+    renamed = Sample(sample.features, (sample.labels + 1) % 3)
+    assert not any(chosen_by(renamed, layer, z, labels)[1] for labels in (y, wrong))
+
+
+@pytest.mark.slow
+def test_false_alarms_where_trust_is_estimated():
+    alpha, count, rates, trusted = 0.1, 40, [], []
+    sample, layer = world(6, 90, 1.6)
+    members = chosen_members(sample, None, layer)
+    for seed in range(300):
+        (z, y), _ = world(6, count + 200, 1.6, seed=seed + 1)
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
+        z, y = z[order], y[order]
+        combined, trust = chosen_by(sample, layer, z[:count], y[:count], members)
+        scores = combined.predict_scores(combined.score_outputs(given(z[count:], layer)))
+        rates.append((scores > combined.threshold).float().mean())
+        trusted.append(trust)
+    rates = torch.stack(rates)
+    assert 0.1 < sum(trusted) / len(trusted) < 0.9
+    margin = 3 * rates.std() / len(rates) ** 0.5
+    # 20 + 1 images reject 2 of them.
+    assert 2 / 21 - margin <= rates.mean() <= alpha + margin
+
+
+def test_few_training_images_and_bad_arguments():
+    net, held = trained().eval(), loader(40)
+    few = [(x.flip(3), y) for x, y in loader(4)]
+    found = combine(net, train_loader=few, calibration_loader=held)
+    assert found(X).isfinite().all()
+    for arguments, message in (
+        ({"train_loader": loader(1)}, "at least two training images for KNN, but got 1"),
+        ({"train_loader": held}, r"Expected calibration images .*, but got the training images"),
+        ({"rule": "sum"}, "Expected a rule"),
+        ({}, r"kept features .*; give train_loader=\.\.\."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            combine(net, calibration_loader=held, **arguments)
+    with pytest.raises(TypeError):
+        combine(net, held)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_features_that_attach_kept_and_saved(labelled, tmp_path):
+    model, data = Small(N).eval(), list(loader(100, seed=1))
+    data = data if labelled else [x for x, _ in data]
+    net = attach(model, data, N, head_config=HeadConfig(steps=5, max_images=40))
+    assert (net.train_features.shape, net.train_labels is None) == ((100, 48), not labelled)
+    kept = combine(net, calibration_loader=loader(40))
+    read = combine(net, calibration_loader=loader(40), train_loader=data)
+    torch.testing.assert_close(kept(X), read(X), rtol=1e-3, atol=1e-3)
+    net.save(tmp_path / "net")
+    again = TIENet.load(tmp_path / "net", model)
+    assert torch.equal(combine(again, calibration_loader=loader(40))(X), kept(X))
+    assert not any("train_" in name for name in kept.export_module().state_dict())
+    bare, weights = TIENet(model, N, SHAPE, head=net.garbage), net.state_dict()
+    bare.load_state_dict(weights)
+    assert torch.equal(bare.train_features, net.train_features)
+    bare.load_state_dict({name: of for name, of in weights.items() if "train_" not in name})
+    assert bare.train_features is bare.train_labels is None
+    TIETrainer(again, TINY, [], [Noise(again)]).epoch([images()])
+    assert again.train_features is None  # of weights that are no more
+
+
+@pytest.mark.parametrize("change", ["nan", "size", "labels", "alone"])
+def test_errors_of_damaged_training_features(change, tmp_path):
+    net = trained().eval()
+    features, labels = torch.rand(6, net.feature_size), torch.arange(6) % N
+    if change == "nan":
+        features[0] = torch.nan
+    features = None if change == "alone" else features[:, int(change == "size") :]
+    net.keep_training(features, labels + N * (change == "labels"))
+    net.save(tmp_path / "net")
+    with pytest.raises(ValueError, match="features or labels of training images"):
+        TIENet.load(tmp_path / "net")
+
+
+def test_sample_of_features_is_the_same_each_time():
+    z, y = torch.randn(60, 4), torch.arange(60) % 2
+    state = torch.get_rng_state()
+    samples = [sample_features([(Outputs(z, z), y)], 20).features for _ in range(2)]
+    assert torch.equal(*samples)
+    assert torch.equal(torch.get_rng_state(), state)
