@@ -22,12 +22,14 @@ from tie_ext.models.backbones import Conv3
 from tie_ext.outliers import Domain, Inversion, InversionSettings
 from tie_ext.training.config import HeadConfig
 
-settings.register_profile("slow machines are fine", deadline=None)
+settings.register_profile("slow machines are fine", deadline=None, max_examples=40)
 settings.load_profile("slow machines are fine")
 
 SHAPE = (1, 28, 28)
 TINY = TIEConfig(epochs=2, lam=0.5, candidates=16, pool_size=40)
 FEW = InversionSettings(steps=2, width=4)
+QUICK = {"steps": 30, "epoch_steps": 20}
+"""Of a garbage head on every layer."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +62,9 @@ def make_net(classes: int = 3) -> TIENet:
     return TIENet(Conv3(1, classes), classes, SHAPE)
 
 
-def make_small(classes: int = 3) -> TIENet:
+def make_small(head: str = "linear") -> TIENet:
     torch.manual_seed(0)
-    return TIENet(Small(classes), classes, SHAPE)
+    return TIENet(Small(3), 3, SHAPE, head=head)
 
 
 def domain(
@@ -78,7 +80,29 @@ def make_batches(classes: int = 3, sizes: tuple[int, ...] = (8, 8)) -> list:
 
 def make_trainer(net: TIENet | None = None, **changes) -> TIETrainer:
     net = make_net() if net is None else net
-    return TIETrainer(net, replace(TINY, **changes), [Inversion(net, FEW)])
+    return TIETrainer(
+        net, replace(TINY, **changes), [Inversion(net, FEW)], head_config=HeadConfig(**QUICK)
+    )
+
+
+def stripes(count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three easy classes."""
+    x, y = 0.1 * torch.rand(count, *SHAPE), torch.arange(count) % 3
+    for image, label in zip(x, y.tolist(), strict=True):
+        image[:, 9 * label : 9 * label + 9] += 0.8
+    return x, y
+
+
+def states(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the weights and buffers of a module."""
+    tensors = module.state_dict().items()
+    return {name: value.clone() for name, value in tensors if isinstance(value, torch.Tensor)}
+
+
+def same(a: nn.Module | dict, b: nn.Module | dict) -> bool:
+    """Whether two modules, or their :func:`states`, are equal to the bit."""
+    a, b = (states(of) if isinstance(of, nn.Module) else of for of in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def set_head_defaults(monkeypatch: pytest.MonkeyPatch, **changes) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE, TINY, domain, make_batches, make_net
+from conftest import SHAPE, TINY, domain, make_batches, make_small
 
 from tie_ext import TIETrainer
 from tie_ext.outliers import SYNTHESIZERS, make
@@ -19,18 +19,18 @@ from tie_ext.outliers.base import Synthesizer
 from tie_ext.training.recipe import Recipe
 
 sys.path.append(str(Path(__file__).parent / "outliers"))
-import test_synthesis as book
+import test_synthesizers as book
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-LAWS = [
-    law
+LAWS = {
+    name: law
     for name, law in vars(book).items()
     if name.startswith("test_") and "make" in inspect.signature(law).parameters
-]
+}
 
 
 @pytest.fixture
-def room(tmp_path, monkeypatch):
+def example(tmp_path, monkeypatch):
     """The page's file as a module, registered by the page's own words."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     ((name, entry),) = re.findall(r'`"(\w+)": (\(.*?\(\)\))`', PAGE)
@@ -43,38 +43,28 @@ def room(tmp_path, monkeypatch):
     return module
 
 
-def test_there_is_a_law_book():
-    assert len(LAWS) >= 4
+@pytest.mark.parametrize("law", LAWS)
+def test_law_book_and_the_example_of_the_page(law, example):
+    assert len(LAWS) >= 3
+    given = {"make": partial(make, example.__name__, domain()), "net": make_small()}
+    given["dtype"] = torch.float64
+    LAWS[law](**{name: given[name] for name in inspect.signature(LAWS[law]).parameters})
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_the_example_keeps_the_law(law, room):
-    given = {"make": partial(make, room.__name__, domain()), "net": make_net()}
-    law(**{name: given[name] for name in inspect.signature(law).parameters})
-
-
-def test_the_example_does_what_it_says(room):
+def test_images_and_training_of_the_example(example):
     x, y = torch.rand(6, *SHAPE), torch.arange(6) % 3
-    chimeras = make(room.__name__, domain(), cut=0.25).sample(make_net(), x, y)
+    chimeras = make(example.__name__, domain(), cut=0.25).sample(make_small(), x, y)
     assert torch.equal(chimeras.x[:, :, :7], x[:, :, :7])
-    bottoms = chimeras.x[:, :, 7:].unsqueeze(1) == x[:, :, 7:].unsqueeze(0)
-    assert torch.equal(
-        bottoms.flatten(2).all(2).sum(0), torch.ones(6, dtype=torch.long)
-    )  # of each image once
+    bottoms = (chimeras.x[:, None, :, 7:] == x[None, :, :, 7:]).flatten(2).all(2)
+    assert torch.equal(bottoms.sum(0), torch.ones(6).long())  # of each image once
     assert (chimeras.y == 3).all()
     with pytest.raises(ValueError, match="cut"):
-        make(room.__name__, domain(), cut=2)
-
-
-def test_the_example_trains(room):
-    (found,) = [
-        thing
-        for thing in vars(room).values()
-        if inspect.isclass(thing) and issubclass(thing, Synthesizer) and thing is not Synthesizer
-    ]
-    net = make_net()
+        make(example.__name__, domain(), cut=2)
+    (kind,) = SYNTHESIZERS[example.__name__][:1]
+    assert issubclass(kind, Synthesizer)
+    net = make_small()
     for trainer in (
-        TIETrainer(net, TINY, synthesizers=[found(net)]),
-        Recipe(TINY, {room.__name__: {}}).trainer(net),
+        TIETrainer(net, TINY, synthesizers=[kind(net)]),
+        Recipe(TINY, {example.__name__: {}}).trainer(net),
     ):
         assert sum(trainer.epoch(make_batches()).proposed) > 0
