@@ -14,6 +14,7 @@ from tie_ext.cli import explain, figures, report, tables
 from tie_ext.cli.folder import written
 from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.cli.snapshots import load_examples, save_examples
+from tie_ext.cli.transform import Transform
 from tie_ext.scores.decision import Decision
 from tie_ext.utils.files import save_state
 
@@ -110,8 +111,9 @@ def test_ten_images_of_a_set_are_shown(accepted, shown):
 
 def test_examples_from_all_over_a_sorted_set(tmp_path):
     x = torch.arange(250, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
+    how = Transform.squash((1, 4, 4))
     images = ImageSet(x, torch.arange(250) // 25, tuple("abcdefghij"))
-    save_examples(tmp_path, RunImages(images, images, {"b": images.first(3)}))
+    save_examples(tmp_path, RunImages(images, images, {"b": images.first(3)}, how))
     kept = load_examples(tmp_path)
     assert list(kept) == ["id", "b"]
     assert set((kept["id"][:, 0, 0, 0] // 25).tolist()) == set(range(10))

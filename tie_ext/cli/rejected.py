@@ -18,7 +18,6 @@ from tie_ext.cli.folder import load_run
 from tie_ext.cli.images import ImageFiles
 from tie_ext.cli.reading import list_images
 from tie_ext.cli.score import BATCH, transform_of
-from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.base import Thresholded
 from tie_ext.pytorch_ood.monitor import rate_interval
 from tie_ext.pytorch_ood.rejects import Group, Rejects, rejects
@@ -31,10 +30,9 @@ SIDE = 112
 
 def run(flags: Namespace) -> None:
     """Score the images, group what is rejected, write page and folders, print the page's path."""
-    detector, _ = load_run(flags.run)
-    net: TIENet = detector.network  # type: ignore[assignment]
+    net, detector, _ = load_run(flags.run)
     folder = flags.run if flags.run.is_dir() else flags.run.parent
-    transform, _ = transform_of(net, folder)
+    transform, _ = transform_of(net, flags.run)
     files = list_images([flags.images])
     images = ImageFiles.of(files, transform)
     found = rejects(detector, ImageBatches(images, BATCH, scale=net))

@@ -4,7 +4,6 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -16,7 +15,6 @@ from tie_ext.cli.folder import OWN, STATE, is_attached, load_run, read_record
 from tie_ext.cli.score import LEVELS
 from tie_ext.cli.snapshots import load_examples, load_snapshots
 from tie_ext.cli.tables import WORDS, decides, id_rows, idle, ood_rows
-from tie_ext.models.network import TIENet
 from tie_ext.utils.files import load_state, reading
 
 Snapshots = Mapping[int, Mapping[str, Tensor]]
@@ -90,8 +88,7 @@ def _cards(numbers: Mapping) -> Iterator[page.Card]:
 
 def _body(folder: Path, record: Mapping, snapshots: Snapshots) -> Iterator[str]:
     """The page from top to bottom."""
-    detector, decide = load_run(folder)
-    net = cast(TIENet, detector.network)
+    net, _, decide = load_run(folder)
     names = [*(net.class_names or map(str, range(net.num_classes))), "garbage"]
     path, numbers = folder / "scores.safetensors", record.get("numbers")
     scores = load_state(path, "scores") if path.is_file() else {}

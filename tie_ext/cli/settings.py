@@ -5,7 +5,7 @@ from typing import Any
 
 from tie_ext.cli import data
 from tie_ext.cli.data import NAMES
-from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.cli.presets import make_transform
 from tie_ext.cli.transform import Transform
 from tie_ext.models.backbones import BACKBONES
@@ -199,11 +199,11 @@ def load_images(settings: ImageSettings, seed: int, transform: Transform) -> Run
             classes differ.
     """
 
-    def read(name: str, split: str, count: int | None = None) -> Images:
+    def read(name: str, split: str, count: int | None = None) -> ImageSet:
         images = data.find(name, split, settings.root, transform, settings.download, seed)
         return data.kept(images.first(count, seed))
 
-    others: dict[str, Images]
+    others: dict[str, ImageSet]
     if settings.data == "demo":
         from tie_ext.cli.demo_images import clothes, strangers
 
