@@ -55,6 +55,15 @@ def test_record_network_and_detector_of_a_run(attached, folder, weights):
     assert float(detector.threshold) == float(scores["combined"]["id"].max())
 
 
+def test_the_head_learns_from_normalised_images(folder, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["tie_ext.training.fit_head"], "corrupt", lambda x, *_: x)
+    assert run(*attach(folder, weights, tmp_path, *MEAN)) == 0
+    net = TIENet.load(tmp_path / "network.safetensors")
+    train = data.load(f"folder:{folder}", "train", shape=(3, 28, 28))
+    seen = net.statistics(net.from_unit(train.x.float() / 255))[1]
+    torch.testing.assert_close(net.garbage.mean, seen.mean(0), atol=1e-4, rtol=1e-4)
+
+
 def test_images_that_the_figures_show(attached, folder):
     net = TIENet.load(attached / "network.safetensors")
     kept = load_snapshots(attached)[0]
@@ -206,7 +215,9 @@ def test_a_stopped_run_is_made_anew(attached, folder, weights, tmp_path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(evaluation, "save_state", stop)
         assert run(*command) == 130
+    (tmp_path / "run" / "report.html").write_text("of the stopped one")
     assert run(*command) == 0
+    assert not (tmp_path / "run" / "report.html").exists()
     for name in ("network.safetensors", "scores.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (attached / name).read_bytes()
 

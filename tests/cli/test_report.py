@@ -33,7 +33,7 @@ def test_a_page_that_needs_nothing_else(name, count, request, tmp_path, capsys):
     assert page.count("<figure>") == count
     assert page.count('<ul class="gallery">') == len(numbers["garbage_rate"]) + 1
     assert "http" not in page
-    assert f"{100 * numbers['accuracy']:.1f} % accurate" in page
+    assert f"{numbers['accuracy']:.1%} accurate" in page
     assert "ID rejected" in page
     assert "false alarms" in page
     assert "&quot;versions&quot;" in page
