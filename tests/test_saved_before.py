@@ -147,19 +147,19 @@ def test_a_run_of_0_1_0_scores_as_it_did(monkeypatch):
 
     folder = DATA / "run_by_0.1.0"
     monkeypatch.setattr("tie_ext.cli.registry.build", lambda name, channels, n: Small())
-    detector, decide = load_run(folder)
+    net, _, decide = load_run(folder)
     assert decide(RAMP).score.tolist() == pytest.approx(
         [-1.464127, -1.743791, -2.150465, -2.632676], rel=1e-4
     )
-    assert (decide(RAMP).level.tolist(), detector.network.tau) == (
+    assert (decide(RAMP).level.tolist(), net.tau) == (
         [0, 0, 0, 0],
         pytest.approx(1.066986),
     )
-    _, decide = load_run(folder, false_alarm=0.1)
+    *_, decide = load_run(folder, false_alarm=0.1)
     assert decide(RAMP).level.tolist() == [2, 0, 0, 0]
     recipe = read_settings(folder).recipe
     assert (recipe.config.pool_size, recipe.prior, recipe.head) == (8, ("multiscale",), "linear")
     with pytest.raises(
         ValueError, match=r"Expected the training state of a run with the settings"
     ):
-        recipe.trainer(detector.network.train()).load(folder / "training.safetensors")
+        recipe.trainer(net.train()).load(folder / "training.safetensors")

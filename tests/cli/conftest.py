@@ -78,6 +78,21 @@ def files_of(folder) -> dict[str, bytes]:
     }
 
 
+@pytest.fixture
+def refuses(capsys):
+    """Runs a command that ends with a line of error, and gives that line."""
+
+    def check(message, *words, status=1) -> str:
+        capsys.readouterr()
+        assert run(*words) == status
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("tie-ext: ")
+        assert message in error
+        return error
+
+    return check
+
+
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
     set_head_defaults(monkeypatch, steps=30, epoch_steps=5)

@@ -11,7 +11,7 @@ from cli.conftest import files_of, record_of, run, stop
 from tie_ext import TIENet
 from tie_ext.cli import demo, demo_images, registry, report
 from tie_ext.pytorch_ood import load_detector
-from tie_ext.utils.files import locked, write_atomically
+from tie_ext.utils.files import write_atomically
 from tie_ext.utils.weight_files import read_checkpoint
 
 STRANGERS = ("digits", "letters", "photographs", "noise")
@@ -107,10 +107,3 @@ def test_folders_of_others(name, content, small_demo, tmp_path, capsys):
     said = f"Expected a folder for the demo, but got {tmp_path}, which holds {name}"
     assert said in capsys.readouterr().err
     assert files_of(tmp_path) == {name: content.encode()}
-
-
-def test_a_demo_in_a_folder_that_is_locked(small_demo, tmp_path, capsys):
-    with locked(tmp_path):
-        assert small_demo(tmp_path) == 1
-    assert f"Expected {tmp_path} to be free" in capsys.readouterr().err
-    assert files_of(tmp_path) == {}

@@ -13,6 +13,7 @@ from tie_ext import Combined
 from tie_ext.cli.evaluation import decisions
 from tie_ext.cli.folder import load_run, read_record
 from tie_ext.cli.images import ImageSet, RunImages
+from tie_ext.cli.transform import Transform
 from tie_ext.pytorch_ood import TIEDetector
 from tie_ext.utils.files import load_state, save_state, sha256, write_json
 
@@ -65,9 +66,9 @@ def test_a_detector_before_an_older_one_below(tmp_path):
         detector.threshold = torch.tensor(threshold)
         detector.save(folder)
     for place, expected in ((tmp_path, 1.0), (tmp_path / "combined", 2.0)):
-        assert load_run(place)[0].threshold == expected
+        assert load_run(place)[1].threshold == expected
     (tmp_path / "detector.json").unlink()
-    assert load_run(tmp_path)[0].threshold == 2.0
+    assert load_run(tmp_path)[1].threshold == 2.0
 
 
 @pytest.mark.slow
@@ -99,10 +100,11 @@ def test_accuracy_where_garbage_takes_every_image(head, right):
     else:
         net.garbage.standardise(net.statistics(x.float() / 255)[1].detach())
         net.garbage.network[-1].bias.data.fill_(1e6)
+    how = Transform.squash((1, 28, 28))
     images = ImageSet(x, net(x.float() / 255).argmax(1), tuple("abc"))
-    numbers, scores = decisions(net, RunImages(images, images, {"same": images}))
+    numbers, scores = decisions(net, RunImages(images, images, {"same": images}, how))
     assert (numbers["accuracy"], numbers["id_garbage_rate"]) == (right, 1.0)
     assert (numbers["garbage_rate"], numbers["rejected"]) == ({"same": 1.0}, {"same": 1.0})
     assert len(scores["score"]["same"]) == 6
-    plain, _ = decisions(net, RunImages(images, images, {}), garbage=False)
+    plain, _ = decisions(net, RunImages(images, images, {}, how), garbage=False)
     assert plain == {"accuracy": 1.0}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_batches, make_net
+from conftest import TINY
 from PIL import Image
 
 from cli.conftest import run as command
@@ -209,21 +209,6 @@ def test_attach_stands_on_the_plain_network(images):
     assert isinstance(attached.garbage, GarbageHead)
     assert attached.class_names == images.classes
     assert not torch.equal(attached.garbage.network[0].weight, other.garbage.network[0].weight)
-
-
-@pytest.mark.parametrize("method", ["vernekar", "ascood"])
-def test_other_papers_see_their_outliers_alone(method):
-    trainer = recipe_of(method, RECIPE).trainer(make_net())
-    assert len(trainer.pool) == 0  # the first epoch has ID images alone
-    first = trainer.epoch(make_batches())
-    assert first.pool == sum(first.proposed) == first.proposed[-1] > 0
-    assert trainer.epoch(make_batches()).losses["classifier"] > 0
-
-
-@pytest.mark.parametrize("method", ["tie", "plain"])
-def test_arithmetic_of_every_method(method, images):
-    recipe = changed(autocast_dtype="bfloat16")
-    assert train_method(method, Conv3, images, recipe)[0].autocast_dtype == "bfloat16"
 
 
 def test_fpr_at_95_from_either_side():

@@ -117,11 +117,10 @@ def test_errors_in_one_line(arguments, message, attached, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("file", ["detector.safetensors", "network.safetensors"])
-def test_damaged_files_of_a_run(file, attached, folder, tmp_path, capsys):
+def test_damaged_files_of_a_run(file, attached, folder, tmp_path, refuses):
     out = Path(shutil.copytree(attached, tmp_path / "run"))
     (out / file).write_bytes(b"{}")
-    assert run("score", out, folder) == 1
-    assert f"{out / file}, but got" in capsys.readouterr().err
+    refuses(f"{out / file}, but got", "score", out, folder)
 
 
 def test_a_saved_detector_decides_as_its_run(attached, folder, tmp_path, capsys):
@@ -150,22 +149,25 @@ def test_a_detector_with_a_threshold_of_its_own(attached, folder, tmp_path, caps
 
 
 @pytest.mark.parametrize("combined", [True, False])
-def test_a_detector_without_a_threshold(combined, attached, folder, tmp_path, capsys):
+def test_a_detector_without_a_threshold(combined, attached, folder, tmp_path, refuses):
     detector = Combined.load(attached)
     detector.threshold = None
     net = detector.network
     net.tau.fill_(math.inf)
     (detector if combined else TIEDetector(net)).save(tmp_path)
-    assert run("score", tmp_path, folder) == 1
-    assert "Expected a detector with a threshold in" in capsys.readouterr().err
+    refuses("Expected a detector with a threshold in", "score", tmp_path, folder)
 
 
-def test_a_network_for_images_of_any_shape(folder, tmp_path, capsys):
+def test_a_network_for_images_of_any_shape(folder, tmp_path, refuses):
     net = make_net()
     net.image_shape = None
     net.save(tmp_path / "network.safetensors")
-    assert run("score", tmp_path / "network.safetensors", folder) == 1
-    assert "Expected a network for images of one shape" in capsys.readouterr().err
+    refuses(
+        "Expected a network for images of one shape",
+        "score",
+        tmp_path / "network.safetensors",
+        folder,
+    )
 
 
 @pytest.mark.parametrize("rate", ["2", "0", "nan", "much"])

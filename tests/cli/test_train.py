@@ -39,7 +39,9 @@ def stopped_after(monkeypatch, epochs):
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_a_resumed_run_ends_bit_identical(on_disk, trained, folder, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_ends_bit_identical(
+    on_disk, trained, folder, tmp_path, monkeypatch, capsys, refuses
+):
     if on_disk:  # where images are decoded each time
         monkeypatch.setattr(data, "BUDGET", 0)
     out = tmp_path / "run"
@@ -53,8 +55,7 @@ def test_a_resumed_run_ends_bit_identical(on_disk, trained, folder, tmp_path, mo
         capsys.readouterr().err
     )
     with locked(out):
-        assert run("train", "--resume", out) == 1
-    assert "another process is writing a run to" in capsys.readouterr().err
+        refuses("another process is writing a run to", "train", "--resume", out)
     assert run("train", "--resume", out) == 0
     for name in ("network.safetensors", "scores.safetensors"):
         assert (out / name).read_bytes() == (trained / name).read_bytes()
@@ -82,6 +83,12 @@ def test_flags_that_change_the_method(more, changed, folder, tmp_path):
     found = {**record["settings"], **record["settings"]["recipe"], **record["log"][0]}
     for key, value in changed.items():
         assert found[key] == (found["proposed"] if value == "proposed" else value)
+
+
+def test_a_subset_in_smaller_batches(folder, tmp_path):
+    few = ["--images", 12, "--batch-size", 5, "--epochs", 1]
+    assert run(*train(folder, tmp_path, *few)) == 0
+    assert sum(load_state(tmp_path / "training.safetensors", "training")["counts"]) == 12
 
 
 def test_a_loop_that_excludes_nothing(folder, tmp_path, capsys):
@@ -145,21 +152,19 @@ def test_a_loss_that_overflowed(folder, tmp_path, monkeypatch):
     [{"data": 1}, {"backbone": []}, {"size": 10**9}, {"ood": [1]}, {"recipe": {"config": 1}}],
     ids=str,
 )
-def test_a_damaged_record_is_not_resumed(change, trained, tmp_path, capsys):
+def test_a_damaged_record_is_not_resumed(change, trained, tmp_path, refuses):
     record = record_of(trained)
     record["settings"] |= change
     (tmp_path / "run.json").write_text(json.dumps(record))
-    assert run("train", "--resume", tmp_path) == 1
-    assert capsys.readouterr().err.startswith("tie-ext: Expected ")
+    refuses("tie-ext: Expected ", "train", "--resume", tmp_path)
 
 
-def test_a_record_of_0_1_0_is_not_resumed(trained, tmp_path, capsys):
+def test_a_record_of_0_1_0_is_not_resumed(trained, tmp_path, refuses):
     record = record_of(trained)
     record["settings"]["config"] = record["settings"].pop("recipe")["config"]
     (tmp_path / "run.json").write_text(json.dumps(record))
     before = files_of(tmp_path)
-    assert run("train", "--resume", tmp_path) == 1
-    assert "of version 0.1, which this version does not continue" in capsys.readouterr().err
+    refuses("of version 0.1, which this version does not continue", "train", "--resume", tmp_path)
     assert files_of(tmp_path) == before
 
 
@@ -176,14 +181,11 @@ def test_a_record_of_0_1_0_is_not_resumed(trained, tmp_path, capsys):
         (["--resume", "x", "--epochs", 3], "Expected --resume RUN alone or with --device, but"),
     ],
 )
-def test_wrong_flags(arguments, message, folder, tmp_path, capsys):
+def test_wrong_flags(arguments, message, folder, tmp_path, refuses):
     command = train(folder, tmp_path / "new", *arguments)
     if arguments[0] in ("--data", "--resume"):
         command = ["train", *arguments]
-    assert run(*command) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    refuses(message, *command, status=2)
     assert not (tmp_path / "new").exists()
 
 
@@ -195,9 +197,6 @@ def test_wrong_flags(arguments, message, folder, tmp_path, capsys):
         ("mnist", "Expected mnist in data"),
     ],
 )
-def test_images_that_are_not_there(name, message, tmp_path, monkeypatch, capsys):
+def test_images_that_are_not_there(name, message, tmp_path, monkeypatch, refuses):
     monkeypatch.chdir(tmp_path)
-    assert run("train", "--data", name, "--out", "new") == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    refuses(message, "train", "--data", name, "--out", "new")

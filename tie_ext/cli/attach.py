@@ -6,7 +6,6 @@ import math
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
@@ -19,7 +18,6 @@ from tie_ext.cli.image_folder import HELD_OUT
 from tie_ext.cli.images import RunImages
 from tie_ext.cli.settings import AttachSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
-from tie_ext.cli.transform import Transform
 from tie_ext.outliers.procedural import Procedural
 from tie_ext.training.attach import attach
 from tie_ext.utils.bounded import Bounded
@@ -81,7 +79,7 @@ def attach_in(
     Returns:
         The numbers of ``run.json``.
     """
-    low, high = cast(Transform, images.transform).bounds
+    low, high = images.transform.bounds
     net = attach(
         model.to(device),
         sampled_batches(images.train, settings.seed, settings.batch_size, Bounded(low, high)),
@@ -94,7 +92,7 @@ def attach_in(
         autocast_dtype=settings.autocast_dtype,
     )
     record = {"settings": settings.record(), "weights_sha256": sha256(weights)}
-    record |= {"transform": asdict(cast(Transform, images.transform))}
+    record |= {"transform": asdict(images.transform)}
     record |= {"test_images": images.test.note} | provenance(device)
     clear(folder)  # of a run that was stopped while it wrote
     write_json(folder / "run.json", record)  # first, as it says whose the others are

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tie_ext.cli.images import Images
+from tie_ext.cli.images import ImageSet
 from tie_ext.training.attach import KEPT
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.checks import check_number
@@ -62,7 +62,7 @@ class ImageBatches:
 
     def __init__(
         self,
-        images: Images,
+        images: ImageSet,
         batch_size: int = SCORING,
         shuffle: bool = False,
         shift: int = 0,
@@ -86,7 +86,7 @@ class ImageBatches:
 
 
 def sampled_batches(
-    images: Images, seed: int, batch_size: int = SCORING, scale: Bounded | None = None
+    images: ImageSet, seed: int, batch_size: int = SCORING, scale: Bounded | None = None
 ) -> ImageBatches:
     """Batches of as many images as :func:`tie_ext.attach` reads, drawn at random by class.
 
@@ -101,7 +101,7 @@ def sampled_batches(
 
 
 def training_batches(
-    images: Images, batch_size: int = 128, shift: int | None = None, scale: Bounded | None = None
+    images: ImageSet, batch_size: int = 128, shift: int | None = None, scale: Bounded | None = None
 ) -> ImageBatches:
     """Shuffled batches of shifted images, for training.
 

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import FALSE_ALARM
-from tie_ext.cli.flags import check_device, usage
+from tie_ext.cli.flags import check_device
 from tie_ext.cli.folder import read_detector
 from tie_ext.cli.images import ImageFiles
 from tie_ext.cli.reading import list_images
 from tie_ext.cli.score import BATCH, transform_of
 from tie_ext.pytorch_ood.base import Thresholded
-from tie_ext.scores.threshold import Guarantee
 from tie_ext.utils.files import locked
 from tie_ext.utils.views import eval_view
 
@@ -24,13 +23,6 @@ def run(flags: Namespace) -> None:
     if not flags.run.is_dir():
         raise ValueError(f"Expected the folder of a run or of a detector, but got {flags.run}")
     detector, net, home = read_detector(flags.run)
-    with usage():
-        guarantee = Guarantee(
-            flags.guarantee or detector.guarantee,
-            _first(flags.confidence, detector.confidence),
-            flags.per_class or detector.per_class,
-        )
-        rate = _first(flags.false_alarm, detector.false_alarm, FALSE_ALARM)
     transform, known = transform_of(net, flags.run)
     net.to(flags.device)
     detector.to(flags.device)
@@ -39,21 +31,17 @@ def run(flags: Namespace) -> None:
         scores, labels = read_scores(detector, images)
         was = detector.threshold
         detector.recalibrate(
-            rate,
+            flags.false_alarm or detector.false_alarm or FALSE_ALARM,
             scores,
             labels,
-            guarantee=guarantee.kind,
-            confidence=guarantee.confidence,
-            per_class=guarantee.per_class,
+            guarantee=flags.guarantee or detector.guarantee,
+            confidence=flags.confidence or detector.confidence,
+            per_class=flags.per_class or detector.per_class,
         )
         detector.save(home)
         if known:
             transform.save(home)
     print(tell(detector, scores, labels, was))
-
-
-def _first(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
 
 
 @torch.no_grad()

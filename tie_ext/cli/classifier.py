@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tie_ext.cli.batches import ImageBatches, sampled_batches
-from tie_ext.cli.images import Images
+from tie_ext.cli.images import ImageSet
 from tie_ext.models.network import TIENet
 from tie_ext.training.attach import attach
 from tie_ext.training.config import TIEConfig
@@ -18,7 +18,7 @@ from tie_ext.utils.random import seeded
 
 def make_network(
     backbone: Callable[[], nn.Module],
-    images: Images,
+    images: ImageSet,
     config: TIEConfig,
     device: str | torch.device = "cpu",
     head: str = "linear",
@@ -68,7 +68,7 @@ def classifier(net: TIENet) -> nn.Module:
     return model.eval()
 
 
-def attached(net: TIENet, images: Images, seed: int, progress: bool = False) -> TIENet:
+def attached(net: TIENet, images: ImageSet, seed: int, progress: bool = False) -> TIENet:
     """The same classifier with a garbage head on every layer, fitted to procedural images."""
     return attach(
         classifier(net),

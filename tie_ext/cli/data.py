@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tie_ext.cli.image_folder import TEST, folder_images, is_split
-from tie_ext.cli.images import Images, ImageSet
+from tie_ext.cli.images import ImageSet
 from tie_ext.cli.transform import Transform
 
 NAMES = ("mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "tinyimagenet")
@@ -38,7 +38,7 @@ def load(
     shape: Sequence[int] | None = None,
     download: bool = False,
     seed: int = 0,
-) -> Images:
+) -> ImageSet:
     """As :func:`find`, squashed to ``shape``, and in memory where they fit."""
     how = Transform.squash(shape or own_shape(name))
     return kept(find(name, split, root, how, download, seed))
@@ -51,7 +51,7 @@ def find(
     transform: Transform,
     download: bool = False,
     seed: int = 0,
-) -> Images:
+) -> ImageSet:
     """A named set, or ``folder:PATH``, brought to a shape.
 
     A folder without ``test/`` is tested on its ``val/`` (``valid/``, ``validation/``); without
@@ -101,7 +101,7 @@ def find(
     )
 
 
-def kept(images: Images) -> Images:
+def kept(images: ImageSet) -> ImageSet:
     """Images in memory where they fit in :data:`BUDGET`.
 
     Raises:
@@ -151,7 +151,7 @@ def noise(kind: str, count: int, shape: Sequence[int], seed: int = 0) -> ImageSe
     Arguments:
         kind: ``gaussian`` (N(0, 1) around mid-grey for data in [-1, 1], clipped), ``uniform``, or
             ``sphere`` (every direction from black, at the length of a white image, clipped).
-        count: Images.
+        count: ImageSet.
         shape: ``(C, S, S)``.
         seed: Seed of the noise.
 

@@ -4,16 +4,16 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tie_ext.cli import demo_images, registry, report, tables
+from tie_ext.cli import demo_images, registry, report
 from tie_ext.cli.attach import attach_in
 from tie_ext.cli.batches import SCORING, scaled
 from tie_ext.cli.folder import clear, load_run, read_record, written
-from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.cli.settings import AttachSettings, TrainSettings
 from tie_ext.cli.train import train_in
 from tie_ext.cli.transform import Transform
@@ -39,7 +39,7 @@ def run(flags: Namespace) -> None:
     start, folder = time.perf_counter(), flags.out
     train, calibration, new = demo_images.clothes()
     transform = Transform.squash(train.shape)
-    images = RunImages(train, calibration, {**demo_images.strangers()}, transform)
+    images = RunImages(train, calibration, demo_images.strangers(), transform)
     files = written(folder)
     found = read_record(folder)["settings"] if (folder / "run.json").is_file() else {}
     if files and found.get("data") != "demo":
@@ -52,18 +52,12 @@ def run(flags: Namespace) -> None:
         print(f"clothes: {len(train)} to fit, {len(calibration)} held out", flush=True)
         (_train if flags.train else _attach)(folder, images, flags.seed)
         _say(start, "deciding")
-        detector, decide = load_run(folder)
-        net = cast(TIENet, detector.network)
+        net, _, decide = load_run(folder)
         sets = {"clothes": new, **images.ood}
         rejected = {name: rejection(net, decide, of) for name, of in sets.items()}
         record = read_record(folder)
         record["numbers"]["decision"]["measured"] = rejected["clothes"]
         write_json(folder / "run.json", record)
-    rows = [
-        {"images": name, "count": len(sets[name]), "rejected": f"{share:.1%}"}
-        for name, share in rejected.items()
-    ]
-    print(tables.table(rows))
     _say(start, f"report: {report.write_report(folder)}; detector: {folder}")
     print(sentence(rejected))
 
@@ -75,7 +69,7 @@ def sentence(rejected: Mapping[str, float]) -> str:
     return f"{1 - rejected['clothes']:.1%} of new clothes accepted; rejected: {named}"
 
 
-def rejection(net: TIENet, decide: Callable[[Tensor], Decision], images: Images) -> float:
+def rejection(net: TIENet, decide: Callable[[Tensor], Decision], images: ImageSet) -> float:
     """Share of the images that is rejected."""
     x = scaled(images.loaded().x, net)
     return sum(int((decide(part).level > 0).sum()) for part in x.split(SCORING)) / len(x)

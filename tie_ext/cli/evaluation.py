@@ -134,8 +134,7 @@ def evaluate_run(folder: Path, label: str, net: TIENet, images: RunImages) -> di
     """
     numbers, own = decisions(net, images)
     combined, decision = score_combination(net, images, folder)
-    if images.transform is not None:
-        images.transform.save(folder)
+    images.transform.save(folder)
     save_examples(folder, images)
     save_state(folder / "scores.safetensors", "scores", {label: own["score"], **combined})
     metrics = {

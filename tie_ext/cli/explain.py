@@ -6,7 +6,6 @@ RUN/explain.html   inversions of each class beside their nearest training images
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 import torch
 from matplotlib.figure import Figure
@@ -15,8 +14,8 @@ from torch import Tensor
 from tie_ext.cli import page
 from tie_ext.cli.batches import ImageBatches, scaled
 from tie_ext.cli.figures import inversion_grid, layer_bars, spread
-from tie_ext.cli.folder import is_attached, load_run, read_record, run_transform
-from tie_ext.cli.score import LEVELS
+from tie_ext.cli.folder import is_attached, load_run, read_record
+from tie_ext.cli.score import LEVELS, transform_of
 from tie_ext.cli.settings import ImageSettings, load_images
 from tie_ext.cli.snapshots import load_examples
 from tie_ext.models.network import TIENet
@@ -36,8 +35,7 @@ def run(flags: Namespace) -> None:
     """Invert the network of a run, look at what it rejects, write figures and page."""
     folder = flags.run
     record, examples = read_record(folder), load_examples(folder)
-    detector, decide = load_run(folder)
-    net = cast(TIENet, detector.network)
+    net, _, decide = load_run(folder)
     if not examples:
         raise ValueError(
             f"Expected a run with examples.safetensors, which a run writes at its end, at "
@@ -49,7 +47,7 @@ def run(flags: Namespace) -> None:
         chosen |= {"root": flags.root} if flags.root else {}
         seed = known["seed"] if is_attached(record) else known["recipe"]["config"]["seed"]
         settings = ImageSettings(**chosen)
-    images = load_images(settings, seed, run_transform(folder, settings, net.image_shape))
+    images = load_images(settings, seed, transform_of(net, folder)[0])
     batches = ImageBatches(images.train.first(MAX_IMAGES), 250, scale=net)
     found = explain(net, batches, steps=flags.steps, progress=True)
     found.layers.calibrate(ImageBatches(images.test, 250, scale=net))

@@ -132,9 +132,8 @@ def roc_and_pr(scores: Mapping[str, Tensor]) -> Figure:
         if name != "id":
             truth = [0] * count + [1] * len(values)
             score = torch.cat([scores["id"], values]).numpy()
-            fpr, tpr, _ = roc_curve(truth, score)
+            roc.plot(*roc_curve(truth, score)[:2], label=name)
             precision, recall, _ = precision_recall_curve(truth, score)
-            roc.plot(fpr, tpr, label=name)
             pr.plot(recall, precision, label=name)
     # From one ID image on: good detectors differ only left of a tenth.
     roc.set(xscale="log", xlim=(1 / count, 1), title="ROC")

@@ -99,13 +99,24 @@ def _train(train) -> None:
     train.device()
     train.settings(TrainSettings, "data", required=False)
     train.method()
-    about = "what gives the garbage logit: a head on every layer, or the paper's linear function "
-    train.flag("--head", f"{about}(default: multilayer)", choices=HEADS)
-    about = f"what proposes outliers: {', '.join(SYNTHESIZERS)}, several with commas, or none "
-    train.flag("--synthesizer", f"{about}(default: inversion)", metavar="NAME")
-    about = f"what fills the garbage pool at first: {', '.join(PRIORS)}, likewise "
-    about += "(default: procedural; with linear, multiscale)"
-    train.flag("--prior", about, metavar="NAME")
+    train.flag(
+        "--head",
+        "what gives the garbage logit: a head on every layer, or the paper's linear function "
+        "(default: multilayer)",
+        choices=HEADS,
+    )
+    train.flag(
+        "--synthesizer",
+        f"what proposes outliers: {', '.join(SYNTHESIZERS)}, several with commas, or none "
+        "(default: inversion)",
+        metavar="NAME",
+    )
+    train.flag(
+        "--prior",
+        f"what fills the garbage pool at first: {', '.join(PRIORS)}, likewise "
+        "(default: procedural; with linear, multiscale)",
+        metavar="NAME",
+    )
 
 
 def _attach(attach) -> None:
@@ -119,46 +130,75 @@ def _attach(attach) -> None:
 def _score(score) -> None:
     score.path("run", "RUN", "folder of a run or of a saved detector, or a network's file")
     score.path("images", "IMAGE", "image files, and folders with all below them", nargs="+")
-    about = "reject at most this share of new ID images, by a threshold on the score "
-    about += "(default: the detector's own rule, 0.05 for a combination)"
-    score.flag("--false-alarm", about, **RATE)
-    about = "carry a monitor of drift from run to run; exit code 3 once it has raised its alarm"
-    score.path("--monitor", "STATE", about)
+    score.flag(
+        "--false-alarm",
+        "reject at most this share of new ID images, by a threshold on the score "
+        "(default: the detector's own rule, 0.05 for a combination)",
+        **RATE,
+    )
+    score.path(
+        "--monitor",
+        "STATE",
+        "carry a monitor of drift from run to run; exit code 3 once it has raised its alarm",
+    )
     score.device()
     score.flag("--batch-size", "images scored at once", default=64, **COUNT)
-    about = "processes that read images, 0 for none beside this one (default: one a processor)"
-    score.flag("--workers", about, type=number(int, 0, 1000), metavar="N")
+    score.flag(
+        "--workers",
+        "processes that read images, 0 for none beside this one (default: one a processor)",
+        type=number(int, 0, 1000),
+        metavar="N",
+    )
     score.path("--out", "FILE", "file for the rows (default: standard output)")
 
 
 def _calibrate(calibrate) -> None:
-    about = "folder of a run or of a saved detector; its threshold is replaced"
-    calibrate.path("run", "RUN", about)
-    about = "ID images that nothing was trained on: files, and folders with all below them"
-    calibrate.path("images", "IMAGE", about, nargs="+")
-    about = "reject at most this share of new ID images (default: the detector's, else 0.05)"
-    calibrate.flag("--false-alarm", about, **RATE)
-    about = "what it bounds: the rate on average over such sets of images, or that of these "
-    about += "images (default: the detector's, else average)"
-    calibrate.flag("--guarantee", about, choices=GUARANTEES)
-    about = "probability that the bound holds, for pac (default: the detector's, else 0.95)"
-    calibrate.flag("--confidence", about, type=float, metavar="P")
-    about = "a threshold for each predicted class that has enough images"
-    calibrate.flag("--per-class", about, **FLAG)
+    calibrate.path(
+        "run", "RUN", "folder of a run or of a saved detector; its threshold is replaced"
+    )
+    calibrate.path(
+        "images",
+        "IMAGE",
+        "ID images that nothing was trained on: files, and folders with all below them",
+        nargs="+",
+    )
+    calibrate.flag(
+        "--false-alarm",
+        "reject at most this share of new ID images (default: the detector's, else 0.05)",
+        **RATE,
+    )
+    calibrate.flag(
+        "--guarantee",
+        "what it bounds: the rate on average over such sets of images, or that of these "
+        "images (default: the detector's, else average)",
+        choices=GUARANTEES,
+    )
+    calibrate.flag(
+        "--confidence",
+        "probability that the bound holds, for pac (default: the detector's, else 0.95)",
+        **RATE,
+    )
+    calibrate.flag(
+        "--per-class", "a threshold for each predicted class that has enough images", **FLAG
+    )
     calibrate.device()
 
 
 def _report(report) -> None:
     report.path("run", "RUN", "run folder; with --images also that of a saved detector")
-    about = "group the images below that are rejected, on the page RUN/rejected.html"
-    report.path("--images", "FOLDER", about)
+    report.path(
+        "--images",
+        "FOLDER",
+        "group the images below that are rejected, on the page RUN/rejected.html",
+    )
     report.path("--export", "DIR", "copy the images of each group into a folder of its own")
 
 
 def _explain(explain) -> None:
     explain.path("run", "RUN", "run folder")
-    about = "where the run's data sets are (default: as in the run)"
-    explain.flag("--root", about, metavar="FOLDER")
+    explain.flag(
+        "--root", "where the run's data sets are (default: as in the run)", metavar="FOLDER"
+    )
     explain.flag("--steps", "generator steps", default=STEPS, **COUNT)
 
 

@@ -13,9 +13,9 @@ A run of ``tie-ext attach`` has no training.safetensors, and one file of figures
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from tie_ext.cli import registry
 from tie_ext.cli.evaluation import COMBINED
-from tie_ext.cli.settings import ImageSettings, TrainSettings
-from tie_ext.cli.transform import Transform, load_transform
+from tie_ext.cli.settings import TrainSettings
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood import Combined, TIEDetector, load_detector
@@ -171,22 +170,6 @@ def _begun(folder: Path) -> bool:
     return (folder / STATE).exists() or "numbers" in read_record(folder)
 
 
-def run_transform(
-    folder: Path, settings: ImageSettings, shape: Sequence[int] | None = None
-) -> Transform:
-    """How the images of a run are read; 0.2.0, which did not say, squashed them.
-
-    Arguments:
-        folder: The run.
-        settings: Its settings.
-        shape: ``(C, H, W)`` of its images, where it is known.
-    """
-    if (found := load_transform(folder)) is not None:
-        return found
-    squashed = replace(settings, transform="squash").image_transform()
-    return Transform.squash(shape) if shape else squashed
-
-
 def load_network(folder: str | os.PathLike) -> TIENet:
     """The network of a run, on the CPU, in evaluation mode.
 
@@ -200,8 +183,8 @@ def load_network(folder: str | os.PathLike) -> TIENet:
 
 def load_run(
     place: Path, false_alarm: float | None = None, device: str = "cpu"
-) -> tuple[TIEDetector | Combined, Callable[[Tensor], Decision]]:
-    """The detector of a run or of a folder that holds one, and what decides on images by it.
+) -> tuple[TIENet, TIEDetector | Combined, Callable[[Tensor], Decision]]:
+    """The network and detector of a run or of a saved detector, and what decides on images by it.
 
     Arguments:
         place: The folder, or the network's file in it.
@@ -232,8 +215,7 @@ def load_run(
             f"Expected a detector with a threshold in {place}, but got one without; fit it and "
             "save it again"
         )
-    net.to(device)
-    return detector.to(device), decide
+    return net.to(device), detector.to(device), decide
 
 
 def read_detector(place: Path) -> tuple[TIEDetector | Combined, TIENet, Path]:

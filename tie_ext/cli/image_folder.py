@@ -3,11 +3,12 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from tie_ext.cli.images import ImageFiles
+from tie_ext.cli.images import ImageFiles, ImageSet
 from tie_ext.cli.reading import SUFFIXES, images_below, is_hidden
 from tie_ext.cli.transform import Transform
 
@@ -17,7 +18,7 @@ TEST = ("test", "val", "valid", "validation")
 """Names of a folder of test images; the first that exists is taken."""
 
 
-def folder_images(path: Path, split: str, seed: int, how: Transform) -> ImageFiles:
+def folder_images(path: Path, split: str, seed: int, how: Transform) -> ImageSet:
     """One split of a folder.
 
     Arguments:
@@ -43,7 +44,7 @@ def folder_images(path: Path, split: str, seed: int, how: Transform) -> ImageFil
     images = _images(train or path, how)
     if test is not None or split == "ood":
         return images
-    paths = map(os.fsdecode, images.files)
+    paths = map(os.fsdecode, images.x)
     names = [Path(os.path.relpath(file, train or path)).as_posix() for file in paths]
     held = held_out(list(zip(names, images.y.tolist(), strict=True)), seed)
     if not held and split == "test":
@@ -55,7 +56,7 @@ def folder_images(path: Path, split: str, seed: int, how: Transform) -> ImageFil
         f"{path} has no test/: {len(images) - len(held)} images to train on, {len(held)} "
         f"{HELD_OUT} (one in five of each class, seed {seed})"
     )
-    return images.take(chosen).noted(note if split == "test" else "")
+    return replace(images.take(chosen), note=note if split == "test" else "")
 
 
 def held_out(files: Sequence[tuple[str, int]], seed: int) -> set[int]:

@@ -7,8 +7,8 @@ folders, reads hidden folders as classes and puts class 10 before class 2.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tie_ext.cli.transform import Transform
-from tie_ext.utils.checks import check_number
 
 PIECE = 32
 """Images that a worker decodes at once, so that few wait in memory, whatever the batch size."""
@@ -24,24 +23,32 @@ WORKERS = 8
 """Most processes that decode; never more than there are processors."""
 WITHOUT_WORKERS = 128
 """Up to so many images are decoded by this process, as workers would take longer to start."""
-AnyImages = TypeVar("AnyImages", bound="Images")
 
 
-class Images(Dataset):
-    """Images with labels; :class:`ImageSet` holds them in memory, :class:`ImageFiles` on disk."""
+@dataclass(frozen=True)
+class ImageSet(Dataset):
+    """Images in memory, with labels.
 
+    Arguments:
+        x: The images, uint8 ``(N, C, H, W)``.
+        y: Their labels ``(N,)``, int64; -1 where there are none.
+        classes: Name of each class, by label.
+        note: How the test images were chosen, where the user has to know.
+    """
+
+    x: Tensor
     y: Tensor
-    """Labels ``(N,)``, int64; -1 where there are none."""
-    classes: tuple[str, ...]
-    """Name of each class, by label."""
-    note: str
-    """How the test images were chosen, where the user has to know."""
-    shape: tuple[int, ...]
-    """``(C, H, W)``."""
+    classes: tuple[str, ...] = ()
+    note: str = ""
 
-    def take(self: AnyImages, rows: Tensor) -> AnyImages:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(C, H, W)``."""
+        return tuple(self.x.shape[1:])
+
+    def take(self, rows: Tensor) -> "ImageSet":
         """The images of some rows, indices or a mask, in their order."""
-        raise NotImplementedError
+        return replace(self, x=self.x[rows], y=self.y[rows])
 
     def parts(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images of each tensor of indices, uint8 ``(B, C, H, W)``.
@@ -49,7 +56,15 @@ class Images(Dataset):
         Raises:
             ValueError: If one cannot be read.
         """
-        raise NotImplementedError
+        return (self.x[part] for part in rows)
+
+    def loaded(self) -> "ImageSet":
+        """The same images in memory.
+
+        Raises:
+            ValueError: If one cannot be read.
+        """
+        return self
 
     def __len__(self) -> int:
         return len(self.y)
@@ -59,21 +74,16 @@ class Images(Dataset):
         (x,) = self.parts([torch.tensor([index])])
         return x[0].float() / 255, int(self.y[index])
 
-    def noted(self: AnyImages, note: str) -> AnyImages:
-        """The same images with another note."""
-        return replace(self, note=note)  # type: ignore[type-var]
-
-    def first(self: AnyImages, count: int | None, seed: int = 0) -> AnyImages:
+    def first(self, count: int | None, seed: int = 0) -> "ImageSet":
         """A random subset of ``count`` images, the same for the same seed; all images for None or
         too large a count.
         """
         if count is None or count >= len(self):
             return self
-        check_number("count", count, 1, len(self), integer=True)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self.take(order[:count])
 
-    def classes_between(self: AnyImages, first: int, last: int) -> AnyImages:
+    def classes_between(self, first: int, last: int) -> "ImageSet":
         """The images of the classes ``first`` to ``last``, relabelled from 0.
 
         Raises:
@@ -84,74 +94,20 @@ class Images(Dataset):
                 f"Expected classes among 0 to {len(self.classes) - 1}, but got {first} to {last}"
             )
         part = self.take((self.y >= first) & (self.y <= last))
-        names = self.classes[first : last + 1]
-        return replace(part, y=part.y - first, classes=names)  # type: ignore[type-var]
-
-    def without(self: AnyImages, labels: Sequence[int]) -> AnyImages:
-        """The images of all other classes: OOD for a network that knows these."""
-        return self.take(~torch.isin(self.y, torch.tensor(labels)))
-
-    def loaded(self) -> "ImageSet":
-        """The same images in memory.
-
-        Raises:
-            ValueError: If one cannot be read.
-        """
-        raise NotImplementedError
+        return replace(part, y=part.y - first, classes=self.classes[first : last + 1])
 
 
 @dataclass(frozen=True)
-class ImageSet(Images):
-    """Images in memory.
-
-    Arguments:
-        x: The images, uint8 ``(N, C, H, W)``.
-        y: Their labels ``(N,)``, int64.
-        classes: Name of each class.
-        note: How the test images were chosen.
-    """
-
-    x: Tensor
-    y: Tensor
-    classes: tuple[str, ...] = ()
-    note: str = ""
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """``(C, H, W)``."""
-        return tuple(self.x.shape[1:])
-
-    def take(self, rows: Tensor) -> "ImageSet":
-        """The images of some rows."""
-        return replace(self, x=self.x[rows], y=self.y[rows])
-
-    def parts(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images of each tensor of indices."""
-        return (self.x[part] for part in rows)
-
-    def loaded(self) -> "ImageSet":
-        """Itself."""
-        return self
-
-
-@dataclass(frozen=True)
-class ImageFiles(Images):
+class ImageFiles(ImageSet):
     """Images on disk, decoded by worker processes when they are read.
 
     Arguments:
-        files: Path of each, bytes ``(N,)``: paths as objects would take more memory than a
-            network.
-        y: Their labels ``(N,)``, int64.
+        x: Path of each, bytes ``(N,)``: paths as objects would take more memory than a network.
         transform: What makes an image of a file.
-        classes: Name of each class.
-        note: How the test images were chosen.
     """
 
-    files: np.ndarray
-    y: Tensor
-    transform: Transform
-    classes: tuple[str, ...] = ()
-    note: str = ""
+    x: np.ndarray  # type: ignore[assignment]
+    transform: Transform = field(kw_only=True)
 
     @classmethod
     def of(
@@ -164,16 +120,12 @@ class ImageFiles(Images):
         """Images by path, with labels or without; ``about`` holds what else the class has."""
         paths = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
         y = torch.full((len(files),), -1) if labels is None else torch.tensor(labels)
-        return cls(paths, y, transform, **about)
+        return cls(paths, y, transform=transform, **about)
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """``(C, H, W)``."""
         return self.transform.shape
-
-    def take(self, rows: Tensor) -> "ImageFiles":
-        """The images of some rows."""
-        return replace(self, files=self.files[rows.numpy()], y=self.y[rows])
 
     def parts(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images of each tensor of indices."""
@@ -229,17 +181,17 @@ class ImageFiles(Images):
 class RunImages(NamedTuple):
     """The images of a run."""
 
-    train: Images
+    train: ImageSet
     """ID training images."""
-    test: Images
+    test: ImageSet
     """ID test images."""
-    ood: dict[str, Images]
+    ood: dict[str, ImageSet]
     """OOD image sets by name."""
-    transform: Transform | None = None
+    transform: Transform
     """How they were read."""
 
     @property
-    def sets(self) -> dict[str, Images]:
+    def sets(self) -> dict[str, ImageSet]:
         """The sets to score by name; the ID set is ``id``."""
         return {"id": self.test, **self.ood}
 
@@ -252,7 +204,7 @@ class _Decoder(Dataset):
     """
 
     def __init__(self, images: ImageFiles):
-        self.files, self.transform = images.files, images.transform
+        self.files, self.transform = images.x, images.transform
 
     def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
         x, broken = np.zeros((len(rows), *self.transform.shape), dtype=np.uint8), {}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from tie_ext.cli.images import AnyImages
+from tie_ext.cli.images import ImageSet
 from tie_ext.utils.distributed import world
 
 
@@ -37,7 +37,7 @@ def together(device: str) -> Iterator[str]:
         dist.destroy_process_group()
 
 
-def share_of(images: AnyImages, seed: int) -> AnyImages:
+def share_of(images: ImageSet, seed: int) -> ImageSet:
     """The images of this process: as many as any other's, the same in every epoch, by the seed."""
     if world() == 1:
         return images

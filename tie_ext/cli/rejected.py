@@ -16,9 +16,8 @@ from tie_ext.cli import page
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.folder import load_run
 from tie_ext.cli.images import ImageFiles
-from tie_ext.cli.reading import list_images
+from tie_ext.cli.reading import list_images, register_heif
 from tie_ext.cli.score import BATCH, transform_of
-from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.base import Thresholded
 from tie_ext.pytorch_ood.monitor import rate_interval
 from tie_ext.pytorch_ood.rejects import Group, Rejects, rejects
@@ -31,25 +30,19 @@ SIDE = 112
 
 def run(flags: Namespace) -> None:
     """Score the images, group what is rejected, write page and folders, print the page's path."""
-    detector, _ = load_run(flags.run)
-    net: TIENet = detector.network  # type: ignore[assignment]
+    net, detector, _ = load_run(flags.run)
     folder = flags.run if flags.run.is_dir() else flags.run.parent
-    transform, _ = transform_of(net, folder)
+    transform, _ = transform_of(net, flags.run)
     files = list_images([flags.images])
     images = ImageFiles.of(files, transform)
     found = rejects(detector, ImageBatches(images, BATCH, scale=net))
-    for number, group in enumerate(found.groups, 1):
-        if flags.export is not None:
-            export([files[row] for row in group.rows.tolist()], flags.export / name(number, group))
+    for number, group in enumerate(found.groups if flags.export else (), 1):
+        place = flags.export / f"group-{number:02d}-{group.kind}"
+        export([files[row] for row in group.rows.tolist()], place)
     names = net.class_names or tuple(map(str, range(net.num_classes)))
     body = list(_body(found, files, names))
     about = lead(found, detector)
     print(page.write_page(folder / "rejected.html", "What is rejected", about, body))
-
-
-def name(number: int, group: Group) -> str:
-    """Name of a group's folder."""
-    return f"group-{number:02d}-{group.kind}"
 
 
 def export(files: Sequence[str], folder: Path) -> None:
@@ -118,6 +111,7 @@ def thumbnails(files: Sequence[str]) -> str:
 def _small(file: str) -> Tensor:
     from PIL import Image
 
+    register_heif()  # workers have read the images
     with Image.open(file) as image:
         small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))

@@ -4,7 +4,6 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -16,7 +15,6 @@ from tie_ext.cli.folder import OWN, STATE, is_attached, load_run, read_record
 from tie_ext.cli.score import LEVELS
 from tie_ext.cli.snapshots import load_examples, load_snapshots
 from tie_ext.cli.tables import WORDS, decides, id_rows, idle, ood_rows
-from tie_ext.models.network import TIENet
 from tie_ext.utils.files import load_state, reading
 
 Snapshots = Mapping[int, Mapping[str, Tensor]]
@@ -61,37 +59,35 @@ def lead(record: Mapping) -> str:
     if "numbers" not in record:
         return "The run has not reached its last epoch; there are no test scores yet."
     numbers = record["numbers"]
-    known, decision = f"{100 * numbers['accuracy']:.1f} % accurate", numbers.get("decision")
-    shares = decision["rejected"] if decision else numbers["rejected"]
-    least = min(shares, key=shares.__getitem__)
-    found = f"Of other images it rejects {100 * shares[least]:.1f} % ({least}) or more."
-    if decision is None:
-        return f"The network is {known} on its classes. {found}".strip()
-    promise = f"at most {decision['false_alarm']:.0%} of new images of its classes on average"
-    return f"The network is {known}. The detector rejects {promise}. {found}".strip()
+    decision = numbers.get("decision", numbers)
+    name, share = min(decision["rejected"].items(), key=lambda item: item[1])
+    promise = ""
+    if "false_alarm" in decision:
+        promise = f" The detector rejects at most {decision['false_alarm']:.0%} of new images of "
+        promise += "its classes on average."
+    return (
+        f"The network is {numbers['accuracy']:.1%} accurate on its classes.{promise} Of other "
+        f"images it rejects {share:.1%} ({name}) or more."
+    )
 
 
 def _cards(numbers: Mapping) -> Iterator[page.Card]:
-    decision = numbers.get("decision")
-    yield page.Card(f"{100 * numbers['accuracy']:.1f} %", "accuracy on the network's classes")
-    if decision:
-        promised = decision["false_alarm"]
-        yield page.Card(f"{100 * promised:.0f} %", "false alarms promised, at most, on average")
-        if "measured" in decision:
-            measured = decision["measured"]
-            label = "false alarms measured on new images"
-            yield page.Card(f"{100 * measured:.1f} %", label, measured > 2 * promised)
-    else:
-        yield page.Card(f"{100 * numbers['id_rejected']:.1f} %", "false alarms on test images")
-    for name, share in (decision or numbers)["rejected"].items():
-        label = f"of {name} rejected"
-        yield page.Card(f"{100 * share:.1f} %", label, share < 0.5)
+    decision = numbers.get("decision", numbers)
+    promised = decision.get("false_alarm", 1)
+    yield page.Card(f"{numbers['accuracy']:.1%}", "accuracy on the network's classes")
+    if promised < 1:
+        yield page.Card(f"{promised:.0%}", "false alarms promised, at most, on average")
+    measured = decision.get("measured", decision.get("id_rejected"))
+    if measured is not None:
+        wrong = measured > 2 * promised
+        yield page.Card(f"{measured:.1%}", "false alarms measured on new images", wrong)
+    for name, share in decision["rejected"].items():
+        yield page.Card(f"{share:.1%}", f"of {name} rejected", share < 0.5)
 
 
 def _body(folder: Path, record: Mapping, snapshots: Snapshots) -> Iterator[str]:
     """The page from top to bottom."""
-    detector, decide = load_run(folder)
-    net = cast(TIENet, detector.network)
+    net, _, decide = load_run(folder)
     names = [*(net.class_names or map(str, range(net.num_classes))), "garbage"]
     path, numbers = folder / "scores.safetensors", record.get("numbers")
     scores = load_state(path, "scores") if path.is_file() else {}
@@ -136,9 +132,8 @@ def _shown(x: Tensor, decision, name: str, names: Sequence[str]) -> Iterator[pag
 
 def _sets(numbers: Mapping) -> list[dict[str, object]]:
     """A row for each set of images that are of none of the classes."""
-    scores, rejected = numbers["scores"], (numbers.get("decision") or numbers)["rejected"]
+    scores, rejected = numbers["scores"], numbers.get("decision", numbers)["rejected"]
     best = list(scores)[-1]  # the combination, where there is one
-    rows = ood_rows({"": {**numbers, "scores": {best: scores[best]}}})
     return [
         {
             "images": row["OOD"],
@@ -146,7 +141,7 @@ def _sets(numbers: Mapping) -> list[dict[str, object]]:
             "rejected": f"{100 * rejected[row['OOD']]:.1f}" if row["OOD"] in rejected else "-",
             "in garbage": row["in garbage"],
         }
-        for row in rows
+        for row in ood_rows({"": {**numbers, "scores": {best: scores[best]}}})
     ]
 
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -40,9 +40,8 @@ def run(flags: Namespace) -> int:
     code.
     """
     check_device(flags.device)
-    detector, decide = load_run(flags.run, flags.false_alarm, flags.device)
-    net = cast(TIENet, detector.network)
-    transform, known = transform_of(net, flags.run if flags.run.is_dir() else flags.run.parent)
+    net, detector, decide = load_run(flags.run, flags.false_alarm, flags.device)
+    transform, known = transform_of(net, flags.run)
     if not known:
         print(
             f"tie-ext: images are {transform}, as the detector does not say how its images were "
@@ -72,8 +71,9 @@ def run(flags: Namespace) -> int:
     return DRIFT if drift else 0
 
 
-def transform_of(net: TIENet, folder: Path) -> tuple[Transform, bool]:
-    """How images are read for a network, and whether that is known; else they are squashed.
+def transform_of(net: TIENet, place: Path) -> tuple[Transform, bool]:
+    """How images are read for the network of a run or of a saved detector, and whether that is
+    known; else they are squashed.
 
     Raises:
         ValueError: If the network takes no images of one shape, grey or of three colours.
@@ -84,6 +84,7 @@ def transform_of(net: TIENet, folder: Path) -> tuple[Transform, bool]:
             "Expected a network for images of one shape, grey or of three colours, but got one "
             f"for images {net.image_shape}"
         )
+    folder = place if place.is_dir() else place.parent
     found = load_transform(folder)
     if found is not None and found.shape != shape:
         raise ValueError(

@@ -1,11 +1,10 @@
 """The settings of a run, which are flags of the command line too, and its images."""
 
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
 
 from tie_ext.cli import data
 from tie_ext.cli.data import NAMES
-from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.cli.presets import make_transform
 from tie_ext.cli.transform import Transform
 from tie_ext.models.backbones import BACKBONES
@@ -20,8 +19,6 @@ LARGEST = 2**31 - 1
 BACKBONE = f"{', '.join(BACKBONES)}, torchvision:NAME or timm:NAME"
 NOISE_IMAGES = 10_000
 """Most noise images to score."""
-NETWORK: Any = {"group": "network", "metavar": "NAME"}
-CHANNELS: Any = {"group": "network", "metavar": "X"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +54,19 @@ class ImageSettings(Settings):
         False, "turn photographs as EXIF says, which torchvision's loaders do not"
     )
     batch_size: int = setting(128, "ID images per batch", low=1, high=10**6)
-    backbone: str = setting("conv3", BACKBONE, **NETWORK)
+    backbone: str = setting("conv3", BACKBONE, metavar="NAME")
     mean: tuple[float, ...] = setting(
         (),
         "mean that normalisation subtracts from images in [0, 1], one or one per channel "
         "(default: the network's own, by --transform; else 0)",
         low=0,
         high=1,
-        **CHANNELS,
     )
     std: tuple[float, ...] = setting(
         (),
         "standard deviation it divides by (default: likewise; else 1)",
         low=1e-3,
         high=1,
-        **CHANNELS,
     )
 
     def __post_init__(self) -> None:
@@ -130,11 +125,10 @@ class TrainSettings(ImageSettings):
         high=LARGEST_SIDE,
     )
     # It learns most in a minute, colour images too.
-    backbone: str = setting("conv3", f"{BACKBONE} (default: conv3)", **NETWORK)
+    backbone: str = setting("conv3", f"{BACKBONE} (default: conv3)", metavar="NAME")
     weights: str | None = setting(
         None,
         "start from this state_dict; its classes may be others",
-        group="network",
         metavar="FILE",
     )
     recipe: Recipe = field(default_factory=Recipe)
@@ -148,13 +142,12 @@ class TrainSettings(ImageSettings):
 class AttachSettings(ImageSettings):
     """The settings of ``tie-ext attach``; with images and weights they determine the result."""
 
-    backbone: str = setting(MISSING, BACKBONE, **NETWORK)
-    weights: str = setting(MISSING, "its state_dict (see below)", group="network", metavar="FILE")
+    backbone: str = setting(MISSING, BACKBONE, metavar="NAME")
+    weights: str = setting(MISSING, "its state_dict (see below)", metavar="FILE")
     autocast_dtype: str = setting(
         "float32",
         "arithmetic of the network; bfloat16 is faster where hardware has it",
         choices=AUTOCAST_DTYPES,
-        group="network",
     )
     seed: int = setting(
         0, "seed of the subset, the held-out images and the garbage class", low=0, high=LARGEST
@@ -178,12 +171,9 @@ class ReproduceSettings(Settings):
         ("tie", "predecessor", "multiscale", "white", "plain"),
         "tie, layers (as train has it), predecessor, multiscale, white, vernekar, ascood, attach, "
         "plain, or synthesizers by name",
-        group="method",
         metavar="METHOD",
     )
-    seeds: tuple[int, ...] = setting(
-        (0, 1, 2), "one training each", low=0, high=LARGEST, group="method"
-    )
+    seeds: tuple[int, ...] = setting((0, 1, 2), "one training each", low=0, high=LARGEST)
 
 
 def load_images(settings: ImageSettings, seed: int, transform: Transform) -> RunImages:
@@ -199,11 +189,11 @@ def load_images(settings: ImageSettings, seed: int, transform: Transform) -> Run
             classes differ.
     """
 
-    def read(name: str, split: str, count: int | None = None) -> Images:
+    def read(name: str, split: str, count: int | None = None) -> ImageSet:
         images = data.find(name, split, settings.root, transform, settings.download, seed)
         return data.kept(images.first(count, seed))
 
-    others: dict[str, Images]
+    others: dict[str, ImageSet]
     if settings.data == "demo":
         from tie_ext.cli.demo_images import clothes, strangers
 

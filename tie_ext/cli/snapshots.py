@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tie_ext.cli.batches import scaled
-from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.models.network import TIENet
 from tie_ext.outliers.base import Synthesizer
 from tie_ext.outliers.inversion import Inversion
@@ -30,7 +30,7 @@ def save_snapshot(
     net: TIENet,
     synthesizers: Sequence[Synthesizer],
     garbage: Callable[[int], Tensor],
-    test: Images,
+    test: ImageSet,
 ) -> None:
     """Save what the figures show of an epoch: inversions of every output or other outliers, and
     features of test images and garbage.

@@ -4,10 +4,10 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,12 +22,11 @@ from tie_ext.cli.folder import (
     check_new,
     read_record,
     read_settings,
-    run_transform,
 )
-from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.cli.settings import TrainSettings, load_images
 from tie_ext.cli.snapshots import save_snapshot
-from tie_ext.cli.transform import Transform
+from tie_ext.cli.transform import load_transform
 from tie_ext.utils.bounded import Bounded
 from tie_ext.utils.distributed import rank, share, world
 from tie_ext.utils.files import locked, sha256, write_json
@@ -66,7 +65,9 @@ def _run(folder: Path, settings: TrainSettings | None, device: str) -> dict:
     """Read the data of a new run, or of one to resume for None, lock its folder, and train."""
     if settings is None:
         settings = read_settings(folder)
-        transform = run_transform(folder, settings)
+        # 0.2.0, which did not say how images are read, squashed them.
+        squashed = replace(settings, transform="squash")
+        transform = load_transform(folder) or squashed.image_transform()
     else:
         check_new(folder)
         channels = None
@@ -96,7 +97,7 @@ def train_in(
         The content of ``run.json``; of the first process alone, where several train.
     """
     config, state = settings.recipe.config, folder / STATE
-    transform, resumed = cast(Transform, images.transform), state.exists()
+    transform, resumed = images.transform, state.exists()
     backbone = partial(_backbone, settings, images.train, resumed)
     head, bounds = settings.recipe.head, transform.bounds
     net = make_network(backbone, images.train, config, device, head, bounds)
@@ -141,7 +142,7 @@ def train_in(
     return record
 
 
-def _backbone(settings: TrainSettings, images: Images, resumed: bool) -> nn.Module:
+def _backbone(settings: TrainSettings, images: ImageSet, resumed: bool) -> nn.Module:
     """The backbone of a run; of one that is resumed, without its weights, which the state has."""
     name, channels, n = settings.backbone, images.shape[0], len(images.classes)
     if resumed or settings.weights is None:

@@ -22,7 +22,7 @@ from torch import nn
 from tie_ext.cli.batches import training_batches
 from tie_ext.cli.classifier import attached, make_network, train_plain
 from tie_ext.cli.evaluation import decisions
-from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.models.network import TIENet
 from tie_ext.outliers import SYNTHESIZERS
 from tie_ext.outliers.saliency import Standardized
@@ -103,7 +103,7 @@ def recipe_of(method: str, recipe: Recipe) -> Recipe:
 def train_method(
     method: str,
     backbone: Callable[[], nn.Module],
-    images: Images,
+    images: ImageSet,
     recipe: Recipe,
     device: str | torch.device = "cpu",
     progress: bool = False,

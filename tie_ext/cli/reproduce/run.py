@@ -21,11 +21,12 @@ from tie_ext.cli import data
 from tie_ext.cli.batches import ImageBatches
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.flags import check_device, recipe_of, settings_of
-from tie_ext.cli.images import Images, RunImages
+from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.cli.reproduce import comparison
 from tie_ext.cli.reproduce.comparison import cell, check_method, has_garbage
 from tie_ext.cli.reproduce.tables import CELLS, read_cells, tables
 from tie_ext.cli.settings import ReproduceSettings
+from tie_ext.cli.transform import Transform
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import TIENet
 from tie_ext.scores.decision import ood_score, uncertainty
@@ -168,10 +169,12 @@ def image_sets(
     """
     load = partial(data.load, root=root, download=download)
     images, test = load(name, "train"), load(name, "test")
-    ood: dict[str, Images] = {}
+    ood: dict[str, ImageSet] = {}
     if name != _whole(name):
         whole = load(_whole(name), "test")
-        ood["other classes"] = whole.without([whole.classes.index(c) for c in test.classes])
+        ood["other classes"] = whole.take(
+            ~torch.isin(whole.y, torch.tensor([whole.classes.index(c) for c in test.classes]))
+        )
     for other in (*data.NAMES, "notmnist"):
         if other != _whole(name):
             try:
@@ -182,7 +185,7 @@ def image_sets(
         ood[label] = data.noise(kind, min(len(test), 10_000), images.shape)
     few = None if count is None else max(1, count // 10)
     ood = {label: of.first(few) for label, of in ood.items()}
-    return RunImages(images.first(count, seed), test, ood)
+    return RunImages(images.first(count, seed), test, ood, Transform.squash(images.shape))
 
 
 def level_2(net: TIENet, images: RunImages, garbage: bool = True) -> dict:
