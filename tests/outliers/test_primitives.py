@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import close
 from torch.nn import functional as F
 
 from tie_ext.outliers import primitives
@@ -90,20 +91,6 @@ def test_equal_half_axes_in_an_image_that_is_not_square(render, monkeypatch):
     assert filled.any(0).sum() == filled.any(1).sum() == 20
 
 
-def test_three_to_six_straight_sides_of_polygons(monkeypatch):
-    drawn, real = [], torch.where
-    monkeypatch.setattr(torch, "where", lambda *args: drawn.append(args[0]) or real(*args))
-    d = primitives.polygons((400, 24, 24), RNG)
-    sides = torch.stack(drawn).sum(0).flatten()
-    assert sides.unique().tolist() == [3, 4, 5, 6]
-    assert (sides.bincount()[3:] > 60).all()
-    # Straight: along a side the distance is linear; closed: none leaves its half-axes, of at most
-    # 1, by more than a corner of a triangle can.
-    bend = d[:, 2:] + d[:, :-2] - 2 * d[:, 1:-1]
-    assert (bend.abs() < 1e-4).double().mean() > 0.85
-    assert ((d < 0).double().mean((1, 2)) < 0.8).all()
-
-
 def test_one_or_two_smooth_curves_of_a_stroke():
     lines, half = primitives.polyline(1000, RNG), primitives.CURVE
     single = (lines[:, half:] - lines[:, half, None]).abs().amax((1, 2)) < 1e-5
@@ -133,7 +120,7 @@ def test_distances_of_strokes_to_their_curves(monkeypatch):
     x, y = real((1, 24, 32), RNG)
     pixels = torch.stack(torch.broadcast_tensors(x, y), dim=-1).reshape(1, -1, 2).expand(6, -1, -1)
     nearest = torch.cdist(pixels, dense).amin(2).view(6, 24, 32)
-    torch.testing.assert_close(found, nearest - 0.1, atol=2e-3, rtol=0)
+    close(found, nearest - 0.1, atol=2e-3, rtol=0)
 
 
 def test_kinds_edges_and_mirror_images_of_coverage(monkeypatch):

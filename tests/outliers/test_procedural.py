@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import domain
+from conftest import close, domain
 from torch.nn import functional as F
 
 from tie_ext.outliers import Procedural, ProceduralSettings
@@ -92,7 +92,7 @@ def test_range_and_mirrored_negatives_of_a_mixture():
     x = prior.draw((201, 3, 28, 33))
     assert torch.equal(x.amin((0, 2, 3)), low)
     assert torch.equal(x.amax((0, 2, 3)), high)
-    torch.testing.assert_close(x[101:].flip(3), (low + high)[:, None, None] - x[:100])
+    close(x[101:].flip(3), (low + high)[:, None, None] - x[:100])
     assert prior.draw((0, 3, 32, 32)).shape == (0, 3, 32, 32)
 
 
@@ -219,7 +219,7 @@ def test_colours_and_places_of_permuted_pixels(channels, monkeypatch):
     ground, colour = torch.rand(40, channels, 32, 32), torch.rand(40, channels, 1, 1)
     x = 0.1 + 0.1 * ground + 0.7 * disc * colour
     made = permuted_pixels(x, RNG)
-    torch.testing.assert_close(made.mean((2, 3)), x.mean((2, 3)), atol=0.02, rtol=0)
+    close(made.mean((2, 3)), x.mean((2, 3)), atol=0.02, rtol=0)
     assert (made.amin((2, 3)) >= x.amin((2, 3))).all()
     assert (made.amax((2, 3)) <= x.amax((2, 3))).all()
     assert (made.std((2, 3)) / x.std((2, 3))).median() > 0.65
@@ -232,7 +232,7 @@ def test_colours_and_places_of_permuted_pixels(channels, monkeypatch):
     monkeypatch.setattr(F, "avg_pool2d", lambda x, *args, **kwargs: x[..., 1:-1, 1:-1])
     for made, old in zip(permuted_pixels(x, RNG).flatten(2), x.flatten(2), strict=True):
         rows = [torch.tensor(sorted(of.T.tolist())) for of in (made, old)]
-        torch.testing.assert_close(*rows)  # unblurred they are the very pixels of the image
+        close(*rows)  # unblurred they are the very pixels of the image
 
 
 @pytest.mark.parametrize("share", [0.0, 1 / 3, 1.0])
