@@ -9,6 +9,7 @@ from conftest import close, refused
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tie_ext.scores.combination import zsum
 from tie_ext.scores.decision import decide_by_score
 from tie_ext.scores.threshold import (
     Guarantee,
@@ -134,11 +135,13 @@ def test_halves_for_the_scale_and_the_threshold(count, false_alarm):
     scale, threshold = split(count, false_alarm)
     assert sorted([*scale.tolist(), *threshold.tolist()]) == list(range(count))
     assert len(scale) == (count if false_alarm is None else count // 2)
-    scores = torch.rand(count, 2)
-    found = calibrate(scores, "zsum", false_alarm)
+    scores, labels = torch.rand(count, 2), torch.arange(count)
+    found = calibrate(scores, "zsum", false_alarm, None, labels)
     close(found.reference.mean, scores[scale].mean(0))
     assert (found.threshold is None) == (false_alarm is None)
     if false_alarm:
+        assert torch.equal(found.scores, zsum(found.reference, scores[threshold]))
+        assert torch.equal(found.labels, labels[threshold])
         assert torch.equal(found.threshold, conformal_threshold(found.scores, false_alarm))
 
 

@@ -38,7 +38,7 @@ def trained() -> Small:
 
 @pytest.fixture(scope="module")
 def found(trained):
-    return explain(trained, [bars(120, 0)], N, per_class=2, steps=100)
+    return explain(trained, [bars(120, 0)], N, per_class=2, steps=60)
 
 
 def test_agreement_of_inversions_with_their_class(trained, found):
@@ -50,7 +50,7 @@ def test_agreement_of_inversions_with_their_class(trained, found):
 
 @pytest.mark.slow
 def test_distance_of_inversions_without_statistics(trained, found):
-    without = explain(trained, [bars(120, 0)], N, per_class=2, steps=100, statistics_weight=0.0)
+    without = explain(trained, [bars(120, 0)], N, per_class=2, steps=60, statistics_weight=0.0)
     means, deviations = (part.repeat_interleave(2, 0) for part in found.layers.of_class)
     z = [
         (of.layers.read(of.inversions.flatten(0, 1)) - means) / deviations
