@@ -63,6 +63,7 @@ def test_values_that_come_back_from_a_pool():
     drawn = pool.draw(300).flatten()  # with replacement
     assert {round(v, 2) for v in drawn.tolist()} == {-1.0, 3.0, 1.01}
     assert 60 < (drawn == -1).sum() < 140
+    assert not torch.equal(drawn[:6], drawn[6:12])  # in random order
 
 
 @pytest.mark.parametrize("offered", [-1, 2.5, True, "3", 2**53 + 1])

@@ -40,7 +40,6 @@ from tie_ext.training.fit_head import fit_head
 from tie_ext.training.pool import GarbagePool
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.strategies import GARBAGE_SHARE
-from tie_ext.utils.random import seeded
 
 heads = pytest.mark.parametrize("head", ["linear", "multilayer"])
 
@@ -173,14 +172,9 @@ def bad(x=None, y=None):
     ("batches", "message"),
     [
         (bad(torch.rand(8, 3, 28, 28)), r"shape \(B, 1, 28, 28\), but got .* \(8, 3, 28, 28\)"),
-        (bad(torch.zeros(8, *SHAPE).byte()), "Expected floating-point images"),
         (bad(torch.full((8, *SHAPE), math.nan)), "Expected finite images, but got 6272 NaN"),
-        (bad(torch.rand(8, *SHAPE) * 255), "Expected images in the value range"),
-        (bad(torch.rand(0, *SHAPE), torch.zeros(0).long()), "Expected at least one image"),
         (bad(y=torch.full((8,), 3)), r"labels in \[0, 3\), but got labels in \[3, 3\]"),
         ([(x, y - 9) for x, y in make_batches()], "but got 16 with labels < 0 alone"),
-        (bad(y=torch.zeros(8)), "Expected integer labels"),
-        (bad(y=torch.zeros(7).long()), r"Expected integer labels of shape \(8,\)"),
         ([], "Expected ID images in loader, but got an empty loader"),
         ([(x, y % 2) for x, y in make_batches()], r"all 3 classes, but got none of class \[2\]"),
         ([torch.rand(4, *SHAPE)], "Expected labels beside the images of loader"),
@@ -348,19 +342,6 @@ def test_random_streams_of_seeds_and_processes(monkeypatch):
     for drawn in (batches, fitted):  # each time another order, in each run
         assert len({value for of in drawn for value in of}) == sum(map(len, drawn)) >= 6
     assert len(set(weight)) == len({pool.float().mean() for pool in pools}) == 3
-
-
-def test_random_streams_that_earlier_runs_had():
-    batches, _, weight, pool = rolls(3)
-    for epoch in (1, 2):
-        with seeded(3, epoch, 0):
-            assert batches[epoch - 1] == torch.rand(1).item()
-    net = make_small()
-    with seeded(3, 0, 0, 1):
-        assert weight == weight_sum(Inversion(net).generator)
-    with seeded(3, 0, 0, 2):
-        first = Noise(net).draw((20, *SHAPE))
-    assert torch.equal(pool, (first * 255).round().byte())
 
 
 class Counted(TensorDataset):
