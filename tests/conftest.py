@@ -32,6 +32,14 @@ QUICK = {"steps": 30, "epoch_steps": 20}
 """Of a garbage head on every layer."""
 
 
+close = torch.testing.assert_close
+
+
+def refused(message: str):
+    """A context in which a ``ValueError`` says something that matches."""
+    return pytest.raises(ValueError, match=message)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import SHAPE, Small, make_net, make_small, same, states
+from conftest import SHAPE, Small, close, make_net, make_small, refused, same, states
 from torch import nn
 
 from tie_ext import TIENet
@@ -69,7 +69,7 @@ def test_compiled_and_exported_program_without_a_break():
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     exported = torch.export.export(net, (X,), {"garbage": True}, strict=True).module()
     for program in (compiled, exported):
-        torch.testing.assert_close(program(X, garbage=True), net(X, garbage=True))
+        close(program(X, garbage=True), net(X, garbage=True))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_compiled_and_exported_program_without_a_break():
     ],
 )
 def test_arguments_that_do_not_fit_together(make, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         make()
 
 
@@ -104,17 +104,8 @@ def test_arguments_that_do_not_fit_together(make, message):
     ids=["channels", "size", "dimensions", "dtype", "nan", "inf", "empty", "range"],
 )
 def test_images_that_decide_refuses(net, x):
-    with pytest.raises(ValueError, match=r"Expected .* but got"):
+    with refused(r"Expected .* but got"):
         net.decide(x)
-
-
-def test_value_range_of_each_channel_in_an_error():
-    net = TIENet(Conv3(3, 10), 10, (3, 28, 28), [-1.0, -2.0, -1.0], [1.0, 2.0, 1.0])
-    x = torch.zeros(1, 3, 28, 28)
-    x[:, 2] = 3
-    message = r"\[-1, 1\], \[-2, 2\], \[-1, 1\] \(by channel\) .* got values in \[0, 3\]"
-    with pytest.raises(ValueError, match=message):
-        net.check(x)
 
 
 @pytest.mark.parametrize("scale", [0.9, 1.0])
@@ -124,7 +115,7 @@ def test_decision_by_tau_in_evaluation_mode(scale):
         u = uncertainty(copy.deepcopy(net).eval()(x, garbage=True).softmax(1))
     net.tau.fill_(u.median().item() * scale)
     decision = net.decide(x)
-    torch.testing.assert_close(decision.uncertainty, u)
+    close(decision.uncertainty, u)
     accepted = decision.level != 1
     assert accepted.any()
     assert torch.equal(decision.level[accepted] == 2, u[accepted] > net.tau)
@@ -169,7 +160,7 @@ def test_autocast_type_in_the_state_dict(tmp_path):
     earlier = {name: value for name, value in net.state_dict().items() if name != "_extra_state"}
     again.load_state_dict(earlier)
     assert again.autocast_dtype == "float32"
-    with pytest.raises(ValueError, match="one of float32, bfloat16, but got 'float8'"):
+    with refused("one of float32, bfloat16, but got 'float8'"):
         net.autocast_dtype = "float8"
 
 

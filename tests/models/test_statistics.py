@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SHAPE, Small, stripes
+from conftest import SHAPE, Small, close, stripes
 from networks import SHAPE as SMALL
 from networks import TAKEN
 from torch import nn
@@ -30,7 +30,7 @@ def test_statistics_of_maps_pooled_in_pieces(channels, size, layout):
     a = torch.randn(9, channels, size, size).to(memory_format=layout)
     chosen = torch.linspace(0, channels - 1, min(channels, MAX_CHANNELS)).round().long()
     assert a.numel() > PIECE
-    torch.testing.assert_close(pool_statistics(a), written_out(a[:, chosen]))
+    close(pool_statistics(a), written_out(a[:, chosen]))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 6, 6), (2, 40, 5, 7), (2, 3, 1, 1)])
@@ -42,7 +42,7 @@ def test_gradient_of_statistics_as_autograds(shape):
         a = a.detach().requires_grad_()
         (of(a) * weights).sum().backward()
         gradients.append(a.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_through_relus_in_place():
@@ -55,7 +55,7 @@ def test_gradients_through_relus_in_place():
         net.statistics(some)[1].square().sum().backward()
         slopes.append(some.grad)
     assert slopes[0].abs().sum() > 0
-    torch.testing.assert_close(*slopes)
+    close(*slopes)
 
 
 def test_standard_statistics_of_an_attached_head(monkeypatch):
@@ -67,14 +67,14 @@ def test_standard_statistics_of_an_attached_head(monkeypatch):
     second = model.conv[2:5](first.clone()).clone()
     expected = torch.cat([model.conv(x), written_out(first), written_out(second)], dim=1)
     _, statistics = net.statistics(x)
-    torch.testing.assert_close(statistics, expected, rtol=1e-4, atol=1e-5)
+    close(statistics, expected, rtol=1e-4, atol=1e-5)
     standard, live = (
         (statistics - net.garbage.mean) / net.garbage.deviation,
         expected.std(0) > 1e-3,
     )
-    torch.testing.assert_close(standard.mean(0), torch.zeros(expected.shape[1]), atol=1e-3, rtol=0)
+    close(standard.mean(0), torch.zeros(expected.shape[1]), atol=1e-3, rtol=0)
     deviation = standard.std(0)[live]
-    torch.testing.assert_close(deviation, torch.ones_like(deviation), atol=1e-2, rtol=0)
+    close(deviation, torch.ones_like(deviation), atol=1e-2, rtol=0)
 
 
 def test_units_of_statistics_that_never_vary():
@@ -120,4 +120,4 @@ def test_statistics_of_blocks_over_tokens_and_maps(name):
     model.blocks[5].register_forward_hook(lambda *args: found.append(args[2].flatten(1, -2)))
     model(x)
     s = net.statistics(x)[1][:, 12 + 4 * 48 : 12 + 5 * 48]
-    torch.testing.assert_close(s, written_out(found[0].mT[..., None]), rtol=1e-4, atol=1e-5)
+    close(s, written_out(found[0].mT[..., None]), rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import SHAPE, domain, make_small, same, states
+from conftest import SHAPE, close, domain, make_small, same, states
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -27,7 +27,7 @@ def test_argmax_sum_and_margin_of_soft_codes(K, B, margin):
     y = torch.randint(K, (B,))
     code = soft_code(y, K, margin)
     assert torch.equal(code.argmax(1), y)
-    torch.testing.assert_close(code.sum(1), torch.ones(B))
+    close(code.sum(1), torch.ones(B))
     first, second = code.log().topk(2, dim=1).values.T
     assert (first - second > margin - 1e-5).all()
 
@@ -36,15 +36,15 @@ def test_soft_codes_as_a_softmax_of_normals():
     asked = soft_code(torch.zeros(20_000).long(), 5)
     free = torch.randn(100_000, 5).softmax(1)
     free = free[free.argmax(1) == 0]
-    torch.testing.assert_close(asked.mean(0), free.mean(0), atol=0.01, rtol=0)
-    torch.testing.assert_close(asked.std(0), free.std(0), atol=0.01, rtol=0)
+    close(asked.mean(0), free.mean(0), atol=0.01, rtol=0)
+    close(asked.std(0), free.std(0), atol=0.01, rtol=0)
     y = torch.arange(50) % 5
     torch.manual_seed(0)
     code = soft_code(y, 5)
     torch.manual_seed(0)
     clearer = soft_code(y, 5, margin=0.5)  # which changes nothing else
     lifted = code * (0.5 * F.one_hot(y, 5)).exp()
-    torch.testing.assert_close(clearer, lifted / lifted.sum(1, keepdim=True))
+    close(clearer, lifted / lifted.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("K", [11, 101, 1001])
@@ -53,7 +53,7 @@ def test_soft_codes_of_a_thousand_classes(K):
     code = soft_code(y, K)
     assert torch.equal(code.argmax(1), y)
     of_ten = torch.randn(4000, 11).softmax(1).topk(2, dim=1).values.mean(0)
-    torch.testing.assert_close(code.topk(2, dim=1).values.mean(0), of_ten, rtol=0, atol=0.02)
+    close(code.topk(2, dim=1).values.mean(0), of_ten, rtol=0, atol=0.02)
     named = code > 0
     assert (named.sum(1) == 11).all()
     assert named.sum(0).min() > 0.3 * named.sum(0).float().mean()  # each beside others as often
@@ -117,7 +117,7 @@ def test_gradient_of_the_weighted_terms_of_the_paper(progress, gamma):
     ce = -log_p[range(6), y].mean()
     (0.3 * kl + 2.0 * ce + gamma * spread(h)).backward()
     for ours, theirs in zip(of.generator.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+        close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
     agreement = (logits.argmax(1) == y).float().mean()
     expected = {"kl": kl, "ce": ce, "cosine": spread(h), "agreement": agreement}
     assert losses == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-3)

@@ -22,9 +22,8 @@ def test_contrast_from_flat_to_black_and_white():
     assert (x.std((1, 2, 3)) < 0.3).double().mean() > 0.1  # nearly flat
 
 
-@pytest.mark.parametrize(("H", "W"), [(28, 56), (56, 28), (30, 47)])
-def test_no_doubled_lines_in_noise_of_any_shape(H, W):
-    x = Noise(domain()).draw((60, 1, H, W))
+def test_no_doubled_lines_in_noise_that_is_not_square():
+    x = Noise(domain()).draw((60, 1, 30, 47))
     x = x[((x > 0.02) & (x < 0.98)).double().mean((1, 2, 3)) > 0.9]  # not clipped to shapes
     for dim, others in ((3, (0, 1, 2)), (2, (0, 1, 3))):
         steps = x.diff(dim=dim).abs()

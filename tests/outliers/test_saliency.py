@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import SHAPE, make_small, stripes
+from conftest import SHAPE, close, make_small, stripes
 from torch.nn import functional as F
 
 from tie_ext import TIENet
@@ -27,7 +27,7 @@ def test_gradient_of_the_true_classs_logit():
     step = 1e-2 * F.normalize(G.flatten(1), dim=1).view_as(G)
     with torch.no_grad():
         rise = (net(x + step) - net(x - step)).gather(1, y[:, None]).squeeze(1) / 2e-2
-    torch.testing.assert_close(rise, G.flatten(1).norm(dim=1), rtol=0.05, atol=1e-3)
+    close(rise, G.flatten(1).norm(dim=1), rtol=0.05, atol=1e-3)
 
 
 def test_values_that_are_pushed_and_pixels_shuffled():
@@ -46,13 +46,13 @@ def test_outliers_as_in_openoods_trainer(openood):
     theirs = trainer.__new__(trainer)
     theirs.p_inv, theirs.alpha, theirs.net = 0.1, 10.0, make_small().eval()
     x, G = torch.rand(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(push(x, G, 10.0, 0.1), theirs.gradient_ood(x, G))
+    close(push(x, G, 10.0, 0.1), theirs.gradient_ood(x, G))
     torch.manual_seed(1)
     ours = shuffle(x, G, 0.1)
     torch.manual_seed(1)
-    torch.testing.assert_close(ours, theirs.shuffle_ood(x, G))
+    close(ours, theirs.shuffle_ood(x, G))
     x, y = stripes(4)
-    torch.testing.assert_close(saliency(theirs.net, x, y), theirs.get_grad(x.clone(), y))
+    close(saliency(theirs.net, x, y), theirs.get_grad(x.clone(), y))
 
 
 def test_uniform_criterion_by_its_formula():
@@ -60,20 +60,18 @@ def test_uniform_criterion_by_its_formula():
     y = torch.tensor([0, 3, 1, 3, 2])
     ids, out = logits[[0, 2, 4]], logits[[1, 3]]
     expected = F.cross_entropy(ids, torch.tensor([0, 1, 2]), weights)
-    torch.testing.assert_close(
-        uniform_criterion(logits[[0, 2, 4]], y[[0, 2, 4]], weights), expected
-    )
+    close(uniform_criterion(logits[[0, 2, 4]], y[[0, 2, 4]], weights), expected)
     expected = expected - 0.5 * out.log_softmax(1).mean()
-    torch.testing.assert_close(uniform_criterion(logits, y, weights), expected)
+    close(uniform_criterion(logits, y, weights), expected)
 
 
 def test_mean_and_norm_of_standardized_features():
     net = TIENet(Standardized(Conv3(1, 10), sigma=0.5), 10, SHAPE).eval()
     logits, h = net.outputs(torch.rand(4, *SHAPE))
     assert logits.shape == (4, 11)
-    torch.testing.assert_close(h.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
+    close(h.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
     norm = torch.full((4,), 0.5 * (128 - 1) ** 0.5)  # of proposition 2
-    torch.testing.assert_close(h.norm(dim=1), norm, rtol=1e-4, atol=0)
+    close(h.norm(dim=1), norm, rtol=1e-4, atol=0)
 
 
 def test_standardized_features_as_in_openood(openood):
@@ -82,4 +80,4 @@ def test_standardized_features_as_in_openood(openood):
     theirs.set_params(0.5)
     ours = TIENet(Standardized(theirs.backbone, sigma=0.5), 10).eval()
     x = torch.rand(3, 3, 28, 28)
-    torch.testing.assert_close(ours(x), theirs(x))
+    close(ours(x), theirs(x))

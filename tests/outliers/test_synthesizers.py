@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import SHAPE, TINY, domain, make_batches, make_net, make_small, same, states
+from conftest import SHAPE, TINY, domain, make_batches, make_net, make_small, refused, same, states
 
 from tie_ext.outliers import SYNTHESIZERS, Inversion, NoiseSettings
 from tie_ext.outliers import make as make_by_name
@@ -101,7 +101,7 @@ def test_resumed_runs_with_each_synthesizer(name, tmp_path):
     ],
 )
 def test_settings_that_are_out_of_range(name, settings):
-    with pytest.raises(ValueError, match=f"Expected {next(iter(settings))} to be"):
+    with refused(f"Expected {next(iter(settings))} to be"):
         make_by_name(name, domain(), **settings)
 
 
@@ -110,5 +110,5 @@ def test_settings_and_names_of_other_methods():
         TypeError, match=r"Expected InversionSettings for .*, but got NoiseSettings"
     ):
         Inversion(make_small(), NoiseSettings())
-    with pytest.raises(ValueError, match="Expected a synthesizer"):
+    with refused("Expected a synthesizer"):
         make_by_name("noise", domain())

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SHAPE, domain, make_net, states
+from conftest import SHAPE, close, domain, make_net, states
 
 from tie_ext.outliers.boundary import BoundarySettings, ManifoldBoundary, normal, tangent
 from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
@@ -25,26 +25,26 @@ def test_loss_and_condition_of_a_vae():
     first, second, _ = vae.encode(alike, torch.arange(3))
     assert (first - second).abs().max() > 1e-4
     blind = VAE(domain(), conditional=False, width=4).eval().encode(alike, torch.arange(3))
-    torch.testing.assert_close(blind[0], blind[1])
+    close(blind[0], blind[1])
 
 
 @pytest.mark.slow
 def test_tangent_space_spanned_by_the_jacobian():
     vae, (x, y) = VAE(domain(), latent_size=4).eval(), batch(2)
     basis, z = tangent(vae, x, y), vae.encode(x, y)
-    torch.testing.assert_close(basis.mT @ basis, torch.eye(4).expand(2, 4, 4), atol=1e-4, rtol=0)
+    close(basis.mT @ basis, torch.eye(4).expand(2, 4, 4), atol=1e-4, rtol=0)
     for i in range(2):
         jacobian = torch.autograd.functional.jacobian(
             lambda code, i=i: vae.decode(code[None], y[i : i + 1]).flatten(), z[i]
         )
         inside, atol = basis[i] @ (basis[i].T @ jacobian), 1e-4 * jacobian.abs().max().item()
-        torch.testing.assert_close(inside, jacobian, atol=atol, rtol=1e-3)
+        close(inside, jacobian, atol=atol, rtol=1e-3)
 
 
 def test_unit_normals_off_the_tangent_space():
     basis = torch.linalg.qr(torch.randn(5, 50, 6)).Q
     v = normal(basis, torch.randn(5, 50))
-    torch.testing.assert_close(v.norm(dim=1), torch.ones(5))
+    close(v.norm(dim=1), torch.ones(5))
     assert (basis.mT @ v[:, :, None]).abs().max() < 1e-5
 
 
@@ -69,9 +69,7 @@ def test_type_two_on_the_ellipsoid_of_its_class(boundary, monkeypatch):
     seen = []
     monkeypatch.setattr(boundary.vae, "decode", lambda z, y: seen.append(z) or z)
     boundary.on_ellipsoid(y[:30])
-    torch.testing.assert_close(
-        distance(seen[0], y[:30]), boundary.radius[y[:30]], rtol=1e-4, atol=1e-5
-    )
+    close(distance(seen[0], y[:30]), boundary.radius[y[:30]], rtol=1e-4, atol=1e-5)
 
 
 def test_step_of_type_one_and_a_second_fit(boundary):
@@ -112,7 +110,7 @@ def test_marginal_representation_without_its_class(net):
     (x, y), synthesizer = batch(30), mixing(1, scale=(2.0, 2.0))
     synthesizer.fit(net, [(x[:10], y[:10]), (x[10:], y[10:])], 0.0)
     mean = torch.stack([x[y == c].mean(0) for c in range(3)])
-    torch.testing.assert_close(synthesizer.mean, mean.flatten(1))
+    close(synthesizer.mean, mean.flatten(1))
     found, expected = synthesizer.sample(net, x, y).x.flatten(1), 2 * (x - mean[y]).flatten(1)
     assert torch.cdist(found, expected).amin(1).max() < 0.05  # others are 10 away
 

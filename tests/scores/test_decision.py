@@ -3,6 +3,7 @@
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
+from conftest import close, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +20,8 @@ def test_uncertainty_by_the_formula_of_the_paper():
     p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]], dtype=torch.double)
     one_hot = torch.eye(3, dtype=torch.double)[p.argmax(1)]
     by_hand = 1 - (p - 1 / 3).square().sum(1) / (one_hot - 1 / 3).square().sum(1)
-    torch.testing.assert_close(uncertainty(p), by_hand)
-    torch.testing.assert_close(uncertainty(p[:, None]), by_hand[:, None])
+    close(uncertainty(p), by_hand)
+    close(uncertainty(p[:, None]), by_hand[:, None])
 
 
 @pytest.mark.parametrize("K", [2, 3, 201])
@@ -34,7 +35,7 @@ def test_uncertainty_in_any_order_of_the_classes(logits):
     p = logits.softmax(1)
     u = uncertainty(p)
     assert ((u >= 0) & (u <= 1)).all()
-    torch.testing.assert_close(uncertainty(p.flip(1)), u)
+    close(uncertainty(p.flip(1)), u)
 
 
 @given(logit_rows, st.sampled_from([0.0, 0.3, 1.0]))
@@ -52,7 +53,7 @@ def test_levels_of_garbage_first_and_tau_second(logits, tau):
 def test_score_as_garbage_logit_and_energy_of_classes(logits, t):
     energy = -t * (logits[:, :-1].double() / t).exp().sum(1).log()
     score = ood_score(logits.double(), t)
-    torch.testing.assert_close(score, logits[:, -1] + energy, rtol=1e-6, atol=1e-6)
+    close(score, logits[:, -1] + energy, rtol=1e-6, atol=1e-6)
     assert torch.equal(decide(logits, t=t).score, ood_score(logits, t))
 
 
@@ -68,7 +69,7 @@ BAD_LOGITS = [torch.zeros(3), torch.zeros(2, 2), torch.zeros(2, 3).long(), [1.0]
 
 @pytest.mark.parametrize("bad", [*BAD_LOGITS, torch.full((1, 3), float("nan"))])
 def test_logits_that_are_no_finite_float_matrix(bad):
-    with pytest.raises(ValueError, match=r"Expected .* but got"):
+    with refused(r"Expected .* but got"):
         decide(bad)
 
 
@@ -101,7 +102,7 @@ def test_levels_of_a_threshold_on_the_score(logits, threshold):
 
 
 def test_threshold_of_each_predicted_class():
-    logits, score = 9 * torch.eye(4), torch.tensor([1.0, 1.0, 3.0, 2.0])
+    logits, score = 9 * torch.eye(4), torch.tensor([1.0, 1.0, 3.0, 2.2])
     thresholds = torch.tensor([0.5, 2.0, 2.5])  # the last is of all other classes
     decision = decide_by_score(logits, score, thresholds, garbage=False)
     assert decision.label.tolist() == [0, 1, 2, 3]

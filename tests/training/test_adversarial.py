@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUICK, SHAPE, TINY, Small, make_batches, make_small, same, states
+from conftest import QUICK, SHAPE, TINY, Small, close, make_batches, make_small, same, states
 from torch import nn
 from torch.nn import functional as F
 
@@ -48,7 +48,7 @@ def test_direction_of_a_step_of_pgd(head):
     net, x = make_small(head).eval(), torch.rand(12, *SHAPE, requires_grad=True)
     (gradient,) = torch.autograd.grad(confidence(net, x).sum(), x)
     expected = (x + _RADIUS * gradient.sign()).clamp(0, 1).detach()
-    torch.testing.assert_close(pgd(net, x, 1), expected)
+    close(pgd(net, x, 1), expected)
 
 
 def test_range_of_pgd_in_each_channel():
@@ -56,7 +56,7 @@ def test_range_of_pgd_in_each_channel():
     net = TIENet(Small(3, 3), 3, (3, *SHAPE[1:]), low=low.tolist(), high=high.tolist())
     x = net.from_unit(torch.rand(12, 3, *SHAPE[1:]))
     moved = pgd(net, x, 3)
-    torch.testing.assert_close((moved - x).abs().amax((0, 2, 3)), (high - low) * _RADIUS)
+    close((moved - x).abs().amax((0, 2, 3)), (high - low) * _RADIUS)
     assert (moved.amin((0, 2, 3)) >= low).all()
     assert (moved.amax((0, 2, 3)) <= high).all()
 
@@ -64,7 +64,7 @@ def test_range_of_pgd_in_each_channel():
 def test_max_log_prob_by_the_formula_of_acet():
     logits, y = torch.randn(5, 3), torch.tensor([0, 3, 1, 3, 2])
     expected = (logits[1].log_softmax(0).max() + logits[3].log_softmax(0).max()) / 2
-    torch.testing.assert_close(max_log_prob(logits, y), expected)
+    close(max_log_prob(logits, y), expected)
     assert max_log_prob(logits, y.clamp(max=2)) == 0
 
 

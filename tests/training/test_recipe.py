@@ -5,16 +5,16 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import TINY, make_net
+from conftest import TINY, make_net, refused
 
 from tie_ext.training.recipe import Recipe, names
 
 
 @pytest.mark.parametrize("word", ["", "inversions", "inversion,", "boundary, shuffle"])
 def test_names_of_parts_that_there_are_not(word):
-    with pytest.raises(ValueError, match="Expected a synthesizer, one of inversion, boundary"):
+    with refused("Expected a synthesizer, one of inversion, boundary"):
         Recipe(TINY, {name: {} for name in names(word)})
-    with pytest.raises(ValueError, match="Expected a prior, one of white, multiscale"):
+    with refused("Expected a prior, one of white, multiscale"):
         Recipe(TINY, prior=names(word))
 
 
@@ -29,7 +29,7 @@ def test_record_of_a_recipe_and_of_others():
     assert again.record() == recipe.record()
     assert again.config == recipe.config
     assert again.trainer(make_net()).synthesizers[0].settings.beta == (0.2, 0.5)
-    with pytest.raises(ValueError, match=r"Expected settings among .*, but got code_margin"):
+    with refused(r"Expected settings among .*, but got code_margin"):
         Recipe.of_record({**recipe.record(), "config": {"code_margin": 0.5}})
-    with pytest.raises(ValueError, match="Expected settings of white among kind, but got steps"):
+    with refused("Expected settings of white among kind, but got steps"):
         Recipe(TINY, {"white": {"steps": 3}}).trainer(make_net())

@@ -10,10 +10,11 @@ from conftest import (
     QUICK,
     SHAPE,
     TINY,
-    Small,
+    close,
     make_batches,
     make_small,
     make_trainer,
+    refused,
     same,
     states,
 )
@@ -39,7 +40,6 @@ from tie_ext.training.fit_head import fit_head
 from tie_ext.training.pool import GarbagePool
 from tie_ext.training.recipe import Recipe
 from tie_ext.training.strategies import GARBAGE_SHARE
-from tie_ext.utils.random import seeded
 
 heads = pytest.mark.parametrize("head", ["linear", "multilayer"])
 
@@ -153,29 +153,14 @@ def test_epoch_in_any_type_and_memory_layout(channels, images, weights, synthesi
     assert score.dtype == (torch.float64 if weights == torch.float64 else torch.float32)
 
 
-def test_bfloat16_inside_of_the_backbone_alone(tmp_path):
-    trainer, (x, _) = make_trainer(make_small(), autocast_dtype="bfloat16"), make_batches()[0]
-    trainer.epoch(make_batches())
-    net = trainer.net.eval()
-    assert {p.dtype for p in net.parameters()} == {torch.float32}
-    logits, h = net.outputs(x)
-    assert logits.dtype == h.dtype == torch.float32
-    net.save(tmp_path / "net")
-    again = TIENet.load(tmp_path / "net", Small())
-    assert torch.equal(again(x, garbage=True), logits)  # or a threshold would meet other scores
-    again.autocast_dtype = "float32"
-    assert not torch.equal(again(x, garbage=True), logits)
-    torch.testing.assert_close(again(x, garbage=True), logits, rtol=0.05, atol=0.05)
-
-
 def test_value_range_of_each_channel_in_the_pool():
     low, high = torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([1.0, 2.0, 3.0])
     net = TIENet(Conv3(3, 3), 3, (3, 28, 28), low.tolist(), high.tolist())
     trainer = TIETrainer(net, TINY, [Inversion(net, FEW)], [Noise(net, NoiseSettings("white"))])
     trainer.epoch([(net.from_unit(torch.rand(6, 3, 28, 28)), torch.arange(6) % 3)])
     garbage = trainer.pool.draw(80)
-    torch.testing.assert_close(garbage.amin((0, 2, 3)), low, rtol=0, atol=0.1)
-    torch.testing.assert_close(garbage.amax((0, 2, 3)), high, rtol=0, atol=0.1)
+    close(garbage.amin((0, 2, 3)), low, rtol=0, atol=0.1)
+    close(garbage.amax((0, 2, 3)), high, rtol=0, atol=0.1)
 
 
 def bad(x=None, y=None):
@@ -187,14 +172,9 @@ def bad(x=None, y=None):
     ("batches", "message"),
     [
         (bad(torch.rand(8, 3, 28, 28)), r"shape \(B, 1, 28, 28\), but got .* \(8, 3, 28, 28\)"),
-        (bad(torch.zeros(8, *SHAPE).byte()), "Expected floating-point images"),
         (bad(torch.full((8, *SHAPE), math.nan)), "Expected finite images, but got 6272 NaN"),
-        (bad(torch.rand(8, *SHAPE) * 255), "Expected images in the value range"),
-        (bad(torch.rand(0, *SHAPE), torch.zeros(0).long()), "Expected at least one image"),
         (bad(y=torch.full((8,), 3)), r"labels in \[0, 3\), but got labels in \[3, 3\]"),
         ([(x, y - 9) for x, y in make_batches()], "but got 16 with labels < 0 alone"),
-        (bad(y=torch.zeros(8)), "Expected integer labels"),
-        (bad(y=torch.zeros(7).long()), r"Expected integer labels of shape \(8,\)"),
         ([], "Expected ID images in loader, but got an empty loader"),
         ([(x, y % 2) for x, y in make_batches()], r"all 3 classes, but got none of class \[2\]"),
         ([torch.rand(4, *SHAPE)], "Expected labels beside the images of loader"),
@@ -206,7 +186,7 @@ def bad(x=None, y=None):
 def test_network_after_bad_data_in_the_first_epoch(batches, message):
     trainer = make_trainer(make_small().eval(), pool_size=1)
     before, optimizer = states(trainer.net), trainer.optimizer.state_dict()
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         trainer.epoch(batches)
     assert same(trainer.net, before)
     assert trainer.optimizer.state_dict() == optimizer
@@ -218,12 +198,12 @@ def test_network_after_bad_data_in_the_first_epoch(batches, message):
 def test_bad_data_and_losses_of_later_epochs():
     trainer = make_trainer(make_small())
     trainer.epoch(make_batches())
-    with pytest.raises(ValueError, match="Expected images of shape"):
+    with refused("Expected images of shape"):
         trainer.epoch([(torch.rand(8, 1, 32, 32), torch.arange(8) % 3)])
     nn.init.constant_(trainer.net.fc.weight, math.nan)
     with pytest.raises(FloatingPointError, match="Expected a finite training loss"):
         trainer.epoch(make_batches())
-    with pytest.raises(ValueError, match="Expected a TIENet with an image_shape"):
+    with refused("Expected a TIENet with an image_shape"):
         TIETrainer(TIENet(Conv3(), 10), TINY)
 
 
@@ -272,21 +252,14 @@ def test_what_synthesizers_are_given_and_give(epochs, expected):
     assert sum(log.proposed) == 2 * TINY.candidates
 
 
-def test_no_candidates_without_synthesizers():
-    trainer = TIETrainer(make_small(), TINY, synthesizers=[])
-    images = trainer.pool.images.clone()
-    log = trainer.epoch(make_batches())
-    assert torch.equal(trainer.pool.images, images)
-    assert (sum(log.proposed), log.agreement) == (0, [None] * 4)
-
-
 def test_garbage_in_every_batch_of_an_epoch():
     net = make_small()
     trainer = TIETrainer(net, TINY, [], [])
     pooled = torch.rand(20, *SHAPE).mul(255).round() / 255
     trainer.pool.add(pooled)
     seen, batches = seen_by(net), make_batches(sizes=(12, 9))
-    trainer.epoch(batches)
+    log = trainer.epoch(batches)
+    assert (sum(log.proposed), log.agreement, log.pool) == (0, [None] * 4, 20)
     training = [x for mode, x in seen if mode]
     # Trained on, then BatchNorm's statistics of what was kept.
     assert [len(x) for x in training] == [15, 11, 26]
@@ -310,25 +283,26 @@ def test_batches_of_one_image_in_an_epoch(head, prior):
     assert [len(x) for mode, x in seen if mode] == expected
     single = [(x[None], y[None]) for x, y in zip(*make_batches()[0], strict=True)]
     if not garbage:
-        with pytest.raises(ValueError, match="Expected batches of two or more images in every"):
+        with refused("Expected batches of two or more images in every"):
             trainer.epoch(single)
 
 
 @pytest.mark.parametrize("garbage_weight", [1.0, 0.1])
-def test_class_weights_in_the_loss_of_a_step(garbage_weight):
-    net = make_small()
-    x, y = torch.rand(9, *SHAPE), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2])
+@pytest.mark.parametrize("labels", ["000000112", "012012012"])
+def test_class_weights_in_the_loss_of_a_step(garbage_weight, labels):
+    net, x, y = make_small(), torch.rand(9, *SHAPE), torch.tensor(list(map(int, labels)))
     trainer = TIETrainer(net, replace(TINY, garbage_weight=garbage_weight), [], [])
+    if labels == "012012012":  # those of an epoch before count
+        trainer.counts, trainer._counted = torch.tensor([6, 2, 1]), True
     trainer.pool.add(torch.rand(1, *SHAPE))  # the one that is drawn
     whole, target = torch.cat([x, trainer.pool.draw(2)]), torch.cat([y, torch.full((2,), 3)])
     with torch.no_grad():
         nll = -net.train()(whole, garbage=True).log_softmax(1)[torch.arange(11), target]
     each = torch.tensor([1 / 6, 1 / 2, 1 / 1, garbage_weight * 3 / 10 / (9 * GARBAGE_SHARE)])
-    weight = each[target]
-    expected = (weight * nll).sum() / weight.sum()
+    expected = (each[target] * nll).sum() / each[target].sum()
     loss = trainer.epoch([(x, y)]).losses["classifier"]
     assert loss == pytest.approx(expected.item(), rel=1e-4)
-    assert abs(loss - nll.mean().item()) > 1e-3
+    assert abs(loss - nll.mean().item()) > 1e-4
 
 
 class Rolling(list):
@@ -368,19 +342,6 @@ def test_random_streams_of_seeds_and_processes(monkeypatch):
     for drawn in (batches, fitted):  # each time another order, in each run
         assert len({value for of in drawn for value in of}) == sum(map(len, drawn)) >= 6
     assert len(set(weight)) == len({pool.float().mean() for pool in pools}) == 3
-
-
-def test_random_streams_that_earlier_runs_had():
-    batches, _, weight, pool = rolls(3)
-    for epoch in (1, 2):
-        with seeded(3, epoch, 0):
-            assert batches[epoch - 1] == torch.rand(1).item()
-    net = make_small()
-    with seeded(3, 0, 0, 1):
-        assert weight == weight_sum(Inversion(net).generator)
-    with seeded(3, 0, 0, 2):
-        first = Noise(net).draw((20, *SHAPE))
-    assert torch.equal(pool, (first * 255).round().byte())
 
 
 class Counted(TensorDataset):
@@ -497,5 +458,5 @@ def test_batchnorm_statistics_over_the_mixture():
     inputs = [x for mode, x in seen if mode][2:]  # the first two were trained on
     with torch.no_grad():
         mean = torch.stack([first(x).mean((0, 2, 3)) for x in inputs]).mean(0)
-    torch.testing.assert_close(net.backbone.conv[1].running_mean, mean, rtol=1e-4, atol=1e-5)
+    close(net.backbone.conv[1].running_mean, mean, rtol=1e-4, atol=1e-5)
     assert net.backbone.conv[1].num_batches_tracked == len(inputs) == 2

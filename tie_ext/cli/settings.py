@@ -8,7 +8,7 @@ from tie_ext.cli.images import ImageSet, RunImages
 from tie_ext.cli.presets import make_transform
 from tie_ext.cli.transform import Transform
 from tie_ext.models.backbones import BACKBONES
-from tie_ext.models.network import AUTOCAST_DTYPES
+from tie_ext.models.classifier import AUTOCAST_DTYPES
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.settings import Settings, setting
 

@@ -13,26 +13,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tie_ext.models.classifier import Classifier
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import find_layers
-from tie_ext.models.logits import check_same, locate
-from tie_ext.models.readout import (
-    Readout,
-    Selected,
-    at,
-    classifier_name,
-    cut,
-    last_layer,
-    plug,
-    sizes,
-)
-from tie_ext.models.serialization import AUTOCAST_DTYPES, EXTRA, KEPT, load_network, save_network
+from tie_ext.models.readout import Readout, at
+from tie_ext.models.serialization import KEPT, load_network, save_network
 from tie_ext.scores.decision import Decision, decide, upcast
-from tie_ext.utils.bounded import Bounded
-from tie_ext.utils.checks import check_images, check_number, check_shape
+from tie_ext.utils.checks import check_images, check_number
 from tie_ext.utils.precision import without_autocast
-from tie_ext.utils.unwrap import bare_copy
-from tie_ext.utils.views import eval_view, hook_view
+from tie_ext.utils.views import eval_view
 
 HEADS = ("linear", "multilayer")
 """The garbage logit: the paper's linear function of the penultimate features, or a
@@ -48,7 +37,7 @@ class Outputs(NamedTuple):
     """``(B, F)``, penultimate."""
 
 
-class TIENet(Bounded):
+class TIENet(Classifier):
     """An n-class network with one more output, the garbage class.
 
     ``forward(x)`` gives the n ID logits, so that every OOD score for n-class networks works
@@ -87,7 +76,6 @@ class TIENet(Bounded):
     """
 
     tau: Tensor
-    fc: Any
     train_features: Tensor | None
     """``(M, F)`` of a random sample of the images that the head was fitted on; None where none
     were kept."""
@@ -106,100 +94,20 @@ class TIENet(Bounded):
         head: str | GarbageHead = "linear",
         logits: Readout | Callable[[Any], Tensor] | None = None,
     ):
-        super().__init__(low, high)
         _check(backbone, num_classes, image_shape, class_names, head)
-        self.num_classes, self.class_names = num_classes, tuple(class_names)
-        self.image_shape = None if image_shape is None else check_shape(image_shape)
-        if self.image_shape is not None and len(self.low) not in (1, self.image_shape[0]):
-            raise ValueError(
-                f"Expected low and high to be numbers or {self.image_shape[0]}, one per channel, "
-                f"but got {len(self.low)}"
-            )
-        # Copied, since the caller's network keeps its last layer; and without torch.compile's
-        # wrapper, whose program is of a network that has it.
-        self.backbone = bare_copy(backbone)
-        own: Tensor | None = None
-        readout = logits if isinstance(logits, Readout) else None
-        if logits is not None and readout is None:
-            self.backbone = Selected(self.backbone, logits)  # type: ignore[arg-type]
-        if self.image_shape is not None:
-            ramp = torch.linspace(0, 1, math.prod(self.image_shape)).view(1, *self.image_shape)
-            x = self.from_unit(torch.cat([ramp, 1 - ramp, ramp.square()]))
-            x = x.to(next(self.backbone.parameters(), x))
-            found, own = locate(self.backbone, x, num_classes, readout)
+        super().__init__(backbone, num_classes, image_shape, low, high, logits)
+        self.class_names, like = tuple(class_names), self.fc.weight
+        if isinstance(head, GarbageHead):
+            self.garbage: nn.Module = copy.deepcopy(head).to(like)
+        elif head == "multilayer":
+            self.garbage = multilayer_head(self, self.image_shape or ())
         else:
-            found = readout or Readout(((classifier_name(self.backbone),),))
-        layers = find_layers(self.backbone, x[:2]) if head == "multilayer" else {}
-        self.readout = found
-        last = cut(self.backbone, found)
-        self.backbone_classes, self.feature_size = sizes(last, found)
-        self.fc = last_layer(last, found, num_classes)
-        like: dict[str, Any] = {"device": self.fc.weight.device, "dtype": self.fc.weight.dtype}
-        if head == "multilayer":
-            head = GarbageHead(layers, self.feature_size)
-        own_head = copy.deepcopy(head) if isinstance(head, GarbageHead) else None
-        self.garbage = (
-            nn.Linear(self.feature_size, 1, **like) if own_head is None else own_head.to(**like)
-        )
+            self.garbage = nn.Linear(self.feature_size, 1, device=like.device, dtype=like.dtype)
+        self.garbage.train(self.training)
         # Infinite until training sets it, so that level 2 rejects nothing.
-        self.register_buffer("tau", torch.tensor(math.inf))
+        self.register_buffer("tau", torch.tensor(math.inf, device=like.device))
         for name in KEPT:
             self.register_buffer(name, None)
-        self._autocast_dtype = "float32"
-        for name in self.exact:
-            setattr(self, name, getattr(self, name).to(like["device"]))
-        # Of a network in evaluation mode no part is frozen: .train() means all of it.
-        self.training = self.backbone.training
-        self.garbage.train(self.training)
-        self.fc.train(self.training)
-        same = own is not None and self.backbone_classes == num_classes
-        if own is not None and same and not (found.behind and own.shape[1] == 1):
-            check_same(self, x, own)
-
-    @property
-    def autocast_dtype(self) -> str:
-        """The type that the backbone computes in, one of :data:`AUTOCAST_DTYPES`. Training and
-        attach set it, and it is saved, since a threshold is valid for scores of the same type.
-        """
-        return self._autocast_dtype
-
-    @autocast_dtype.setter
-    def autocast_dtype(self, value: str) -> None:
-        if value not in AUTOCAST_DTYPES:
-            raise ValueError(
-                f"Expected autocast_dtype to be one of {', '.join(AUTOCAST_DTYPES)}, "
-                f"but got {value!r}"
-            )
-        self._autocast_dtype = value
-
-    def features(self, x: Tensor) -> Tensor:
-        """Penultimate features ``(B, F)`` of images ``(B, C, H, W)`` of any float type."""
-        return self._run(x)[1]
-
-    @without_autocast
-    def compute(self, part: Callable, x: Tensor, *args, **kwargs) -> Any:
-        """Call a part of the backbone on images ``(B, C, H, W)`` in the network's type and
-        :attr:`autocast_dtype`; a tensor is returned in the type of ``fc``.
-        """
-        x = x.to(self.fc.weight.dtype)
-        if self.autocast_dtype == "float32":
-            return part(x, *args, **kwargs)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            y = part(x, *args, **kwargs)
-        return y.to(self.fc.weight.dtype) if isinstance(y, Tensor) else y
-
-    def _run(self, x: Tensor, view: nn.Module | None = None) -> tuple[Any, Tensor]:
-        """What the backbone, or a view of it, returns, and penultimate features ``(B, F)``; of a
-        plain backbone these are the same.
-        """
-        if self.readout.plain:
-            h = self.compute(self.backbone if view is None else view, x).flatten(1)
-            return h, h
-        view = hook_view(self.backbone) if view is None else view
-        notes = plug(view, self.readout, self.fc)
-        y = self.compute(view, x)
-        parts = [notes[i].to(self.fc.weight.dtype) for i in range(len(notes))]
-        return y, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @without_autocast
     def forward(self, x: Tensor, *, garbage: bool = False) -> Tensor:
@@ -221,12 +129,6 @@ class TIENet(Bounded):
             return logits
         own = at(y, self.readout.path)
         return own.reshape(logits.shape) if own.numel() == logits.numel() else logits
-
-    def classifier_view(self) -> nn.Module:
-        """A view of the backbone with its last layers."""
-        view = hook_view(self.backbone)
-        plug(view, self.readout, self.fc)
-        return view
 
     def outputs(self, x: Tensor) -> Outputs:
         """All n+1 logits, and the features, of images ``(B, C, H, W)``, by one forward pass."""
@@ -287,20 +189,7 @@ class TIENet(Bounded):
         for name, value in zip(KEPT, (features, labels), strict=True):
             setattr(self, name, None if value is None else value.detach().to(self.low.device))
 
-    def get_extra_state(self) -> Tensor:
-        """Index in :data:`AUTOCAST_DTYPES`, in the ``state_dict`` so that any checkpoint keeps
-        it.
-        """
-        # A tensor, as programs expect of a state_dict.
-        return torch.tensor(AUTOCAST_DTYPES.index(self.autocast_dtype))
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the type."""
-        self.autocast_dtype = AUTOCAST_DTYPES[int(state)]
-
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # Earlier checkpoints have float32 only.
-        state_dict.setdefault(prefix + EXTRA, torch.tensor(0))
         saved = (state_dict.get(prefix + name) for name in KEPT)
         self.keep_training(*(of if of is None else torch.empty_like(of) for of in saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -328,6 +217,16 @@ class TIENet(Bounded):
             ValueError: If it is truncated, foreign, of another architecture, or needs a backbone.
         """
         return load_network(path, backbone, cls)
+
+
+def multilayer_head(net: Classifier, shape: Sequence[int]) -> GarbageHead:
+    """A new head on every layer of a network for images ``(C, H, W)``.
+
+    Raises:
+        ValueError: If the network has no layers for a head to read.
+    """
+    layers = find_layers(net.classifier_view(), net.trial_images(shape)[:2])
+    return GarbageHead(layers, net.feature_size).to(net.fc.weight)
 
 
 def _check(

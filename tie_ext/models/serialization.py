@@ -8,19 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from tie_ext.models.backbones import BACKBONES
+from tie_ext.models.classifier import AUTOCAST_DTYPES, EXTRA
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.readout import Readout, Selected, classifier_name, sizes
-from tie_ext.utils.checks import check_shape
+from tie_ext.utils.checks import check_choice, check_shape
 from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
 from tie_ext.utils.unwrap import bare_copy
 
 if TYPE_CHECKING:
     from tie_ext.models.network import TIENet
 
-AUTOCAST_DTYPES = ("float32", "bfloat16")
-"""Types that a backbone can compute in; weights, features and logits keep theirs."""
-EXTRA = "_extra_state"
-"""PyTorch's key for the result of get_extra_state."""
 KEPT = ("train_features", "train_labels")
 """Buffers that :func:`tie_ext.attach` fills, and :func:`tie_ext.combine` reads."""
 LARGEST_TRIED = 3 * 224 * 224
@@ -67,11 +64,7 @@ def load_network(
         readout = _readout(state.get("readout"), backbone)
         net = _build(kind, backbone, n, state, readout)
         dtype = state.get("precision", "float32")  # earlier files have no other
-        if dtype not in AUTOCAST_DTYPES:
-            raise ValueError(
-                f"Expected autocast_dtype in {path} to be one of {', '.join(AUTOCAST_DTYPES)}, "
-                f"but got {dtype!r}"
-            )
+        check_choice(f"autocast_dtype in {path} to be", dtype, AUTOCAST_DTYPES)
         net.autocast_dtype = dtype
     return net.eval()
 

@@ -12,6 +12,7 @@ from tie_ext.outliers.marginal import MarginalRepresentations, MarginalSettings
 from tie_ext.outliers.noise import Noise, NoiseSettings
 from tie_ext.outliers.procedural import Procedural, ProceduralSettings
 from tie_ext.outliers.saliency import Saliency, SaliencySettings
+from tie_ext.utils.checks import check_choice
 from tie_ext.utils.settings import Settings
 
 SYNTHESIZERS: dict[str, tuple[type[Synthesizer], Settings]] = {
@@ -60,10 +61,7 @@ def make(name: str, domain: TIENet | Domain, **settings) -> Synthesizer:
     Raises:
         ValueError: If there is no such name, or a setting is unknown or out of range.
     """
-    if name not in SYNTHESIZERS:
-        raise ValueError(
-            f"Expected a synthesizer, one of {', '.join(SYNTHESIZERS)}, but got {name!r}"
-        )
+    check_choice("a synthesizer,", name, SYNTHESIZERS)
     cls, defaults = SYNTHESIZERS[name]
     if unknown := sorted(set(settings) - set(defaults.__dataclass_fields__)):
         raise ValueError(

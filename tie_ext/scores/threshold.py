@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Binomial
 
 from tie_ext.scores.combination import FORMULAS, Reference, reference
-from tie_ext.utils.checks import check_finite, check_number
+from tie_ext.utils.checks import check_choice, check_finite, check_number
 
 SPLIT_SEED = 0
 """Seed of the split into a scale half and a threshold half."""
@@ -49,10 +50,7 @@ class Guarantee:
     per_class: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in GUARANTEES:
-            raise ValueError(
-                f"Expected a guarantee, one of {', '.join(GUARANTEES)}, but got {self.kind!r}"
-            )
+        check_choice("a guarantee,", self.kind, GUARANTEES)
         check_number("confidence", self.confidence, 0, 1, above=True)
         if self.confidence == 1:
             raise ValueError("Expected confidence below 1, but got 1")
@@ -212,11 +210,8 @@ def _above(count: int, false_alarm: float, confidence: float | None) -> int:
     if confidence is None:
         # Of the decimal that was written: 0.29 * 100 is 28.999999999999996 in floating point.
         return int(Fraction(str(false_alarm)) * (count + 1)) - 1
-    below = torch.arange(count, dtype=torch.float64)
-    log_choose = torch.lgamma(torch.tensor(count + 1.0, dtype=torch.float64))
-    log_choose = log_choose - torch.lgamma(below + 1) - torch.lgamma(count - below + 1)
-    rate = torch.full_like(below, false_alarm)
-    log_p = log_choose + below * rate.log() + torch.special.xlog1py(count - below, -rate)
+    above = Binomial(count, torch.tensor(false_alarm, dtype=torch.float64))
+    log_p = above.log_prob(torch.arange(count, dtype=torch.float64))
     return int((log_p.logcumsumexp(0).exp() <= 1 - confidence).sum()) - 1
 
 

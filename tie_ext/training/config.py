@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tie_ext.models.network import AUTOCAST_DTYPES
+from tie_ext.models.classifier import AUTOCAST_DTYPES
 from tie_ext.training.augmentation import CorruptionConfig
 from tie_ext.utils.settings import Settings, setting
 

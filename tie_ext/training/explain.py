@@ -26,8 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from tie_ext.models.generator import Generator
 from tie_ext.models.head import GarbageHead
-from tie_ext.models.layers import find_layers
-from tie_ext.models.network import TIENet
+from tie_ext.models.network import TIENet, multilayer_head
 from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
 from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
@@ -221,10 +220,7 @@ def _with_head(
     if isinstance(model, TIENet):
         net = copy.deepcopy(model).eval()
         if not isinstance(net.garbage, GarbageHead):
-            grey = net.from_unit(torch.full((1, *shape), 0.5, device=net.low.device))
-            layers = find_layers(net.classifier_view(), grey.to(net.fc.weight.dtype))
-            head = GarbageHead(layers, net.feature_size)
-            net.garbage = head.to(net.low.device)
+            net.garbage = multilayer_head(net, shape)
         return net
     if n is None:
         raise ValueError("Expected num_classes for a network that is no TIENet, but got None")
@@ -265,9 +261,8 @@ def _invert(
 
 def _blur(x: Tensor) -> Tensor:
     """Images ``(B, C, S, S)`` under a binomial filter, 1 2 1 in both directions."""
-    weights = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
-    kernel = torch.outer(weights, weights).repeat(x.shape[1], 1, 1, 1)
-    return F.conv2d(F.pad(x, (1,) * 4, mode="replicate"), kernel, groups=x.shape[1])
+    pairs = F.avg_pool2d(F.pad(x, (1,) * 4, mode="replicate"), 2, stride=1)
+    return F.avg_pool2d(pairs, 2, stride=1)
 
 
 def _shift(x: Tensor) -> Tensor:

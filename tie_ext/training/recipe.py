@@ -13,6 +13,7 @@ from tie_ext.outliers.saliency import uniform_criterion
 from tie_ext.training.config import TIEConfig
 from tie_ext.training.strategies import Criterion, LinearGarbage, MultilayerGarbage
 from tie_ext.training.trainer import TIETrainer
+from tie_ext.utils.checks import check_choice
 from tie_ext.utils.distributed import rank
 from tie_ext.utils.random import FIRST_WEIGHTS, seeded
 from tie_ext.utils.settings import plain
@@ -60,24 +61,14 @@ class Recipe:
     """What gives the garbage logit, of :data:`tie_ext.models.network.HEADS`."""
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ValueError(
-                f"Expected head to be one of {', '.join(HEADS)}, but got {self.head!r}"
-            )
+        check_choice("head to be", self.head, HEADS)
+        check_choice("a criterion,", self.criterion, CRITERIA)
         if self.prior is None:
             object.__setattr__(self, "prior", default_prior(self.head))
         for name in self.synthesizers:
-            if name not in SYNTHESIZERS:
-                raise ValueError(
-                    f"Expected a synthesizer, one of {', '.join(SYNTHESIZERS)}, but got {name!r}"
-                )
+            check_choice("a synthesizer,", name, SYNTHESIZERS)
         for name in self.prior or ():
-            if name not in PRIORS:
-                raise ValueError(f"Expected a prior, one of {', '.join(PRIORS)}, but got {name!r}")
-        if self.criterion not in CRITERIA:
-            raise ValueError(
-                f"Expected a criterion, one of {', '.join(CRITERIA)}, but got {self.criterion!r}"
-            )
+            check_choice("a prior,", name, PRIORS)
 
     def trainer(self, net: TIENet, progress: bool = False) -> TIETrainer:
         """The trainer of a network by this method.

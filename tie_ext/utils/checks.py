@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -171,6 +171,16 @@ def check_number(
         raise ValueError(
             f"Expected {name} to be {what} in {left}{low}, {high}], but got {value!r}"
         )
+
+
+def check_choice(what: str, value: object, choices: Collection[str]) -> None:
+    """Refuse anything but one of some words; ``what`` is its description up to "one of".
+
+    Raises:
+        ValueError: With the words there are and what came.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"Expected {what} one of {', '.join(choices)}, but got {value!r}")
 
 
 def describe(x: object) -> str:

@@ -2,35 +2,40 @@
 
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, close
 
 pytest.importorskip("sklearn")
 pytest.importorskip("pytorch_ood")
 from tie_ext import TIEDetector, TIENet
 from tie_ext.models.backbones import Conv3
-from tie_ext.pytorch_ood import rejects
-from tie_ext.pytorch_ood.rejects import clusters, components, kind_of, layer_distances, layer_names
+from tie_ext.pytorch_ood.rejects import (
+    clusters,
+    components,
+    kind_of,
+    layer_distances,
+    layer_names,
+    rejects,
+)
 
 
 @pytest.mark.parametrize("sizes", [(40,), (30, 20), (30, 20, 25, 10)])
-def test_the_number_of_groups_is_chosen(sizes):
-    centres = 12 * torch.eye(30)[: len(sizes)]
-    points = torch.cat([c + torch.randn(n, 30) for c, n in zip(centres, sizes, strict=True)])
-    order = torch.randperm(len(points))
-    truth = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[order]
-    found = clusters(points[order])
+def test_number_and_order_of_the_groups(sizes):
+    truth = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    truth = truth[torch.randperm(len(truth))]
+    points = 12 * torch.eye(30)[truth] + torch.randn(len(truth), 30)
+    found = clusters(points)
     assert [len(rows) for rows in found] == sorted(sizes, reverse=True)
     for rows in found:
         assert len(set(truth[rows].tolist())) == 1
-        away = (points[order][rows] - points[order][rows].mean(0)).norm(dim=1)
+        away = (points[rows] - points[rows].mean(0)).norm(dim=1)
         assert (away.diff() >= 0).all()  # the most typical first
 
 
-def test_features_and_statistics_count_alike():
+def test_equal_weight_of_features_and_statistics():
     h, s = torch.randn(50, 4), torch.randn(50, 400)
     z = components(h, s)
     assert z.square().sum(1).mean() <= 1 + 1e-6
-    assert torch.allclose(components(1000 * h, s), z)
+    close(components(1000 * h, s), z)
     assert components(h, torch.ones(50, 9)).isfinite().all()  # what never varies says nothing
     assert components(h[:1], s[:1]).isfinite().all()
 
@@ -45,14 +50,18 @@ def test_features_and_statistics_count_alike():
         (0.1, [1.2], "near"),
     ],
 )
-def test_the_word_of_a_group(garbage, distances, kind):
+def test_word_for_a_group_of_rejected_images(garbage, distances, kind):
     assert kind_of(garbage, distances) == kind
 
 
-def test_layers_are_read_apart():
-    net = TIENet(Conv3(1, 3), 3, SHAPE, head="multilayer").eval()
-    x = torch.rand(40, *SHAPE)
-    s = net.statistics(x)[1].detach()
+@pytest.fixture
+def net():
+    return TIENet(Conv3(1, 3), 3, SHAPE, head="multilayer").eval()
+
+
+@torch.no_grad()
+def test_distance_of_each_layer_by_itself(net):
+    s = net.statistics(torch.rand(40, *SHAPE))[1]
     net.garbage.standardise(s)
     squares = layer_distances(net, s).square().mean(0)
     assert squares.max() <= 1.001
@@ -62,14 +71,14 @@ def test_layers_are_read_apart():
     assert layer_names(net)[-1] == "features"
     more = layer_distances(net, last) / layer_distances(net, s)
     assert more.median(0).values.argmax() == 3
-    torch.testing.assert_close(more[:, :3], torch.ones(40, 3))
+    close(more[:, :3], torch.ones(40, 3))
 
 
-def test_what_is_rejected_is_in_groups_once():
-    net = TIENet(Conv3(1, 3), 3, SHAPE, head="multilayer").eval()
+@torch.no_grad()
+def test_each_rejected_image_in_one_group(net):
     x = torch.rand(60, *SHAPE)
     x[30:] *= 0.2
-    net.garbage.standardise(net.statistics(x)[1].detach())
+    net.garbage.standardise(net.statistics(x)[1])
     scores = TIEDetector(net).predict(x)
     detector = TIEDetector(net).recalibrate(0.5, scores)
     found = rejects(detector, [(x[:25], -torch.ones(25).long()), (x[25:], torch.zeros(35).long())])
