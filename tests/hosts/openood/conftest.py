@@ -87,23 +87,23 @@ class Unread(dict):
 class Images(Dataset):
     """Few images ``(3, 28, 28)`` in [0, 1]; ``data`` is changed where ``changed`` says how."""
 
-    def __init__(self, count: int = 40, classes: int = 10, changed=None, transform=None):
-        self.count, self.classes, self.changed = count, classes, changed
+    def __init__(self, count=40, classes=10, changed=None, transform=None, seed: int = 0):
+        self.count, self.classes, self.changed, self.seed = count, classes, changed, seed
         self.preprocessor = transform
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> dict:
-        label, rng = i % self.classes, torch.Generator().manual_seed(i)
+        label, rng = i % self.classes, torch.Generator().manual_seed(self.seed + i)
         x = torch.rand(3, 28, 28, generator=rng) * (1 + label) / self.classes
         return {"data": self.changed(x) if self.changed else x, "data_aux": x, "label": label}
 
 
 def id_loaders(classes: int = 3) -> dict:
     """ID loaders, the transform of both the same, as the evaluation API has them."""
-    sizes = {"train": 150, "val": 40}
-    return {name: DataLoader(Images(count, classes), 16) for name, count in sizes.items()}
+    val = Images(40, classes, seed=1000)
+    return {"train": DataLoader(Images(150, classes), 16), "val": DataLoader(val, 16)}
 
 
 def draw(data: Path, name: str, count: int, inside: bool, size: Sequence[int] = (32, 32, 3)):
