@@ -171,13 +171,15 @@ for keys, values, message in (
 ):
     name = f"{keys} {list(values)}, {message}"
     OF_MEMBERS[name] = (lambda f, k=keys, v=values: rewrite(f, at(*k, **v)), message)
-DAMAGE = [("TIEDetector", *of) for of in (OF_BOTH | OF_ONE).items()]
-DAMAGE += [("Combined", *of) for of in (OF_BOTH | OF_MEMBERS).items()]
+DAMAGE = [("TIEDetector", name, *how) for name, how in (OF_BOTH | OF_ONE).items()]
+DAMAGE += [("Combined", name, *how) for name, how in (OF_BOTH | OF_MEMBERS).items()]
 
 
-@pytest.mark.parametrize(("kind", "name", "how"), DAMAGE, ids=lambda of: str(of)[:60])
-def test_errors_of_damaged_or_foreign_folders(kind, name, how, saved):
-    change, message = how
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [pytest.param(kind, *how, id=f"{kind}: {name}") for kind, name, *how in DAMAGE],
+)
+def test_errors_of_damaged_or_foreign_folders(kind, change, message, saved):
     change(saved / kind)
     with pytest.raises(ValueError, match=message) as error:
         KINDS[kind].load(saved / kind)
