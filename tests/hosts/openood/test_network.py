@@ -31,7 +31,7 @@ def same(first: nn.Module, second: nn.Module) -> bool:
         ("conv3", 28, "multilayer", None),
     ],
 )
-def test_calls_of_postprocessors(openood, backbone, size, head, layers):
+def test_calls_that_postprocessors_make(openood, backbone, size, head, layers):
     net = build(backbone=backbone, image_size=size, head=head).eval()
     x = torch.rand(2, 3, size, size)
     logits, h = net(x, return_feature=True)
@@ -132,7 +132,7 @@ def around(openood, backbone: str, head: str = "linear"):
         ("wrn", "linear"),
     ],
 )
-def test_networks_of_scripts_become_that_of_a_checkpoint(openood, backbone, head):
+def test_checkpoints_in_networks_of_scripts(openood, backbone, head):
     from openood.networks import ResNet18_32x32
 
     saved = around(openood, backbone, head)

@@ -120,7 +120,7 @@ class Otherwise(nn.Module):
         (Otherwise, "Otherwise has no linear last layer.*without fDBD"),
     ],
 )
-def test_lines_on_missing_members(openood, capsys, make, said):
+def test_lines_on_members_that_are_missing(openood, capsys, make, said):
     post, net = openood.CombinedPostprocessor(), make()
     post.setup(net, id_loaders(), Unread())
     out = capsys.readouterr().out
@@ -194,7 +194,7 @@ def test_fits_are_alike_in_every_script(openood, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["tie_combined", "tie_ue", "dmr"])
-def test_nothing_is_searched_for(openood, capsys, name):
+def test_postprocessors_search_for_nothing(openood, capsys, name):
     from openood.evaluators.ood_evaluator import OODEvaluator
 
     net, loaders, x = build(num_classes=3).eval(), id_loaders(), torch.rand(4, 3, 28, 28)

@@ -27,14 +27,6 @@ def test_score_is_garbage_logit_plus_their_energy():
         torch.testing.assert_close(TIEDetector(None, t=t).predict_logits(logits), want)
 
 
-def test_ue_of_two_classes_and_at_its_ends():
-    ue, logits = UncertaintyEstimate(None).predict_logits, torch.randn(200, 2)
-    msp = theirs.MaxSoftmax.score(logits)
-    assert torch.equal(ue(logits).argsort(stable=True), msp.argsort(stable=True))
-    ends = torch.tensor([[100.0, 0, 0], [1, 1, 1]])
-    torch.testing.assert_close(ue(ends), torch.tensor([0.0, 1.0]))
-
-
 def test_threshold_of_the_network_and_the_papers_rule():
     net, x = trained(), images()[0]
     assert all(map(torch.equal, TIEDetector(net).decide(x), net.decide(x)))
@@ -42,6 +34,10 @@ def test_threshold_of_the_network_and_the_papers_rule():
     logits = detector.model(x)
     u = uncertainty(logits.softmax(dim=1))
     torch.testing.assert_close(detector.tau.item(), (u.mean() + 1.5 * u.std(correction=0)).item())
+    y = torch.where(torch.arange(48) < 24, 0, -1)  # OOD images are left out
+    again = TIEDetector(None, lam=1.5).fit_logits(torch.cat([logits, 2 * logits]), y)
+    assert torch.equal(again.tau, detector.tau)
+    assert torch.equal(UncertaintyEstimate(None).predict_logits(logits), u)
     decision = detector.decide(x)
     assert torch.equal(decision.level == 2, (logits.argmax(dim=1) < N) & (u > detector.tau))
     assert torch.equal(decision.score, detector(x))

@@ -202,7 +202,7 @@ def test_errors_of_missing_files_and_other_detectors(kind, name, saved):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
 @pytest.mark.parametrize("what", ["folder", "loop", "pipe"])
-def test_errors_of_no_files(what, saved):
+def test_errors_of_folders_and_pipes(what, saved):
     path = saved / "TIEDetector" / JSON
     path.unlink()
     {

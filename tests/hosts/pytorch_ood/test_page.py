@@ -59,7 +59,7 @@ def test_normalised_images_and_a_model_that_normalises(name):
 
 
 @pytest.mark.slow
-def test_code_of_the_page():
+def test_code_of_the_page_on_hosts():
     page = (REPOSITORY / "docs" / "hosts.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     found: dict = {}
