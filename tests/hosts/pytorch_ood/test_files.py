@@ -118,13 +118,10 @@ JSON, STATE, NETWORK = FILES
 FOREIGN = "truncated or foreign"
 OF_BOTH = {
     "text": (lambda f: put(f, JSON, b"\xff\xfe"), FOREIGN),
-    "list": (lambda f: put(f, JSON, b"[1]"), FOREIGN),
     "deep": (lambda f: put(f, JSON, b"[" * 100_000), FOREIGN),
     "format": (lambda f: edit(f, format=None), FOREIGN),
     "version": (lambda f: edit(f, version=4), "newer tie_ext"),
-    "version of words": (lambda f: edit(f, version="3"), "newer tie_ext"),
     "rate": (lambda f: edit(f, false_alarm=7), "Expected false_alarm"),
-    "rate of no type": (lambda f: edit(f, false_alarm=[]), "Expected false_alarm"),
     "no rate": (lambda f: edit(f, false_alarm=...), "without 'false_alarm'"),
     "threshold": (lambda f: edit(f, threshold="hostile"), "Expected threshold"),
     "threshold of no number": (lambda f: edit(f, threshold=True), "Expected threshold"),
@@ -134,7 +131,6 @@ OF_BOTH = {
     "short state": (lambda f: put(f, STATE, (f / STATE).read_bytes()[:-4]), FOREIGN),
     "kind": (lambda f: shutil.copy(f / NETWORK, f / STATE), "got a 'network' file"),
     "matrix": (lambda f: rewrite(f, at(calibration_scores=torch.zeros(2, 2))), "calibration sc"),
-    "counts": (lambda f: rewrite(f, at(calibration_scores=torch.zeros(3).int())), "calibration"),
     "NaN": (lambda f: rewrite(f, at(calibration_scores=torch.zeros(3) / 0)), "calibration sc"),
     "labels": (lambda f: rewrite(f, at(calibration_labels=-torch.ones(24).long())), "a class of"),
 }
