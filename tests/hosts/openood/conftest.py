@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 CONFIGS = Path(__file__).parents[3] / "openood_configs"
 
 
+def unaided(make, *args, **kwargs):
+    return make(*args, **{**kwargs, "num_workers": 0})
+
+
 @pytest.fixture
 def openood(openood_root, monkeypatch):
     """``tie_ext.openood``, registered, without CUDA and without workers; undone afterwards."""
@@ -31,8 +36,7 @@ def openood(openood_root, monkeypatch):
 
         import tie_ext.openood as ours
     # Eight workers a loader take longer to start than a handful of images to read.
-    alone = lambda *args, **kwargs: DataLoader(*args, **{**kwargs, "num_workers": 0})  # noqa: E731
-    monkeypatch.setattr(datasets, "DataLoader", alone)
+    monkeypatch.setattr(datasets, "DataLoader", partial(unaided, DataLoader))
     with ours.without_cuda(wanted=False):
         ours.register()
         yield ours
