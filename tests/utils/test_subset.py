@@ -80,9 +80,10 @@ def test_targets_stratify_and_mark_ood_images(nested):
     dataset = Subset(images, range(1000)) if nested else images
     found = numbers(SampledLoader(DataLoader(dataset, 16), 50, 0))
     assert len(found) == 50
+    assert len(images.read) == 50  # no label is read for itself
+    assert set(numbers(SampledLoader(DataLoader(dataset, 16), 50, 1))) != set(found)
     assert any(900 <= i < 902 for i in found)
     assert max(found) < 902
-    assert len(images.read) == 50  # no label is read for itself
 
 
 def test_lists_at_random_and_streams_from_the_first():
