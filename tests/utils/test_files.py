@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from tie_ext.utils.files import (
     reading,
     save_state,
 )
+from tie_ext.utils.provenance import peak_memory
 
 NAN = torch.tensor(torch.nan)
 
@@ -55,7 +55,7 @@ def test_nested_states_and_numbers_of_numpy(path):
     assert load_state(path, "training", ("c", "x")) == {"c": "text"}
 
 
-def test_keys_whose_names_collide(path):
+def test_states_of_keys_whose_names_collide(path):
     one, two, three, four = torch.arange(4).float()
     again = comes_back(path, {"a/b": one, "a": {"b": two}, 1: three, "1": four})
     assert [again["a/b"], again["a"]["b"], again[1], again["1"]] == [0, 1, 2, 3]
@@ -112,7 +112,6 @@ DAMAGE = {
     "header too long": struct.pack("<Q", 2**60) + b"{}",
     "another program": safetensors.torch.save({"x": torch.zeros(1)}),
     "another kind": file(EMPTY, kind="training"),
-    "newer": file(EMPTY, version=999),
     "no state": file(text="{}"),
     "not JSON": file(text="{"),
     "deep JSON": file(text="[" * 50_000),
@@ -123,15 +122,17 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", ["network", "training"])
-@pytest.mark.parametrize("how", [10, 1000, -10, *DAMAGE])
+@pytest.mark.parametrize("how", [10, 1000, -10, "newer", *DAMAGE])
 def test_errors_of_damaged_and_missing_files(kind, how, path):
     holder = make_net() if kind == "network" else make_trainer()
     load = TIENet.load if kind == "network" else holder.load
     with pytest.raises(FileNotFoundError, match=f"Expected a tie_ext {kind} file at"):
         load(path)
     holder.save(path)
-    path.write_bytes(path.read_bytes()[:how] if isinstance(how, int) else DAMAGE[how])
-    with pytest.raises(ValueError, match=r"^Expected .*but got"):
+    damage = {**DAMAGE, "newer": file(EMPTY, kind=kind, version=999)}
+    path.write_bytes(path.read_bytes()[:how] if isinstance(how, int) else damage[how])
+    said = {"newer": "a newer tie_ext reads it", "another program": "of another program"}
+    with pytest.raises(ValueError, match=said.get(how, r"^Expected .*but got")):
         load(path)
 
 
@@ -145,17 +146,14 @@ def changed(path: Path, kind: str, keys: tuple, to) -> None:
 
 
 WEIGHT, CONV = ("weights", "fc.weight"), ("weights", "backbone.conv.0.weight")
-SHAPES = [[1, 10**9, 10**9], [1, 30_000, 30_000], [1, -28, -28], [1, 28], [1, 28, 28.5], "abc"]
-OF_NETWORKS = [(("image_shape",), shape) for shape in (*SHAPES, [2, 28, 28])]
+SHAPES = ([1, 10**9, 10**9], [1, 30_000, 30_000], [1, 28, 28.5], "abc", [2, 28, 28])
+OF_NETWORKS = [(("image_shape",), shape) for shape in SHAPES]
 OF_NETWORKS += [
     (("num_classes",), 10**12),
-    (("classes",), "abc"),
     (("classes",), [1, 2, 3]),
-    (("backbone",), "residual"),
     (("backbone",), ["conv3"]),
     (("precision",), "float8"),
     (("weights", "tau"), NAN),
-    (("weights", "tau"), torch.tensor(1j)),
     (("weights", "low"), torch.full((1, 1, 1), -torch.inf)),
     (("weights", "low"), torch.zeros(5, 1, 1)),
     (("weights", "fc.bias"), NAN.expand(3)),
@@ -164,7 +162,6 @@ OF_NETWORKS += [
     (WEIGHT, lambda w: w.new_empty((10**9, 0))),
     (WEIGHT, lambda w: w.new_zeros((10**6, 1))),
     (CONV, lambda w: w.new_empty((32, 10**9, 0, 0))),
-    (CONV, 3),
     (CONV, lambda w: w.int()),
     (("weights",), []),
 ]
@@ -174,12 +171,11 @@ OF_NETWORKS += [
 def test_errors_of_networks_before_they_take_memory(keys, to, path):
     make_net().save(path)
     changed(path, "network", keys, to)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     with pytest.raises(ValueError, match=r"^Expected ") as error:
         TIENet.load(path)
     assert "\n" not in str(error.value)
-    unit = 1024 if sys.platform == "darwin" else 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024 * unit
+    assert before is None or peak_memory() - before < 64  # MB
 
 
 def test_networks_for_large_images_are_not_tried(path):
@@ -202,7 +198,6 @@ OF_TRAINING = [
     (("log",), ["x"]),
     (("log", 0), {"epoch": 1}),
     (("methods",), [[1, 2, 3]]),
-    (("methods",), "x"),
     (("synthesizers",), []),
     (("config",), 3),
     (("pool", "offered"), -1),
@@ -379,7 +374,7 @@ print((peak_memory() - before) / size)
 @pytest.mark.parametrize(
     ("what", "most"), [("save", 0.2), ("add", 1.0), ("multiscale", 1.3), ("white", 1.3)]
 )
-def test_memory_of_large_images(what, most, path):
+def test_memory_that_large_images_take(what, most, path):
     # Of what is saved, kept or drawn; once saving took three times as much, drawing four.
     assert float(python(MEMORY, what, path).communicate()[0]) < most
 

@@ -34,7 +34,7 @@ def numbers(loader) -> list[int]:
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 70))
-def test_each_class_has_its_share(labels, count):
+def test_share_of_each_class_in_a_sample(labels, count):
     rows = stratified(torch.tensor(labels), count, torch.Generator().manual_seed(0)).tolist()
     assert len(rows) == len(set(rows)) == min(count, len(labels))
     of, all_of = Counter(labels[row] for row in rows), Counter(labels)
@@ -45,7 +45,7 @@ def test_each_class_has_its_share(labels, count):
         assert share - len(all_of) <= of[label] <= share + 1
 
 
-def test_no_other_image_is_read_and_a_second_reading_is_the_same():
+def test_images_of_the_sample_alone_are_read():
     images = Listed(1000)
     sample = SampledLoader(DataLoader(images, 16, shuffle=True), 50, 0)
     first = numbers(sample)
@@ -80,12 +80,13 @@ def test_targets_stratify_and_mark_ood_images(nested):
     dataset = Subset(images, range(1000)) if nested else images
     found = numbers(SampledLoader(DataLoader(dataset, 16), 50, 0))
     assert len(found) == 50
+    assert len(images.read) == 50  # no label is read for itself
+    assert set(numbers(SampledLoader(DataLoader(dataset, 16), 50, 1))) != set(found)
     assert any(900 <= i < 902 for i in found)
     assert max(found) < 902
-    assert len(images.read) == 50  # no label is read for itself
 
 
-def test_lists_by_batches_at_random_and_streams_by_their_first():
+def test_lists_at_random_and_streams_from_the_first():
     x = torch.arange(100.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     batches = list(x.split(10))
     assert numbers(SampledLoader(batches, 200, 0)) == list(range(100))

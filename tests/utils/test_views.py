@@ -50,7 +50,7 @@ MODULES = {
 
 @pytest.mark.filterwarnings("ignore")  # old norms are deprecated, and still in use
 @pytest.mark.parametrize("name", MODULES)
-def test_views_compute_as_the_module_in_evaluation_mode(name):
+def test_values_are_those_of_evaluation_mode(name):
     net = MODULES[name]().train()
     x = torch.randn(3, 4) if name == "norms" else torch.randn(3, 1, 28, 28)
     before, view = [v.clone() for v in net.state_dict().values()], eval_view(net)
@@ -191,7 +191,7 @@ def test_torchvision_models_in_many_threads(name):
 
 
 @pytest.mark.parametrize("make", [eval_view, frozen_view])
-def test_hooks_in_many_threads(make):
+def test_hooks_of_views_in_many_threads(make):
     net, x = Small().train(), torch.randn(40, 1, 28, 28)
     want = [make(net)(part).detach() for part in x[:, None]]
 

@@ -86,7 +86,7 @@ def test_weights_are_found_in_every_checkpoint(kind, tmp_path):
 
 
 @pytest.mark.parametrize("given", ["folder", "index", "one file"])
-def test_weights_of_hugging_face_are_read_whole_or_in_shards(given, tmp_path):
+def test_weights_of_hugging_face_in_shards(given, tmp_path):
     names = list(STATE)
     shards = {"model-1.safetensors": names[:5], "model-2.safetensors": names[5:]}
     if given == "one file":
@@ -101,7 +101,7 @@ def test_weights_of_hugging_face_are_read_whole_or_in_shards(given, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a.json", 3])
-def test_an_index_names_files_beside_it_alone(name, tmp_path):
+def test_errors_of_an_index_of_other_files(name, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"fc.weight": name}}))
     with pytest.raises(ValueError, match=r"^Expected (shards beside|a weight_map in) "):
@@ -117,13 +117,13 @@ def test_an_index_names_files_beside_it_alone(name, tmp_path):
         (STATE | {"fc.bias": torch.full((3,), torch.inf)}, "infinite ones in fc.bias$"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(state, message, tmp_path):
+def test_errors_of_weights_that_do_not_fit(state, message, tmp_path):
     safetensors.torch.save_file(state, tmp_path / "w")
     with pytest.raises(ValueError, match=message):
         load_weights(Small(), tmp_path / "w")
 
 
-def test_pickles_are_refused_where_torch_could_be_made_to_run_them(tmp_path, monkeypatch):
+def test_error_of_pickles_in_older_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"in torch 2\.5\.1.*CVE-2025-32434.*safetensors\.torch"):
@@ -137,7 +137,7 @@ class Config:
 
 
 @needs_safe_torch
-def test_objects_of_other_code_are_refused_with_what_to_do(tmp_path):
+def test_error_of_objects_of_other_code(tmp_path):
     path = saved({"state_dict": STATE, "config": Config()}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"\(test_weights\.Config\), which was not run; save the"):
         read_checkpoint(path)
@@ -153,6 +153,6 @@ def test_objects_of_other_code_are_refused_with_what_to_do(tmp_path):
         ({"accumulate": 0.3, "acc_history": [0.4], "top5_acc": 0.0}, None),
     ],
 )
-def test_the_accuracy_that_a_checkpoint_says_is_found(content, accuracy, tmp_path):
+def test_accuracy_that_a_checkpoint_says(content, accuracy, tmp_path):
     found = read_checkpoint(saved({"net": STATE, **content}, tmp_path / "w.pt")).accuracy
     assert found == pytest.approx(accuracy)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 CONFIGS = Path(__file__).parents[3] / "openood_configs"
 
 
+def unaided(make, *args, **kwargs):
+    return make(*args, **{**kwargs, "num_workers": 0})
+
+
 @pytest.fixture
 def openood(openood_root, monkeypatch):
     """``tie_ext.openood``, registered, without CUDA and without workers; undone afterwards."""
@@ -31,8 +36,7 @@ def openood(openood_root, monkeypatch):
 
         import tie_ext.openood as ours
     # Eight workers a loader take longer to start than a handful of images to read.
-    alone = lambda *args, **kwargs: DataLoader(*args, **{**kwargs, "num_workers": 0})  # noqa: E731
-    monkeypatch.setattr(datasets, "DataLoader", alone)
+    monkeypatch.setattr(datasets, "DataLoader", partial(unaided, DataLoader))
     with ours.without_cuda(wanted=False):
         ours.register()
         yield ours
@@ -87,23 +91,23 @@ class Unread(dict):
 class Images(Dataset):
     """Few images ``(3, 28, 28)`` in [0, 1]; ``data`` is changed where ``changed`` says how."""
 
-    def __init__(self, count: int = 40, classes: int = 10, changed=None, transform=None):
-        self.count, self.classes, self.changed = count, classes, changed
+    def __init__(self, count=40, classes=10, changed=None, transform=None, seed: int = 0):
+        self.count, self.classes, self.changed, self.seed = count, classes, changed, seed
         self.preprocessor = transform
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> dict:
-        label, rng = i % self.classes, torch.Generator().manual_seed(i)
+        label, rng = i % self.classes, torch.Generator().manual_seed(self.seed + i)
         x = torch.rand(3, 28, 28, generator=rng) * (1 + label) / self.classes
         return {"data": self.changed(x) if self.changed else x, "data_aux": x, "label": label}
 
 
 def id_loaders(classes: int = 3) -> dict:
     """ID loaders, the transform of both the same, as the evaluation API has them."""
-    sizes = {"train": 150, "val": 40}
-    return {name: DataLoader(Images(count, classes), 16) for name, count in sizes.items()}
+    val = Images(40, classes, seed=1000)
+    return {"train": DataLoader(Images(150, classes), 16), "val": DataLoader(val, 16)}
 
 
 def draw(data: Path, name: str, count: int, inside: bool, size: Sequence[int] = (32, 32, 3)):

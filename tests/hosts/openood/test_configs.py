@@ -11,7 +11,7 @@ IDS = ["cifar10", "cifar100", "fashionmnist", "mnist", "svhn", "tinyimagenet"]
 BACKBONES = {28: "lenet", 32: "resnet18_32x32", 64: "resnet18_64x64"}
 
 
-def test_the_papers_six_data_sets():
+def test_configs_of_six_data_sets_of_the_paper():
     assert configs() == CONFIGS
     assert sorted(path.name for path in (CONFIGS / "datasets").iterdir()) == IDS
 

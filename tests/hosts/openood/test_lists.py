@@ -47,7 +47,7 @@ def test_errors_of_folders_that_openood_cannot_read(data, folders, said):
     assert not Path("list.txt").exists()
 
 
-def test_openood_reads_the_list(openood_root, data):
+def test_lists_that_openood_reads(openood_root, data):
     from openood.datasets.imglist_dataset import ImglistDataset
 
     for path in (data / "svhn/train").rglob("*.*"):

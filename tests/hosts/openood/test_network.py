@@ -21,17 +21,17 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "size", "layers"),
+    ("backbone", "size", "head", "layers"),
     [
-        ("lenet", 28, 2),
-        ("resnet18_32x32", 32, 8),
-        ("resnet18_64x64", 64, 8),
-        ("wrn", 32, None),
-        ("conv3", 28, None),
+        ("lenet", 28, "linear", 2),
+        ("lenet", 28, "multilayer", 2),
+        ("resnet18_32x32", 32, "multilayer", 8),
+        ("resnet18_64x64", 64, "linear", 8),
+        ("wrn", 32, "linear", None),
+        ("conv3", 28, "multilayer", None),
     ],
 )
-@pytest.mark.parametrize("head", ["linear", "multilayer"])
-def test_calls_of_postprocessors(openood, backbone, size, layers, head):
+def test_calls_that_postprocessors_make(openood, backbone, size, head, layers):
     net = build(backbone=backbone, image_size=size, head=head).eval()
     x = torch.rand(2, 3, size, size)
     logits, h = net(x, return_feature=True)
@@ -132,7 +132,7 @@ def around(openood, backbone: str, head: str = "linear"):
         ("wrn", "linear"),
     ],
 )
-def test_networks_of_scripts_become_that_of_a_checkpoint(openood, backbone, head):
+def test_checkpoints_in_networks_of_scripts(openood, backbone, head):
     from openood.networks import ResNet18_32x32
 
     saved = around(openood, backbone, head)

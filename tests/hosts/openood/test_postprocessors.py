@@ -27,6 +27,7 @@ from tie_ext.scores.combination import RULES
 from tie_ext.scores.decision import ood_score, uncertainty
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+SHORT = {"dmr": {"vae_epochs": 1, "epochs": 1}}
 
 
 def test_conf_is_the_negative_score(openood):
@@ -60,7 +61,11 @@ def features_of(net, x):
 @pytest.mark.parametrize("network", ["tie_net", "lenet"])
 def test_combination_of_scores_of_pytorch_ood(openood, network, rule):
     net = build(num_classes=3) if network == "tie_net" else lenet().train()
-    loaders, x, passes = id_loaders(), torch.rand(9, 3, 28, 28), []
+    loaders, passes, x = (
+        id_loaders(),
+        [],
+        next(iter(DataLoader(Images(9, 3, seed=500), 9)))["data"],
+    )
     post = postprocessor("tie_combined", rule=rule)
     post.setup(net, loaders, Unread())
     assert net.training  # its mode is the caller's
@@ -78,11 +83,12 @@ def test_combination_of_scores_of_pytorch_ood(openood, network, rule):
     knn = [theirs.KNN(features, k=1)]  # the nearest of 150
     trusted = "SampledKNN" in [type(member).__name__ for member in post.combined.detectors]
     others = [MahalanobisPlusPlus(features), theirs.fDBD(features, net.fc)]
+    train, val = ([(b["data"], b["label"]) for b in loaders[of]] for of in ("train", "val"))
     for member in (*knn, *others):
-        member.fit(loaders["train"])
+        member.fit(train)
     members = [*([TIEDetector(net)] if network == "tie_net" else []), *(knn if trusted else [])]
     expected = Combined([*members, theirs.EnergyBased(net), *others], None, rule)
-    expected.fit(loaders["val"])
+    expected.fit(val)
     torch.testing.assert_close(conf, -expected(x), rtol=1e-2, atol=5e-2)  # of small deviations
 
 
@@ -114,7 +120,7 @@ class Otherwise(nn.Module):
         (Otherwise, "Otherwise has no linear last layer.*without fDBD"),
     ],
 )
-def test_lines_on_missing_members(openood, capsys, make, said):
+def test_lines_on_members_that_are_missing(openood, capsys, make, said):
     post, net = openood.CombinedPostprocessor(), make()
     post.setup(net, id_loaders(), Unread())
     out = capsys.readouterr().out
@@ -142,10 +148,10 @@ def moved(x):
 
 def prepared(augmented: bool) -> dict:
     """ID loaders as ``main.py`` has them, or as the evaluation API has them."""
-    if not augmented:
-        return {name: DataLoader(Images(150, 3), 50) for name in ("train", "val")}
-    train, val = Images(150, 3, moved, object()), Images(150, 3, None, object())
-    return {"train": DataLoader(train, 40, shuffle=True), "val": DataLoader(val, 40)}
+    changed, transforms = (moved, (object(), object())) if augmented else (None, (None, None))
+    train = Images(150, 3, changed, transforms[0])
+    val = DataLoader(Images(150, 3, None, transforms[1], seed=1000), 40)
+    return {"train": DataLoader(train, 40 if augmented else 50, shuffle=augmented), "val": val}
 
 
 def test_images_of_every_loader_in_one_order(openood):
@@ -176,7 +182,7 @@ def test_fits_are_alike_in_every_script(openood, monkeypatch, name):
     x, found = torch.rand(9, 3, 28, 28), []
     for seed, augmented in enumerate((True, True, False)):
         torch.manual_seed(seed)
-        post = postprocessor(name)
+        post = postprocessor(name, **SHORT.get(name, {}))
         post.setup(net, prepared(augmented), Unread())
         pred, conf = post.postprocess(net, x)
         found.append(conf)
@@ -188,12 +194,12 @@ def test_fits_are_alike_in_every_script(openood, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["tie_combined", "tie_ue", "dmr"])
-def test_nothing_is_searched_for(openood, capsys, name):
+def test_postprocessors_search_for_nothing(openood, capsys, name):
     from openood.evaluators.ood_evaluator import OODEvaluator
 
     net, loaders, x = build(num_classes=3).eval(), id_loaders(), torch.rand(4, 3, 28, 28)
     ood = [{"data": torch.rand(20, 3, 28, 28), "label": -torch.ones(20).long()}]
-    post = postprocessor(name, aps=True)
+    post = postprocessor(name, aps=True, **SHORT.get(name, {}))
     post.setup(net, loaders, Unread())
     before = post.postprocess(net, x)[1]
     OODEvaluator(config({})).hyperparam_search(net, loaders["val"], ood, post)

@@ -58,7 +58,7 @@ def test_imports_of_the_plug_in_and_the_extra():
     assert [name for name in extra if "opencv" in name] == ["opencv-python"]
 
 
-def test_imports_of_openood():
+def test_packages_that_openood_imports():
     if (root := find_openood()) is None:
         pytest.skip("no OpenOOD: put a checkout at ~/OpenOOD or set OPENOOD_ROOT")
     ours, others = imports(TREE, root)

@@ -336,7 +336,7 @@ def test_checkpoints_of_large_images(checkout, tmp_path, data, network, classes,
         ("--root {other}", "Expected a checkpoint of OpenOOD's network resnet18_32x32, but got"),
     ],
 )
-def test_errors_of_attach(checkout, tmp_path, capsys, arguments, message):
+def test_errors_of_the_command_attach(checkout, tmp_path, capsys, arguments, message):
     (tmp_path / "s0").mkdir()
     torch.save(Conv3(3, 10).state_dict(), tmp_path / "s0" / "best.ckpt")
     with pytest.raises(SystemExit) as stopped:

@@ -83,6 +83,8 @@ def test_missing_networks_and_fits(name):
     if isinstance(detector, FeaturesDetector):
         with pytest.raises(RequiresFittingException):
             alone.predict_features(torch.zeros(1, 2))
+        with pytest.raises(ValueError, match="value range"):
+            detector.predict(255 * x)
 
 
 def no_layer(name: str) -> tuple:

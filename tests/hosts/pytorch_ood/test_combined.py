@@ -1,4 +1,4 @@
-"""Combined: one forward pass, halves that share no image, the guarantee, the decision."""
+"""Combined: one forward pass, halves that share no image, the decision."""
 
 import pytest
 import pytorch_ood.detector as theirs
@@ -72,6 +72,7 @@ def test_features_of_other_images_are_not_taken():
 
 def test_members_that_read_something_else():
     net, other = trained().eval(), make_net().eval()
+    other.fc.weight.data.neg_()
     own = theirs.RMD(lambda x: net.features(x)).fit(loader(60))
     members = [theirs.ODIN(net), theirs.EnergyBased(net), theirs.EnergyBased(other), own]
     detector = Combined(members, 0.1).fit(loader(60))
@@ -212,33 +213,7 @@ def test_errors_without_a_network_or_fit():
         three().decide(X)
 
 
-# The guarantee, and the decision.
-
-
-def dependent(seed: int, count: int, k: int, correlation: float, step: float) -> torch.Tensor:
-    """Correlated scores ``(count, k)`` of different shapes; tied on a grid where there is a
-    step.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    common, own = torch.randn(count, 1, generator=rng), torch.randn(count, k, generator=rng)
-    scores = correlation * common + (1 - correlation**2) ** 0.5 * own
-    scores = torch.round(scores / step) * step if step else scores
-    return torch.where(torch.arange(k) % 2 == 1, scores.exp(), scores)
-
-
-@pytest.mark.parametrize("rule", list(RULES))
-@pytest.mark.parametrize(("step", "correlation"), [(0.0, 0.0), (0.5, 0.9)])
-def test_false_alarms_of_many_dependent_members(rule, step, correlation):
-    alpha, k, held_out, rates = 0.05, 20, 38, []
-    for seed in range(400):
-        scores = dependent(seed, held_out + 200, k, correlation, step)
-        detector = Combined([theirs.EnergyBased(None)] * k, alpha, rule)
-        detector.fit_scores(scores[:held_out])
-        new = detector.predict_scores(scores[held_out:])
-        rates.append((new > detector.threshold).float().mean())
-    rates = torch.stack(rates)
-    # Standard errors of the mean over 400 draws: passed by chance once in 740.
-    assert rates.mean() <= alpha + 3 * rates.std() / 20
+# The decision.
 
 
 def test_levels_of_accepted_garbage_and_uncertain():
@@ -260,6 +235,8 @@ def test_levels_of_accepted_garbage_and_uncertain():
 
 def test_levels_without_a_garbage_class():
     net, x = Plain().eval(), images(80)[0]
+    net.fc.bias.data -= net(x).median(0).values  # so that each class is predicted
+    assert len(net(x).argmax(1).unique()) == N
     members = [theirs.Mahalanobis(net.features).fit(loader(60)), theirs.EnergyBased(net)]
     detector = Combined(members, 0.2).fit(loader(60))
     decision = detector.decide(x)

@@ -26,7 +26,7 @@ def test_detectors_in_folders_of_every_kind(saved, tmp_path):
         load_detector(tmp_path)
 
 
-def test_weights_are_read_once(saved, monkeypatch):
+def test_weights_of_a_detector_are_read_once(saved, monkeypatch):
     read, load = [], TIENet.load
     monkeypatch.setattr(TIENet, "load", lambda *a, **k: read.append(a) or load(*a, **k))
     detector = load_detector(saved / "Combined")
