@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from tie_ext import TIENet
-from tie_ext.cli import score
+from tie_ext.cli import reading, score
 from tie_ext.cli.batches import scaled
 from tie_ext.cli.images import ImageFiles
 from tie_ext.cli.transform import Transform
@@ -118,7 +118,7 @@ def speed(images: int, pixels: int, device: str) -> dict:
 
     clock = spent if device == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as place:
-        files, _ = score.list_images([draw(Path(place), images, pixels)])
+        files = reading.list_images([draw(Path(place), images, pixels)])
         of = ImageFiles.of(files, Transform.squash((3, 32, 32)))
         for _ in range(5):
             for kind in rates:
