@@ -28,7 +28,7 @@ from tie_ext.models.generator import Generator
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.layers import find_layers
 from tie_ext.models.network import TIENet
-from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
+from tie_ext.models.statistics import EVERY
 from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.scores.decision import upcast
@@ -79,8 +79,7 @@ class Layers:
             )
         self.net, self.head = net, net.garbage
         self.names = (*self.head.layers, "features")
-        channels = self.head.layers.values()
-        self.sizes = [STATISTICS * min(count, MAX_CHANNELS) for count in channels]
+        self.sizes = self.head.sizes
         n, size = net.num_classes, self.head.mean.numel()
         count, total = torch.zeros(n), torch.zeros(n, size, dtype=torch.float64)
         square = torch.zeros_like(total)
@@ -217,18 +216,20 @@ def _with_head(
     low: float | Sequence[float],
     high: float | Sequence[float],
 ) -> TIENet:
-    """A copy of the network with a head on every layer."""
+    """A copy of the network with a head that reads every statistic of every layer."""
     if isinstance(model, TIENet):
         net = copy.deepcopy(model).eval()
-        if not isinstance(net.garbage, GarbageHead):
-            grey = net.from_unit(torch.full((1, *shape), 0.5, device=net.low.device))
-            layers = find_layers(net.classifier_view(), grey.to(net.fc.weight.dtype))
-            head = GarbageHead(layers, net.feature_size)
-            net.garbage = head.to(net.low.device)
-        return net
-    if n is None:
+    elif n is None:
         raise ValueError("Expected num_classes for a network that is no TIENet, but got None")
-    return TIENet(model, n, shape, low, high, head="multilayer").eval()
+    else:
+        net = TIENet(model, n, shape, low, high).eval()
+    if isinstance(net.garbage, GarbageHead):
+        layers = net.garbage.layers
+    else:
+        grey = net.from_unit(torch.full((1, *shape), 0.5, device=net.low.device))
+        layers = find_layers(net.classifier_view(), grey.to(net.fc.weight.dtype))
+    net.garbage = GarbageHead(layers, net.feature_size, per_channel=EVERY).to(net.low.device)
+    return net
 
 
 def _invert(
