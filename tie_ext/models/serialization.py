@@ -126,7 +126,7 @@ def _head(saved: Any, features: int, weights: dict[str, Tensor]) -> str | Garbag
     ):
         raise ValueError(f"layers {layers!r} of a garbage head")
     found = weights["garbage.mean"].numel()
-    for count in (STATISTICS, EVERY):  # before 0.3 a head had all four
+    for count in (EVERY, STATISTICS):  # before 0.3 a head had all four
         head = GarbageHead(layers, features, hidden, count)
         if head.mean.numel() == found:
             return head

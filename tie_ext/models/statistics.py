@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 MAX_CHANNELS = 128
-"""Channels read of a layer at most, evenly spaced."""
+"""Channels read of a layer at most: the first, as channels have no order; evenly spaced ones where
+all four statistics are read."""
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 """What may stand between a convolution and its ReLU."""
 STATISTICS, EVERY = 2, 4
@@ -43,13 +44,18 @@ def pool_statistics(a: Tensor, channels_last: bool = False, count: int = STATIST
     elif not channels_last:
         a = a.permute(0, 2, 3, 1)  # (B, H, W, C)
     if a.shape[3] > MAX_CHANNELS:
-        a = a[..., torch.linspace(0, a.shape[3] - 1, MAX_CHANNELS).round().long().to(a.device)]
+        a = a[..., :MAX_CHANNELS] if count == STATISTICS else _spread(a)
     if not a.requires_grad:
         return _statistics(a, count)
     # A copy, as the gradient needs the values and an in-place ReLU may come next.
     four = _Statistics.apply(a.float().clone())
     mean, _, largest, _ = four.chunk(4, dim=1)
     return four if count == EVERY else torch.cat([mean, largest], dim=1)
+
+
+def _spread(a: Tensor) -> Tensor:
+    """Channels of ``(B, H, W, C)``, evenly spaced, which is a copy."""
+    return a[..., torch.linspace(0, a.shape[3] - 1, MAX_CHANNELS).round().long().to(a.device)]
 
 
 class _Statistics(torch.autograd.Function):
