@@ -434,7 +434,7 @@ def _weight(key, value):
             _changed(head={"layers": {"conv.0": "8"}}),
             r"layers \{'conv.0': '8'\} of a garbage head",
         ),
-        (_changed(head={"layers": {"conv.0": 31}}), "320 statistics instead of 318"),
+        (_changed(head={"layers": {"conv.0": 31}}), "320 statistics instead of 190"),
         (_readout(layers=[["conv.1"]]), "logits of 'conv.1', which is no linear layer"),
         (_readout(layers=[]), r"logits \{'layers': \[\]"),
         (_readout(maps="sum"), r"logits .*'sum'"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.files import saved_scores, saved_threshold
 from tie_ext.scores.decision import upcast
-from tie_ext.scores.knn import knn_score, prepared
+from tie_ext.scores.knn import Prepared, knn_score
 from tie_ext.scores.threshold import MAX_REPEATED, Guarantee
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.loader import BatchReader
@@ -53,7 +53,7 @@ def warn_if_seen(training: Tensor | None, held_out: Tensor) -> None:
     """
     if training is None:
         return
-    unit = prepared(training)
+    unit = Prepared(training)
     seen = [knn_score(part.to(unit.rows.device), unit, 1) < SAME for part in held_out.split(500)]
     if (share := float(torch.cat(seen).double().mean())) > MAX_REPEATED:
         warnings.warn(

@@ -10,7 +10,7 @@ from pytorch_ood.detector import KNN
 from torch import Tensor
 
 from tie_ext.pytorch_ood.base import FeatureScore
-from tie_ext.scores.knn import Prepared, knn_score, prepared
+from tie_ext.scores.knn import Prepared, knn_score
 from tie_ext.utils.checks import check_number, describe
 
 K, MAX_SAMPLES = 50, 5000
@@ -88,5 +88,5 @@ class SampledKNN(FeatureScore, KNN):
         if self.sample is None:
             raise RequiresFittingException
         if self._ready is None or self._ready[0] is not self.sample:  # after a fit, load or move
-            self._ready = self.sample, prepared(self.sample)
+            self._ready = self.sample, Prepared(self.sample)
         return knn_score(z, self._ready[1], min(self.k, len(self.sample)))

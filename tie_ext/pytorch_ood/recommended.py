@@ -19,7 +19,7 @@ from tie_ext.pytorch_ood.knn import MAX_SAMPLES, K, SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.members import Outputs, forward
 from tie_ext.scores.combination import check_rule
-from tie_ext.scores.knn import knn_labels, prepared
+from tie_ext.scores.knn import Prepared, knn_labels
 from tie_ext.scores.threshold import Guarantee, split
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.distributed import gathered, world
@@ -218,7 +218,7 @@ def _right(sample: Sample, outputs: Outputs, labels: Tensor | None) -> Tensor:
     """Whether the vote and the network are right ``(B, 2)``; without labels the vote never is."""
     if labels is None or sample.labels is None:
         return torch.tensor([[False, True]]).expand(len(outputs.logits), 2)
-    unit, k = prepared(sample.features), min(VOTERS, len(sample.features))
+    unit, k = Prepared(sample.features), min(VOTERS, len(sample.features))
     votes = knn_labels(outputs.features, unit, sample.labels.to(unit.rows.device), k)  # type: ignore[arg-type]
     found = torch.stack([votes, outputs.logits.argmax(dim=1)], dim=1).cpu()
     return found == labels.cpu()[:, None]

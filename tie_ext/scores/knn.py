@@ -1,31 +1,25 @@
 """The nearest of a sample of training features, on the unit sphere: their distance and labels.
 
 Symbols: ``z (B, F)`` features of images; ``sample (M, F)`` those of training images, of length 1,
-as they are or :func:`prepared` once for all batches.
+as they are or as :class:`Prepared` once for all batches.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Prepared(NamedTuple):
+class Prepared:
     """A sample, ready for a search in double precision, where the device has it: in single
     precision the expanded square loses its digits, see :func:`pairwise_distances`.
+
+    Arguments:
+        sample: ``(M, F)``.
     """
 
-    rows: Tensor
-    """``(M, F)`` of length 1, or 0."""
-    squares: Tensor
-    """``(M,)`` their squared lengths."""
-
-
-def prepared(sample: Tensor) -> Prepared:
-    """Features ``(M, F)``, ready for a search."""
-    rows = F.normalize(sample if sample.device.type == "mps" else sample.double())
-    return Prepared(rows, rows.square().sum(1))
+    def __init__(self, sample: Tensor):
+        self.rows = F.normalize(sample if sample.device.type == "mps" else sample.double())
+        self.squares = self.rows.square().sum(1)
 
 
 def knn_score(z: Tensor, sample: Tensor | Prepared, k: int) -> Tensor:
@@ -62,12 +56,13 @@ def knn_labels(z: Tensor, sample: Tensor | Prepared, labels: Tensor, k: int) -> 
 
 def _nearest(z: Tensor, sample: Tensor | Prepared, k: int) -> tuple[Tensor, Tensor]:
     """Distances and rows ``(B, k)`` of the k nearest of a sample, the nearest first."""
-    rows, squares = sample if isinstance(sample, Prepared) else prepared(sample)
+    sample = sample if isinstance(sample, Prepared) else Prepared(sample)
+    rows = sample.rows
     if rows.device.type == "mps":
         return pairwise_distances(F.normalize(z), rows).topk(k, largest=False)  # type: ignore[return-value]
     x = F.normalize(z.double())
     # Less what is the same for all of the sample: one product and no other pass over distances.
-    nearness, nearest = torch.addmm(squares / -2, x, rows.T).topk(k)
+    nearness, nearest = torch.addmm(sample.squares / -2, x, rows.T).topk(k)
     distances = (x.square().sum(1, keepdim=True) - 2 * nearness).clamp_min(0).sqrt()
     return distances.to(z.dtype), nearest
 
