@@ -1,41 +1,33 @@
 """What TIE costs, as ratios to plain training on the same machine; docs/research/cost.md is made of the records (tests/bench/cost_page.py).
 
-    python tests/bench/cost.py epoch --root DATA --data mnist --images 60000
     python tests/bench/cost.py epoch --root DATA --data mnist --images 20000
-    python tests/bench/cost.py epoch --root DATA --data mnist --images 20000 --adversarial-steps 5 --head multilayer
-    python tests/bench/cost.py epoch --root DATA --data cifar10 --images 50000 --backbone resnet20
-    python tests/bench/cost.py memory
-    python tests/bench/cost.py classes
-    python tests/bench/cost.py large
-    python tests/bench/cost.py attach --images DATA --cases resnet20 efficientnet-lite0 flat
-    python tests/bench/cost.py scoring --images DATA
+    python tests/bench/cost.py epoch --root DATA --data cifar10 --images 1280 --backbone conv5
+    python tests/bench/cost.py loop --root DATA --data mnist --ood fashionmnist
+    python tests/bench/cost.py attach --images DATA --cases cifar10-resnet20 efficientnet-lite0 flat
+    python tests/bench/cost.py scoring --images DATA --cases cifar10-resnet20 conv3
 
 Epochs of both are trained in turn, each after the other's; the ratio is that of the medians. Seconds are those that the process computed for, on
 one thread, as the clock on the wall counts what else a machine does; loading counts where it is this process that loads.
 """
 
 import argparse
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 
-from tie_ext import TIEConfig, TIENet, TIETrainer, attach
+from tie_ext import TIEConfig, TIENet, attach
 from tie_ext.cli import data
-from tie_ext.cli.batches import ImageBatches, shifted, training_batches
+from tie_ext.cli.batches import training_batches
 from tie_ext.cli.classifier import train_plain
-from tie_ext.cli.images import ImageSet
 from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.network import HEADS
-from tie_ext.outliers import Inversion, InversionSettings, Noise, Procedural
-from tie_ext.outliers.base import Domain
-from tie_ext.outliers.primitives import Rng
+from tie_ext.training import strategies
 from tie_ext.training.recipe import Recipe
 from tie_ext.utils.files import read_json, write_json
 from tie_ext.utils.provenance import peak_memory, provenance
@@ -99,118 +91,55 @@ def epoch(a: argparse.Namespace) -> dict:
     return record
 
 
-def memory(a: argparse.Namespace) -> dict:
-    """Peak memory of runs of 5 and of 20 epochs, each in a process of its own."""
-    if a.epochs:
-        few = InversionSettings(steps=10)
-        net = TIENet(BACKBONES["conv3"](1, 10), 10, (1, 28, 28), head="multilayer")
-        trainer = TIETrainer(
-            net, TIEConfig(epochs=a.epochs), [Inversion(net, few)], [Procedural(net)]
-        )
-        images = Procedural(net).draw((1000, 1, 28, 28))
-        batches = [(x, torch.arange(len(x)) % 10) for x in images.split(125)]
-        for _ in range(a.epochs):
-            trainer.epoch(batches)
-            trainer.save(a.file)
-        print(peak_memory())
-        return {}
-    a.work.mkdir(parents=True, exist_ok=True)
-    peaks = {}
-    for epochs in (5, 20):
-        command = [
-            sys.executable,
-            __file__,
-            "memory",
-            "--epochs",
-            str(epochs),
-            "--file",
-            str(a.work / "run.safetensors"),
-        ]
-        peaks[epochs] = float(
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        )
-    print(peaks, f"{peaks[20] / peaks[5] - 1:+.1%}")
-    return {"peak_memory_mb": peaks, "more": peaks[20] / peaks[5] - 1}
-
-
-def many(count: int, size: int, each: int) -> ImageSet:
-    """Classes of procedural images at ``size`` pixels: each is one image, moved and darkened."""
-    domain = Domain(count, (3, size, size), torch.tensor(0.0), torch.tensor(1.0))
-    with seeded(0):
-        one = (Procedural(domain).draw((count, 3, size, size)) * 255).round().to(torch.uint8)
-        x = torch.cat(
-            [shifted(part, size // 8) for part in one.repeat_interleave(each, 0).split(1000)]
-        )
-        x = torch.cat(
-            [
-                (part * Rng().uniform(len(part), 1, 1, 1, low=0.6)).to(torch.uint8)
-                for part in x.split(1000)
-            ]
-        )
-    return ImageSet(x, torch.arange(count).repeat_interleave(each), tuple(map(str, range(count))))
-
-
-@torch.no_grad()
-def level_1(net: TIENet, x: torch.Tensor) -> float:
-    """Share of images that the garbage class takes."""
-    return torch.cat([net.decide(part).level == 1 for part in x.split(128)]).double().mean().item()
-
-
-def classes(a: argparse.Namespace) -> dict:
-    """1000 classes at 64 pixels: level 1 on garbage that nothing was trained on, and peak memory."""
-    images = many(a.count, 64, a.each)
-    net = TIENet(
-        BACKBONES["conv3"](3, a.count),
-        a.count,
-        (3, 64, 64),
-        class_names=images.classes,
-        head=a.kind,
-    )
-    trainer = Recipe(TIEConfig(epochs=a.epochs), prior=("multiscale",), head=a.kind).trainer(net)
-    batches = ImageBatches(images, 128, shuffle=True)
-    for _ in range(a.epochs):
-        log = trainer.epoch(batches)
-        print(log.epoch, log.losses, f"accuracy {log.accuracy:.3f}", flush=True)
-    with seeded(1):
-        held_out = Noise(net).draw((1000, 3, 64, 64))
-    found = {
-        "classes": a.count,
-        "images": len(images),
-        "epochs": a.epochs,
-        "garbage": a.kind,
-        "accuracy": log.accuracy,
-        "held-out garbage in garbage": level_1(net, held_out),
-        "ID in garbage": level_1(net, images.x[:: max(1, len(images) // 1000)].float() / 255),
-        "peak_memory_mb": peak_memory(),
-    }
-    print(found)
+def loop(a: argparse.Namespace) -> dict:
+    """Quality of the loop with steps that follow the images, beside all steps in every epoch:
+    accuracy, ID and OOD images in garbage, and the smallest AUROC, in percent, by seed."""
+    train = data.load(a.data, "train", a.root)
+    train = train.first(a.images)
+    shape = train.shape
+    others = [data.load(name, "ood", a.root, shape).first(1000).x for name in a.ood]
+    found: dict = {"data": a.data, "images": len(train), "epochs": a.epochs, "ood": a.ood}
+    test = data.load(a.data, "test", a.root).first(2000)
+    for kind, full in (("all steps", 1), ("steps that follow the images", strategies.FULL)):
+        with patch.object(strategies, "FULL", full):
+            found[kind] = [quality(a, seed, train, test, others) for seed in range(a.seeds)]
+        print(kind, found[kind], flush=True)
     return found
 
 
-def large(a: argparse.Namespace) -> dict:
-    """A torchvision ResNet-18 at 224 pixels: ten steps of everything."""
-    import torchvision
+def quality(a: argparse.Namespace, seed: int, train, test, others: list) -> dict[str, float]:
+    """What :func:`loop` says of one seed."""
+    from pytorch_ood.utils import OODMetrics
 
-    shape = (3, 224, 224)
-    net = TIENet(torchvision.models.resnet18(num_classes=160), 160, shape, head="multilayer")
-    config = TIEConfig(epochs=2, candidates=160, pool_size=200)
-    trainer = TIETrainer(
-        net,
-        config,
-        [Inversion(net, InversionSettings(steps=10, batch_size=16))],
-        [Procedural(net)],
-    )
-    batches = [(torch.rand(16, *shape), torch.arange(16 * i, 16 * i + 16)) for i in range(10)]
-    of = {
-        name: seconds(lambda: trainer.epoch(batches)) for name in ("first epoch", "second epoch")
-    }
-    found = {
-        "seconds": of,
-        "stages": [entry.seconds for entry in trainer.log],
-        "peak_memory_mb": peak_memory(),
-    }
-    print(found)
-    return found
+    with seeded(seed):
+        net = TIENet(
+            BACKBONES[a.backbone](train.shape[0], len(train.classes)),
+            len(train.classes),
+            train.shape,
+            head="multilayer",
+        )
+    config = TIEConfig(epochs=a.epochs, seed=seed)
+    trainer = Recipe(config, prior=("procedural",), head="multilayer").trainer(net)
+    batches = training_batches(train)
+    took = seconds(lambda: [trainer.epoch(batches) for _ in range(a.epochs)])
+    net.eval()
+
+    def decided(x: torch.Tensor):
+        parts = [net.decide(part.float() / 255) for part in x.split(200)]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    label, _, score, level = decided(test.x)
+    rows = {"accuracy": label == test.y, "id in garbage": level == 1}
+    found = {name: 100 * of.double().mean().item() for name, of in rows.items()}
+    taken, aurocs = [], []
+    for x in others:
+        _, _, far, garbage = decided(x)
+        taken.append(100 * (garbage == 1).double().mean().item())
+        metrics = OODMetrics()
+        metrics.update(torch.cat([score, far]), torch.cat([score * 0, far * 0 - 1]).long())
+        aurocs.append(100 * metrics.compute()["AUROC"])
+    found |= {"ood in garbage": sum(taken) / len(taken), "smallest AUROC": min(aurocs)}
+    return {name: round(of, 2) for name, of in found.items()} | {"seconds": round(took)}
 
 
 class Repeated(torch.utils.data.Dataset):
@@ -349,19 +278,17 @@ def main() -> None:
     one.add_argument("--data", default="mnist")
     one.add_argument("--images", type=int)
     one.add_argument("--backbone", choices=BACKBONES, default="conv3")
-    one.add_argument("--head", nargs="+", choices=HEADS, default=["multilayer", "linear"])
+    one.add_argument("--head", nargs="+", choices=HEADS, default=["multilayer"])
     one.add_argument("--repeats", type=int, default=5)
     one.add_argument("--adversarial-steps", type=int, default=0, help="of the loop's config")
-    two = commands.add_parser("memory", help=memory.__doc__)
-    two.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
-    two.add_argument("--file", help=argparse.SUPPRESS)
-    two.add_argument("--work", type=Path, default=Path("cost"))
-    three = commands.add_parser("classes", help=classes.__doc__)
-    three.add_argument("--count", type=int, default=1000)
-    three.add_argument("--each", type=int, default=20)
-    three.add_argument("--epochs", type=int, default=3)
-    three.add_argument("--kind", choices=HEADS, default="multilayer")
-    commands.add_parser("large", help=large.__doc__)
+    two = commands.add_parser("loop", help=loop.__doc__)
+    two.add_argument("--root", default="data")
+    two.add_argument("--data", default="mnist")
+    two.add_argument("--images", type=int, default=10_000)
+    two.add_argument("--backbone", choices=BACKBONES, default="conv3")
+    two.add_argument("--epochs", type=int, default=4)
+    two.add_argument("--seeds", type=int, default=3)
+    two.add_argument("--ood", nargs="+", required=True)
     for what in (attached_cases, scoring):
         public = commands.add_parser(what.__name__.partition("ed_")[0], help=what.__doc__)
         public.add_argument("--images", type=Path, required=True, help="packed image sets")
@@ -371,23 +298,23 @@ def main() -> None:
         public.add_argument("--when", choices=("before", "after"), default="after")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    known = (epoch, memory, classes, large, scoring)
+    known = (epoch, loop, scoring)
     found = {"attach": attached_cases, **{of.__name__: of for of in known}}[a.what](a)
     if found:
         stem = a.what
+        if a.what == "loop":
+            stem += f"-{Path(a.data).name}"
         if a.what == "epoch":
             stem += f"-{a.data}-{found['images']}-{a.backbone}" + (
                 f"-search{a.adversarial_steps}" if a.adversarial_steps else ""
             )
-        places = {"DATA": getattr(a, "root", None), "WORK": getattr(a, "work", None)}
+        places = {"DATA": getattr(a, "root", None)}
         if "when" in found:  # cases that were measured apart are one record
             stem += f"-{a.when}"
             places["DATA"] = a.images
             path = OUT / f"{stem}.json"
             earlier = read_json(path, "a record")["cases"] if path.exists() else {}
             found["cases"] = earlier | found["cases"]
-        if hasattr(a, "network"):
-            places[a.network.name] = a.network
         places = {name: place for name, place in places.items() if place is not None}
         write_json(
             OUT / f"{stem}.json",

@@ -1,17 +1,14 @@
-"""Folders of JPEGs: memory of training on many and on few, and images a second of ``tie-ext score`` beside its DataLoader alone, and beside that
+"""Images a second of ``tie-ext score`` on a folder of JPEGs, beside its DataLoader alone, and beside that
 DataLoader with the classifier's own pass, which a user pays without us.
 
-    python tests/bench/folders.py memory --few 20000 --many 200000 --out docs/results/cost/folders-memory.json
-    python tests/bench/folders.py speed --images 10000 --out docs/results/cost/folders-speed.json
+    python tests/bench/folders.py --images 3000 --out docs/results/cost/folders-speed.json
 
-Memory: peak of a process that trains an epoch on generated JPEGs of 64 pixels, two classes, and scores; 300 MB more are allowed for ten times as
-many. Speed: medians of five, in turn; processor time of all processes on a CPU, as that is what decoding and scoring share.
+Medians of five, in turn; processor time of all processes on a CPU, as that is what decoding and scoring
+share.
 """
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,22 +27,6 @@ from tie_ext.models.backbones import Conv5
 from tie_ext.utils.files import write_json
 from tie_ext.utils.provenance import provenance
 
-PEAK = "import sys; from tie_ext.cli.main import main; from tie_ext.utils.provenance import peak_memory; main(sys.argv[1:]); print(peak_memory())"
-FAST = [
-    "--epochs",
-    "1",
-    "--head",
-    "linear",
-    "--synthesizer",
-    "white",
-    "--candidates",
-    "110",
-    "--pool-size",
-    "100",
-    "--backbone",
-    "conv3",
-]
-
 
 def draw(folder: Path, count: int, size: int, classes: int = 2) -> Path:
     """So many JPEGs in folders by class: noise over a shade of the class, some hundred of them, under many names."""
@@ -62,35 +43,6 @@ def draw(folder: Path, count: int, size: int, classes: int = 2) -> Path:
         else:
             place.write_bytes(kept[i % 200])
     return folder
-
-
-def peak(folder: Path, out: Path) -> float:
-    """MB of a process that trains on a folder as it is and scores."""
-    command = [
-        sys.executable,
-        "-c",
-        PEAK,
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--size",
-        "64",
-        "--out",
-        str(out),
-        *FAST,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def memory(few: int, many: int) -> dict:
-    """Peaks by count of images, and the difference, in MB."""
-    with tempfile.TemporaryDirectory() as place:
-        peaks = {
-            count: peak(draw(Path(place) / str(count), count, 64), Path(place) / f"run{count}")
-            for count in (few, many)
-        }
-    return {"pixels": 64, "peak_mb": peaks, "more_mb": peaks[many] - peaks[few]}
 
 
 def spent() -> float:
@@ -132,9 +84,6 @@ def speed(images: int, pixels: int, device: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("memory", "speed"))
-    parser.add_argument("--few", type=int, default=20_000)
-    parser.add_argument("--many", type=int, default=200_000)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument(
         "--pixels", type=int, default=400, help="of a JPEG, as cameras and the web have them"
@@ -143,7 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    found = memory(a.few, a.many) if a.what == "memory" else speed(a.images, a.pixels, a.device)
+    found = speed(a.images, a.pixels, a.device)
     print(found)
     if a.out:
         write_json(a.out, {**found, **provenance(a.device)})

@@ -90,7 +90,7 @@ def _weight(key, value):
         (_weight("high", torch.ones(1001, 1, 1)), "not finite, or of 1001 channels"),
         (_changed(head={"layers": ["conv.0"]}), r"layers \['conv.0'\] of a garbage head"),
         (_changed(head={"layers": {"conv.0": 0}}), r"layers \{'conv.0': 0\} of a garbage head"),
-        (_changed(head={"layers": {"conv.0": 31}}), "512 statistics instead of 252"),
+        (_changed(head={"layers": {"conv.0": 31}}), "320 statistics instead of 190"),
         (_readout(layers=[["conv.1"]]), "logits of 'conv.1', which is no linear layer"),
         (_readout(layers=[]), r"logits \{'layers': \[\]"),
         (_readout(maps="sum"), r"logits .*'sum'"),

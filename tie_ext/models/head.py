@@ -4,7 +4,7 @@ Deep layers discard low-level appearance, so that unfamiliar images are often de
 the statistics of early layers.
 
 Symbols: ``h (B, F)`` penultimate features; ``s (B, S)`` the statistics of an image: ``h`` beside
-four numbers of each chosen channel of each chosen layer (:mod:`tie_ext.models.statistics`).
+two numbers of each chosen channel of each chosen layer (:mod:`tie_ext.models.statistics`).
 """
 
 from collections.abc import Mapping
@@ -30,20 +30,31 @@ class GarbageHead(nn.Module):
         layers: Channels of each layer that is read, by the layer's name in the backbone.
         feature_size: F.
         hidden: Width of the hidden layer.
+        per_channel: Statistics of a channel, 2 or 4.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, layers: Mapping[str, int], feature_size: int, hidden: int = 128):
+    def __init__(
+        self,
+        layers: Mapping[str, int],
+        feature_size: int,
+        hidden: int = 128,
+        per_channel: int = STATISTICS,
+    ):
         super().__init__()
         self.layers, self.feature_size, self.hidden = dict(layers), feature_size, hidden
-        size = feature_size + STATISTICS * sum(
-            min(channels, MAX_CHANNELS) for channels in self.layers.values()
-        )
+        self.per_channel = per_channel
+        size = feature_size + sum(self.sizes)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(size))
         self.network = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Statistics of each layer that is read."""
+        return [self.per_channel * min(count, MAX_CHANNELS) for count in self.layers.values()]
 
     def forward(self, statistics: Tensor) -> Tensor:
         """Log-odds of garbage ``(B, 1)`` of statistics ``(B, S)``; larger = more OOD."""
@@ -65,11 +76,10 @@ class GarbageHead(nn.Module):
         Raises:
             ValueError: If a statistic is not finite, with the layer that it is of.
         """
-        sizes = [STATISTICS * min(count, MAX_CHANNELS) for count in self.layers.values()]
         self.mean.copy_(statistics.mean(0))
         deviation = statistics.std(0)
         names = "features", *self.layers
-        parts = (both.split([self.feature_size, *sizes]) for both in (self.mean, deviation))
+        parts = (both.split([self.feature_size, *self.sizes]) for both in (self.mean, deviation))
         features, *layers = zip(names, *parts, strict=True)
         for name, mean, spread in (*layers, features):
             if not (mean.isfinite() & spread.isfinite()).all():
@@ -91,7 +101,7 @@ class GarbageHead(nn.Module):
         view = hook_view(backbone)
         for name in self.layers:
             # Pooled at once: a ReLU that works in place comes next, and maps need not be kept.
-            add_hook(view, name, partial(_pool_into, found, name))
+            add_hook(view, name, partial(_pool_into, found, name, self.per_channel))
         return view, found
 
     def statistics(self, found: Mapping[str, Tensor], h: Tensor) -> Tensor:
@@ -101,11 +111,16 @@ class GarbageHead(nn.Module):
 
 
 def _pool_into(
-    found: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: object
+    found: dict[str, Tensor],
+    name: str,
+    count: int,
+    module: nn.Module,
+    args: tuple,
+    output: object,
 ) -> None:
     """The hook of a layer that is read. Maps of convolutions and their normalisations have
     channels first, those of blocks have them last.
     """
     maps = first_tensor(output)
     if maps is not None:
-        found[name] = pool_statistics(maps, not isinstance(module, (nn.Conv2d, *NORMS)))
+        found[name] = pool_statistics(maps, not isinstance(module, (nn.Conv2d, *NORMS)), count)

@@ -11,6 +11,7 @@ from tie_ext.models.backbones import BACKBONES
 from tie_ext.models.classifier import AUTOCAST_DTYPES, EXTRA
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.readout import Readout, Selected, classifier_name, sizes
+from tie_ext.models.statistics import EVERY, STATISTICS
 from tie_ext.utils.checks import check_choice, check_shape
 from tie_ext.utils.files import FLOATS, check_state, load_state, reading, save_state
 from tie_ext.utils.unwrap import bare_copy
@@ -117,11 +118,12 @@ def _head(saved: Any, features: int, weights: dict[str, Tensor]) -> str | Garbag
         for name, count in layers.items()
     ):
         raise ValueError(f"layers {layers!r} of a garbage head")
-    head = GarbageHead(layers, features, hidden)
-    if head.mean.shape != weights["garbage.mean"].shape:
-        found = weights["garbage.mean"].numel()
-        raise ValueError(f"{found} statistics instead of {head.mean.numel()}")
-    return head
+    found = weights["garbage.mean"].numel()
+    for count in (EVERY, STATISTICS):  # before 0.3 a head had all four
+        head = GarbageHead(layers, features, hidden, count)
+        if head.mean.numel() == found:
+            return head
+    raise ValueError(f"{found} statistics instead of {head.mean.numel()}")
 
 
 def _build(

@@ -1,8 +1,10 @@
-"""Statistics of a layer's output: four numbers per channel, over space or tokens.
+"""Statistics of a layer's output: two or four numbers per channel, over space or tokens.
 
 Symbols: ``a (B, C, H, W)``, ``(B, H, W, C)`` or ``(B, T, C)`` output of a layer before its ReLU.
 The four are mean and deviation after the ReLU, which describe textures, and the largest and the
-smallest value, which reveal a thin stroke: the place where a filter responds most.
+smallest value, which reveal a thin stroke: the place where a filter responds most. A garbage head
+reads mean and largest, which rank as well and cost a CPU half as much; explanations and heads that
+were saved before 0.3 read all four.
 """
 
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 MAX_CHANNELS = 128
-"""Channels read of a layer at most, evenly spaced."""
+"""Channels read of a layer at most: the first, as channels have no order; evenly spaced ones where
+all four statistics are read."""
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 """What may stand between a convolution and its ReLU."""
-STATISTICS = 4
-"""Numbers of a channel."""
-PIECE = 2**17
+STATISTICS, EVERY = 2, 4
+"""Numbers of a channel: of a garbage head, and all there are."""
+PIECE = 2**16
 """Values of a layer's output that a CPU pools at once."""
 LANES = 128
 """Contiguous values in what it pools, at most."""
@@ -30,20 +33,29 @@ def first_tensor(output: object) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def pool_statistics(a: Tensor, channels_last: bool = False) -> Tensor:
-    """Four statistics ``(B, 4c)``, over space or tokens, of a layer's output ``(B, C, H, W)``,
+def pool_statistics(a: Tensor, channels_last: bool = False, count: int = STATISTICS) -> Tensor:
+    """Statistics ``(B, count c)``, over space or tokens, of a layer's output ``(B, C, H, W)``,
     ``(B, H, W, C)`` where ``channels_last``, or ``(B, T, C)``; c = min(C, 128).
+
+    ``count`` is 2 for mean and largest, 4 for mean, deviation, largest and smallest.
     """
     if a.ndim == 3:
         a = a[:, :, None]  # (B, T, 1, C)
     elif not channels_last:
         a = a.permute(0, 2, 3, 1)  # (B, H, W, C)
     if a.shape[3] > MAX_CHANNELS:
-        a = a[..., torch.linspace(0, a.shape[3] - 1, MAX_CHANNELS).round().long().to(a.device)]
+        a = a[..., :MAX_CHANNELS] if count == STATISTICS else _spread(a)
     if not a.requires_grad:
-        return _statistics(a)
+        return _statistics(a, count)
     # A copy, as the gradient needs the values and an in-place ReLU may come next.
-    return _Statistics.apply(a.float().clone())
+    four = _Statistics.apply(a.float().clone())
+    mean, _, largest, _ = four.chunk(4, dim=1)
+    return four if count == EVERY else torch.cat([mean, largest], dim=1)
+
+
+def _spread(a: Tensor) -> Tensor:
+    """Channels of ``(B, H, W, C)``, evenly spaced, which is a copy."""
+    return a[..., torch.linspace(0, a.shape[3] - 1, MAX_CHANNELS).round().long().to(a.device)]
 
 
 class _Statistics(torch.autograd.Function):
@@ -53,7 +65,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor) -> Tensor:
-        return _statistics(a)
+        return _statistics(a, EVERY)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -77,8 +89,8 @@ class _Statistics(torch.autograd.Function):
         return out
 
 
-def _statistics(a: Tensor) -> Tensor:
-    """The four statistics ``(B, 4C)`` of ``(B, H, W, C)``."""
+def _statistics(a: Tensor, count: int) -> Tensor:
+    """The statistics ``(B, count C)`` of ``(B, H, W, C)``."""
     places, channels = a.shape[1] * a.shape[2], a.shape[3]
     if a.stride(3) == 1:
         # Several places side by side, as a CPU is fast on long rows; and an image in parts, each
@@ -86,12 +98,14 @@ def _statistics(a: Tensor) -> Tensor:
         lanes = _power_of_two(LANES // channels, places)
         parts = _power_of_two(2 * -(-places * channels // PIECE) - 1, places // lanes)
         rows = a.reshape(-1, places // (lanes * parts), lanes * channels)
-        found = _moments(rows, 1).view(4, -1, parts * lanes, channels)
+        found = _moments(rows, 1, count).view(count, -1, parts * lanes, channels)
     else:
-        found = _moments(a.permute(0, 3, 1, 2).flatten(2), 2)[:, :, None]
-    mean, square = found[:2].mean(2)
-    deviation = (square - mean.square()).clamp_min(FLAT**2).sqrt()
-    return torch.cat([mean, deviation, found[2].amax(1), found[3].amin(1)], dim=1)
+        found = _moments(a.permute(0, 3, 1, 2).flatten(2), 2, count)[:, :, None]
+    mean, largest = found[0].mean(1), found[1].amax(1)
+    if count == STATISTICS:
+        return torch.cat([mean, largest], dim=1)
+    deviation = (found[2].mean(1) - mean.square()).clamp_min(FLAT**2).sqrt()
+    return torch.cat([mean, deviation, largest, found[3].amin(1)], dim=1)
 
 
 def _power_of_two(limit: int, divides: int) -> int:
@@ -102,16 +116,18 @@ def _power_of_two(limit: int, divides: int) -> int:
     return of
 
 
-def _moments(rows: Tensor, dim: int) -> Tensor:
-    """Mean and mean square after a ReLU, largest and smallest value ``(4, N, .)``, over a
-    dimension of ``(N, ., .)``.
+def _moments(rows: Tensor, dim: int, count: int) -> Tensor:
+    """Mean after a ReLU and largest value; where four are wanted, mean square after a ReLU and
+    smallest value too: ``(count, N, .)``, over a dimension of ``(N, ., .)``.
     """
 
     def of(piece: Tensor) -> Tensor:
         piece = piece.float()
         through = piece.relu()
-        mean = through.mean(dim)
-        return torch.stack([mean, through.square_().mean(dim), piece.amax(dim), piece.amin(dim)])
+        found = [through.mean(dim), piece.amax(dim)]
+        if count == EVERY:
+            found += [through.square_().mean(dim), piece.amin(dim)]
+        return torch.stack(found)
 
     # A CPU is fastest on pieces that fit its cache. A traced graph must not depend on their
     # number.

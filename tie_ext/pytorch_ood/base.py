@@ -17,7 +17,7 @@ from torch import Tensor
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.files import saved_scores, saved_threshold
 from tie_ext.scores.decision import upcast
-from tie_ext.scores.knn import knn_score
+from tie_ext.scores.knn import Prepared, knn_score
 from tie_ext.scores.threshold import MAX_REPEATED, Guarantee
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.loader import BatchReader
@@ -54,8 +54,8 @@ def warn_if_seen(training: Tensor | None, held_out: Tensor) -> None:
     """
     if training is None:
         return
-    unit = torch.nn.functional.normalize(training.float())
-    seen = [knn_score(part.to(unit), unit, 1) < SAME for part in held_out.split(500)]
+    unit = Prepared(training)
+    seen = [knn_score(part.to(unit.rows.device), unit, 1) < SAME for part in held_out.split(500)]
     if (share := float(torch.cat(seen).double().mean())) > MAX_REPEATED:
         warnings.warn(
             f"{share:.0%} or more of the held-out images are training images: a threshold from "

@@ -10,7 +10,7 @@ from pytorch_ood.detector import KNN
 from torch import Tensor
 
 from tie_ext.pytorch_ood.base import FeatureScore
-from tie_ext.scores.knn import knn_score
+from tie_ext.scores.knn import Prepared, knn_score
 from tie_ext.utils.checks import check_number, describe
 
 K, MAX_SAMPLES = 50, 5000
@@ -39,6 +39,7 @@ class SampledKNN(FeatureScore, KNN):
         also samples.
     """
 
+    _ready: tuple[Tensor, Prepared] | None = None
     info: ClassVar = DetectorInfo(paper=KNN.info.paper, tasks=KNN.info.tasks, ai_coded=True)
 
     def __init__(
@@ -86,4 +87,6 @@ class SampledKNN(FeatureScore, KNN):
         """
         if self.sample is None:
             raise RequiresFittingException
-        return knn_score(z, self.sample, min(self.k, len(self.sample)))
+        if self._ready is None or self._ready[0] is not self.sample:  # after a fit, load or move
+            self._ready = self.sample, Prepared(self.sample)
+        return knn_score(z, self._ready[1], min(self.k, len(self.sample)))

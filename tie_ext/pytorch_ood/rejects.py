@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet
-from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector
 from tie_ext.utils.loader import BatchReader
@@ -156,9 +155,8 @@ def layer_distances(net: TIENet, s: Tensor) -> Tensor:
     head = net.garbage
     if not isinstance(head, GarbageHead):
         return s.new_ones(len(s), 1)
-    sizes = [STATISTICS * min(count, MAX_CHANNELS) for count in head.layers.values()]
     squares = ((s - head.mean.to(s)) / head.deviation.to(s)).square()
-    features, *layers = squares.split([head.feature_size, *sizes], dim=1)
+    features, *layers = squares.split([head.feature_size, *head.sizes], dim=1)
     return torch.stack([part.mean(dim=1).sqrt() for part in (*layers, features)], dim=1)
 
 

@@ -1,6 +1,7 @@
 """The nearest of a sample of training features, on the unit sphere: their distance and labels.
 
-Symbols: ``z (B, F)`` features of images; ``sample (M, F)`` those of training images, of length 1.
+Symbols: ``z (B, F)`` features of images; ``sample (M, F)`` those of training images, of length 1,
+as they are or as :class:`Prepared` once for all batches.
 """
 
 import torch
@@ -8,7 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def knn_score(z: Tensor, sample: Tensor, k: int) -> Tensor:
+class Prepared:
+    """A sample, ready for a search in double precision, where the device has it: in single
+    precision the expanded square loses its digits, see :func:`pairwise_distances`.
+
+    Arguments:
+        sample: ``(M, F)``.
+    """
+
+    def __init__(self, sample: Tensor):
+        self.rows = F.normalize(sample if sample.device.type == "mps" else sample.double())
+        self.squares = self.rows.square().sum(1)
+
+
+def knn_score(z: Tensor, sample: Tensor | Prepared, k: int) -> Tensor:
     """Distance of features, brought to length 1, to the k-th nearest of a sample.
 
     Arguments:
@@ -25,7 +39,7 @@ def knn_score(z: Tensor, sample: Tensor, k: int) -> Tensor:
     return _nearest(z, sample, k)[0][:, -1]
 
 
-def knn_labels(z: Tensor, sample: Tensor, labels: Tensor, k: int) -> Tensor:
+def knn_labels(z: Tensor, sample: Tensor | Prepared, labels: Tensor, k: int) -> Tensor:
     """The most frequent label among the k nearest of a sample.
 
     Arguments:
@@ -40,17 +54,17 @@ def knn_labels(z: Tensor, sample: Tensor, labels: Tensor, k: int) -> Tensor:
     return labels[_nearest(z, sample, k)[1]].mode(dim=1).values
 
 
-def _nearest(z: Tensor, sample: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest(z: Tensor, sample: Tensor | Prepared, k: int) -> tuple[Tensor, Tensor]:
     """Distances and rows ``(B, k)`` of the k nearest of a sample, the nearest first."""
-    z = F.normalize(z.to(sample.dtype))
-    if z.device.type == "mps":  # which has no double precision
-        return pairwise_distances(z, sample).topk(k, largest=False)  # type: ignore[return-value]
-    x, y = z.double(), sample.double()
-    # The expanded square as below, less what is the same for all of the sample: one matrix product
-    # and no other pass over all distances.
-    nearness, rows = torch.addmm(y.square().sum(1) / -2, x, y.T).topk(k)
-    squares = x.square().sum(1, keepdim=True) - 2 * nearness
-    return squares.clamp_min(0).sqrt().to(z.dtype), rows
+    sample = sample if isinstance(sample, Prepared) else Prepared(sample)
+    rows = sample.rows
+    if rows.device.type == "mps":
+        return pairwise_distances(F.normalize(z), rows).topk(k, largest=False)  # type: ignore[return-value]
+    x = F.normalize(z.double())
+    # Less what is the same for all of the sample: one product and no other pass over distances.
+    nearness, nearest = torch.addmm(sample.squares / -2, x, rows.T).topk(k)
+    distances = (x.square().sum(1, keepdim=True) - 2 * nearness).clamp_min(0).sqrt()
+    return distances.to(z.dtype), nearest
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tie_ext.models.generator import Generator
 from tie_ext.models.head import GarbageHead
 from tie_ext.models.network import TIENet, multilayer_head
-from tie_ext.models.statistics import MAX_CHANNELS, STATISTICS
+from tie_ext.models.statistics import EVERY
 from tie_ext.outliers.base import Loader
 from tie_ext.outliers.inversion import CLEAR, soft_code
 from tie_ext.scores.decision import upcast
@@ -78,8 +78,7 @@ class Layers:
             )
         self.net, self.head = net, net.garbage
         self.names = (*self.head.layers, "features")
-        channels = self.head.layers.values()
-        self.sizes = [STATISTICS * min(count, MAX_CHANNELS) for count in channels]
+        self.sizes = self.head.sizes
         n, size = net.num_classes, self.head.mean.numel()
         count, total = torch.zeros(n), torch.zeros(n, size, dtype=torch.float64)
         square = torch.zeros_like(total)
@@ -216,15 +215,18 @@ def _with_head(
     low: float | Sequence[float],
     high: float | Sequence[float],
 ) -> TIENet:
-    """A copy of the network with a head on every layer."""
+    """A copy of the network with a head that reads every statistic of every layer."""
     if isinstance(model, TIENet):
         net = copy.deepcopy(model).eval()
-        if not isinstance(net.garbage, GarbageHead):
-            net.garbage = multilayer_head(net, shape)
-        return net
-    if n is None:
+    elif n is None:
         raise ValueError("Expected num_classes for a network that is no TIENet, but got None")
-    return TIENet(model, n, shape, low, high, head="multilayer").eval()
+    else:
+        net = TIENet(model, n, shape, low, high).eval()
+    head = net.garbage
+    if not isinstance(head, GarbageHead):
+        head = multilayer_head(net, shape)
+    net.garbage = GarbageHead(head.layers, net.feature_size, per_channel=EVERY).to(net.low.device)
+    return net
 
 
 def _invert(

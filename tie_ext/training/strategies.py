@@ -37,7 +37,7 @@ REFERENCE_CLASSES = 10
 otherwise have a thousandth of the loss."""
 IGNORED = -100
 """Label that cross-entropy ignores."""
-FULL = 75_000
+FULL = 100_000
 """ID images of an epoch after whose training a head on every layer is fitted in full, and
 inversion takes all its steps. With fewer the share falls in proportion: TIE then adds about 0.3
 of plain training."""
