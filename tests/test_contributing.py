@@ -4,7 +4,6 @@ says.
 
 import inspect
 import re
-import sys
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -12,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, TINY, domain, make_batches, make_small, refused
+from outliers import test_synthesizers as book
 
 from tie_ext import TIETrainer
 from tie_ext.outliers import SYNTHESIZERS, make
 from tie_ext.outliers.base import Synthesizer
 from tie_ext.training.recipe import Recipe
-
-sys.path.append(str(Path(__file__).parent / "outliers"))
-import test_synthesizers as book
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 LAWS = {

@@ -27,7 +27,7 @@ class Small(nn.Module):
         return self.fc(self.conv(x).relu().mean((2, 3)))
 
 
-def test_a_network_loads():
+def test_network_that_0_1_0_saved():
     net = TIENet.load(SAVED / "network.safetensors", Small())
     assert (net.num_classes, net.image_shape, net.class_names, net.autocast_dtype) == (
         3,
@@ -38,7 +38,7 @@ def test_a_network_loads():
     assert torch.isfinite(net.decide(torch.rand(4, 1, 28, 28)).score).all()
 
 
-def test_a_detector_loads():
+def test_detector_that_0_1_0_saved():
     pytest.importorskip("pytorch_ood")
     from tie_ext.pytorch_ood import TIEDetector
 
@@ -47,7 +47,7 @@ def test_a_detector_loads():
     assert torch.isfinite(detector(torch.rand(4, 1, 28, 28))).all()
 
 
-def test_a_network_with_a_head_on_every_layer_scores_as_it_did():
+def test_scores_of_a_head_that_0_2_0_saved():
     net = TIENet.load(ATTACHED / "network.safetensors", Small())
     assert net.class_names == ("a", "b", "c")
     assert net.decide(RAMP).score.tolist() == pytest.approx(
@@ -55,7 +55,7 @@ def test_a_network_with_a_head_on_every_layer_scores_as_it_did():
     )
 
 
-def test_a_combination_scores_as_it_did():
+def test_scores_of_a_combination_of_0_2_0():
     pytest.importorskip("pytorch_ood")
     from tie_ext.pytorch_ood import Combined
 
@@ -74,7 +74,7 @@ def load(folder: Path):
     return load_detector(folder, Small())
 
 
-def test_a_run_folder_is_a_detector_folder():
+def test_run_folder_as_a_detector_folder():
     detector = load(DATA / "run_by_0.2.0")
     assert [type(member).__name__ for member in detector.detectors] == [
         "TIEDetector",
@@ -92,7 +92,7 @@ def test_a_run_folder_is_a_detector_folder():
     )
 
 
-def test_every_kind_of_member_and_a_rule_that_is_no_longer_offered():
+def test_members_and_a_rule_that_is_retired():
     detector = load(DATA / "members_by_0.2.0")
     assert (detector.rule, len(detector.detectors)) == ("fisher", 12)
     assert detector.threshold == pytest.approx(32.48936)
@@ -117,7 +117,7 @@ def test_every_kind_of_member_and_a_rule_that_is_no_longer_offered():
         ("tau", [-1.65442, -1.74128, -1.84507, -1.93188], None, 0.9807332),
     ],
 )
-def test_a_threshold_and_a_tau(folder, score, threshold, tau):
+def test_threshold_and_tau_of_0_2_0(folder, score, threshold, tau):
     detector = load(DATA / f"{folder}_by_0.2.0")
     assert detector(RAMP).tolist() == pytest.approx(score, rel=1e-4)
     assert detector.threshold == (None if threshold is None else pytest.approx(threshold))
@@ -129,7 +129,7 @@ def test_a_threshold_and_a_tau(folder, score, threshold, tau):
     "folder",
     ["saved_by_0.1.0", "saved_by_0.2.0", "run_by_0.2.0", "members_by_0.2.0", "threshold_by_0.2.0"],
 )
-def test_saved_again_it_scores_the_same(folder, tmp_path):
+def test_scores_of_a_detector_saved_again(folder, tmp_path):
     detector = load(DATA / folder)
     detector.save(tmp_path)
     again = load(tmp_path)

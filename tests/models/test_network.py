@@ -43,7 +43,9 @@ def test_logits_and_features_of_any_backbone(kind, n):
 def test_backbone_after_a_network_was_made_of_it():
     backbone = Conv3(1, 10).eval()
     before, logits = states(backbone), backbone(X)
-    assert torch.equal(TIENet(backbone, 10, SHAPE)(X), logits)
+    net = TIENet(backbone, 10, SHAPE)
+    assert torch.equal(net(X), logits)
+    assert not net.training  # or parts in evaluation mode would count as frozen
     drawn, net = torch.get_rng_state(), TIENet(backbone.train(), 10, SHAPE)
     assert net.training
     assert net.backbone.training

@@ -210,7 +210,7 @@ def test_range_names_and_type_of_the_network(data):
     assert {p.dtype for p in net.parameters()} == {torch.float64}
 
 
-def test_attach_in_bfloat16(tmp_path, monkeypatch, data):
+def test_attached_network_in_bfloat16(tmp_path, monkeypatch, data):
     read, statistics = [], TIENet.statistics
     monkeypatch.setattr(
         TIENet, "statistics", lambda net, x: read.append(net.autocast_dtype) or statistics(net, x)

@@ -69,7 +69,7 @@ def test_settings_that_are_newer_than_the_file(tmp_path):
         trainer().load(tmp_path / "run")
 
 
-def test_resume_with_other_data(tmp_path):
+def test_resume_of_a_run_with_other_data(tmp_path):
     first, again = make_trainer(make_small()), make_trainer(make_small())
     first.epoch(make_batches())
     first.save(tmp_path / "run")
