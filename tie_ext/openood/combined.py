@@ -20,7 +20,6 @@ from tie_ext.pytorch_ood.recommended import (
     sample_features,
 )
 from tie_ext.utils.loader import BatchReader
-from tie_ext.utils.random import seeded
 from tie_ext.utils.views import eval_view
 
 
@@ -59,8 +58,7 @@ class CombinedPostprocessor(Postprocessor):
         if isinstance(inner, TIENet) and inner.train_features is not None:
             sample = kept_sample(inner)
         else:
-            with seeded(0):
-                sample = sample_features(_outputs(view, id_loader_dict, "train"))
+            sample = sample_features(_outputs(view, id_loader_dict, "train"))
         layer = _last_layer(inner, sample.features)
         self._say_what_is_missing(type(inner).__name__, garbage, layer is not None)
         combined = Combined(chosen_members(sample, None, layer, garbage), None)

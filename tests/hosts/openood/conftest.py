@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 CONFIGS = Path(__file__).parents[3] / "openood_configs"
@@ -55,12 +56,17 @@ def network_config(backbone: str = "lenet", **changes):
     return config({**whole, **changes, "backbone": {"name": backbone, **about}})
 
 
-def build(**changes):
+def build(seed: int = 0, **changes):
     """A ``tie_net``."""
     from openood.networks import get_network
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return get_network(network_config(**changes))
+
+
+def states_equal(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(*map(torch.as_tensor, pair)) for pair in pairs)
 
 
 def lenet(classes: int = 3):

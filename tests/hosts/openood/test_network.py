@@ -8,16 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from hosts.openood.conftest import build, config, lenet
+from hosts.openood.conftest import build, lenet, states_equal
 from tie_ext.models.head import GarbageHead
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DATA = Path(__file__).parents[2] / "data"
-
-
-def same(first: nn.Module, second: nn.Module) -> bool:
-    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    return all(torch.equal(*map(torch.as_tensor, pair)) for pair in pairs)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +84,7 @@ def test_checkpoints_are_read_without_running_code(openood, tmp_path):
     net = build()
     net.tau.fill_(0.25)
     torch.save(net.state_dict(), tmp_path / "best.ckpt")
-    assert same(build(pretrained=True, checkpoint=str(tmp_path / "best.ckpt")), net)
+    assert states_equal(build(pretrained=True, checkpoint=str(tmp_path / "best.ckpt")), net)
     (tmp_path / "hostile.ckpt").write_bytes(pickle.dumps({"x": print}))
     with pytest.raises(pickle.UnpicklingError):
         build(pretrained=True, checkpoint=str(tmp_path / "hostile.ckpt"))
@@ -108,20 +103,6 @@ def test_checkpoints_of_earlier_versions(openood, version, head):
 # Checkpoints in the networks that OpenOOD's scripts build.
 
 
-def around(openood, backbone: str, head: str = "linear"):
-    """A ``tie_net`` around one of the backbones."""
-    from tie_ext.openood.network import backbone_of
-
-    torch.manual_seed(0)
-    about = {"name": backbone, "num_classes": 10, "pretrained": False}
-    inner = backbone_of(config(about))
-    size = 28 if backbone == "lenet" else 32
-    bounds = [-2.0] * 3, [2.2] * 3
-    net = openood.OpenOODTIENet(inner, 10, (3, size, size), *bounds, head=head).eval()
-    net.tau.fill_(0.25)
-    return net
-
-
 @pytest.mark.parametrize(
     ("backbone", "head"),
     [
@@ -135,8 +116,9 @@ def around(openood, backbone: str, head: str = "linear"):
 def test_checkpoints_in_networks_of_scripts(openood, backbone, head):
     from openood.networks import ResNet18_32x32
 
-    saved = around(openood, backbone, head)
+    saved = build(backbone=backbone, image_size=32, head=head).eval()
     saved.autocast_dtype = "bfloat16"
+    saved.tau.fill_(0.25)
     net = ResNet18_32x32(num_classes=10)
     net.load_state_dict(saved.state_dict())
     x = torch.rand(2, 3, 32, 32)
@@ -155,8 +137,8 @@ def test_other_checkpoints_in_networks_of_scripts(openood):
     with pytest.raises(RuntimeError, match="Missing key"):
         second.load_state_dict({})
     with pytest.raises(ValueError, match=r"around one of ResNet18_32x32, conv3.* main.py"):
-        second.load_state_dict(around(openood, "lenet").state_dict())
-    state = around(openood, "conv3", "multilayer").state_dict()
+        second.load_state_dict(build(backbone="lenet").state_dict())
+    state = build(backbone="conv3", image_size=32, head="multilayer").state_dict()
     state["garbage.mean"] = state["garbage.mean"][:-4]
     with pytest.raises(ValueError, match="for 32 pixels, but got another"):
         second.load_state_dict(state)

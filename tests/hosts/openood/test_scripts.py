@@ -14,7 +14,7 @@ import torch
 from conftest import set_head_defaults
 from PIL import Image
 
-from hosts.openood.conftest import draw, run_openood
+from hosts.openood.conftest import build, draw, run_openood
 from tie_ext.models.backbones import Conv3
 
 pd = pytest.importorskip("pandas")  # as OpenOOD has it
@@ -23,6 +23,7 @@ ROWS = ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "
 LARGE = ["ssb_hard", "ninco", "nearood", "inaturalist", "textures", "openimage_o", "farood"]
 FOLDERS = "cifar10 cifar100 tin mnist svhn texture places365 imagenet_1k ssb_hard ninco "
 FOLDERS += "inaturalist openimage_o imagenet_v2 imagenet_c imagenet_r imagenet_es"
+CIFAR10 = {"image_size": 32, "normalization_type": "cifar10"}
 HUB = "load_state_dict_from_url"
 
 
@@ -58,13 +59,6 @@ def place(openood_root, tmp_path_factory) -> Path:
     return place
 
 
-def around(ours, backbone, head: str = "linear", size: int = 32):
-    bounds, classes = ([-2.0] * 3, [2.2] * 3), 1000 if size == 224 else 10
-    net = ours.OpenOODTIENet(backbone, classes, (3, size, size), *bounds, head=head).eval()
-    net.tau.fill_(0.25)
-    return net
-
-
 @pytest.fixture
 def seeds(openood, place, tmp_path) -> Path:
     """Three seeds as OpenOOD's training leaves them; the third has a garbage head."""
@@ -74,8 +68,8 @@ def seeds(openood, place, tmp_path) -> Path:
     files = [place / f"data/images_classic/cifar10_id_train_{i}.png" for i in range(40)]
     x = torch.stack([prepare(Image.open(file)) for file in files])
     for seed in range(3):
-        torch.manual_seed(seed)
-        net = around(openood, Conv3(3, 10), "multilayer" if seed == 2 else "linear")
+        head = "multilayer" if seed == 2 else "linear"
+        net = build(seed, backbone="conv3", head=head, **CIFAR10).eval()
         # Least squares: every training image is right, as several postprocessors need.
         h, target = net.features(x).detach(), torch.eye(10)[y] - 0.1
         weight = 20 * (torch.linalg.pinv(h - h.mean(0)) @ target).T

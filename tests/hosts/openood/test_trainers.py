@@ -6,7 +6,15 @@ import yaml
 from conftest import set_head_defaults
 from torch.utils.data import DataLoader
 
-from hosts.openood.conftest import CONFIGS, Images, build, config, lenet, network_config
+from hosts.openood.conftest import (
+    CONFIGS,
+    Images,
+    build,
+    config,
+    lenet,
+    network_config,
+    states_equal,
+)
 from tie_ext import TIEConfig, attach
 from tie_ext.training.recipe import Recipe
 
@@ -49,11 +57,6 @@ class Pairs(list):
 
     def __iter__(self):
         return ((batch["data"], batch["label"]) for batch in self.loader)
-
-
-def states_equal(first, second) -> bool:
-    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    return all(torch.equal(*map(torch.as_tensor, pair)) for pair in pairs)
 
 
 def test_an_epoch_is_that_of_the_core(openood):
