@@ -13,6 +13,7 @@ from cli.conftest import run as command
 from cli.conftest import stop
 from tie_ext import TIETrainer
 from tie_ext.cli.batches import ImageBatches
+from tie_ext.cli.classifier import make_network
 from tie_ext.cli.evaluation import ood_metrics
 from tie_ext.cli.reproduce import run, tables
 from tie_ext.cli.reproduce.comparison import recipe_of, train_method
@@ -186,6 +187,15 @@ def test_methods_change_the_recipe_as_their_papers_say():
     assert recipe_of("layers", RECIPE).record() == {**RECIPE.record(), **layers}
     with pytest.raises(ValueError, match="Expected a method, one of tie"):
         recipe_of("magic", RECIPE)
+
+
+def test_initial_weights_of_a_seed(images):
+    first, again, other = (
+        make_network(lambda: Conv3(1, 10), images, replace(TINY, seed=seed)).fc.weight
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_every_method_sees_the_first_epoch_in_the_same_order(images, monkeypatch):
