@@ -13,9 +13,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "public_networks"
 OURS = ("combine", "attach", "combine's KNN")
 """Ours, which are no rivals; the first is judged."""
 LABELS = {"combine": "**combine**", "attach": "**garbage head alone**"}
-COMBINED = "garbage head, KNN and GEN, summed: `combine` as it was before body and tails"
-"""What the records' combine is; to be changed with them."""
-FACTS = ("worst", "mean", "where", "single", "version", "combined")
+FACTS = ("worst", "mean", "where", "single", "version")
 SHOWN = 5
 """Rivals in tables."""
 CALLED = {
@@ -167,7 +165,6 @@ def facts() -> dict[str, str]:
         "mean": percent(average),
         "where": _called(column),
         "single": f"{_worst(rivals()[0])}, {rivals()[0]}",
-        "combined": COMBINED,
         "version": f"tie_ext {found['versions']['tie_ext']} at commit {found['commit'][:7]}, "
         f"pytorch-ood {found['versions']['pytorch-ood']}",
     }
