@@ -106,7 +106,7 @@ def test_images_that_a_head_is_fitted_to(monkeypatch, fitted):
 
 
 @pytest.mark.parametrize(
-    ("images", "effort"), [(10, 1 / 16), (4687, 1 / 16), (37_500, 0.5), (75_000, 1), (10**7, 1)]
+    ("images", "effort"), [(10, 1 / 16), (6250, 1 / 16), (50_000, 0.5), (100_000, 1), (10**7, 1)]
 )
 def test_effort_by_the_number_of_images(images, effort):
     found = (make_trainer(make_small(head)).garbage.effort(images) for head in HEADS)
