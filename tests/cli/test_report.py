@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,36 @@ def test_a_page_that_needs_nothing_else(name, count, request, tmp_path, capsys):
     assert "false alarms" in page
     assert "&quot;versions&quot;" in page
     assert files_of(out).keys() == {path.relative_to(out).as_posix() for path in written(out)}
+
+
+LOOK = """<script>addEventListener("load", () => {
+const page = document.documentElement, images = [...document.images];
+for (const part of document.querySelectorAll("details")) part.open = true;
+page.dataset.found = [innerWidth, page.scrollWidth > innerWidth, images.length,
+  images.filter(one => !one.naturalWidth || !one.alt).length].join(" ");
+})</script></body>"""
+"""Opens all parts and notes width, whether the page is wider, images, and those without picture or text."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [500, 800, 1200])
+def test_a_page_in_a_browser(attached, width, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium on the path")
+    out = Path(shutil.copytree(attached, tmp_path / "run"))
+    assert run("report", out) == 0
+    page = tmp_path / "page.html"
+    page.write_text((out / "report.html").read_text().replace("</body>", LOOK))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+    command = [browser, *flags, f"--window-size={width},900", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = re.search(r'data-found="(\d+) (\w+) (\d+) (\d+)"', dom)
+    assert found
+    assert found[1] == str(width)
+    assert found[2] == "false"
+    assert int(found[3]) > 5
+    assert found[4] == "0"
 
 
 @pytest.mark.slow
