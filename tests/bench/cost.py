@@ -259,10 +259,14 @@ def scoring(a: argparse.Namespace) -> dict:
             for _ in range(a.repeats + 1):
                 for kind, work in kinds.items():
                     times[kind].append(seconds(partial(work, x)))
-        least = {kind: median(of[1:]) for kind, of in times.items()}
+        # Of neighbours in time, as a machine is not equally fast all the while.
+        plain = times["backbone"][1:]
         found[name] = {
             "batch": len(x),
-            "ratio": {kind: least[kind] / least["backbone"] for kind in ("head", "combination")},
+            "ratio": {
+                kind: median(a / b for a, b in zip(times[kind][1:], plain, strict=True))
+                for kind in ("head", "combination")
+            },
         }
         print(name, found[name], flush=True)
     return {"when": a.when, "cases": found}
@@ -294,7 +298,7 @@ def main() -> None:
         public.add_argument("--images", type=Path, required=True, help="packed image sets")
         public.add_argument("--cases", nargs="+", required=True)
         public.add_argument("--count", type=int, help="other than the bars'")
-        public.add_argument("--repeats", type=int, default=5)
+        public.add_argument("--repeats", type=int, default=15)
         public.add_argument("--when", choices=("before", "after"), default="after")
     a = parser.parse_args()
     torch.set_num_threads(1)

@@ -157,7 +157,7 @@ def _scoring(records: dict[str, dict]) -> str:
         f"    python tests/bench/{r['command']}" for r in _pair(records, "scoring")
     )
     return (
-        "## Scoring\n\nA pass in passes of the backbone alone, medians of five in turn, processor time of one thread. Small "
+        "## Scoring\n\nA pass in passes of the backbone alone, medians of ratios of passes in turn, processor time of one thread. Small "
         f"networks lose most: their own pass is short, and the head reads each of their layers.\n\n{commands}\n\n{table(rows)}"
     )
 
