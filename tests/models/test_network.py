@@ -10,6 +10,7 @@ from torch import nn
 from tie_ext import TIENet
 from tie_ext.models.backbones import Conv3, Conv5, ResidualCNN, ResNet20
 from tie_ext.models.head import GarbageHead
+from tie_ext.models.network import multilayer_head
 from tie_ext.scores.decision import uncertainty
 
 X = torch.rand(4, *SHAPE)
@@ -190,3 +191,15 @@ def test_layers_and_weights_of_resnet20():
     assert 0.27e6 < weights < 0.28e6
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
     assert sum(part.kernel_size == (3, 3) for part in convolutions) == 19
+
+
+def test_a_state_dict_with_a_head_of_before():
+    def make():
+        return TIENet(ResNet20(1, 3), 3, (1, 32, 32), head="multilayer").eval()
+
+    x, net = torch.rand(2, 1, 32, 32), make()
+    net.garbage = multilayer_head(net, (1, 32, 32), 16, 4)
+    assert len(net.garbage.layers) == 16
+    loaded = make()
+    loaded.load_state_dict(net.state_dict())
+    assert torch.equal(loaded(x, garbage=True), net(x, garbage=True))

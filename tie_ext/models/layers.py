@@ -14,7 +14,7 @@ MAX_LAYERS = 8
 fewer. Each costs a pooling of its maps in every forward pass."""
 
 
-def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
+def find_layers(backbone: nn.Module, x: Tensor, most: int = MAX_LAYERS) -> dict[str, int]:
     """The layers to read: convolutions, each after the normalisation that follows it, or the
     blocks of a transformer.
 
@@ -22,9 +22,10 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
         backbone: The network; left as it was.
         x: Images ``(B, C, H, W)`` for a trial run; of two or more, what has not the batch's size
             is told apart, as an encoding of positions.
+        most: Layers at most.
 
     Returns:
-        The channels of at most :data:`MAX_LAYERS` of them by name, in the order of their calls.
+        The channels of the layers by name, in the order of their calls.
 
     Raises:
         ValueError: If there are neither convolutions nor blocks.
@@ -64,7 +65,7 @@ def find_layers(backbone: nn.Module, x: Tensor) -> dict[str, int]:
             "Expected a backbone with convolutions or transformer blocks for the head to read, "
             f"but got {type(backbone).__name__}"
         )
-    return _spread(found)
+    return _spread(found, most)
 
 
 def _channels(module: Any) -> int:
@@ -111,8 +112,8 @@ def _parent(module: nn.Module, name: str) -> nn.Module:
     return module.get_submodule(name.rpartition(".")[0])
 
 
-def _spread(layers: dict[str, int]) -> dict[str, int]:
-    """At most :data:`MAX_LAYERS` of them, evenly spaced."""
-    names, count = list(layers), min(MAX_LAYERS, len(layers))
+def _spread(layers: dict[str, int], most: int) -> dict[str, int]:
+    """At most so many of them, evenly spaced."""
+    names, count = list(layers), min(most, len(layers))
     places = torch.linspace(0, len(names) - 1, count).tolist()
     return {names[round(place)]: layers[names[round(place)]] for place in places}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from tie_ext.models.classifier import Classifier
 from tie_ext.models.head import GarbageHead
-from tie_ext.models.layers import find_layers
+from tie_ext.models.layers import MAX_LAYERS, find_layers
 from tie_ext.models.readout import Readout, at
 from tie_ext.models.serialization import KEPT, load_network, save_network
+from tie_ext.models.statistics import EVERY, STATISTICS
 from tie_ext.scores.decision import Decision, decide, upcast
 from tie_ext.utils.checks import check_images, check_number
 from tie_ext.utils.precision import without_autocast
@@ -26,6 +27,10 @@ from tie_ext.utils.views import eval_view
 HEADS = ("linear", "multilayer")
 """The garbage logit: the paper's linear function of the penultimate features, or a
 :class:`~tie_ext.models.head.GarbageHead` on every layer."""
+
+
+BEFORE = 16, EVERY
+"""Layers that a head read at most before 0.3, and statistics of a channel."""
 
 
 class Outputs(NamedTuple):
@@ -190,8 +195,13 @@ class TIENet(Classifier):
             setattr(self, name, None if value is None else value.detach().to(self.low.device))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # A checkpoint does not say what its head reads: what heads read now, or before.
         saved = (state_dict.get(prefix + name) for name in KEPT)
         self.keep_training(*(of if of is None else torch.empty_like(of) for of in saved))
+        mean, head = state_dict.get(prefix + "garbage.mean"), self.garbage
+        other = isinstance(head, GarbageHead) and mean is not None and len(mean) != len(head.mean)
+        if other and self.image_shape is not None:
+            self.garbage = multilayer_head(self, self.image_shape, *BEFORE)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -219,14 +229,20 @@ class TIENet(Classifier):
         return load_network(path, backbone, cls)
 
 
-def multilayer_head(net: Classifier, shape: Sequence[int]) -> GarbageHead:
-    """A new head on every layer of a network for images ``(C, H, W)``.
+def multilayer_head(
+    net: Classifier,
+    shape: Sequence[int],
+    most: int = MAX_LAYERS,
+    per_channel: int = STATISTICS,
+) -> GarbageHead:
+    """A new head on every layer of a network for images ``(C, H, W)``, on ``most`` at most.
 
     Raises:
         ValueError: If the network has no layers for a head to read.
     """
-    layers = find_layers(net.classifier_view(), net.trial_images(shape)[:2])
-    return GarbageHead(layers, net.feature_size).to(net.fc.weight)
+    layers = find_layers(net.classifier_view(), net.trial_images(shape)[:2], most)
+    head = GarbageHead(layers, net.feature_size, per_channel=per_channel)
+    return head.to(net.fc.weight)
 
 
 def _check(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import yaml
 from conftest import set_head_defaults
 from torch.utils.data import DataLoader
 
@@ -18,6 +17,7 @@ from hosts.openood.conftest import (
 from tie_ext import TIEConfig, attach
 from tie_ext.training.recipe import Recipe
 
+yaml = pytest.importorskip("yaml")
 pytestmark = pytest.mark.filterwarnings("ignore")
 ADAM = {"name": "adam", "lr": 1e-3, "num_epochs": 2}
 SGD = {**ADAM, "name": "sgd", "lr": 0.1, "momentum": 0.8, "weight_decay": 5e-4}
