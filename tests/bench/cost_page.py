@@ -121,7 +121,6 @@ def _loops(records: list[dict]) -> str:
 def _attach(records: dict[str, dict]) -> str:
     """attach and combine in passes over the images, before and after the budget."""
     after = records["attach-after"]
-    before = records.get("attach-before", {"cases": {}})["cases"]
     rows = []
     for name, r in after["cases"].items():
         many = name.endswith("ten times as many")
@@ -130,14 +129,12 @@ def _attach(records: dict[str, dict]) -> str:
             few = after["cases"][name.split(",")[0]]["seconds"]
             wanted, value = GROWTH, sum(r["seconds"].values()) / sum(few.values())
         said = "" if wanted is None else f" ({wanted}: {held(value <= wanted)})"
-        was = f"{before[name]['passes']:.2f}" if name in before else ""
         of = " of the time of a tenth" if many else " passes"
         rows.append(
             {
                 "network": name,
                 "images": str(r["images"]),
-                "before, passes": was,
-                "after (promised)": f"{value:.2f}{of}{said}",
+                "passes (promised)": f"{value:.2f}{of}{said}",
                 "peak memory": f"{r['peak_memory_mb']:.0f} MB",
             }
         )
@@ -146,8 +143,7 @@ def _attach(records: dict[str, dict]) -> str:
     )
     return (
         "## Attach and combine\n\nIn passes of the plain classifier over the images that the user has; processor time of one "
-        "thread, the calibration images not counted. Before: every image was read, twice, with three outliers each; 16 layers, "
-        f"1600 steps.\n\n{commands}\n\n{table(rows)}"
+        f"thread, the calibration images not counted.\n\n{commands}\n\n{table(rows)}"
     )
 
 
@@ -200,7 +196,7 @@ def _epochs(records: list[dict]) -> str:
             )
     commands = "\n".join(f"    python tests/bench/{r['command']}" for r in records)
     return (
-        f"## An epoch\n\nTIE's, in plain epochs: {records[0]['repeats']} of each in turn, one thread; medians of the seconds that the process "
+        f"## An epoch\n\nTIE's, in plain epochs: several of each in turn, one thread; medians of the seconds that the process "
         "computed for. In the last epoch the head that people use learns in full. The stages are shares of TIE's epoch; the head "
         f"learns inside `train`.\n\n{commands}\n\n{table(rows)}"
     )

@@ -165,6 +165,6 @@ def facts() -> dict[str, str]:
         "mean": percent(average),
         "where": _called(column),
         "single": f"{_worst(rivals()[0])}, {rivals()[0]}",
-        "version": f"tie_ext {found['versions']['tie_ext']} at commit {found['commit'][:7]}, "
+        "version": f"tie_ext at commit {found['commit'][:7]}, before 0.3.0, "
         f"pytorch-ood {found['versions']['pytorch-ood']}",
     }

@@ -200,6 +200,12 @@ def test_a_state_dict_with_a_head_of_before():
     x, net = torch.rand(2, 1, 32, 32), make()
     net.garbage = multilayer_head(net, (1, 32, 32), 16, 4)
     assert len(net.garbage.layers) == 16
-    loaded = make()
+    loaded, new = make(), make()
     loaded.load_state_dict(net.state_dict())
     assert torch.equal(loaded(x, garbage=True), net(x, garbage=True))
+    loaded.load_state_dict(new.state_dict())  # and back
+    assert torch.equal(loaded(x, garbage=True), new(x, garbage=True))
+    foreign = new.state_dict() | {"garbage.mean": torch.zeros(7)}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        loaded.load_state_dict(foreign)
+    assert loaded.garbage.per_channel == 2

@@ -201,7 +201,9 @@ class TIENet(Classifier):
         mean, head = state_dict.get(prefix + "garbage.mean"), self.garbage
         other = isinstance(head, GarbageHead) and mean is not None and len(mean) != len(head.mean)
         if other and self.image_shape is not None:
-            self.garbage = multilayer_head(self, self.image_shape, *BEFORE)
+            for reads in ((MAX_LAYERS, STATISTICS), BEFORE):
+                found = multilayer_head(self, self.image_shape, *reads)
+                self.garbage = found if len(found.mean) == len(mean) else self.garbage
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save(self, path: str | os.PathLike) -> None:

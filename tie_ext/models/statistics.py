@@ -3,13 +3,15 @@
 Symbols: ``a (B, C, H, W)``, ``(B, H, W, C)`` or ``(B, T, C)`` output of a layer before its ReLU.
 The four are mean and deviation after the ReLU, which describe textures, and the largest and the
 smallest value, which reveal a thin stroke: the place where a filter responds most. A garbage head
-reads mean and largest, which rank as well and cost a CPU half as much; explanations and heads that
-were saved before 0.3 read all four.
+reads mean and largest, which rank as well and are pooled in half the time; explanations and heads
+that were saved before 0.3 read all four.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from tie_ext.utils.checks import is_compiling
 
 MAX_CHANNELS = 128
 """Channels read of a layer at most: the first, as channels have no order; evenly spaced ones where
@@ -131,6 +133,6 @@ def _moments(rows: Tensor, dim: int, count: int) -> Tensor:
 
     # A CPU is fastest on pieces that fit its cache. A traced graph must not depend on their
     # number.
-    if not rows.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if not rows.is_cpu or torch.jit.is_tracing() or is_compiling():
         return of(rows)
     return torch.cat([of(piece) for piece in rows.split(max(1, PIECE // rows[0].numel()))], dim=1)

@@ -39,7 +39,7 @@ class SampledKNN(FeatureScore, KNN):
         also samples.
     """
 
-    _ready: tuple[Tensor, Prepared] | None = None
+    _ready: tuple[Tensor | None, Prepared | None] = (None, None)
     info: ClassVar = DetectorInfo(paper=KNN.info.paper, tasks=KNN.info.tasks, ai_coded=True)
 
     def __init__(
@@ -87,6 +87,21 @@ class SampledKNN(FeatureScore, KNN):
         """
         if self.sample is None:
             raise RequiresFittingException
-        if self._ready is None or self._ready[0] is not self.sample:  # after a fit, load or move
-            self._ready = self.sample, Prepared(self.sample)
-        return knn_score(z, self._ready[1], min(self.k, len(self.sample)))
+        return knn_score(z, self.prepared(), min(self.k, len(self.sample)))
+
+    def prepared(self) -> Prepared:
+        """The sample, ready for a search; made once for each fit, load or move.
+
+        Raises:
+            RequiresFittingException: If it has not been fitted.
+        """
+        if self.sample is None:
+            raise RequiresFittingException
+        sample, found = self._ready
+        if found is None or sample is not self.sample:
+            found = Prepared(self.sample)
+            self._ready = self.sample, found
+        return found
+
+    def __getstate__(self) -> dict:
+        return {name: of for name, of in vars(self).items() if name != "_ready"}

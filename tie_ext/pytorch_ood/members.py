@@ -41,6 +41,7 @@ from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
 from tie_ext.scores.decision import upcast
+from tie_ext.scores.knn import knn_score
 from tie_ext.scores.mahalanobis import Gaussians
 from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.views import holder_view, hook_view
@@ -87,6 +88,11 @@ def _entropy(logits: Tensor) -> Tensor:
 def _mahalanobis_plus_plus(member: MahalanobisPlusPlus) -> Callable[[Tensor], Tensor]:
     gaussians = member.gaussians()  # before anything is traced
     return lambda z: gaussians.distance(F.normalize(z))
+
+
+def _sampled_knn(member: SampledKNN) -> Callable[[Tensor], Tensor]:
+    sample = member.prepared()  # before anything is traced
+    return lambda z: knn_score(z, sample, min(member.k, len(sample.rows)))
 
 
 def _make_knn(net: TIENet, saved: dict[str, Any]) -> KNN:
@@ -138,6 +144,7 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
         weight=2,
         settings=("k", "max_samples"),
         tensors=("sample",),
+        exported=_sampled_knn,
         make=lambda net, saved: SampledKNN(net.features, saved["k"], saved["max_samples"]),
     ),
     KNN: MemberSpec(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tie_ext.scores.decision import upcast
+
 
 class Prepared:
     """A sample, ready for a search in double precision, where the device has it: in single
@@ -56,6 +58,7 @@ def knn_labels(z: Tensor, sample: Tensor | Prepared, labels: Tensor, k: int) -> 
 
 def _nearest(z: Tensor, sample: Tensor | Prepared, k: int) -> tuple[Tensor, Tensor]:
     """Distances and rows ``(B, k)`` of the k nearest of a sample, the nearest first."""
+    z = upcast(z)
     sample = sample if isinstance(sample, Prepared) else Prepared(sample)
     rows = sample.rows
     if rows.device.type == "mps":

@@ -39,8 +39,8 @@ IGNORED = -100
 """Label that cross-entropy ignores."""
 FULL = 100_000
 """ID images of an epoch after whose training a head on every layer is fitted in full, and
-inversion takes all its steps. With fewer the share falls in proportion: TIE then adds about 0.3
-of plain training."""
+inversion takes all its steps. With fewer the share falls in proportion: docs/research/cost.md has
+what TIE then adds to plain training."""
 LEAST = 1 / 16
 """The smallest share."""
 FEWEST_STEPS = 30

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Where torch 2.2 has it.
-_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 MAX_VALUES = 2**24
 """Values of the largest image: 3 x 2364 x 2364."""
 
@@ -29,7 +29,7 @@ def check_logits(logits: Tensor) -> None:
             "Expected floating-point logits of shape (B, n+1) with n >= 2, "
             f"but got {describe(logits)}"
         )
-    if _is_compiling() or torch.jit.is_tracing():
+    if is_compiling() or torch.jit.is_tracing():
         return  # an exported program has no exceptions to raise
     check_finite(logits, "logits")
 
@@ -77,7 +77,7 @@ def check_images(
         raise ValueError(
             f"Expected floating-point images (uint8 ones divided by 255), but got {describe(x)}"
         )
-    if len(x) == 0:
+    if x.numel() == 0:
         raise ValueError(f"Expected at least one image of shape {wanted}, but got an empty batch")
     # Two passes over the images, as this is a part of the price of a score; both let NaN through.
     smallest, largest = x.amin((0, 2, 3)), x.amax((0, 2, 3))

@@ -43,8 +43,10 @@ def provenance(
         places: Files and folders that are elsewhere on each machine, by the name that replaces
             them in the command.
     """
-    versions = {"python": platform.python_version()}
-    for package in ("tie_ext", *packages):
+    # Ours by itself, as metadata says what an editable installation once was.
+    own = sys.modules["tie_ext"].__version__
+    versions = {"python": platform.python_version(), "tie_ext": own}
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

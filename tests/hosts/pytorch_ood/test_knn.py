@@ -1,5 +1,7 @@
 """KNN on a sample of the training images, beside pytorch-ood's KNN."""
 
+import pickle
+
 import pytest
 import pytorch_ood.detector as theirs
 import torch
@@ -7,6 +9,7 @@ from torch.nn.functional import normalize
 
 from hosts.pytorch_ood.conftest import N
 from tie_ext.pytorch_ood import SampledKNN
+from tie_ext.pytorch_ood.members import MEMBERS
 from tie_ext.scores.knn import knn_labels, knn_score, pairwise_distances
 
 
@@ -67,3 +70,23 @@ def test_nearest_neighbours_vote_for_a_label():
     for k in (1, 3):
         assert knn_labels(z, sample, labels, k).tolist()[:2] == [5, 2]
     assert knn_labels(z, sample, torch.tensor([5, 7, 7, 7]), 4).tolist() == [7, 7, 7]
+
+
+def test_a_sample_that_is_prepared_once():
+    z = torch.randn(40, 8)
+    fitted = SampledKNN(None, 5).fit_features(z)
+    ready = fitted.prepared()
+    assert fitted.prepared() is ready
+    score = MEMBERS[SampledKNN].exported(fitted)
+    fitted.sample = fitted.sample.clone()  # as a move to another device does
+    assert fitted.prepared() is not ready
+    torch.testing.assert_close(score(z), fitted.predict_features(z))
+    assert "_ready" not in pickle.loads(pickle.dumps(fitted)).__dict__
+
+
+def test_neighbours_of_features_in_half_precision():
+    sample = normalize(torch.randn(30, 8))
+    z = torch.randn(50, 8).bfloat16()
+    found = knn_score(z, sample, 3)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, knn_score(z.float(), sample, 3))
