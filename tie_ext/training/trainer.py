@@ -239,10 +239,14 @@ class TIETrainer:
         return Reservoir(share(size), stream)
 
     def _kept(self, sample: Reservoir) -> Pairs:
-        """The share of the sample that what follows training is computed from. It is taken now, as
-        the first epoch has not known before how many images there are.
+        """The share of the sample that what follows training is computed from; in the last epoch,
+        whose head people use, as many images as attach fits one to. It is taken now, as the first
+        epoch has not known before how many images there are.
         """
-        columns, count = sample.columns, share(round(self._effort * self._sample_size))
+        columns, count = sample.columns, round(self._effort * self._sample_size)
+        if self._last:
+            count = max(count, min(self._sample_size, self.garbage.head_config.max_images))
+        count = share(count)
         if len(columns[0]) > count:
             rows = torch.randperm(len(columns[0]), generator=sample.generator)[:count]
             columns = tuple(column[rows.to(column.device)] for column in columns)
