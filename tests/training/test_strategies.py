@@ -121,7 +121,10 @@ def test_effort_after_training_in_proportion_to_images(monkeypatch, fitted):
     inversion = Inversion(net, InversionSettings(steps=8, width=4, batch_size=2))
     step = inversion._step
     inversion._step = lambda *args: steps.append(1) or step(*args)
-    sample, head = SampleConfig(size=12, last_size=20), HeadConfig(steps=30, epoch_steps=10, max_images=13)
+    sample, head = (
+        SampleConfig(size=12, last_size=20),
+        HeadConfig(steps=30, epoch_steps=10, max_images=13),
+    )
     config = replace(TINY, candidates=100)
     trainer = TIETrainer(net, config, [inversion], head_config=head, sample_config=sample)
     proposed = [sum(trainer.epoch(make_batches()).proposed) for _ in range(2)]
