@@ -29,6 +29,7 @@ RUNS = ("reproduce", "loop")
 OTHERS = {
     "public front": public_page.front,
     "public regret": public_page.regret,
+    "public bars": public_page.bars,
     "public auroc": lambda: public_page.by_column(0),
     "public fpr95": lambda: public_page.by_column(1),
     "public rejected": lambda: public_page.by_column(2),
