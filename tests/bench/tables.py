@@ -30,6 +30,7 @@ OTHERS = {
     "public front": public_page.front,
     "public regret": public_page.regret,
     "public bars": public_page.bars,
+    "public cifar10": public_page.cifar10,
     "public auroc": lambda: public_page.by_column(0),
     "public fpr95": lambda: public_page.by_column(1),
     "public rejected": lambda: public_page.by_column(2),
