@@ -12,7 +12,13 @@ from tie_ext import Combined, TIEDetector, TIENet, TIETrainer, attach, combine
 from tie_ext.outliers import Noise
 from tie_ext.pytorch_ood import MahalanobisPlusPlus, SampledKNN
 from tie_ext.pytorch_ood.members import Outputs
-from tie_ext.pytorch_ood.recommended import Sample, chosen_members, fit_chosen, sample_features
+from tie_ext.pytorch_ood.recommended import (
+    Sample,
+    chosen_members,
+    fit_chosen,
+    fit_knn,
+    sample_features,
+)
 from tie_ext.scores.combination import RULES
 from tie_ext.scores.threshold import split
 from tie_ext.training.config import HeadConfig
@@ -186,3 +192,9 @@ def test_sample_of_features_is_the_same_each_time():
     samples = [sample_features([(Outputs(z, z), y)], 20).features for _ in range(2)]
     assert torch.equal(*samples)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("images", "kept", "k"), [(2500, 2000, 20), (300, 300, 3), (20, 20, 1)])
+def test_neighbours_by_the_number_of_training_images(images, kept, k):
+    fitted = fit_knn(torch.randn(images, 4))
+    assert (len(fitted.sample), fitted.k) == (kept, k)
