@@ -380,6 +380,25 @@ def chosen_parts(
     return three(of, rows, y) | left | whole(labels, (*far, *VALIDATION))
 
 
+def held_out_parts(of: str, known: int, seed: int, labels: Mapping[str, Tensor]) -> dict[str, Part]:
+    """To choose by: of the images that the choice of this seed does not test, those of one class are
+    near; of the others four sevenths are fitted on, an eighth is held out, and the rest judges."""
+    chosen = chosen_parts(of, known, (), seed, labels)
+    rows, y = (
+        torch.cat([getattr(chosen[part], name) for part in ("fit", "calibration")])
+        for name in ("rows", "labels")
+    )
+    out = seed % known
+    near, kept = rows[y == out], (y != out).nonzero()[:, 0]
+    kept = kept[order(len(kept), seed)]
+    y = y - (y > out).long()
+    sizes = [len(kept) * 4 // 7, len(kept) * 39 // 56]
+    label = torch.full_like(labels[of], -1).index_put((rows,), y)
+    found = three(of, [rows[some] for some in kept.tensor_split(sizes)], label)
+    left = {"held out": Part(of, near, torch.full_like(near, -1))}
+    return found | left | whole(labels, VALIDATION)
+
+
 def small(
     backbone: str,
     own: str,
@@ -406,6 +425,19 @@ def chosen(of: str, known: int, other: str) -> Network:
     )
 
 
+def held_out(of: str, known: int) -> Network:
+    """Of the classes of :func:`chosen` one is near, and nothing that it is judged on is seen."""
+    return Network(
+        "efficientnet-lite0",
+        partial(held_out_parts, of, known),
+        ("held out",),
+        VALIDATION,
+        known - 1,
+        range(CHOICES),
+        True,
+    )
+
+
 NETWORKS = {
     "cifar10-resnet20": small("cifar10-resnet20", "cifar10", ("cifar100-test", "tin-test")),
     "cifar10-resnet56": small("cifar10-resnet56", "cifar10", ("cifar100-test", "tin-test")),
@@ -418,6 +450,11 @@ NETWORKS = {
     "mnist": small("mnist-conv3", "mnist", (), ("fashionmnist-test", *GREY_OTHERS)),
     "fashionmnist": small("fashionmnist-conv3", "fashionmnist", (), ("mnist-test", *GREY_OTHERS)),
 }
+HELD_OUT = {
+    "flowers-held-out": held_out("photos_flowers", 3),
+    "trash-held-out": held_out("photos_trash", 4),
+}
+"""What public_choice.py chooses by beside validation sets."""
 
 
 class Run:
@@ -425,7 +462,7 @@ class Run:
 
     def __init__(self, name: str, seed: int, root: Path, cache: Path):
         self.name, self.seed, self.root, self.cache = name, seed, root, cache
-        self.network = NETWORKS[name]
+        self.network = (NETWORKS | HELD_OUT)[name]
         self.backbone = BACKBONES[self.network.backbone]
         self.folder = cache / "runs" / f"{name}-seed{seed}"
         labels = {
