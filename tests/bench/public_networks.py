@@ -382,7 +382,7 @@ def chosen_parts(
 
 def held_out_parts(of: str, known: int, seed: int, labels: Mapping[str, Tensor]) -> dict[str, Part]:
     """To choose by: of the images that the choice of this seed does not test, those of one class are
-    near; of the others four sevenths are fitted on, an eighth is held out, and the rest judges."""
+    near; of the others four sevenths are fitted on, 40 are held out, and the rest judges."""
     chosen = chosen_parts(of, known, (), seed, labels)
     rows, y = (
         torch.cat([getattr(chosen[part], name) for part in ("fit", "calibration")])
@@ -392,9 +392,9 @@ def held_out_parts(of: str, known: int, seed: int, labels: Mapping[str, Tensor])
     near, kept = rows[y == out], (y != out).nonzero()[:, 0]
     kept = kept[order(len(kept), seed)]
     y = y - (y > out).long()
-    sizes = [len(kept) * 4 // 7, len(kept) * 39 // 56]
+    fit = len(kept) * 4 // 7
     label = torch.full_like(labels[of], -1).index_put((rows,), y)
-    found = three(of, [rows[some] for some in kept.tensor_split(sizes)], label)
+    found = three(of, [rows[some] for some in kept.tensor_split([fit, fit + 40])], label)
     left = {"held out": Part(of, near, torch.full_like(near, -1))}
     return found | left | whole(labels, VALIDATION)
 
