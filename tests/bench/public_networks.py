@@ -380,7 +380,9 @@ def chosen_parts(
     return three(of, rows, y) | left | whole(labels, (*far, *VALIDATION))
 
 
-def held_out_parts(of: str, known: int, seed: int, labels: Mapping[str, Tensor]) -> dict[str, Part]:
+def held_out_parts(
+    of: str, known: int, seed: int, labels: Mapping[str, Tensor]
+) -> dict[str, Part]:
     """To choose by: of the images that the choice of this seed does not test, those of one class are
     near; of the others four sevenths are fitted on, 40 are held out, and the rest judges."""
     chosen = chosen_parts(of, known, (), seed, labels)

@@ -11,14 +11,14 @@ from conftest import close, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tie_ext.scores.combination import FORMULAS, body_and_tails, check_rule, reference
+from tie_ext.scores.combination import FORMULAS, Weights, body_and_tails, check_rule, reference
 from tie_ext.scores.threshold import conformal_threshold
 
 rules = pytest.mark.parametrize("rule", list(FORMULAS))
 seeds = st.integers(0, 10**6)
 columns = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=3, max_size=3)
-weightings = columns.map(torch.tensor)
-WEIGHTS = torch.tensor([1.0, 0.0, 2.0])
+weightings = st.builds(Weights, columns.map(torch.tensor), columns.map(torch.tensor))
+WEIGHTS = Weights(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.75, 0.5]))
 
 
 def draw(seed: int, count: int, correlation: float = 0.8, step: float = 0.0) -> torch.Tensor:
@@ -64,10 +64,11 @@ def test_rules_by_the_formulas_of_their_papers():
 def test_body_and_tails_by_its_formula():
     scores = torch.arange(20.0)[:, None] * torch.tensor([1.0, 10.0, 100.0])
     learned, deviation = reference(scores, WEIGHTS), scores[:, 0].std()
-    new = torch.tensor([[0.0, 170.0, 0.0], [9.5, 190.0, 950.0], [19.0, 270.0, 950.0]])
-    body = torch.tensor([-9.5, 0, 9.5 / 3])  # the third counts twice
-    tail = torch.tensor([0, 2.0, 10.0])  # above 17, the eighteenth of twenty
-    expected = (body + 0.75 * tail) / deviation
+    new = torch.tensor([[0.0, 170.0, 1800.0], [9.5, 190.0, 1800.0], [19.0, 270.0, 2200.0]])
+    body = torch.tensor([7.5, 17, 34.5]) / 3  # the third counts twice
+    # Above 17, the eighteenth of twenty.
+    first, second = torch.tensor([0, 2.0, 10.0]), torch.tensor([1.0, 1.0, 5.0])
+    expected = (body + 0.75 * first + 0.5 * second) / deviation
     close(body_and_tails(learned, new), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -91,7 +92,7 @@ def test_combination_with_a_larger_score_of_a_member(rule, seed, weights, column
 def test_combination_in_other_orders_and_units(rule, seed, weights, order, scale, shift):
     ours, new = draw(seed, 40), draw(seed + 1, 10)
     a, b = torch.tensor([[1.0, scale, 1.0], [0.0, shift, 0.0]]).double()
-    moved = reference((ours * a + b)[:, order], weights[order])
+    moved = reference((ours * a + b)[:, order], Weights(*(of[order] for of in weights)))
     close(
         FORMULAS[rule](moved, (new * a + b)[:, order]),
         FORMULAS[rule](reference(ours, weights), new),
@@ -100,11 +101,12 @@ def test_combination_in_other_orders_and_units(rule, seed, weights, order, scale
     )
 
 
-@given(seeds, st.sampled_from([None, torch.ones(3), torch.full((3,), 2.0), torch.zeros(3)]))
-def test_mean_without_tails_or_without_a_body(seed, weights):
+@given(seeds, st.sampled_from([None, 1.0, 2.0, 0.0]))
+def test_mean_without_tails_or_without_a_body(seed, weight):
+    body, none = torch.full((3,), weight or 0.0), torch.zeros(3)
+    weights = None if weight is None else Weights(body, none if weight else none + 1)
     learned, new = reference(draw(seed, 40), weights), draw(seed + 1, 10)
-    expected = learned.standardise(new).mean(1)
-    close(body_and_tails(learned, new), expected)
+    close(body_and_tails(learned, new), learned.standardise(new).mean(1))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_false_alarm_rate_with_any_dependence(rule, alpha, step, correlation):
     found = []
     for seed in range(100):
         scores = draw(seed, 278, correlation, step)
-        learned = reference(scores[:39], torch.arange(3.0))
+        learned = reference(scores[:39], WEIGHTS)
         threshold = conformal_threshold(FORMULAS[rule](learned, scores[39:78]), alpha)
         found.append((FORMULAS[rule](learned, scores[78:]) > threshold).float().mean())
     rates = torch.stack(found)

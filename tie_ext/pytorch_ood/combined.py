@@ -24,6 +24,7 @@ from tie_ext.pytorch_ood.files import read_folder, write_folder
 from tie_ext.pytorch_ood.members import (
     Outputs,
     check_spec,
+    confidence_of,
     forward,
     member_of,
     member_score,
@@ -32,9 +33,9 @@ from tie_ext.pytorch_ood.members import (
     state_of,
     weights_of,
 )
-from tie_ext.scores.combination import FORMULAS, RULES, Reference, check_rule
+from tie_ext.scores.combination import BEFORE, FORMULAS, RULES, Reference, check_rule
 from tie_ext.scores.decision import Decision, decide_by_score, upcast
-from tie_ext.scores.threshold import calibrate
+from tie_ext.scores.threshold import calibrate, split
 from tie_ext.utils.checks import check_finite, check_labels, describe
 from tie_ext.utils.files import reading
 from tie_ext.utils.views import eval_view
@@ -62,7 +63,8 @@ class Combined(Thresholded, Detector):
             without a threshold: all held-out images then set the scale.
         rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`. By
             ``tails`` each member has the weight of its entry in
-            :data:`tie_ext.pytorch_ood.members.MEMBERS`, or 1 without an entry.
+            :data:`tie_ext.pytorch_ood.members.MEMBERS`, or 1 without an entry; distances to
+            training images have it as far as held-out images say that KNN is to be trusted.
         guarantee: What ``false_alarm`` bounds, ``average`` or ``pac``; as for the next two,
             :class:`tie_ext.scores.threshold.Guarantee` says more.
         confidence: Of ``pac``, in (0, 1).
@@ -158,7 +160,7 @@ class Combined(Thresholded, Detector):
                 range of training, or a score is not finite or the same for all.
         """
         net = self._net()
-        view, found, predicted, features = eval_view(net), [], [], []
+        view, found, predicted, sure, features = eval_view(net), [], [], [], []
         for x, labels in id_reader(net, calibration_loader, "calibration_loader"):
             x = x.to(self.device)
             outputs = forward(view, x, self._fields())
@@ -166,19 +168,31 @@ class Combined(Thresholded, Detector):
                 check_labels(labels, len(x), outputs.logits.shape[1])
             found.append(self._stack(outputs, x))
             predicted.append(outputs.logits.argmax(dim=1))
+            sure.append(confidence_of(outputs))
             features += [] if outputs.features is None else [outputs.features]
         if features and isinstance(net, TIENet):
             warn_if_seen(net.train_features, torch.cat(features))
-        return self.fit_scores(torch.cat(found), torch.cat(predicted))
+        return self.fit_scores(torch.cat(found), torch.cat(predicted), torch.cat(sure))
 
-    def fit_scores(self, scores: Tensor, labels: Tensor | None = None) -> "Combined":
-        """As :meth:`fit`, from the members' scores ``(N, k)`` of held-out ID images
-        (:meth:`scores`), and their predicted classes ``(N,)``, which ``per_class`` needs.
+    def fit_scores(
+        self, scores: Tensor, labels: Tensor | None = None, confidence: Tensor | None = None
+    ) -> "Combined":
+        """As :meth:`fit`, from what is known of N held-out ID images.
+
+        Arguments:
+            scores: The members' scores ``(N, k)`` (:meth:`scores`).
+            labels: Predicted classes ``(N,)``, which ``per_class`` needs.
+            confidence: Largest probabilities ``(N,)`` of the network, without which no distance to
+                training images counts in the mean of ``tails``.
         """
-        weights, guarantee = weights_of(self.detectors), self._guarantee
+        scores, guarantee = self._checked(scores), self._guarantee
+        # No image that sets the threshold is asked, so that the false-alarm rate holds.
+        rows = split(len(scores), self.false_alarm, guarantee.probability)[0].to(scores.device)
+        sure = None if confidence is None else confidence.to(scores.device)[rows]
+        weights = weights_of(self.detectors, scores[rows], sure)
         names = [type(member).__name__ for member in self.detectors]
         about = (weights, labels, guarantee, names)
-        found = calibrate(self._checked(scores), self.rule, self.false_alarm, *about)
+        found = calibrate(scores, self.rule, self.false_alarm, *about)
         self.reference, self.calibration_scores, self.calibration_labels, self.threshold = found
         return self
 
@@ -428,14 +442,18 @@ def _saved_reference(state: dict[str, Any], k: int) -> Reference:
         ValueError: If its parts do not fit together.
     """
     found = Reference(**state["reference"])
+    if found.weights is not None and found.tails is None:  # up to 0.3
+        found = found._replace(tails=BEFORE * (found.weights == 0).to(found.weights))
     for part, value in found._asdict().items():
         if value is not None:
             check_finite(value, part)
     shapes = [tuple(part.shape) for part in found if part is not None]
-    if shapes != [(k,), (k,), (len(found.ordered), k), (k,)][: len(shapes)]:
+    if shapes != [(k,), (k,), (len(found.ordered), k), (k,), (k,)][: len(shapes)]:
         raise ValueError(f"a reference of shapes {shapes} for {k} members")
     if not bool((found.deviation > 0).all() and (found.ordered.diff(dim=0) >= 0).all()):
         raise ValueError("a reference with deviations <= 0, or scores that do not ascend")
     if found.weights is not None and not (found.weights.min() >= 0 and found.weights.sum() > 0):
         raise ValueError("a reference with weights below 0, or all 0")
+    if found.tails is not None and not found.tails.min() >= 0:
+        raise ValueError("a reference with tails of weights below 0")
     return found

@@ -40,9 +40,11 @@ from tie_ext.pytorch_ood.fdbd import BoundaryDistance
 from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
+from tie_ext.scores.combination import TAIL_WEIGHT, Weights
 from tie_ext.scores.decision import upcast
 from tie_ext.scores.knn import knn_score
 from tie_ext.scores.mahalanobis import Gaussians
+from tie_ext.scores.trust import trust
 from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.views import holder_view, hook_view
 
@@ -62,10 +64,12 @@ class MemberSpec(NamedTuple):
     """
 
     weight: float = 1.0
-    """In the body of a combination (:func:`tie_ext.scores.combination.body_and_tails`); 0 for a
-    score that finds far images and does not rank near ones, and counts in its tail alone.
+    """In the body of a combination (:func:`tie_ext.scores.combination.body_and_tails`)."""
+    distance: bool = False
+    """Whether it tells how far an image is from training images, and not between which classes.
+    Then it has a tail, and in the body its weight only as far as KNN is trusted
+    (:mod:`tie_ext.scores.trust`).
     """
-
     settings: tuple[str, ...] = ()
     """Attributes that are numbers or None."""
     tensors: tuple[str, ...] = ()
@@ -108,7 +112,8 @@ def _read_knn(member: KNN, name: str) -> Any:
 
 MEMBERS: dict[type[Detector], MemberSpec] = {
     TIEDetector: MemberSpec(
-        weight=0,
+        weight=2,
+        distance=True,
         settings=("false_alarm", "lam", "t"),
         tensors=("tau", "threshold"),
         make=lambda net, saved: TIEDetector(net, saved["false_alarm"], saved["lam"], saved["t"]),
@@ -121,13 +126,15 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
     Entropy: MemberSpec(exported=lambda member: _entropy),
     GEN: MemberSpec(settings=("gamma", "M")),
     Mahalanobis: MemberSpec(
-        weight=0,
+        weight=2,
+        distance=True,
         tensors=("mu", "cov", "precision"),
         # Its own reads `.data`, which torch.export does not follow.
         exported=lambda member: Gaussians(member.mu, member.precision).distance,
     ),
     MahalanobisPlusPlus: MemberSpec(
-        weight=0,
+        weight=2,
+        distance=True,
         tensors=("mu", "precision"),
         exported=_mahalanobis_plus_plus,
     ),
@@ -141,14 +148,16 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
         make=lambda net, saved: ViM(net.features, saved["d"], saved["w"], saved["b"]),
     ),
     SampledKNN: MemberSpec(
-        weight=2,
+        weight=4,
+        distance=True,
         settings=("k", "max_samples"),
         tensors=("sample",),
         exported=_sampled_knn,
         make=lambda net, saved: SampledKNN(net.features, saved["k"], saved["max_samples"]),
     ),
     KNN: MemberSpec(
-        weight=2,
+        weight=4,
+        distance=True,
         settings=("k", "normalize"),
         tensors=("images",),
         make=_make_knn,
@@ -184,9 +193,26 @@ def check_spec(member: Detector, net: nn.Module | None) -> MemberSpec:
     return spec
 
 
-def weights_of(members: Sequence[Detector]) -> Tensor:
-    """Weights ``(k,)`` of members in the body of a combination."""
-    return torch.tensor([float(MEMBERS.get(type(m), MemberSpec()).weight) for m in members])
+def weights_of(members: Sequence[Detector], scores: Tensor, confidence: Tensor | None) -> Weights:
+    """How much each member counts in a combination.
+
+    Arguments:
+        members: The k members.
+        scores: Their scores ``(N, k)`` of ID images.
+        confidence: Largest probabilities ``(N,)`` of the network; None where they are not known.
+
+    Returns:
+        Distances count in the body as far as KNN is trusted, and not at all where there is none
+        or no confidence.
+    """
+    specs = [MEMBERS.get(type(member), MemberSpec()) for member in members]
+    column = next((i for i, m in enumerate(members) if isinstance(m, SampledKNN | KNN)), None)
+    known = column is not None and confidence is not None
+    share = trust(scores[:, column], confidence) if known else 0.0  # type: ignore[arg-type]
+    body = [of.weight * (share if of.distance else 1.0) for of in specs]
+    return Weights(
+        torch.tensor(body), torch.tensor([TAIL_WEIGHT if of.distance else 0.0 for of in specs])
+    )
 
 
 def state_of(member: Detector, net: nn.Module | None) -> dict[str, Any]:
@@ -248,6 +274,11 @@ class Outputs(NamedTuple):
     """``(B, F)``; None where no member reads them."""
     all_logits: Tensor | None = None
     """``(B, n+1)`` of a TIENet, garbage last; None where no member reads them."""
+
+
+def confidence_of(outputs: Outputs) -> Tensor:
+    """Largest probabilities ``(B,)`` of the network's classes."""
+    return outputs.logits.softmax(dim=1).amax(dim=1)
 
 
 def network_of(members: Sequence[Detector]) -> nn.Module | None:

@@ -17,10 +17,9 @@ from tie_ext.pytorch_ood.detector import TIEDetector
 from tie_ext.pytorch_ood.fdbd import BoundaryDistance
 from tie_ext.pytorch_ood.knn import MAX_SAMPLES, K, SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
-from tie_ext.pytorch_ood.members import Outputs, forward
+from tie_ext.pytorch_ood.members import Outputs, confidence_of, forward
 from tie_ext.scores.combination import check_rule
-from tie_ext.scores.knn import Prepared, knn_labels
-from tie_ext.scores.threshold import Guarantee, split
+from tie_ext.scores.threshold import Guarantee
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.distributed import gathered, world
 from tie_ext.utils.precision import without_autocast
@@ -32,9 +31,6 @@ log = logging.getLogger(__name__)
 
 NEIGHBOURS = 2000
 """Training images of KNN: more cost every score time and rank no better."""
-VOTERS, TRUST = 5, 0.95
-"""KNN ranks near images only where neighbours share a class, which is taken to be so where
-the vote of 5 training images is right at least 0.95 times as often as the network."""
 
 
 class Sample(NamedTuple):
@@ -61,17 +57,18 @@ def combine(
 ) -> Combined:
     """The garbage class of a network and four other scores as one detector with one threshold.
 
-    Energy, fDBD and, where it is trusted (:func:`fit_chosen`), KNN are averaged. The garbage class
-    and Mahalanobis++ find far images and are blind to near ones, so that they count only where
-    they exceed nearly all ID images (:func:`tie_ext.scores.combination.body_and_tails`). This
-    combination was chosen on networks that others trained, by its largest distance from the best
-    single score on their test sets.
+    Energy and fDBD tell between which classes an image lies; the garbage class, KNN and
+    Mahalanobis++ how far it is from training images. The latter count where they exceed nearly all
+    ID images, and in the mean as far as held-out images say that they rank near images too
+    (:mod:`tie_ext.scores.trust`, :func:`tie_ext.scores.combination.body_and_tails`). Members and
+    weights were chosen on validation OOD sets and held-out classes of networks that others trained
+    (docs/research/public_networks.md).
 
     Arguments:
         net: A network with a garbage class, as :func:`tie_ext.attach` gives it.
         calibration_loader: ID images on which the classifier was not trained, with or without
             labels: half of them set the scale of the scores, half the threshold. In both loaders
-            images with labels < 0 are left out. KNN is trusted only where both have labels.
+            images with labels < 0 are left out.
         train_loader: ID images on which it was trained; the features of a sample of them fit the
             other scores. None for those that :func:`tie_ext.attach` kept in the network.
         false_alarm: Share of new ID images that may be rejected, in (0, 1]; None for scores
@@ -177,11 +174,7 @@ def chosen_members(
 def fit_chosen(
     combined: Combined, sample: Sample, batches: Iterable[tuple[Outputs, Tensor | None]]
 ) -> Combined:
-    """Fit a combination of chosen members, without its KNN where that is not trusted.
-
-    KNN is trusted where, of the images that set the scale, the vote of :data:`VOTERS` nearest
-    training images is right at least :data:`TRUST` times as often as the network, and the network
-    is right at all. No image that sets the threshold is asked, so that the false-alarm rate holds.
+    """Fit a combination of chosen members.
 
     Arguments:
         combined: The combination; it is fitted.
@@ -194,34 +187,15 @@ def fit_chosen(
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
-    found, right, predicted, features = [], [], [], []
-    for outputs, labels in batches:
+    found, predicted, sure, features = [], [], [], []
+    for outputs, _ in batches:
         found.append(combined.score_outputs(outputs))
         predicted.append(outputs.logits.argmax(dim=1))
-        right.append(_right(sample, outputs, labels))
+        sure.append(confidence_of(outputs))
         features.append(cast(Tensor, outputs.features))
-    scores = torch.cat(found)
     warn_if_seen(sample.features, torch.cat(features))
-    answers = gathered(torch.cat(right).long(), scores.device)
-    scores = gathered(scores, scores.device)
-    predicted = [gathered(torch.cat(predicted), scores.device)]
-    confidence = combined._guarantee.probability
-    scale, _ = split(len(scores), combined.false_alarm, confidence)
-    votes, network = answers[scale].sum(dim=0)
-    if not votes >= TRUST * network > 0:
-        kept = [i for i, of in enumerate(combined.detectors) if not isinstance(of, SampledKNN)]
-        combined.detectors, scores = [combined.detectors[i] for i in kept], scores[:, kept]
-    return combined.fit_scores(scores, torch.cat(predicted))
-
-
-def _right(sample: Sample, outputs: Outputs, labels: Tensor | None) -> Tensor:
-    """Whether the vote and the network are right ``(B, 2)``; without labels the vote never is."""
-    if labels is None or sample.labels is None:
-        return torch.tensor([[False, True]]).expand(len(outputs.logits), 2)
-    unit, k = Prepared(sample.features), min(VOTERS, len(sample.features))
-    votes = knn_labels(outputs.features, unit, sample.labels.to(unit.rows.device), k)  # type: ignore[arg-type]
-    found = torch.stack([votes, outputs.logits.argmax(dim=1)], dim=1).cpu()
-    return found == labels.cpu()[:, None]
+    columns = (gathered(torch.cat(of), found[0].device) for of in (found, predicted, sure))
+    return combined.fit_scores(*columns)
 
 
 def sample_features(

@@ -1,7 +1,7 @@
 r"""Several OOD scores combined: each is brought to a common scale on ID images, then summed.
 
 Symbols: ``scores (N, k)``, those of N images by k detectors, larger = more OOD; ``z`` standardised
-scores; ``w`` weights in the body; ``p`` conformal p-values.
+scores; ``w`` weights in the body, ``v`` of the tails; ``p`` conformal p-values.
 
 The scale is learned from ID images alone, so that no OOD image is needed to combine. It does not
 bound the false-alarm rate: the threshold of :func:`tie_ext.scores.threshold.calibrate` does, which
@@ -18,13 +18,21 @@ from torch import Tensor
 from tie_ext.utils.checks import check_finite, describe
 
 QUANTILE = 0.9
-"""Share of ID images below which a score that counts in its tail alone adds nothing. Such a score
-does not rank near images; what it says of nine ID images in ten is noise in a sum."""
+"""Share of ID images below which the tail of a score adds nothing. What a score that does not rank
+near images says of nine ID images in ten is noise in a sum."""
 ROUNDING = 1e-6
 """Relative differences of float32 scores that say nothing."""
-TAIL_WEIGHT = 0.75
-"""Weight of a deviation in a tail, against one of the body. On public networks 0.5 to 1 differ by
-0.3 points of AUROC at most, but on CIFAR-100: there 1 costs 0.4 near, and 0.5 costs 0.6 far."""
+TAIL_WEIGHT, BEFORE = 0.5, 0.75
+"""Weight of a deviation in a tail, against one of the body, here and up to 0.3."""
+
+
+class Weights(NamedTuple):
+    """How much each of k scores counts."""
+
+    body: Tensor
+    """``(k,)`` weights in the mean, >= 0."""
+    tails: Tensor
+    """``(k,)`` weights of the tails, >= 0."""
 
 
 class Reference(NamedTuple):
@@ -37,8 +45,9 @@ class Reference(NamedTuple):
     ordered: Tensor
     """``(N, k)``, each column in ascending order."""
     weights: Tensor | None = None
-    """``(k,)`` weights in the body, >= 0 and not all 0; 0 for a score that counts in its tail
-    alone. None: all 1."""
+    """``(k,)`` weights in the body, >= 0 and not all 0. None: all 1, and no tails."""
+    tails: Tensor | None = None
+    """``(k,)`` weights of the tails, >= 0; None where ``weights`` is."""
 
     def standardise(self, scores: Tensor) -> Tensor:
         """Scores ``(B, k)`` in deviations from the ID mean, ``(B, k)``; larger = more OOD."""
@@ -61,13 +70,13 @@ class Reference(NamedTuple):
 
 
 def reference(
-    scores: Tensor, weights: Tensor | None = None, names: Sequence[str] = ()
+    scores: Tensor, weights: Weights | None = None, names: Sequence[str] = ()
 ) -> Reference:
     """Learn the scale of each score.
 
     Arguments:
         scores: Scores ``(N, k)`` of ID images, larger = more OOD.
-        weights: Weights ``(k,)`` in the body, >= 0; None, or all 0, for equal weights.
+        weights: How much each counts; None, or a body of zeros, for a plain mean.
         names: What gave each score, for errors.
 
     Raises:
@@ -92,32 +101,33 @@ def reference(
             f"{ordered[0, column].item():.4g} for all "
             + (f"from {names[column]}; leave it out" if names else f"in column {column}")
         )
-    if weights is not None:
-        weights = weights.to(scores) if bool((weights > 0).any()) else None
-    return Reference(scores.mean(dim=0), deviation, ordered, weights)
+    if weights is None or not bool((weights.body > 0).any()):
+        return Reference(scores.mean(dim=0), deviation, ordered)
+    body, tails = (of.to(scores) for of in weights)
+    return Reference(scores.mean(dim=0), deviation, ordered, body, tails)
 
 
 def body_and_tails(learned: Reference, scores: Tensor) -> Tensor:
-    r"""Weighted mean of standardised scores, and the tails of those that do not count in it:
-    :math:`\frac{\sum_i w_i z_i}{\sum_i w_i} + 0.75 \sum_{j: w_j = 0} \max(0, z_j - q_j)`.
+    r"""Weighted mean of standardised scores, and tails:
+    :math:`\frac{\sum_i w_i z_i}{\sum_i w_i} + \sum_i v_i \max(0, z_i - q_i)`.
 
-    A score that finds far images and is blind to near ones would blur the sum; here it adds
-    nothing until it exceeds :math:`q_j`, its own 0.9 quantile on ID images.
+    A score that finds far images and is blind to near ones would blur the mean; its tail adds
+    nothing until the score exceeds :math:`q_i`, its own 0.9 quantile on ID images.
 
     Arguments:
-        learned: The scale of the scores, and the weights :math:`w`.
+        learned: The scale of the scores, and the weights :math:`w` and :math:`v`.
         scores: ``(B, k)``, larger = more OOD.
 
     Returns:
         Combined score ``(B,)``, larger = more OOD.
     """
     z = learned.standardise(scores)
-    if learned.weights is None:
+    if learned.weights is None or learned.tails is None:
         return z.mean(dim=1)
     row = learned.ordered[math.ceil(QUANTILE * len(learned.ordered)) - 1]
-    excess = (z - learned.standardise(row)).clamp_min(0) * (learned.weights == 0)
+    excess = (z - learned.standardise(row)).clamp_min(0)
     body = (z * learned.weights).sum(dim=1) / learned.weights.sum()
-    return body + TAIL_WEIGHT * excess.sum(dim=1)
+    return body + (excess * learned.tails).sum(dim=1)
 
 
 def zsum(learned: Reference, scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The nearest of a sample of training features, on the unit sphere: their distance and labels.
+"""The distance to the nearest of a sample of training features, on the unit sphere.
 
 Symbols: ``z (B, F)`` features of images; ``sample (M, F)`` those of training images, of length 1,
 as they are or as :class:`Prepared` once for all batches.
@@ -38,36 +38,15 @@ def knn_score(z: Tensor, sample: Tensor | Prepared, k: int) -> Tensor:
     References:
         Y. Sun et al. *Out-of-Distribution Detection with Deep Nearest Neighbors*. ICML 2022.
     """
-    return _nearest(z, sample, k)[0][:, -1]
-
-
-def knn_labels(z: Tensor, sample: Tensor | Prepared, labels: Tensor, k: int) -> Tensor:
-    """The most frequent label among the k nearest of a sample.
-
-    Arguments:
-        z: ``(B, F)``.
-        sample: ``(M, F)``, of length 1, M >= k.
-        labels: ``(M,)``, of the sample.
-        k: How many vote, >= 1.
-
-    Returns:
-        Labels ``(B,)``.
-    """
-    return labels[_nearest(z, sample, k)[1]].mode(dim=1).values
-
-
-def _nearest(z: Tensor, sample: Tensor | Prepared, k: int) -> tuple[Tensor, Tensor]:
-    """Distances and rows ``(B, k)`` of the k nearest of a sample, the nearest first."""
     z = upcast(z)
     sample = sample if isinstance(sample, Prepared) else Prepared(sample)
     rows = sample.rows
     if rows.device.type == "mps":
-        return pairwise_distances(F.normalize(z), rows).topk(k, largest=False)  # type: ignore[return-value]
+        return pairwise_distances(F.normalize(z), rows).topk(k, largest=False).values[:, -1]
     x = F.normalize(z.double())
     # Less what is the same for all of the sample: one product and no other pass over distances.
-    nearness, nearest = torch.addmm(sample.squares / -2, x, rows.T).topk(k)
-    distances = (x.square().sum(1, keepdim=True) - 2 * nearness).clamp_min(0).sqrt()
-    return distances.to(z.dtype), nearest
+    nearness = torch.addmm(sample.squares / -2, x, rows.T).topk(k).values[:, -1]
+    return (x.square().sum(1) - 2 * nearness).clamp_min(0).sqrt().to(z.dtype)
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:

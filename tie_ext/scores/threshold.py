@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
-from tie_ext.scores.combination import FORMULAS, Reference, reference
+from tie_ext.scores.combination import FORMULAS, Reference, Weights, reference
 from tie_ext.utils.checks import check_choice, check_finite, check_number
 
 SPLIT_SEED = 0
@@ -94,7 +94,7 @@ def calibrate(
     scores: Tensor,
     rule: str,
     false_alarm: float | None,
-    weights: Tensor | None = None,
+    weights: Weights | None = None,
     labels: Tensor | None = None,
     guarantee: Guarantee = Guarantee(),
     names: Sequence[str] = (),
@@ -109,8 +109,7 @@ def calibrate(
         rule: How they are combined, a name in :data:`tie_ext.scores.combination.FORMULAS`.
         false_alarm: Share of new ID images that may be rejected, in (0, 1]; None for no threshold,
             and all images set the scale.
-        weights: Weights ``(k,)`` of the scores, as
-            :func:`tie_ext.scores.combination.reference` takes them.
+        weights: How much each counts, as :func:`tie_ext.scores.combination.reference` takes it.
         labels: Predicted classes ``(N,)``, which a guarantee per class needs.
         guarantee: What ``false_alarm`` bounds.
         names: What gave each score, for errors.

@@ -19,7 +19,7 @@ from hosts.pytorch_ood.conftest import (
 )
 from tie_ext import Combined, TIEDetector
 from tie_ext.pytorch_ood import UncertaintyEstimate
-from tie_ext.scores.combination import RULES, reference
+from tie_ext.scores.combination import RULES, Weights, reference
 from tie_ext.scores.decision import uncertainty
 from tie_ext.scores.threshold import conformal_threshold, split
 
@@ -90,7 +90,9 @@ def test_scale_and_threshold_on_disjoint_halves(fitted):
     assert (len(scaling), len(calibrating)) == (30, 31)
     assert sorted([*scaling.tolist(), *calibrating.tolist()]) == list(range(61))
     assert scaling.tolist() != sorted(scaling.tolist())  # a loader may have classes in order
-    learned = reference(scores[scaling], torch.tensor([0.0, 0, 1]))  # energy is the body
+    # Energy is the body; the others are distances, and there is no KNN to say how far to trust.
+    weights = Weights(torch.tensor([0.0, 0, 1]), torch.tensor([0.5, 0.5, 0]))
+    learned = reference(scores[scaling], weights)
     # Sums of batches of other sizes.
     torch.testing.assert_close(fitted.reference, learned, rtol=1e-4, atol=1e-4)
     rule, again = RULES["tails"], three().fit_scores(scores.double())

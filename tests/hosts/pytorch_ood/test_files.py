@@ -161,6 +161,8 @@ for keys, values, message in (
     (("reference",), {"weights": torch.ones(2)}, "for 13 members"),
     (("reference",), {"weights": torch.zeros(13)}, "or all 0"),
     (("reference",), {"weights": -torch.ones(13)}, "weights below 0"),
+    (("reference",), {"tails": -torch.ones(13)}, "tails of weights below 0"),
+    (("reference",), {"tails": torch.ones(2)}, "for 13 members"),
 ):
     name = f"{keys} {list(values)}, {message}"
     OF_MEMBERS[name] = (lambda f, k=keys, v=values: rewrite(f, at(*k, **v)), message)
@@ -223,12 +225,22 @@ def test_entries_of_the_format_and_of_later_versions(saved):
 
 
 def test_weights_of_members_and_files_without_them(saved):
-    folder = saved / "Combined"
-    weights = Combined.load(folder).reference.weights
-    assert weights.tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 2, 2]
+    folder, distances = saved / "Combined", [1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1]
+    learned = Combined.load(folder).reference
+    full = torch.tensor([2.0, 1, 1, 1, 1, 1, 1, 2, 2, 1, 1, 4, 4])
+    share = learned.weights[-1] / 4
+    assert 0 < share < 1
+    torch.testing.assert_close(
+        learned.weights, torch.where(torch.tensor(distances) > 0, share, 1) * full
+    )
+    assert learned.tails.tolist() == [of / 2 for of in distances]
+    # Up to 0.3 a tail was what had no weight.
+    earlier = torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 2, 2])
+    rewrite(folder, lambda s: s["reference"].update(weights=earlier, tails=None))
+    assert Combined.load(folder).reference.tails.tolist() == (0.75 * (earlier == 0)).tolist()
     rewrite(folder, lambda s: s["reference"].pop("weights"))
     before = Combined.load(folder)
-    assert before.reference.weights is None
+    assert before.reference.weights is before.reference.tails is None
     mean = before.reference.standardise(before.scores(X)).mean(1)
     torch.testing.assert_close(before(X), mean, rtol=1e-4, atol=1e-4)
     edit(folder, rule="stouffer")

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from hosts.pytorch_ood.conftest import N
 from tie_ext.pytorch_ood import SampledKNN
 from tie_ext.pytorch_ood.members import MEMBERS
-from tie_ext.scores.knn import knn_labels, knn_score, pairwise_distances
+from tie_ext.scores.knn import knn_score, pairwise_distances
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-3, 1e-4])
@@ -62,14 +62,6 @@ def test_farthest_neighbour_of_fewer_than_k():
     farthest = fitted.predict_features(z)
     for k in SampledKNN.hyperparameter_space["k"]:
         assert torch.equal(fitted.set_hyperparameters(k=k).predict_features(z), farthest)
-
-
-def test_nearest_neighbours_vote_for_a_label():
-    sample = normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]))
-    labels, z = torch.tensor([5, 5, 2, 2]), torch.tensor([[3.0, 0.2], [0.2, 3], [1, 1]])
-    for k in (1, 3):
-        assert knn_labels(z, sample, labels, k).tolist()[:2] == [5, 2]
-    assert knn_labels(z, sample, torch.tensor([5, 7, 7, 7]), 4).tolist() == [7, 7, 7]
 
 
 def test_a_sample_that_is_prepared_once():

@@ -1,16 +1,15 @@
-"""``combine``: its members, when KNN is trusted, and the features that a network has kept."""
+"""``combine``: its members, how far distances are trusted, and the features that a network has kept."""
 
 import pytest
 import pytorch_ood.detector as theirs
 import torch
 from conftest import SHAPE, TINY, Small
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from hosts.pytorch_ood.conftest import N, images, loader, trained
 from tie_ext import Combined, TIEDetector, TIENet, TIETrainer, attach, combine
 from tie_ext.outliers import Noise
-from tie_ext.pytorch_ood import MahalanobisPlusPlus, SampledKNN
+from tie_ext.pytorch_ood import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.members import Outputs
 from tie_ext.pytorch_ood.recommended import (
     Sample,
@@ -21,36 +20,30 @@ from tie_ext.pytorch_ood.recommended import (
 )
 from tie_ext.scores.combination import RULES
 from tie_ext.scores.threshold import split
+from tie_ext.scores.trust import trust
 from tie_ext.training.config import HeadConfig
 
 X = images()[0]
 
 
-def trusts(net: TIENet, training, held) -> bool:
-    """Whether the nearest neighbours are right about as often as the network, on the images that
-    set the scale.
-    """
-    (z, y), (x, labels) = [map(torch.cat, zip(*of, strict=True)) for of in (training, held)]
-    distances = torch.cdist(normalize(net.features(x)), normalize(net.features(z)))
-    votes, rows = y[distances.argsort(1)[:, :5]].mode(1).values, split(len(x), 0.1)[0]
-    right = [(of == labels)[rows].sum() for of in (votes, net(x).argmax(1))]
-    return bool(right[0] >= 0.95 * right[1] > 0)
-
-
 @pytest.mark.parametrize("rule", list(RULES))
-@pytest.mark.parametrize("seed", [2, 3])  # with KNN, and without
-def test_combination_of_scores_of_the_host(rule, seed):
-    net, training, held = trained().eval(), loader(300, seed=1), loader(40, seed=seed)
+def test_combination_of_scores_of_the_host(rule):
+    net, training, held = trained().eval(), loader(300, seed=1), loader(40, seed=2)
     loaders = {"train_loader": training, "calibration_loader": held}
     found = combine(net, **loaders, false_alarm=0.1, rule=rule)
-    knn = [theirs.KNN(net.features, k=3)] if trusts(net, training, held) else []
     layer = theirs.fDBD(net.features, net.fc)
-    others = [*knn, theirs.EnergyBased(net), MahalanobisPlusPlus(net.features), layer]
+    others = [theirs.KNN(net.features, k=3), theirs.EnergyBased(net)]
+    others += [MahalanobisPlusPlus(net.features), layer]
     members = [TIEDetector(net), *(of.fit(training) for of in others)]
     expected = Combined(members, 0.1, rule).fit(held)
     torch.testing.assert_close(found(X), expected(X), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-3, atol=1e-3)
-    assert found.reference.weights.tolist() == [0.0, *[2.0] * len(knn), 1.0, 0.0, 1.0]
+    (x, _) = map(torch.cat, zip(*held, strict=True))
+    rows = split(len(x), 0.1)[0]
+    share = trust(found.detectors[1](x)[rows], net(x).softmax(1).amax(1)[rows])
+    weights = torch.tensor([2 * share, 4 * share, 1, 2 * share, 1])
+    torch.testing.assert_close(found.reference.weights, weights)
+    assert found.reference.tails.tolist() == [0.5, 0.5, 0, 0.5, 0]
     assert combine(net, **loaders, false_alarm=None, rule=rule).threshold is None
 
 
@@ -72,17 +65,6 @@ def test_warning_of_training_images_held_out(how):
     fit(list(images(140)[0][100:].split(7)))  # others: not a word
 
 
-@pytest.mark.parametrize("which", ["train_loader", "calibration_loader"])
-def test_no_trust_in_knn_without_labels(which):
-    net, x = trained().eval(), images(40)[0]
-    y = net(x).argmax(1)  # so that the network is right
-    loaders = {"train_loader": list(loader(100, seed=1)), "calibration_loader": [(x, y)]}
-    loaders[which] = [x for x, _ in loaders[which]]
-    found = combine(net, **loaders)
-    assert SampledKNN not in map(type, found.detectors)
-    assert found.decide(X).score.isfinite().all()
-
-
 def world(classes: int, count: int, spread: float, seed: int = 0) -> tuple[Sample, tuple]:
     """Features of classes that lie apart, their labels, and a layer that knows their means."""
     rng = torch.Generator().manual_seed(seed)
@@ -98,11 +80,11 @@ def given(z: Tensor, layer: tuple[Tensor, Tensor]) -> Outputs:
     return Outputs(logits, z, torch.cat([logits, z.norm(dim=1, keepdim=True)], dim=1))
 
 
-def chosen_by(sample: Sample, layer, z: Tensor, y: Tensor) -> tuple[Combined, bool]:
-    """The combination, and whether KNN is trusted."""
+def chosen_by(sample: Sample, layer, z: Tensor, y: Tensor | None) -> tuple[Combined, float]:
+    """The combination, and how far its KNN is trusted."""
     combined = Combined(chosen_members(sample, None, layer), 0.1)
     fit_chosen(combined, sample, [(given(z, layer), y)])
-    return combined, SampledKNN in map(type, combined.detectors)
+    return combined, combined.reference.weights[1].item() / 4
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -110,28 +92,32 @@ def chosen_by(sample: Sample, layer, z: Tensor, y: Tensor) -> tuple[Combined, bo
 def test_few_images_many_classes_and_no_labels(classes, count, labelled):
     (z, y), layer = world(classes, count, 0.3)
     (held, labels), _ = world(classes, 40, 0.3, seed=1)
-    combined, trusted = chosen_by(Sample(z, y if labelled else None), layer, held, labels)
+    sample = Sample(z, y if labelled else None)
+    combined, share = chosen_by(sample, layer, held, labels if labelled else None)
     new = torch.cat([9 * torch.randn(30, 12), torch.zeros(1, 12), z])
     assert combined.predict_scores(combined.score_outputs(given(new, layer))).isfinite().all()
-    # Neighbours cannot share a class of one image, nor of images that nobody has labelled.
-    assert trusted == (labelled and classes == 2 and count == 100)
+    assert share == chosen_by(sample, layer, held, None)[1]
+
+
+def test_trust_in_neighbours_that_know_where_classes_meet():
+    (sample, layer), ((z, y), _) = world(3, 200, 0.5), world(3, 60, 0.5, seed=1)
+    between = z.clone()
+    between[::6] = (z[::6] + z[1::6]) / 2  # the network is unsure of these
+    assert chosen_by(sample, layer, between, y)[1] > 0.9
+    # The same images are the only ones among training images, far from the others.
+    odd = Sample(between[::6] + 0.01 * torch.randn(10, 12), None)
+    combined, share = chosen_by(odd, layer, between, y)
+    assert share == 0
+    assert combined.reference.weights.tolist() == [0, 0, 1, 0, 1]
 
 
 def test_trust_asks_no_image_of_the_threshold():
     (sample, layer), ((z, y), _) = world(3, 200, 0.5), world(3, 60, 0.5, seed=1)
-    calibrating = split(60, 0.1)[1]
-    first, trusted = chosen_by(sample, layer, z, y)
-    assert trusted
-    others, wrong = z.clone(), y.clone()
-    others[calibrating] = torch.randn(30, 12)
-    wrong[calibrating] = (y[calibrating] + 1) % 3
-    for features, labels in ((others, y), (z, wrong), (others, wrong)):
-        same, trusted = chosen_by(sample, layer, features, labels)
-        assert trusted
-        assert all(map(torch.equal, same.reference, first.reference))
-    # The same labels are wrong of a sample whose classes have other names.
-    renamed = Sample(sample.features, (sample.labels + 1) % 3)
-    assert not any(chosen_by(renamed, layer, z, labels)[1] for labels in (y, wrong))
+    first, _ = chosen_by(sample, layer, z, y)
+    others = z.clone()
+    others[split(60, 0.1)[1]] = torch.randn(30, 12)
+    same, _ = chosen_by(sample, layer, others, y)
+    assert all(map(torch.equal, same.reference, first.reference))
 
 
 def test_few_training_images_and_bad_arguments():

@@ -1,0 +1,294 @@
+"""How ``combine``'s members and weights are chosen: on validation OOD sets and held-out classes,
+without a look at a test set.
+
+    python tests/bench/choice.py --images DATA --cache CACHE --out docs/results/choice.json
+
+CACHE is that of public_networks.py, which has to have run. Candidates are all combinations of
+bodies, weights, tails and rules of trust below. Each is judged by its regret in *validation
+columns*: on 32 pixels near is a part of TinyImageNet's classes; beside flowers and trash it is a
+known class that a network of its own was not fitted on; far are glyphs and patches of photographs.
+The one with the best worst regret is chosen, the mean decides between those that are equal to 0.1
+points.
+
+*Leave one network out*: chosen by the validation columns of all networks but one kind, judged on
+the test columns of that one. Rivals are those of public_networks.py that read features.
+"""
+
+import argparse
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import rivals
+import torch
+from public_networks import HELD_OUT, NETWORKS, OURS, VALIDATION, Run, passed, reader
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tie_ext import Combined
+from tie_ext.pytorch_ood.members import Outputs, confidence_of
+from tie_ext.pytorch_ood.recommended import chosen_members, kept_sample
+from tie_ext.scores.combination import Weights, body_and_tails, reference
+from tie_ext.scores.threshold import split
+from tie_ext.scores.trust import trust
+from tie_ext.utils.provenance import provenance
+
+KINDS = {
+    "CIFAR-10": ("cifar10-resnet20", "cifar10-resnet56"),
+    "CIFAR-100": ("cifar100-resnet14",),
+    "ImageNet": ("imagenet",),
+    "flowers": ("flowers", "flowers-held-out"),
+    "trash": ("trash", "trash-held-out"),
+    "grey": ("mnist", "fashionmnist"),
+}
+"""Networks that are left out together."""
+DISTANCES = ("garbage", "KNN", "Mahalanobis++")
+OTHERS = ("GEN", "NCI", "CADRef", "SHE")
+"""Single scores of others that may become members."""
+BODIES = (
+    ("energy", "fDBD"),
+    ("energy", "fDBD", "GEN"),
+    ("energy", "fDBD", "NCI"),
+    ("energy", "fDBD", "CADRef"),
+    ("GEN", "fDBD"),
+)
+
+
+class Candidate(NamedTuple):
+    """A combination."""
+
+    body: tuple[str, ...]
+    """Scores that count in the body with weight 1."""
+    knn: float
+    """Weight of KNN in the body, as far as it is trusted; likewise for the next two."""
+    gaussians: float
+    garbage: float
+    trust: str
+    """Why distances are trusted: ``errors`` (:mod:`tie_ext.scores.trust`), ``votes``, where the
+    vote of five training images is right at least 0.95 times as often as the network, ``always``.
+    """
+    tail: float
+    """Weight of the tails of the distances."""
+    she: bool
+    """Whether SHE has a tail too."""
+
+
+CANDIDATES = [
+    Candidate(*of)
+    for of in itertools.product(
+        BODIES,
+        (2, 4),
+        (0, 1, 2),
+        (0, 1, 2),
+        ("errors", "votes", "always"),
+        (0.25, 0.5, 0.75),
+        (False, True),
+    )
+]
+CHOSEN = Candidate(("energy", "fDBD"), 4, 2, 2, "errors", 0.5, False)
+"""What ``combine`` combines."""
+
+
+class Columns(NamedTuple):
+    """AUROC of a run by column: ``test near``, ``test far``, ``validation near``, ``validation
+    far``."""
+
+    ours: dict[str, Tensor]
+    """``(C,)`` of the candidates."""
+    rivals: dict[str, dict[str, float]]
+    """Of each rival."""
+
+
+def judged(run: Run) -> Columns:
+    """All candidates and rivals."""
+    columns = columns_of(run)
+    sets = {"test", *(ood for some in columns.values() for ood in some)}
+    names, held, of, shares = members(run, sets)
+    learned = reference(held)
+    pairs = [weights(candidate, names, shares) for candidate in CANDIDATES]
+    weighted = [learned._replace(weights=pair.body, tails=pair.tails) for pair in pairs]
+    scores = {
+        name: torch.stack([body_and_tails(w, x) for w in weighted]) for name, x in of.items()
+    }
+    inside = scores["test"].sort(dim=1).values
+    ours = {
+        column: torch.stack([aurocs(inside, scores[ood]) for ood in some]).mean(dim=0)
+        for column, some in columns.items()
+    }
+    single = {n: x for n, x in run.scores().items() if n not in OURS and sets <= x.keys()}
+    return Columns(
+        ours,
+        {
+            column: {
+                name: mean(rivals.auroc(x["test"], x[ood]) for ood in some)
+                for name, x in single.items()
+            }
+            for column, some in columns.items()
+        },
+    )
+
+
+def aurocs(ordered: Tensor, outside: Tensor) -> Tensor:
+    """AUROC ``(C,)`` of ID scores ``(C, N)`` in ascending order and OOD scores ``(C, M)``."""
+    outside = outside.contiguous()
+    below, upto = (torch.searchsorted(ordered, outside, right=right) for right in (False, True))
+    return (below + upto).double().mean(dim=1) / (2 * ordered.shape[1])
+
+
+def columns_of(run: Run) -> dict[str, Sequence[str]]:
+    """OOD sets by column: ``test near``, ``test far``, ``validation near``, ``validation far``."""
+    of = run.network
+    if run.name in HELD_OUT:
+        return {"validation near": of.near, "validation far": VALIDATION}
+    found = {f"test {kind}": sets for kind in ("near", "far") if (sets := getattr(of, kind))}
+    if run.backbone.size == 32:
+        return found | {"validation near": VALIDATION[:1], "validation far": VALIDATION[1:]}
+    return found | {"validation far": VALIDATION}
+
+
+def members(
+    run: Run, sets: set[str]
+) -> tuple[list[str], Tensor, dict[str, Tensor], dict[str, float]]:
+    """Names of all scores that may be members, their scores ``(N, k)`` of the images that set the
+    scale and of each set, and how far distances are trusted by each rule."""
+    model, seen, kept = run.model(), run.seen(), run.cached("scores")
+    head = run.head(model)
+    net = reader(model, run.backbone, run.network.num_classes)
+    net.keep_training(head.pop("train_features"), head.pop("train_labels", None))
+    del head["seconds"]
+    net.garbage.load_state_dict(head)
+    sample = kept_sample(net)
+    chosen = Combined(chosen_members(sample, None, (net.fc.weight, net.fc.bias)), 0.05)
+    names = ["garbage", "KNN", "energy", "Mahalanobis++", "fDBD"]
+    others = [name for name in OTHERS if f"scores/{name}/test" in kept]
+
+    def scores(name: str) -> tuple[Tensor, Outputs]:
+        of = seen[name]
+        every = net.all_logits(of.features, of.statistics)
+        outputs = Outputs(every[:, :-1], of.features, every)
+        columns = [kept[f"scores/{other}/{name}"][:, None] for other in others]
+        return torch.cat([chosen.score_outputs(outputs), *columns], dim=1), outputs
+
+    rows, _ = split(len(seen["calibration"].labels), 0.05)
+    held, outputs = scores("calibration")
+    sure, z, y = (
+        x[rows] for x in (confidence_of(outputs), outputs.features, seen["calibration"].labels)
+    )
+    right = (outputs.logits[rows].argmax(dim=1) == y).sum()
+    votes = 0
+    if sample.labels is not None:
+        unit = normalize(sample.features)
+        vote = KNeighborsClassifier(min(5, len(unit))).fit(unit, sample.labels)
+        votes = (torch.from_numpy(vote.predict(normalize(z))) == y).sum()
+    shares = {
+        "always": 1.0,
+        "votes": float(votes >= 0.95 * right > 0),
+        "errors": trust(held[rows, 1], sure),
+    }
+    return [*names, *others], held[rows], {name: scores(name)[0] for name in sets}, shares
+
+
+def weights(candidate: Candidate, names: Sequence[str], shares: Mapping[str, float]) -> Weights:
+    """How much each score counts in a candidate; one that a network does not have is left out."""
+    share, of = shares[candidate.trust], dict.fromkeys(candidate.body, 1.0)
+    of |= {
+        "KNN": share * candidate.knn,
+        "Mahalanobis++": share * candidate.gaussians,
+        "garbage": share * candidate.garbage,
+    }
+    tails = dict.fromkeys(DISTANCES, candidate.tail) | {"SHE": candidate.tail * candidate.she}
+    body, some = (torch.tensor([x.get(name, 0.0) for name in names]) for x in (of, tails))
+    return Weights(body, some)
+
+
+# Regret.
+
+
+def regrets(found: Mapping[str, Sequence[Columns]]) -> dict[tuple[str, str], tuple[Tensor, str]]:
+    """Regret ``(C,)`` of the candidates in points of AUROC, and the best rival, by network and
+    column; each AUROC is the mean over runs."""
+    table = {}
+    for network, runs in found.items():
+        for column in runs[0].ours:
+            ours = torch.stack([run.ours[column] for run in runs]).mean(dim=0)
+            names = {name for run in runs for name in run.rivals[column]}
+            single = {
+                name: mean(r.rivals[column][name] for r in runs if name in r.rivals[column])
+                for name in names
+            }
+            best = max(single, key=lambda name: (single[name], name))
+            table[network, column] = 100 * (ours - single[best]), best
+    return table
+
+
+def best(table: Mapping, networks: Sequence[str], kind: str) -> int:
+    """The candidate with the best worst regret in the columns of a kind, by the mean among those
+    that are equal to 0.1 points."""
+    columns = [of for (n, column), (of, _) in table.items() if n in networks and kind in column]
+    every = torch.stack(columns)
+    worst = (10 * every.amin(dim=0)).round()
+    return int((worst + every.mean(dim=0) / 1000).argmax())
+
+
+def about(table: Mapping, row: int, networks: Sequence[str] | None = None) -> dict:
+    """A candidate, and its regret in validation and test columns."""
+    found: dict = {"candidate": CANDIDATES[row]._asdict()}
+    for kind in ("validation", "test"):
+        columns = {
+            f"{n} {column}": round(of[row].item(), 2)
+            for (n, column), (of, _) in table.items()
+            if kind in column and (networks is None or n in networks)
+        }
+        if columns:
+            values = list(columns.values())
+            found[kind] = {
+                "worst": min(values),
+                "mean": round(mean(values), 2),
+                "columns": columns,
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name in ("images", "cache", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, list[Columns]] = defaultdict(list)
+    for name, network in (NETWORKS | HELD_OUT).items():
+        of = 1000 if network.linear else network.num_classes
+        passed(network.backbone, a.images, a.cache, of)
+        for seed in network.seeds:
+            with torch.no_grad():
+                found[name].append(judged(Run(name, seed, a.images, a.cache)))
+            print(f"{name}, seed {seed}", flush=True)
+    table, every = regrets(found), list(found)
+    out = {}
+    for kind, left in KINDS.items():
+        others = [name for name in every if name not in left]
+        out[kind] = {
+            "by validation": about(table, best(table, others, "validation"), left),
+            "by test": about(table, best(table, others, "test"), left),
+        }
+    record = {
+        "candidates": len(CANDIDATES),
+        "by validation": about(table, best(table, every, "validation")),
+        "by test": about(table, best(table, every, "test")),
+        "chosen": about(table, CANDIDATES.index(CHOSEN)),
+        "left out": out,
+        "rivals": {f"{n} {column}": name for (n, column), (_, name) in table.items()},
+    }
+    record |= provenance(places={"DATA": a.images, "CACHE": a.cache})
+    a.out.write_text(json.dumps(record) + "\n")
+    for name in ("by validation", "by test", "chosen"):
+        print(name, json.dumps(record[name]))
+
+
+if __name__ == "__main__":
+    main()
