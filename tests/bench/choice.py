@@ -92,6 +92,8 @@ CANDIDATES = [
 ]
 CHOSEN = Candidate(("energy", "fDBD"), 4, 2, 2, "errors", 0.5, False)
 """What ``combine`` combines."""
+BEFORE = Candidate(("energy", "fDBD"), 2, 0, 0, "votes", 0.75, False)
+"""The nearest to what 0.3.0 combined, where KNN had no tail."""
 
 
 class Columns(NamedTuple):
@@ -281,6 +283,7 @@ def main() -> None:
         "by validation": about(table, best(table, every, "validation")),
         "by test": about(table, best(table, every, "test")),
         "chosen": about(table, CANDIDATES.index(CHOSEN)),
+        "before": about(table, CANDIDATES.index(BEFORE)),
         "left out": out,
         "rivals": {f"{n} {column}": name for (n, column), (_, name) in table.items()},
     }

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import benchmark_page
+import choice_page
 import drift
 import mutants
 import public_page
@@ -37,6 +38,9 @@ OTHERS = {
     "public every": public_page.every,
     "public runs": public_page.accuracies,
     "public reasons": public_page.reasons,
+    "choice count": choice_page.count,
+    "choice candidates": choice_page.candidates,
+    "choice left out": choice_page.left_out,
     **{
         f"public {name}": lambda name=name: public_page.facts()[name] for name in public_page.FACTS
     },

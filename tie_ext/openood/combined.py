@@ -29,8 +29,9 @@ class CombinedPostprocessor(Postprocessor):
     Of a network that is no ``tie_net`` the garbage class is left out, and of one whose last layer
     is not found fDBD. Its parameter is the ``rule``, a name in
     :data:`tie_ext.scores.combination.RULES`. It is set up on ID images alone: training images fit
-    the members, and validation images set the scale of each score and say whether KNN is trusted.
-    They are read in the same way in every script, and no seed changes the result.
+    the members, and validation images set the scale of each score and say how far distances to
+    training images are trusted. They are read in the same way in every script, and no seed changes
+    the result.
     """
 
     name = "tie_combined"

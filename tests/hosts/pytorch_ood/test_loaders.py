@@ -60,7 +60,7 @@ FITS = {
 @pytest.mark.parametrize("name", list(FITS))
 def test_every_kind_of_batch_fits_alike(name, kind):
     torch.manual_seed(3)
-    # Without labels combine has one Gaussian and does not trust KNN.
+    # Without labels combine has one Gaussian.
     like = UNLABELLED["images alone"] if name == "combine" and kind in UNLABELLED else PARTS
     torch.testing.assert_close(FITS[name]((LABELLED | UNLABELLED)[kind]), FITS[name](like))
 

@@ -120,6 +120,20 @@ def test_trust_asks_no_image_of_the_threshold():
     assert all(map(torch.equal, same.reference, first.reference))
 
 
+def test_false_alarm_rate_where_trust_is_estimated():
+    alarms, shares = [], []
+    (sample, layer), ((z, y), _) = world(3, 60, 1.5), world(3, 40_000, 1.5, seed=1)
+    for new in z.view(100, 400, -1):
+        found, share = chosen_by(sample, layer, new[:40], None)
+        scores = found.predict_scores(found.score_outputs(given(new[40:], layer)))
+        alarms.append((scores > found.threshold).float().mean())
+        shares.append(share)
+    rates, trusted = torch.stack(alarms), torch.tensor(shares)
+    assert trusted.unique().numel() > 10  # it differs between draws
+    # Of the 20 images of the threshold half one is above it: 2 / 21 of new ones are.
+    assert abs(rates.mean() - 2 / 21) < 3 * rates.std() / len(rates) ** 0.5
+
+
 def test_few_training_images_and_bad_arguments():
     net, held = trained().eval(), loader(40)
     few = [(x.flip(3), y) for x, y in loader(4)]
