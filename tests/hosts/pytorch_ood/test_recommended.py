@@ -122,8 +122,8 @@ def test_trust_asks_no_image_of_the_threshold():
 
 def test_false_alarm_rate_where_trust_is_estimated():
     alarms, shares = [], []
-    (sample, layer), ((z, y), _) = world(3, 60, 1.5), world(3, 40_000, 1.5, seed=1)
-    for new in z.view(100, 400, -1):
+    (sample, layer), (many, _) = world(3, 60, 1.5), world(3, 40_000, 1.5, seed=1)
+    for new in many.features.view(100, 400, -1):
         found, share = chosen_by(sample, layer, new[:40], None)
         scores = found.predict_scores(found.score_outputs(given(new[40:], layer)))
         alarms.append((scores > found.threshold).float().mean())
