@@ -7,8 +7,8 @@ CACHE is that of public_networks.py, which has to have run. Candidates are all c
 bodies, weights, tails and rules of trust below. Each is judged by its regret in *validation
 columns*: on 32 pixels near is a part of TinyImageNet's classes; beside flowers and trash it is a
 known class that a network of its own was not fitted on; far are glyphs and patches of photographs.
-The one with the best worst regret is chosen, the mean decides between those that are equal to 0.1
-points.
+Of those whose worst regret is within 0.1 points of the best, those with the fewest members are
+chosen, and of these the one with the best mean.
 
 *Leave one network out*: chosen by the validation columns of all networks but one kind, judged on
 the test columns of that one. Rivals are those of public_networks.py that read features.
@@ -17,6 +17,7 @@ the test columns of that one. Rivals are those of public_networks.py that read f
 import argparse
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch.nn.functional import normalize
 from tie_ext import Combined
 from tie_ext.pytorch_ood.members import Outputs, confidence_of
 from tie_ext.pytorch_ood.recommended import chosen_members, kept_sample
-from tie_ext.scores.combination import Weights, body_and_tails, reference
+from tie_ext.scores.combination import QUANTILE, Weights, body_and_tail, reference
 from tie_ext.scores.threshold import split
 from tie_ext.scores.trust import trust
 from tie_ext.utils.provenance import provenance
@@ -47,7 +48,6 @@ KINDS = {
     "grey": ("mnist", "fashionmnist"),
 }
 """Networks that are left out together."""
-DISTANCES = ("garbage", "KNN", "Mahalanobis++")
 OTHERS = ("GEN", "NCI", "CADRef", "SHE")
 """Single scores of others that may become members."""
 BODIES = (
@@ -55,7 +55,11 @@ BODIES = (
     ("energy", "fDBD", "GEN"),
     ("energy", "fDBD", "NCI"),
     ("energy", "fDBD", "CADRef"),
-    ("GEN", "fDBD"),
+)
+TAILS = (
+    ("garbage", "Mahalanobis++"),
+    ("garbage", "Mahalanobis++", "KNN"),
+    ("garbage", "Mahalanobis++", "SHE"),
 )
 
 
@@ -72,10 +76,18 @@ class Candidate(NamedTuple):
     """Why distances are trusted: ``errors`` (:mod:`tie_ext.scores.trust`), ``votes``, where the
     vote of five training images is right at least 0.95 times as often as the network, ``always``.
     """
+    tails: tuple[str, ...]
+    """Scores in the tails."""
+    one: bool
+    """Whether it is one tail, of their sum, or one of each."""
     tail: float
-    """Weight of the tails of the distances."""
-    she: bool
-    """Whether SHE has a tail too."""
+    """Its weight; the sum has standard deviation 1."""
+
+    @property
+    def members(self) -> int:
+        """How many scores it needs."""
+        distances = {"KNN": self.knn, "Mahalanobis++": self.gaussians, "garbage": self.garbage}
+        return len({*self.body, *self.tails, *(name for name, of in distances.items() if of)})
 
 
 CANDIDATES = [
@@ -83,17 +95,18 @@ CANDIDATES = [
     for of in itertools.product(
         BODIES,
         (2, 4),
-        (0, 1, 2),
-        (0, 1, 2),
+        (0, 2),
+        (0, 2),
         ("errors", "votes", "always"),
-        (0.25, 0.5, 0.75),
-        (False, True),
+        TAILS,
+        (True, False),
+        (0.5, 0.75, 1.0),
     )
 ]
-CHOSEN = Candidate(("energy", "fDBD"), 4, 2, 2, "errors", 0.5, False)
+CHOSEN = Candidate(("energy", "fDBD"), 4, 2, 2, "errors", TAILS[0], True, 1.0)
 """What ``combine`` combines."""
-BEFORE = Candidate(("energy", "fDBD"), 2, 0, 0, "votes", 0.75, False)
-"""The nearest to what 0.3.0 combined, where KNN had no tail."""
+BEFORE = Candidate(("energy", "fDBD"), 2, 0, 0, "votes", TAILS[0], False, 0.75)
+"""What 0.3.0 combined."""
 
 
 class Columns(NamedTuple):
@@ -111,12 +124,11 @@ def judged(run: Run) -> Columns:
     columns = columns_of(run)
     sets = {"test", *(ood for some in columns.values() for ood in some)}
     names, held, of, shares = members(run, sets)
-    learned = reference(held)
-    pairs = [weights(candidate, names, shares) for candidate in CANDIDATES]
-    weighted = [learned._replace(weights=pair.body, tails=pair.tails) for pair in pairs]
-    scores = {
-        name: torch.stack([body_and_tails(w, x) for w in weighted]) for name, x in of.items()
-    }
+    combined = [Fitted(candidate, names, held, shares) for candidate in CANDIDATES]
+    scores = {name: torch.stack([one.score(x) for one in combined]) for name, x in of.items()}
+    chosen = combined[CANDIDATES.index(CHOSEN)]
+    theirs = body_and_tail(reference(held, Weights(chosen.body, chosen.tail)), of["test"])
+    torch.testing.assert_close(chosen.score(of["test"]), theirs)
     inside = scores["test"].sort(dim=1).values
     ours = {
         column: torch.stack([aurocs(inside, scores[ood]) for ood in some]).mean(dim=0)
@@ -195,17 +207,35 @@ def members(
     return [*names, *others], held[rows], {name: scores(name)[0] for name in sets}, shares
 
 
-def weights(candidate: Candidate, names: Sequence[str], shares: Mapping[str, float]) -> Weights:
-    """How much each score counts in a candidate; one that a network does not have is left out."""
-    share, of = shares[candidate.trust], dict.fromkeys(candidate.body, 1.0)
-    of |= {
-        "KNN": share * candidate.knn,
-        "Mahalanobis++": share * candidate.gaussians,
-        "garbage": share * candidate.garbage,
-    }
-    tails = dict.fromkeys(DISTANCES, candidate.tail) | {"SHE": candidate.tail * candidate.she}
-    body, some = (torch.tensor([x.get(name, 0.0) for name in names]) for x in (of, tails))
-    return Weights(body, some)
+class Fitted:
+    """A candidate on the scale of some ID images; a score that a network does not have is left
+    out."""
+
+    def __init__(
+        self, of: Candidate, names: Sequence[str], held: Tensor, shares: Mapping[str, float]
+    ):
+        share = shares[of.trust]
+        body = dict.fromkeys(of.body, 1.0)
+        body |= {"KNN": share * of.knn, "Mahalanobis++": share * of.gaussians}
+        body["garbage"] = share * of.garbage
+        self.body = torch.tensor([body.get(name, 0.0) for name in names])
+        self.tail = torch.tensor([float(name in of.tails) for name in names])
+        self.mean, self.deviation, self.of = held.mean(dim=0), held.std(dim=0), of
+        parts = self.parts(held)
+        self.spread = parts.std(dim=0) if of.one else torch.ones(parts.shape[1])
+        row = math.ceil(QUANTILE * len(held)) - 1
+        self.edge = parts.sort(dim=0).values[row] / self.spread
+
+    def parts(self, scores: Tensor) -> Tensor:
+        """What the tails are of ``(N, k)``, or ``(N, 1)`` their sum."""
+        z = (scores - self.mean) / self.deviation
+        return (z @ self.tail)[:, None] if self.of.one else z[:, self.tail > 0]
+
+    def score(self, scores: Tensor) -> Tensor:
+        """Combined scores ``(N,)`` of scores ``(N, k)``."""
+        z = (scores - self.mean) / self.deviation
+        excess = (self.parts(scores) / self.spread - self.edge).clamp_min(0).sum(dim=1)
+        return z @ self.body / self.body.sum() + self.of.tail * excess
 
 
 # Regret.
@@ -229,12 +259,13 @@ def regrets(found: Mapping[str, Sequence[Columns]]) -> dict[tuple[str, str], tup
 
 
 def best(table: Mapping, networks: Sequence[str], kind: str) -> int:
-    """The candidate with the best worst regret in the columns of a kind, by the mean among those
-    that are equal to 0.1 points."""
+    """Of the candidates whose worst regret in the columns of a kind is within 0.1 points of the
+    best, those with the fewest members, and of these the one with the best mean."""
     columns = [of for (n, column), (of, _) in table.items() if n in networks and kind in column]
     every = torch.stack(columns)
-    worst = (10 * every.amin(dim=0)).round()
-    return int((worst + every.mean(dim=0) / 1000).argmax())
+    worst, average = every.amin(dim=0), every.mean(dim=0)
+    good = (worst >= worst.max() - 0.1).nonzero().flatten().tolist()
+    return max(good, key=lambda row: (-CANDIDATES[row].members, average[row].item()))
 
 
 def about(table: Mapping, row: int, networks: Sequence[str] | None = None) -> dict:

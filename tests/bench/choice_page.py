@@ -21,8 +21,10 @@ def record() -> dict:
 def called(of: Mapping) -> str:
     """A candidate in a few words."""
     weights = "/".join(f"{of[name]:g}" for name in ("knn", "gaussians", "garbage"))
-    she = " and SHE" if of["she"] else ""
-    return f"{' + '.join(of['body'])}; {weights} {TRUST[of['trust']]}; tails {of['tail']:g}{she}"
+    more = "".join(f" and {name}" for name in of["tails"][2:])
+    kind = "one tail" if of["one"] else "tails"
+    body = " + ".join(of["body"])
+    return f"{body}; {weights} {TRUST[of['trust']]}; {kind}{more}, {of['tail']:g}"
 
 
 def candidates() -> str:
@@ -30,7 +32,7 @@ def candidates() -> str:
     names = {
         "chosen": "**combine**",
         "by validation": "best by validation",
-        "before": "nearest to 0.3.0",
+        "before": "0.3.0",
         "by test": "best by test",
     }
     rows = []

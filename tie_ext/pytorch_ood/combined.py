@@ -33,7 +33,7 @@ from tie_ext.pytorch_ood.members import (
     state_of,
     weights_of,
 )
-from tie_ext.scores.combination import BEFORE, FORMULAS, RULES, Reference, check_rule
+from tie_ext.scores.combination import FORMULAS, RULES, Reference, check_rule
 from tie_ext.scores.decision import Decision, decide_by_score, upcast
 from tie_ext.scores.threshold import calibrate, split
 from tie_ext.utils.checks import check_finite, check_labels, describe
@@ -62,7 +62,7 @@ class Combined(Thresholded, Detector):
         false_alarm: Share of new ID inputs that may be rejected, in (0, 1]. None for scores
             without a threshold: all held-out images then set the scale.
         rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`. By
-            ``tails`` each member has the weight of its entry in
+            ``tail`` each member has the weight of its entry in
             :data:`tie_ext.pytorch_ood.members.MEMBERS`, or 1 without an entry; distances to
             training images have it as far as held-out images say that KNN is to be trusted.
         guarantee: What ``false_alarm`` bounds, ``average`` or ``pac``; as for the next two,
@@ -103,7 +103,7 @@ class Combined(Thresholded, Detector):
         self,
         detectors: Sequence[Detector],
         false_alarm: float | None = 0.05,
-        rule: str = "tails",
+        rule: str = "tail",
         guarantee: str = "average",
         confidence: float = 0.95,
         per_class: bool = False,
@@ -183,9 +183,10 @@ class Combined(Thresholded, Detector):
             scores: The members' scores ``(N, k)`` (:meth:`scores`).
             labels: Predicted classes ``(N,)``, which ``per_class`` needs.
             confidence: Largest probabilities ``(N,)`` of the network, without which no distance to
-                training images counts in the mean of ``tails``.
+                training images counts in the mean of ``tail``.
         """
         scores, guarantee = self._checked(scores), self._guarantee
+        self.rule = "tail" if self.rule == "tails" else self.rule  # of a detector of 0.3.0
         # No image that sets the threshold is asked, so that the false-alarm rate holds.
         rows = split(len(scores), self.false_alarm, guarantee.probability)[0].to(scores.device)
         sure = None if confidence is None else confidence.to(scores.device)[rows]
@@ -442,18 +443,16 @@ def _saved_reference(state: dict[str, Any], k: int) -> Reference:
         ValueError: If its parts do not fit together.
     """
     found = Reference(**state["reference"])
-    if found.weights is not None and found.tails is None:  # up to 0.3
-        found = found._replace(tails=BEFORE * (found.weights == 0).to(found.weights))
     for part, value in found._asdict().items():
         if value is not None:
             check_finite(value, part)
     shapes = [tuple(part.shape) for part in found if part is not None]
-    if shapes != [(k,), (k,), (len(found.ordered), k), (k,), (k,)][: len(shapes)]:
+    if shapes != [(k,), (k,), (len(found.ordered), k), (k,), (k,), ()][: len(shapes)]:
         raise ValueError(f"a reference of shapes {shapes} for {k} members")
     if not bool((found.deviation > 0).all() and (found.ordered.diff(dim=0) >= 0).all()):
         raise ValueError("a reference with deviations <= 0, or scores that do not ascend")
     if found.weights is not None and not (found.weights.min() >= 0 and found.weights.sum() > 0):
         raise ValueError("a reference with weights below 0, or all 0")
-    if found.tails is not None and not found.tails.min() >= 0:
-        raise ValueError("a reference with tails of weights below 0")
+    if found.tail is not None and (found.edge is None or not found.tail.min() >= 0):
+        raise ValueError("a reference with a tail of weights below 0, or without its edge")
     return found

@@ -40,7 +40,7 @@ from tie_ext.pytorch_ood.fdbd import BoundaryDistance
 from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.uncertainty import UncertaintyEstimate
-from tie_ext.scores.combination import TAIL_WEIGHT, Weights
+from tie_ext.scores.combination import Weights
 from tie_ext.scores.decision import upcast
 from tie_ext.scores.knn import knn_score
 from tie_ext.scores.mahalanobis import Gaussians
@@ -64,12 +64,13 @@ class MemberSpec(NamedTuple):
     """
 
     weight: float = 1.0
-    """In the body of a combination (:func:`tie_ext.scores.combination.body_and_tails`)."""
+    """In the body of a combination (:func:`tie_ext.scores.combination.body_and_tail`)."""
     distance: bool = False
     """Whether it tells how far an image is from training images, and not between which classes.
-    Then it has a tail, and in the body its weight only as far as KNN is trusted
-    (:mod:`tie_ext.scores.trust`).
+    Then it has its weight only as far as KNN is trusted (:mod:`tie_ext.scores.trust`).
     """
+    tail: float = 0.0
+    """Weight in the tail of a combination: of scores that find far images on every network."""
     settings: tuple[str, ...] = ()
     """Attributes that are numbers or None."""
     tensors: tuple[str, ...] = ()
@@ -114,6 +115,7 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
     TIEDetector: MemberSpec(
         weight=2,
         distance=True,
+        tail=1,
         settings=("false_alarm", "lam", "t"),
         tensors=("tau", "threshold"),
         make=lambda net, saved: TIEDetector(net, saved["false_alarm"], saved["lam"], saved["t"]),
@@ -128,6 +130,7 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
     Mahalanobis: MemberSpec(
         weight=2,
         distance=True,
+        tail=1,
         tensors=("mu", "cov", "precision"),
         # Its own reads `.data`, which torch.export does not follow.
         exported=lambda member: Gaussians(member.mu, member.precision).distance,
@@ -135,6 +138,7 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
     MahalanobisPlusPlus: MemberSpec(
         weight=2,
         distance=True,
+        tail=1,
         tensors=("mu", "precision"),
         exported=_mahalanobis_plus_plus,
     ),
@@ -210,9 +214,7 @@ def weights_of(members: Sequence[Detector], scores: Tensor, confidence: Tensor |
     known = column is not None and confidence is not None
     share = trust(scores[:, column], confidence) if known else 0.0  # type: ignore[arg-type]
     body = [of.weight * (share if of.distance else 1.0) for of in specs]
-    return Weights(
-        torch.tensor(body), torch.tensor([TAIL_WEIGHT if of.distance else 0.0 for of in specs])
-    )
+    return Weights(torch.tensor(body), torch.tensor([float(of.tail) for of in specs]))
 
 
 def state_of(member: Detector, net: nn.Module | None) -> dict[str, Any]:

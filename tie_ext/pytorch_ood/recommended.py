@@ -50,7 +50,7 @@ def combine(
     calibration_loader: Iterable,
     train_loader: Iterable | None = None,
     false_alarm: float | None = 0.05,
-    rule: str = "tails",
+    rule: str = "tail",
     guarantee: str = "average",
     confidence: float = 0.95,
     per_class: bool = False,
@@ -60,7 +60,7 @@ def combine(
     Energy and fDBD tell between which classes an image lies; the garbage class, KNN and
     Mahalanobis++ how far it is from training images. The latter count where they exceed nearly all
     ID images, and in the mean as far as held-out images say that they rank near images too
-    (:mod:`tie_ext.scores.trust`, :func:`tie_ext.scores.combination.body_and_tails`). Members and
+    (:mod:`tie_ext.scores.trust`, :func:`tie_ext.scores.combination.body_and_tail`). Members and
     weights were chosen on validation OOD sets and held-out classes of networks that others trained
     (docs/research/public_networks.md).
 

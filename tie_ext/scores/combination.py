@@ -1,7 +1,7 @@
 r"""Several OOD scores combined: each is brought to a common scale on ID images, then summed.
 
 Symbols: ``scores (N, k)``, those of N images by k detectors, larger = more OOD; ``z`` standardised
-scores; ``w`` weights in the body, ``v`` of the tails; ``p`` conformal p-values.
+scores; ``w`` weights in the body, ``v`` in the tail; ``p`` conformal p-values.
 
 The scale is learned from ID images alone, so that no OOD image is needed to combine. It does not
 bound the false-alarm rate: the threshold of :func:`tie_ext.scores.threshold.calibrate` does, which
@@ -18,12 +18,10 @@ from torch import Tensor
 from tie_ext.utils.checks import check_finite, describe
 
 QUANTILE = 0.9
-"""Share of ID images below which the tail of a score adds nothing. What a score that does not rank
-near images says of nine ID images in ten is noise in a sum."""
+"""Share of ID images to which the tail adds nothing. What scores that do not rank near images say
+of nine ID images in ten is noise in a sum."""
 ROUNDING = 1e-6
 """Relative differences of float32 scores that say nothing."""
-TAIL_WEIGHT, BEFORE = 0.5, 0.75
-"""Weight of a deviation in a tail, against one of the body, here and up to 0.3."""
 
 
 class Weights(NamedTuple):
@@ -31,8 +29,8 @@ class Weights(NamedTuple):
 
     body: Tensor
     """``(k,)`` weights in the mean, >= 0."""
-    tails: Tensor
-    """``(k,)`` weights of the tails, >= 0."""
+    tail: Tensor
+    """``(k,)`` weights in the tail, >= 0."""
 
 
 class Reference(NamedTuple):
@@ -45,9 +43,12 @@ class Reference(NamedTuple):
     ordered: Tensor
     """``(N, k)``, each column in ascending order."""
     weights: Tensor | None = None
-    """``(k,)`` weights in the body, >= 0 and not all 0. None: all 1, and no tails."""
-    tails: Tensor | None = None
-    """``(k,)`` weights of the tails, >= 0; None where ``weights`` is."""
+    """``(k,)`` weights in the body, >= 0 and not all 0. None: all 1, and no tail."""
+    tail: Tensor | None = None
+    """``(k,)`` weights in the tail, >= 0, with which its standard deviation is 1; None for no
+    tail."""
+    edge: Tensor | None = None
+    """Where the tail begins, a scalar; None where ``tail`` is."""
 
     def standardise(self, scores: Tensor) -> Tensor:
         """Scores ``(B, k)`` in deviations from the ID mean, ``(B, k)``; larger = more OOD."""
@@ -103,31 +104,37 @@ def reference(
         )
     if weights is None or not bool((weights.body > 0).any()):
         return Reference(scores.mean(dim=0), deviation, ordered)
-    body, tails = (of.to(scores) for of in weights)
-    return Reference(scores.mean(dim=0), deviation, ordered, body, tails)
+    body, tail = (of.to(scores) for of in weights)
+    learned = Reference(scores.mean(dim=0), deviation, ordered, body)
+    sums = (learned.standardise(scores) * tail).sum(dim=1).sort().values
+    if not sums[-1] > sums[0]:
+        return learned
+    spread, last = sums.std(), math.ceil(QUANTILE * len(sums)) - 1
+    return learned._replace(tail=tail / spread, edge=sums[last] / spread)
 
 
-def body_and_tails(learned: Reference, scores: Tensor) -> Tensor:
-    r"""Weighted mean of standardised scores, and tails:
-    :math:`\frac{\sum_i w_i z_i}{\sum_i w_i} + \sum_i v_i \max(0, z_i - q_i)`.
+def body_and_tail(learned: Reference, scores: Tensor) -> Tensor:
+    r"""Weighted mean of standardised scores, and a tail:
+    :math:`\frac{\sum_i w_i z_i}{\sum_i w_i} + \max(0, \sum_i v_i z_i - q)`.
 
-    A score that finds far images and is blind to near ones would blur the mean; its tail adds
-    nothing until the score exceeds :math:`q_i`, its own 0.9 quantile on ID images.
+    Scores that find far images and are blind to near ones would blur the mean. Their own sum,
+    which has standard deviation 1, adds nothing until it exceeds :math:`q`, its 0.9 quantile on ID
+    images.
 
     Arguments:
-        learned: The scale of the scores, and the weights :math:`w` and :math:`v`.
+        learned: The scale of the scores, the weights :math:`w` and :math:`v`, and :math:`q`.
         scores: ``(B, k)``, larger = more OOD.
 
     Returns:
         Combined score ``(B,)``, larger = more OOD.
     """
     z = learned.standardise(scores)
-    if learned.weights is None or learned.tails is None:
+    if learned.weights is None:
         return z.mean(dim=1)
-    row = learned.ordered[math.ceil(QUANTILE * len(learned.ordered)) - 1]
-    excess = (z - learned.standardise(row)).clamp_min(0)
     body = (z * learned.weights).sum(dim=1) / learned.weights.sum()
-    return body + (excess * learned.tails).sum(dim=1)
+    if learned.tail is None or learned.edge is None:
+        return body
+    return body + ((z * learned.tail).sum(dim=1) - learned.edge).clamp_min(0)
 
 
 def zsum(learned: Reference, scores: Tensor) -> Tensor:
@@ -173,11 +180,27 @@ def _simes(learned: Reference, scores: Tensor) -> Tensor:
     return -(ordered * k / torch.arange(1, k + 1, device=scores.device)).amin(dim=1).log()
 
 
+def _separate_tails(learned: Reference, scores: Tensor) -> Tensor:
+    r"""As 0.3.0 combined them: :math:`\frac{\sum_i w_i z_i}{\sum_i w_i} + 0.75 \sum_{j: w_j = 0}
+    \max(0, z_j - q_j)` with the 0.9 quantile of each score."""
+    z = learned.standardise(scores)
+    if learned.weights is None:
+        return z.mean(dim=1)
+    row = learned.ordered[math.ceil(QUANTILE * len(learned.ordered)) - 1]
+    excess = (z - learned.standardise(row)).clamp_min(0) * (learned.weights == 0)
+    return (z * learned.weights).sum(dim=1) / learned.weights.sum() + 0.75 * excess.sum(dim=1)
+
+
 Rule = Callable[[Reference, Tensor], Tensor]
-RULES: dict[str, Rule] = {"tails": body_and_tails, "zsum": zsum, "max": largest}
+RULES: dict[str, Rule] = {"tail": body_and_tail, "zsum": zsum, "max": largest}
 """Rules by name, the default first. The others know no weights."""
-FORMULAS: dict[str, Rule] = {**RULES, "fisher": _fisher, "simes": _simes}
-""":data:`RULES`, and those that only detectors of 0.2.0 name."""
+FORMULAS: dict[str, Rule] = {
+    **RULES,
+    "tails": _separate_tails,
+    "fisher": _fisher,
+    "simes": _simes,
+}
+""":data:`RULES`, and those that only detectors of 0.2.0 and 0.3.0 name."""
 
 
 def check_rule(rule: object) -> str:

@@ -91,11 +91,11 @@ def test_scale_and_threshold_on_disjoint_halves(fitted):
     assert sorted([*scaling.tolist(), *calibrating.tolist()]) == list(range(61))
     assert scaling.tolist() != sorted(scaling.tolist())  # a loader may have classes in order
     # Energy is the body; the others are distances, and there is no KNN to say how far to trust.
-    weights = Weights(torch.tensor([0.0, 0, 1]), torch.tensor([0.5, 0.5, 0]))
+    weights = Weights(torch.tensor([0.0, 0, 1]), torch.tensor([1.0, 1, 0]))
     learned = reference(scores[scaling], weights)
     # Sums of batches of other sizes.
     torch.testing.assert_close(fitted.reference, learned, rtol=1e-4, atol=1e-4)
-    rule, again = RULES["tails"], three().fit_scores(scores.double())
+    rule, again = RULES["tail"], three().fit_scores(scores.double())
     want = conformal_threshold(rule(learned, scores[calibrating]), 0.1)
     for detector in (fitted, again):
         torch.testing.assert_close(detector.threshold, want)
@@ -145,7 +145,7 @@ def test_another_rule_forgets_the_threshold():
         assert torch.equal(detector(X), RULES[rule](detector.reference, detector.scores(X)))
         found.add(tuple(detector(X).tolist()))
     assert len(found) == len(RULES)
-    with pytest.raises(ValueError, match="one of tails"):
+    with pytest.raises(ValueError, match="one of tail"):
         detector.set_hyperparameters(rule="mean")
 
 
@@ -175,7 +175,7 @@ def odd(score) -> Combined:
     [
         (lambda of: Combined([]), "at least one detector"),
         (lambda of: three(false_alarm=0), "false_alarm"),
-        (lambda of: three(rule="mean"), "one of tails"),
+        (lambda of: three(rule="mean"), "one of tail"),
         (lambda of: three(false_alarm=0.05).fit(loader(36)), "at least 37 ID images .* got 36"),
         (lambda of: three(false_alarm=1.0).fit(loader(3)), "at least 4 ID images"),
         (lambda of: three(false_alarm=None).fit(loader(1)), "at least 2 ID images .* got 1"),

@@ -1,6 +1,7 @@
 """Folders of detectors: what is saved comes back; what is damaged or foreign is refused."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -138,7 +139,7 @@ OF_ONE = {
 }
 # Of every_member: 0 TIEDetector, 8 MahalanobisPlusPlus, 10 ViM, 12 KNN.
 OF_MEMBERS = {
-    "rule": (lambda f: edit(f, rule="mean"), "one of tails"),
+    "rule": (lambda f: edit(f, rule="mean"), "one of tail"),
     "no scale": (lambda f: rewrite(f, lambda s: s.pop("reference")), "without 'reference'"),
     "fewer": (lambda f: rewrite(f, lambda s: s["members"].pop()), "for 12 members"),
 }
@@ -161,8 +162,9 @@ for keys, values, message in (
     (("reference",), {"weights": torch.ones(2)}, "for 13 members"),
     (("reference",), {"weights": torch.zeros(13)}, "or all 0"),
     (("reference",), {"weights": -torch.ones(13)}, "weights below 0"),
-    (("reference",), {"tails": -torch.ones(13)}, "tails of weights below 0"),
-    (("reference",), {"tails": torch.ones(2)}, "for 13 members"),
+    (("reference",), {"tail": -torch.ones(13)}, "tail of weights below 0"),
+    (("reference",), {"tail": torch.ones(2)}, "for 13 members"),
+    (("reference",), {"edge": None}, "without its edge"),
 ):
     name = f"{keys} {list(values)}, {message}"
     OF_MEMBERS[name] = (lambda f, k=keys, v=values: rewrite(f, at(*k, **v)), message)
@@ -225,22 +227,29 @@ def test_entries_of_the_format_and_of_later_versions(saved):
 
 
 def test_weights_of_members_and_files_without_them(saved):
-    folder, distances = saved / "Combined", [1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1]
+    folder, distances = saved / "Combined", torch.tensor([1, *[0] * 6, 1, 1, 0, 0, 1, 1])
     learned = Combined.load(folder).reference
     full = torch.tensor([2.0, 1, 1, 1, 1, 1, 1, 2, 2, 1, 1, 4, 4])
     share = learned.weights[-1] / 4
     assert 0 < share < 1
-    torch.testing.assert_close(
-        learned.weights, torch.where(torch.tensor(distances) > 0, share, 1) * full
-    )
-    assert learned.tails.tolist() == [of / 2 for of in distances]
-    # Up to 0.3 a tail was what had no weight.
-    earlier = torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 2, 2])
-    rewrite(folder, lambda s: s["reference"].update(weights=earlier, tails=None))
-    assert Combined.load(folder).reference.tails.tolist() == (0.75 * (earlier == 0)).tolist()
-    rewrite(folder, lambda s: s["reference"].pop("weights"))
+    torch.testing.assert_close(learned.weights, torch.where(distances > 0, share, 1) * full)
+    assert (learned.tail > 0).tolist() == [*(distances[:-2] > 0).tolist(), False, False]
+    # Files of 0.3.0: each score without a weight had a tail of its own.
+    weights = torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 2, 2])
+    rewrite(folder, lambda s: s["reference"].update(weights=weights, tail=None, edge=None))
+    edit(folder, rule="tails")
     before = Combined.load(folder)
-    assert before.reference.weights is before.reference.tails is None
+    z = before.reference.standardise(before.scores(X))
+    ordered = before.reference.standardise(before.reference.ordered)
+    excess = (z - ordered[math.ceil(0.9 * len(ordered)) - 1]).clamp_min(0) * (weights == 0)
+    expected = z @ weights / weights.sum() + 0.75 * excess.sum(1)
+    torch.testing.assert_close(before(X), expected, rtol=1e-4, atol=1e-4)
+    assert before.fit([X]).rule == "tail"
+    # Files of before: no weights.
+    rewrite(folder, lambda s: s["reference"].pop("weights"))
+    edit(folder, rule="tail")
+    before = Combined.load(folder)
+    assert before.reference.weights is before.reference.tail is None
     mean = before.reference.standardise(before.scores(X)).mean(1)
     torch.testing.assert_close(before(X), mean, rtol=1e-4, atol=1e-4)
     edit(folder, rule="stouffer")
