@@ -103,7 +103,7 @@ CANDIDATES = [
         (0.5, 0.75, 1.0),
     )
 ]
-CHOSEN = Candidate(("energy", "fDBD"), 4, 2, 2, "errors", TAILS[0], True, 1.0)
+CHOSEN = Candidate(("energy", "fDBD"), 2, 2, 2, "errors", TAILS[0], True, 1.0)
 """What ``combine`` combines."""
 BEFORE = Candidate(("energy", "fDBD"), 2, 0, 0, "votes", TAILS[0], False, 0.75)
 """What 0.3.0 combined."""

@@ -152,7 +152,7 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
         make=lambda net, saved: ViM(net.features, saved["d"], saved["w"], saved["b"]),
     ),
     SampledKNN: MemberSpec(
-        weight=4,
+        weight=2,
         distance=True,
         settings=("k", "max_samples"),
         tensors=("sample",),
@@ -160,7 +160,7 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
         make=lambda net, saved: SampledKNN(net.features, saved["k"], saved["max_samples"]),
     ),
     KNN: MemberSpec(
-        weight=4,
+        weight=2,
         distance=True,
         settings=("k", "normalize"),
         tensors=("images",),

@@ -41,7 +41,7 @@ def test_combination_of_scores_of_the_host(rule):
     (x, _) = map(torch.cat, zip(*held, strict=True))
     rows = split(len(x), 0.1)[0]
     share = trust(found.detectors[1](x)[rows], net(x).softmax(1).amax(1)[rows])
-    weights = torch.tensor([2 * share, 4 * share, 1, 2 * share, 1])
+    weights = torch.tensor([2 * share, 2 * share, 1, 2 * share, 1])
     torch.testing.assert_close(found.reference.weights, weights)
     tail = found.reference.tail
     assert (tail / tail.max()).tolist() == [1, 0, 0, 1, 0]
@@ -85,7 +85,7 @@ def chosen_by(sample: Sample, layer, z: Tensor, y: Tensor | None) -> tuple[Combi
     """The combination, and how far its KNN is trusted."""
     combined = Combined(chosen_members(sample, None, layer), 0.1)
     fit_chosen(combined, sample, [(given(z, layer), y)])
-    return combined, combined.reference.weights[1].item() / 4
+    return combined, combined.reference.weights[1].item() / 2
 
 
 @pytest.mark.parametrize("labelled", [True, False])
