@@ -30,11 +30,14 @@ def called(of: Mapping) -> str:
 def candidates() -> str:
     """What combine has, what validation and test columns would have chosen, and 0.3.0's."""
     names = {
-        "chosen": "**combine**",
         "by validation": "best by validation",
         "before": "0.3.0",
         "by test": "best by test",
     }
+    if record()["chosen"]["candidate"] == record()["by validation"]["candidate"]:
+        names["by validation"] += ": **combine**"
+    else:
+        names = {"chosen": "**combine**", **names}
     rows = []
     for key, name in names.items():
         of = record()[key]

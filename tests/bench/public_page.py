@@ -13,7 +13,9 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "public_networks"
 OURS = ("combine", "attach", "combine's KNN")
 """Ours, which are no rivals; the first is judged."""
 LABELS = {"combine": "**combine**", "attach": "**garbage head alone**"}
-FACTS = ("worst", "mean", "where", "single", "version")
+FACTS = ("worst", "mean", "where", "single", "full", "version")
+FULL = 0.98
+"""AUROC of a rival above which there is little room."""
 SHOWN = 5
 """Rivals in tables."""
 CALLED = {
@@ -210,11 +212,15 @@ def facts() -> dict[str, str]:
     found = summary()
     worst, average, _ = found["regret"][OURS[0]]
     column = min(found["of combine"], key=lambda name: found["of combine"][name]["regret"])
+    full = sum(
+        found["columns"][name][of["best"]][0] >= FULL for name, of in found["of combine"].items()
+    )
     return {
         "worst": percent(worst),
         "mean": percent(average),
         "where": _called(column),
         "single": f"{_worst(rivals()[0])}, {rivals()[0]}",
-        "version": f"tie_ext at commit {found['commit'][:7]}, before 0.3.0, "
+        "full": f"{full} of {len(found['of combine'])}",
+        "version": f"tie_ext {found['versions']['tie_ext']} at commit {found['commit'][:7]}, "
         f"pytorch-ood {found['versions']['pytorch-ood']}",
     }
