@@ -9,7 +9,12 @@ from pathlib import Path
 from tie_ext.cli.tables import table
 
 RECORD = Path(__file__).parents[2] / "docs" / "results" / "choice.json"
-TRUST = {"errors": "by errors", "votes": "by votes", "always": "always"}
+TRUST = {
+    "training": "",
+    "held-out": " by held-out images",
+    "votes": " by votes",
+    "always": " always",
+}
 
 
 @cache
@@ -24,7 +29,7 @@ def called(of: Mapping) -> str:
     more = "".join(f" and {name}" for name in of["tails"][2:])
     kind = "one tail" if of["one"] else "tails"
     body = " + ".join(of["body"])
-    return f"{body}; {weights} {TRUST[of['trust']]}; {kind}{more}, {of['tail']:g}"
+    return f"{body}; {weights}{TRUST[of['trust']]}; {kind}{more}, {of['tail']:g}"
 
 
 def candidates() -> str:

@@ -230,7 +230,8 @@ def attached_cases(a: argparse.Namespace) -> dict:
 def scoring(a: argparse.Namespace) -> dict:
     """A pass of the head and of the combination, in passes of the backbone; public networks."""
     from tie_ext import Combined
-    from tie_ext.pytorch_ood.recommended import Sample, chosen_members
+    from tie_ext.pytorch_ood.recommended import chosen_members
+    from tie_ext.pytorch_ood.sample import Sample
     from tie_ext.training.config import HeadConfig
 
     found = {}
@@ -248,7 +249,7 @@ def scoring(a: argparse.Namespace) -> dict:
         net = attach(model, [x[:40]], n, *bounds, head_config=HeadConfig(steps=10))
         # As many training images as the network keeps, and KNN, trusted or not.
         rows = net.features(x[:1]).detach() + torch.randn(5000, net.feature_size)
-        sample = Sample(rows, torch.arange(len(rows)) % n)
+        sample = Sample(rows, torch.arange(len(rows)) % n, torch.rand(len(rows)))
         members = chosen_members(sample, net, (net.fc.weight, net.fc.bias))
         combined = Combined(members, 0.2).fit([x[:40]])
         kinds = {"backbone": model, "head": net.decide, "combination": combined.decide}

@@ -263,7 +263,8 @@ def own_scores(
     threshold of the latter."""
     from tie_ext import Combined
     from tie_ext.pytorch_ood.members import Outputs
-    from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, kept_sample
+    from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen
+    from tie_ext.pytorch_ood.sample import kept_sample
 
     head = dict(head)
     net.keep_training(head.pop("train_features"), head.pop("train_labels", None))
@@ -383,8 +384,8 @@ def chosen_parts(
 def held_out_parts(
     of: str, known: int, seed: int, labels: Mapping[str, Tensor]
 ) -> dict[str, Part]:
-    """To choose by: of the images that the choice of this seed does not test, those of one class are
-    near; of the others four sevenths are fitted on, 40 are held out, and the rest judges."""
+    """To choose by: of the images that this seed's choice of classes does not test, those of one
+    class are near; of the others four sevenths are fitted on, 40 are held out, and the rest judges."""
     chosen = chosen_parts(of, known, (), seed, labels)
     rows, y = (
         torch.cat([getattr(chosen[part], name) for part in ("fit", "calibration")])
@@ -428,7 +429,8 @@ def chosen(of: str, known: int, other: str) -> Network:
 
 
 def held_out(of: str, known: int) -> Network:
-    """Of the classes of :func:`chosen` one is near, and nothing that it is judged on is seen."""
+    """Of the classes that are known to a network of :func:`chosen` one is near. No image is
+    judged that this choice of classes tests on; other choices do."""
     return Network(
         "efficientnet-lite0",
         partial(held_out_parts, of, known),
@@ -456,7 +458,7 @@ HELD_OUT = {
     "flowers-held-out": held_out("photos_flowers", 3),
     "trash-held-out": held_out("photos_trash", 4),
 }
-"""What public_choice.py chooses by beside validation sets."""
+"""What choice.py chooses by beside validation sets."""
 
 
 class Run:

@@ -13,12 +13,8 @@ from tie_ext.openood.loaders import PlainImages
 from tie_ext.openood.postprocessors import Postprocessor
 from tie_ext.pytorch_ood.combined import Combined, saved_rule
 from tie_ext.pytorch_ood.members import Outputs, forward
-from tie_ext.pytorch_ood.recommended import (
-    chosen_members,
-    fit_chosen,
-    kept_sample,
-    sample_features,
-)
+from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen
+from tie_ext.pytorch_ood.sample import kept_sample, sample_features
 from tie_ext.utils.loader import BatchReader
 from tie_ext.utils.views import eval_view
 
@@ -29,16 +25,15 @@ class CombinedPostprocessor(Postprocessor):
     Of a network that is no ``tie_net`` the garbage class is left out, and of one whose last layer
     is not found fDBD. Its parameter is the ``rule``, a name in
     :data:`tie_ext.scores.combination.RULES`. It is set up on ID images alone: training images fit
-    the members, and validation images set the scale of each score and say how far distances to
-    training images are trusted. They are read in the same way in every script, and no seed changes
-    the result.
+    the members and say how far distances to them are trusted, and validation images set the scale
+    of each score. They are read in the same way in every script, and no seed changes the result.
     """
 
     name = "tie_combined"
 
     def __init__(self, config: Config | None = None):
         super().__init__(config)
-        self.rule = saved_rule(self.parameters["rule"])  # configs of 0.2.0 name others too
+        self.rule = saved_rule(self.parameters["rule"])  # configs of before name others too
         self.combined: Combined | None = None
 
     @no_grad()

@@ -16,11 +16,13 @@ from pytorch_ood.api import (
     RequiresFittingException,
     Task,
 )
+from pytorch_ood.detector import KNN
 from torch import Tensor, nn
 
 from tie_ext.models.network import TIENet
 from tie_ext.pytorch_ood.base import Thresholded, id_reader, warn_if_seen
 from tie_ext.pytorch_ood.files import read_folder, write_folder
+from tie_ext.pytorch_ood.knn import SampledKNN
 from tie_ext.pytorch_ood.members import (
     Outputs,
     check_spec,
@@ -33,10 +35,12 @@ from tie_ext.pytorch_ood.members import (
     state_of,
     weights_of,
 )
+from tie_ext.pytorch_ood.sample import kept_sample
 from tie_ext.scores.combination import FORMULAS, RULES, Reference, check_rule
 from tie_ext.scores.decision import Decision, decide_by_score, upcast
 from tie_ext.scores.threshold import calibrate, split
-from tie_ext.utils.checks import check_finite, check_labels, describe
+from tie_ext.scores.trust import trust
+from tie_ext.utils.checks import check_finite, check_labels, check_number, describe
 from tie_ext.utils.files import reading
 from tie_ext.utils.views import eval_view
 
@@ -64,7 +68,9 @@ class Combined(Thresholded, Detector):
         rule: How the scores are combined, a name in :data:`tie_ext.scores.combination.RULES`. By
             ``tail`` each member has the weight of its entry in
             :data:`tie_ext.pytorch_ood.members.MEMBERS`, or 1 without an entry; distances to
-            training images have it as far as held-out images say that KNN is to be trusted.
+            training images have it as far as they are trusted: by the training images that the
+            network has kept, else by how a KNN among the members ranks those held-out images that
+            set the scale, else not at all (:mod:`tie_ext.scores.trust`).
         guarantee: What ``false_alarm`` bounds, ``average`` or ``pac``; as for the next two,
             :class:`tie_ext.scores.threshold.Guarantee` says more.
         confidence: Of ``pac``, in (0, 1).
@@ -136,8 +142,11 @@ class Combined(Thresholded, Detector):
         Raises:
             ValueError: If a name is unknown or there is no such rule.
         """
-        check_rule(kwargs.get("rule", self.rule))
+        check_rule(kwargs.get("rule", "tail"))
+        before = self.rule
         super().set_hyperparameters(**kwargs)
+        if before == "tails" != self.rule:  # of 0.3.0, whose scale has no tail
+            self.reference = None
         self._forget_threshold()
         return self
 
@@ -172,30 +181,43 @@ class Combined(Thresholded, Detector):
             features += [] if outputs.features is None else [outputs.features]
         if features and isinstance(net, TIENet):
             warn_if_seen(net.train_features, torch.cat(features))
-        return self.fit_scores(torch.cat(found), torch.cat(predicted), torch.cat(sure))
+        if isinstance(net, TIENet) and net.train_features is not None:
+            share = kept_sample(net).trust()
+        else:
+            share = self._trust(torch.cat(found), torch.cat(sure))
+        return self.fit_scores(torch.cat(found), torch.cat(predicted), share)
 
     def fit_scores(
-        self, scores: Tensor, labels: Tensor | None = None, confidence: Tensor | None = None
+        self, scores: Tensor, labels: Tensor | None = None, trust: float = 0.0
     ) -> "Combined":
         """As :meth:`fit`, from what is known of N held-out ID images.
 
         Arguments:
             scores: The members' scores ``(N, k)`` (:meth:`scores`).
             labels: Predicted classes ``(N,)``, which ``per_class`` needs.
-            confidence: Largest probabilities ``(N,)`` of the network, without which no distance to
-                training images counts in the mean of ``tail``.
+            trust: The share, in [0, 1], of their weights that distances to training images have in
+                the mean of ``tail``.
         """
-        scores, guarantee = self._checked(scores), self._guarantee
-        self.rule = "tail" if self.rule == "tails" else self.rule  # of a detector of 0.3.0
-        # No image that sets the threshold is asked, so that the false-alarm rate holds.
-        rows = split(len(scores), self.false_alarm, guarantee.probability)[0].to(scores.device)
-        sure = None if confidence is None else confidence.to(scores.device)[rows]
-        weights = weights_of(self.detectors, scores[rows], sure)
+        check_number("trust", trust, 0, 1)
+        rule = "tail" if self.rule == "tails" else self.rule  # of a detector of 0.3.0
         names = [type(member).__name__ for member in self.detectors]
-        about = (weights, labels, guarantee, names)
-        found = calibrate(scores, self.rule, self.false_alarm, *about)
+        about = (weights_of(self.detectors, trust), labels, self._guarantee, names)
+        found = calibrate(self._checked(scores), rule, self.false_alarm, *about)
         self.reference, self.calibration_scores, self.calibration_labels, self.threshold = found
+        self.rule = rule
         return self
+
+    def _trust(self, scores: Tensor, confidence: Tensor) -> float:
+        """How far a KNN among the members is trusted, by the scores ``(N, k)`` of those images
+        that set the scale; no image that sets the threshold is asked, so that the false-alarm rate
+        holds.
+        """
+        kinds = [type(member) in (SampledKNN, KNN) for member in self.detectors]
+        if True not in kinds:
+            return 0.0
+        rows = split(len(scores), self.false_alarm, self._guarantee.probability)[0]
+        rows = rows.to(scores.device)
+        return trust(scores[rows, kinds.index(True)], confidence[rows])
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores ``(B,)`` of images ``(B, C, H, W)``, larger = more OOD.

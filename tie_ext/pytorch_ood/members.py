@@ -44,7 +44,6 @@ from tie_ext.scores.combination import Weights
 from tie_ext.scores.decision import upcast
 from tie_ext.scores.knn import knn_score
 from tie_ext.scores.mahalanobis import Gaussians
-from tie_ext.scores.trust import trust
 from tie_ext.utils.precision import without_autocast
 from tie_ext.utils.views import holder_view, hook_view
 
@@ -67,7 +66,7 @@ class MemberSpec(NamedTuple):
     """In the body of a combination (:func:`tie_ext.scores.combination.body_and_tail`)."""
     distance: bool = False
     """Whether it tells how far an image is from training images, and not between which classes.
-    Then it has its weight only as far as KNN is trusted (:mod:`tie_ext.scores.trust`).
+    Then it has its weight only as far as distances are trusted (:mod:`tie_ext.scores.trust`).
     """
     tail: float = 0.0
     """Weight in the tail of a combination: of scores that find far images on every network."""
@@ -197,23 +196,15 @@ def check_spec(member: Detector, net: nn.Module | None) -> MemberSpec:
     return spec
 
 
-def weights_of(members: Sequence[Detector], scores: Tensor, confidence: Tensor | None) -> Weights:
+def weights_of(members: Sequence[Detector], trust: float) -> Weights:
     """How much each member counts in a combination.
 
     Arguments:
-        members: The k members.
-        scores: Their scores ``(N, k)`` of ID images.
-        confidence: Largest probabilities ``(N,)`` of the network; None where they are not known.
-
-    Returns:
-        Distances count in the body as far as KNN is trusted, and not at all where there is none
-        or no confidence.
+        members: The members.
+        trust: The share, in [0, 1], of its weight that a distance has in the body.
     """
     specs = [MEMBERS.get(type(member), MemberSpec()) for member in members]
-    column = next((i for i, m in enumerate(members) if isinstance(m, SampledKNN | KNN)), None)
-    known = column is not None and confidence is not None
-    share = trust(scores[:, column], confidence) if known else 0.0  # type: ignore[arg-type]
-    body = [of.weight * (share if of.distance else 1.0) for of in specs]
+    body = [of.weight * (trust if of.distance else 1.0) for of in specs]
     return Weights(torch.tensor(body), torch.tensor([float(of.tail) for of in specs]))
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from pytorch_ood.api import Detector
@@ -15,31 +15,25 @@ from tie_ext.pytorch_ood.base import id_reader, warn_if_seen
 from tie_ext.pytorch_ood.combined import Combined
 from tie_ext.pytorch_ood.detector import TIEDetector
 from tie_ext.pytorch_ood.fdbd import BoundaryDistance
-from tie_ext.pytorch_ood.knn import MAX_SAMPLES, K, SampledKNN
+from tie_ext.pytorch_ood.knn import MAX_SAMPLES, SampledKNN
 from tie_ext.pytorch_ood.mahalanobis import MahalanobisPlusPlus
-from tie_ext.pytorch_ood.members import Outputs, confidence_of, forward
+from tie_ext.pytorch_ood.members import Outputs, forward
+from tie_ext.pytorch_ood.sample import (
+    NEIGHBOURS,
+    Sample,
+    kept_sample,
+    neighbours,
+    sample_features,
+)
 from tie_ext.scores.combination import check_rule
 from tie_ext.scores.threshold import Guarantee
 from tie_ext.utils.checks import check_number
 from tie_ext.utils.distributed import gathered, world
 from tie_ext.utils.precision import without_autocast
-from tie_ext.utils.reservoir import Reservoir
 from tie_ext.utils.subset import SampledLoader
 from tie_ext.utils.views import eval_view
 
 log = logging.getLogger(__name__)
-
-NEIGHBOURS = 2000
-"""Training images of KNN: more cost every score time and rank no better."""
-
-
-class Sample(NamedTuple):
-    """A random sample of the training images."""
-
-    features: Tensor
-    """``(N, F)``."""
-    labels: Tensor | None
-    """``(N,)``; None where the loader has none."""
 
 
 @torch.no_grad()
@@ -58,10 +52,11 @@ def combine(
     """The garbage class of a network and four other scores as one detector with one threshold.
 
     Energy and fDBD tell between which classes an image lies; the garbage class, KNN and
-    Mahalanobis++ how far it is from training images. The latter count where they exceed nearly all
-    ID images, and in the mean as far as held-out images say that they rank near images too
-    (:mod:`tie_ext.scores.trust`, :func:`tie_ext.scores.combination.body_and_tail`). Members and
-    weights were chosen on validation OOD sets and held-out classes of networks that others trained
+    Mahalanobis++ how far it is from training images. These distances count in the mean as far as
+    training images say that they rank near images too (:mod:`tie_ext.scores.trust`); the garbage
+    class and Mahalanobis++ also where their sum exceeds nearly all ID images
+    (:func:`tie_ext.scores.combination.body_and_tail`). Members and weights were chosen on
+    validation OOD sets and held-out classes of networks that others trained
     (docs/research/public_networks.md).
 
     Arguments:
@@ -116,22 +111,6 @@ def combine(
     return fit_chosen(combined, sample, calibration)
 
 
-def kept_sample(net: TIENet) -> Sample:
-    """What a network has kept of its training images.
-
-    Raises:
-        ValueError: If it has kept nothing, as networks that were saved before 0.3 have not.
-    """
-    if net.train_features is None:
-        raise ValueError(
-            "Expected a network that has kept features of its training images, but got one that "
-            "an earlier version saved, or that was not attached; give train_loader=..., its "
-            "training images"
-        )
-    labels = net.train_labels
-    return Sample(net.train_features.float(), None if labels is None else labels.cpu())
-
-
 def _read(
     net: TIENet, loader: Iterable, name: str, field: str, count: int | None = None
 ) -> Iterator[tuple[Outputs, Tensor | None]]:
@@ -162,7 +141,7 @@ def chosen_members(
     Raises:
         ValueError: If there are fewer than two training images.
     """
-    encoder, (features, labels) = None if net is None else net.features, sample
+    encoder, (features, labels, _) = None if net is None else net.features, sample
     knn, gaussians = fit_knn(features), MahalanobisPlusPlus(encoder)  # type: ignore[arg-type]
     knn.encoder = encoder
     members = [knn, EnergyBased(net), gaussians.fit_features(features, labels)]
@@ -187,36 +166,19 @@ def fit_chosen(
     Raises:
         ValueError: If there are too few images, or a score is not finite or the same for all.
     """
-    found, predicted, sure, features = [], [], [], []
+    found, predicted, features = [], [], []
     for outputs, _ in batches:
         found.append(combined.score_outputs(outputs))
         predicted.append(outputs.logits.argmax(dim=1))
-        sure.append(confidence_of(outputs))
         features.append(cast(Tensor, outputs.features))
     warn_if_seen(sample.features, torch.cat(features))
-    columns = (gathered(torch.cat(of), found[0].device) for of in (found, predicted, sure))
-    return combined.fit_scores(*columns)
-
-
-def sample_features(
-    batches: Iterable[tuple[Outputs, Tensor | None]], max_samples: int = MAX_SAMPLES
-) -> Sample:
-    """A uniform random sample of at most ``max_samples`` of the images whose features and labels,
-    where they have any, are in batches.
-    """
-    # A stream of its own: the same images give the same detector, and the caller's stream stays.
-    sample, labelled = Reservoir(max_samples, torch.Generator().manual_seed(0)), True
-    for outputs, labels in batches:
-        labelled = labelled and labels is not None
-        none = torch.zeros(len(outputs.logits), dtype=torch.long)
-        sample.add(outputs.features.float(), none if labels is None else labels)  # type: ignore[union-attr]
-    features, kept = (gathered(column, sample.columns[0].device) for column in sample.columns)
-    return Sample(features, kept if labelled else None)
+    scores, labels = (gathered(torch.cat(of), found[0].device) for of in (found, predicted))
+    return combined.fit_scores(scores, labels, sample.trust())
 
 
 def fit_knn(features: Tensor) -> SampledKNN:
-    """KNN of training features, a random sample where they are many: the 20th neighbour of 2000,
-    and one in a hundred of fewer, as k has to grow with their number.
+    """KNN of training features, a random sample where they are many
+    (:func:`tie_ext.pytorch_ood.sample.neighbours`).
 
     Arguments:
         features: ``(N, F)``, N >= 2.
@@ -226,5 +188,4 @@ def fit_knn(features: Tensor) -> SampledKNN:
     """
     if len(features) < 2:
         raise ValueError(f"Expected at least two training images for KNN, but got {len(features)}")
-    k = max(1, min(NEIGHBOURS, len(features)) * K // MAX_SAMPLES)
-    return SampledKNN(None, k, NEIGHBOURS).fit_features(features)
+    return SampledKNN(None, neighbours(len(features)), NEIGHBOURS).fit_features(features)

@@ -43,7 +43,7 @@ class Reference(NamedTuple):
     ordered: Tensor
     """``(N, k)``, each column in ascending order."""
     weights: Tensor | None = None
-    """``(k,)`` weights in the body, >= 0 and not all 0. None: all 1, and no tail."""
+    """``(k,)`` weights in the body, >= 0 and not all 0. None: all 1."""
     tail: Tensor | None = None
     """``(k,)`` weights in the tail, >= 0, with which its standard deviation is 1; None for no
     tail."""
@@ -77,7 +77,7 @@ def reference(
 
     Arguments:
         scores: Scores ``(N, k)`` of ID images, larger = more OOD.
-        weights: How much each counts; None, or a body of zeros, for a plain mean.
+        weights: How much each counts; None for a plain mean. A body of zeros is one of ones.
         names: What gave each score, for errors.
 
     Raises:
@@ -102,12 +102,13 @@ def reference(
             f"{ordered[0, column].item():.4g} for all "
             + (f"from {names[column]}; leave it out" if names else f"in column {column}")
         )
-    if weights is None or not bool((weights.body > 0).any()):
+    if weights is None:
         return Reference(scores.mean(dim=0), deviation, ordered)
     body, tail = (of.to(scores) for of in weights)
+    body = torch.ones_like(body) if not bool((body > 0).any()) else body
     learned = Reference(scores.mean(dim=0), deviation, ordered, body)
     sums = (learned.standardise(scores) * tail).sum(dim=1).sort().values
-    if not sums[-1] > sums[0]:
+    if not sums[-1] - sums[0] > ROUNDING * tail.sum():  # none has a tail, or they cancel
         return learned
     spread, last = sums.std(), math.ceil(QUANTILE * len(sums)) - 1
     return learned._replace(tail=tail / spread, edge=sums[last] / spread)

@@ -11,13 +11,8 @@ from tie_ext import Combined, TIEDetector, TIENet, TIETrainer, attach, combine
 from tie_ext.outliers import Noise
 from tie_ext.pytorch_ood import MahalanobisPlusPlus
 from tie_ext.pytorch_ood.members import Outputs
-from tie_ext.pytorch_ood.recommended import (
-    Sample,
-    chosen_members,
-    fit_chosen,
-    fit_knn,
-    sample_features,
-)
+from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, fit_knn
+from tie_ext.pytorch_ood.sample import Sample, sample_features
 from tie_ext.scores.combination import RULES
 from tie_ext.scores.threshold import split
 from tie_ext.scores.trust import trust
