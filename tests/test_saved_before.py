@@ -110,6 +110,34 @@ def test_members_and_a_rule_that_is_retired():
     ]
 
 
+def test_separate_tails_of_0_3_0(tmp_path):
+    detector = load(DATA / "saved_by_0.3.0")
+    assert (detector.rule, detector.reference.tail) == ("tails", None)
+    scores = [584.9165, 1.085373, -0.6235613, -2.607740]
+
+    def as_before(of) -> None:
+        assert of(RAMP).tolist() == pytest.approx(scores, rel=1e-4)
+        assert of.threshold == pytest.approx(0.7151, abs=1e-4)
+        assert of.decide(RAMP).level.tolist() == [1, 1, 0, 0]
+
+    as_before(detector)
+    detector.save(tmp_path)
+    as_before(load(tmp_path))
+    for refuse in (
+        lambda: detector.fit([RAMP]),
+        lambda: detector.set_hyperparameters(rule="sum"),
+    ):
+        with refused("Expected"):
+            refuse()
+        as_before(detector)
+    held = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    detector.fit([nn.functional.interpolate(held, 28)])
+    assert (detector.rule, detector.reference.tail is None) == ("tail", False)
+    again = load(tmp_path).set_hyperparameters(rule="tail")
+    with pytest.raises(Exception, match="fit"):
+        again(RAMP)
+
+
 @pytest.mark.parametrize(
     ("folder", "score", "threshold", "tau"),
     [
@@ -133,7 +161,7 @@ def test_scores_of_a_detector_saved_again(folder, tmp_path):
     detector = load(DATA / folder)
     detector.save(tmp_path)
     again = load(tmp_path)
-    assert json.loads((tmp_path / "detector.json").read_text())["version"] == 3
+    assert json.loads((tmp_path / "detector.json").read_text())["version"] == 4
     assert torch.equal(again(RAMP), detector(RAMP))
     assert torch.equal(again.threshold, detector.threshold)
     assert again.calibration_scores is None

@@ -105,12 +105,23 @@ def test_combination_in_other_orders_and_units(rule, seed, weights, order, scale
 
 
 @given(seeds, st.sampled_from([None, 1.0, 2.0, 0.0]))
-def test_mean_without_tails_or_without_a_body(seed, weight):
-    body, none = torch.full((3,), weight or 0.0), torch.zeros(3)
-    weights = None if weight is None else Weights(body, none if weight else none + 1)
-    learned, new = reference(draw(seed, 40), weights), draw(seed + 1, 10)
+def test_mean_of_equal_weights(seed, weight):
+    ours, new, none = draw(seed, 40), draw(seed + 1, 10), torch.zeros(3)
+    weights = None if weight is None else Weights(none + weight, none)
+    learned = reference(ours, weights)
     for rule in ("tail", "tails"):
         close(FORMULAS[rule](learned, new), learned.standardise(new).mean(1))
+    if weight is not None:
+        zeros, ones = (reference(ours, Weights(none + w, none + 1)) for w in (0, weight or 3))
+        close(body_and_tail(zeros, new), body_and_tail(ones, new))
+
+
+def test_tail_of_scores_that_cancel():
+    scores = torch.tensor([[0.1, 2.7, 5.0], [0.7, -1.1, 6.0]])
+    weights = Weights(torch.ones(3), torch.tensor([1.0, 1, 0]))
+    learned = reference(scores, weights)
+    assert learned.tail is learned.edge is None
+    close(body_and_tail(learned, scores), learned.standardise(scores).mean(1))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from tie_ext.models.network import TIENet
 from tie_ext.utils.checks import check_finite, check_number, describe
 from tie_ext.utils.files import load_state, read_json, reading, save_state, sha256, write_json
 
-VERSION = 3
-"""Of both kinds of detector. 0.1.0 and 0.2.0 wrote version 1: tensors in ``members.safetensors``,
-of a combination alone, and no calibration scores.
+VERSION = 4
+"""Of both kinds of detector. 0.3.0 wrote version 3: each score had a tail of its own. 0.1.0 and
+0.2.0 wrote version 1: tensors in ``members.safetensors``, of a combination alone, and no
+calibration scores.
 """
 EARLIER = "members.safetensors"
 

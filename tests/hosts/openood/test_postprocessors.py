@@ -95,7 +95,7 @@ def test_combination_of_scores_of_pytorch_ood(openood, network, rule):
 @pytest.mark.parametrize(("old", "new"), [("stouffer", "zsum"), ("fisher", "fisher")])
 def test_rules_in_configs_of_earlier_versions(openood, old, new):
     assert postprocessor("tie_combined", rule=old).rule == new
-    with pytest.raises(ValueError, match="one of tail"):
+    with pytest.raises(ValueError, match="one of tail, "):
         postprocessor("tie_combined", rule="mean")
 
 

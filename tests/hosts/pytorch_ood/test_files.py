@@ -118,7 +118,7 @@ OF_BOTH = {
     "text": (lambda f: put(f, JSON, b"\xff\xfe"), FOREIGN),
     "deep": (lambda f: put(f, JSON, b"[" * 100_000), FOREIGN),
     "format": (lambda f: edit(f, format=None), FOREIGN),
-    "version": (lambda f: edit(f, version=4), "newer tie_ext"),
+    "version": (lambda f: edit(f, version=5), "newer tie_ext"),
     "rate": (lambda f: edit(f, false_alarm=7), "Expected false_alarm"),
     "no rate": (lambda f: edit(f, false_alarm=...), "without 'false_alarm'"),
     "threshold": (lambda f: edit(f, threshold="hostile"), "Expected threshold"),
@@ -139,7 +139,7 @@ OF_ONE = {
 }
 # Of every_member: 0 TIEDetector, 8 MahalanobisPlusPlus, 10 ViM, 12 KNN.
 OF_MEMBERS = {
-    "rule": (lambda f: edit(f, rule="mean"), "one of tail"),
+    "rule": (lambda f: edit(f, rule="mean"), "one of tail, "),
     "no scale": (lambda f: rewrite(f, lambda s: s.pop("reference")), "without 'reference'"),
     "fewer": (lambda f: rewrite(f, lambda s: s["members"].pop()), "for 12 members"),
 }
@@ -216,7 +216,7 @@ def test_errors_of_folders_and_pipes(what, saved):
 
 def test_entries_of_the_format_and_of_later_versions(saved):
     about = json.loads((saved / "Combined" / JSON).read_text())
-    assert (about["version"], about["guarantee"], about["transform"]) == (3, "average", None)
+    assert (about["version"], about["guarantee"], about["transform"]) == (4, "average", None)
     assert about["members"][-1] == "KNN"
     state = load_state(saved / "Combined" / STATE, "detector")
     assert state["training_features"] is None

@@ -5,12 +5,13 @@ import pytorch_ood.detector as theirs
 import torch
 from conftest import SHAPE, TINY, Small
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hosts.pytorch_ood.conftest import N, images, loader, trained
 from tie_ext import Combined, TIEDetector, TIENet, TIETrainer, attach, combine
 from tie_ext.outliers import Noise
-from tie_ext.pytorch_ood import MahalanobisPlusPlus
-from tie_ext.pytorch_ood.members import Outputs
+from tie_ext.pytorch_ood import MahalanobisPlusPlus, SampledKNN
+from tie_ext.pytorch_ood.members import Outputs, confidence_of
 from tie_ext.pytorch_ood.recommended import chosen_members, fit_chosen, fit_knn
 from tie_ext.pytorch_ood.sample import Sample, sample_features
 from tie_ext.scores.combination import RULES
@@ -30,12 +31,13 @@ def test_combination_of_scores_of_the_host(rule):
     others = [theirs.KNN(net.features, k=3), theirs.EnergyBased(net)]
     others += [MahalanobisPlusPlus(net.features), layer]
     members = [TIEDetector(net), *(of.fit(training) for of in others)]
+    x, _ = map(torch.cat, zip(*training, strict=True))
+    net.keep_training(net.features(x).detach(), None)  # of these Combined learns how far to trust
     expected = Combined(members, 0.1, rule).fit(held)
     torch.testing.assert_close(found(X), expected(X), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-3, atol=1e-3)
-    (x, _) = map(torch.cat, zip(*held, strict=True))
-    rows = split(len(x), 0.1)[0]
-    share = trust(found.detectors[1](x)[rows], net(x).softmax(1).amax(1)[rows])
+    distances = torch.cdist(*[normalize(net.features(x))] * 2).sort(1).values[:, 3]
+    share = trust(distances, net(x).softmax(1).amax(1))
     weights = torch.tensor([2 * share, 2 * share, 1, 2 * share, 1])
     torch.testing.assert_close(found.reference.weights, weights)
     tail = found.reference.tail
@@ -61,71 +63,109 @@ def test_warning_of_training_images_held_out(how):
     fit(list(images(140)[0][100:].split(7)))  # others: not a word
 
 
-def world(classes: int, count: int, spread: float, seed: int = 0) -> tuple[Sample, tuple]:
+Layer = tuple[Tensor, Tensor]
+
+
+def world(classes: int, count: int, spread: float, seed: int = 0) -> tuple[Sample, Layer]:
     """Features of classes that lie apart, their labels, and a layer that knows their means."""
     rng = torch.Generator().manual_seed(seed)
     means = torch.randn(classes, 12, generator=torch.Generator().manual_seed(1))
     y = torch.arange(count) % classes
     z = means[y] + spread * torch.randn(count, 12, generator=rng)
-    return Sample(z, y), (means, -means.square().sum(1) / 2)
+    layer = means, -means.square().sum(1) / 2
+    return Sample(z, y, confidence_of(given(z, layer))), layer
 
 
-def given(z: Tensor, layer: tuple[Tensor, Tensor]) -> Outputs:
+def given(z: Tensor, layer: Layer) -> Outputs:
     """What a network of this layer gives, whose garbage logit is a length."""
     logits = z @ layer[0].T + layer[1]
     return Outputs(logits, z, torch.cat([logits, z.norm(dim=1, keepdim=True)], dim=1))
 
 
-def chosen_by(sample: Sample, layer, z: Tensor, y: Tensor | None) -> tuple[Combined, float]:
-    """The combination, and how far its KNN is trusted."""
+def chosen_by(sample: Sample, layer: Layer, z: Tensor) -> tuple[Combined, float]:
+    """The combination, and how far it trusts distances."""
     combined = Combined(chosen_members(sample, None, layer), 0.1)
-    fit_chosen(combined, sample, [(given(z, layer), y)])
+    fit_chosen(combined, sample, [(given(z, layer), None)])
     return combined, combined.reference.weights[1].item() / 2
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize(("classes", "count"), [(2, 100), (2, 2), (100, 100), (1000, 100)])
 def test_few_images_many_classes_and_no_labels(classes, count, labelled):
-    (z, y), layer = world(classes, count, 0.3)
-    (held, labels), _ = world(classes, 40, 0.3, seed=1)
-    sample = Sample(z, y if labelled else None)
-    combined, share = chosen_by(sample, layer, held, labels if labelled else None)
+    (z, y, sure), layer = world(classes, count, 0.3)
+    held = world(classes, 40, 0.3, seed=1)[0].features
+    sample = Sample(z, y if labelled else None, sure)
+    combined, share = chosen_by(sample, layer, held)
     new = torch.cat([9 * torch.randn(30, 12), torch.zeros(1, 12), z])
     assert combined.predict_scores(combined.score_outputs(given(new, layer))).isfinite().all()
-    assert share == chosen_by(sample, layer, held, None)[1]
+    assert share == pytest.approx(Sample(z, y, sure).trust())  # of labels no use is made
 
 
 def test_trust_in_neighbours_that_know_where_classes_meet():
-    (sample, layer), ((z, y), _) = world(3, 200, 0.5), world(3, 60, 0.5, seed=1)
-    between = z.clone()
-    between[::6] = (z[::6] + z[1::6]) / 2  # the network is unsure of these
-    assert chosen_by(sample, layer, between, y)[1] > 0.9
-    # The same images are the only ones among training images, far from the others.
-    odd = Sample(between[::6] + 0.01 * torch.randn(10, 12), None)
-    combined, share = chosen_by(odd, layer, between, y)
-    assert share == 0
-    assert combined.reference.weights.tolist() == [0, 0, 1, 0, 1]
+    (z, y, _), layer = world(3, 200, 0.2)
+    held = world(3, 60, 0.2, seed=1)[0].features
+    between, together = z.clone(), z.clone()
+    between[::5] = (z[::5] + z[1::5]) / 2  # the network is unsure of these, which lie apart
+    together[::5] = (z[0] + z[1]) / 2 + 0.01 * z[::5]  # and of these, which lie close together
+    for features, share in ((between, 1), (together, 0)):
+        sample = Sample(features, y, confidence_of(given(features, layer)))
+        combined, found = chosen_by(sample, layer, held)
+        assert found == share == sample.trust()
+        assert combined.reference.weights.tolist() == [2 * share, 2 * share, 1, 2 * share, 1]
+    # Whatever is held out.
+    assert chosen_by(sample, layer, torch.randn(60, 12))[1] == 0
 
 
-def test_trust_asks_no_image_of_the_threshold():
-    (sample, layer), ((z, y), _) = world(3, 200, 0.5), world(3, 60, 0.5, seed=1)
-    first, _ = chosen_by(sample, layer, z, y)
-    others = z.clone()
+class Linear(torch.nn.Module):
+    """A network of a layer alone."""
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.fc = torch.nn.Linear(12, len(layer[0]))
+        self.fc.weight.data, self.fc.bias.data = layer
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x))
+
+
+def own_by(sample: Sample, layer: Layer, held: Tensor) -> tuple[Combined, float]:
+    """A user's combination on a network that has kept no training images, and its trust."""
+    net = Linear(layer).eval()
+    knn = SampledKNN(net.features, 2).fit_features(sample.features)
+    combined = Combined([theirs.EnergyBased(net), knn], 0.1).fit(
+        list(held[:, :, None, None].split(7))
+    )
+    return combined, combined.reference.weights[1].item() / 2
+
+
+def test_trust_from_held_out_images_that_set_the_scale():
+    sample, layer = world(3, 200, 1.5)
+    held = world(3, 60, 1.5, seed=4)[0].features
+    first, share = own_by(sample, layer, held)
+    assert 0 < share < 1
+    others = held.clone()
     others[split(60, 0.1)[1]] = torch.randn(30, 12)
-    same, _ = chosen_by(sample, layer, others, y)
-    assert all(map(torch.equal, same.reference, first.reference))
+    same, _ = own_by(sample, layer, others)
+    for a, b in zip(same.reference, first.reference, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    alone = Combined([first.detectors[0]], 0.1).fit([held[:, :, None, None]])
+    assert alone.reference.weights.tolist() == [1]
 
 
-def test_false_alarm_rate_where_trust_is_estimated():
+@pytest.mark.parametrize("by", [chosen_by, own_by])
+def test_false_alarm_rate_where_trust_is_estimated(by):
     alarms, shares = [], []
-    (sample, layer), (many, _) = world(3, 60, 1.5), world(3, 40_000, 1.5, seed=1)
-    for new in many.features.view(100, 400, -1):
-        found, share = chosen_by(sample, layer, new[:40], None)
+    sample, layer = world(3, 60, 1.5)
+    for new in world(3, 40_000, 1.5, seed=1)[0].features.view(100, 400, -1):
+        found, share = by(sample, layer, new[:40])
         scores = found.predict_scores(found.score_outputs(given(new[40:], layer)))
         alarms.append((scores > found.threshold).float().mean())
         shares.append(share)
     rates, trusted = torch.stack(alarms), torch.tensor(shares)
-    assert trusted.unique().numel() > 10  # it differs between draws
+    assert (trusted.unique().numel() > 10) == (by is own_by)  # it differs between draws
     # Of the 20 images of the threshold half one is above it: 2 / 21 of new ones are.
     assert abs(rates.mean() - 2 / 21) < 3 * rates.std() / len(rates) ** 0.5
 
