@@ -65,6 +65,16 @@ def left_out() -> str:
     return table(rows)
 
 
+def fresh(key: str) -> str:
+    """Worst regret of combine, or of 0.3.0, in choices of classes that were new."""
+    return f"{record()[key]['fresh']['worst']:.1f}"
+
+
+def hundred() -> str:
+    """Worst regret on CIFAR-100 of what the other networks choose."""
+    return f"{record()['left out']['CIFAR-100']['by validation']['test']['worst']:.1f}"
+
+
 def count() -> str:
     """How many candidates there are."""
     return str(record()["candidates"])

@@ -437,7 +437,7 @@ def held_out(of: str, known: int) -> Network:
         ("held out",),
         VALIDATION,
         known - 1,
-        range(CHOICES),
+        range(2 * CHOICES),
         True,
     )
 
