@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("pytorch_ood")
 sys.path.append(str(Path(__file__).parent / "bench"))
+import choice
 import page
 import public_networks
 import public_page
@@ -210,3 +211,52 @@ def test_a_choice_of_classes_shares_no_image(known):
     left = set(labels["own"][parts["left out"].rows].tolist())
     assert left.isdisjoint(labels["own"][parts["test"].rows].tolist())
     assert len(left) == 6 - known
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_image_is_fitted_on_and_judged(seed):
+    of = "photos_trash"
+    labels = {of: torch.arange(600) % 6}
+    labels |= dict.fromkeys(public_networks.VALIDATION, torch.zeros(5).long())
+    tested = public_networks.chosen_parts(of, 4, (), seed, labels)
+    found = public_networks.held_out_parts(of, 4, seed, labels)
+    parts = [found[name] for name in ("fit", "calibration", "test", "held out")]
+    rows = torch.cat([part.rows for part in parts])
+    assert (
+        len(rows)
+        == len(rows.unique())
+        == len(tested["fit"].rows) + len(tested["calibration"].rows)
+    )
+    assert not set(rows.tolist()) & set(tested["test"].rows.tolist())
+    known = [set(labels[of][part.rows].tolist()) for part in parts]
+    assert known[0] == known[1] == known[2]
+    assert (len(known[0]), len(known[3]), known[0] & known[3]) == (3, 1, set())
+    for part in parts[:3]:  # new labels go from 0 to 2 in the order of the classes
+        order = sorted(known[0])
+        assert part.labels.tolist() == [order.index(y) for y in labels[of][part.rows].tolist()]
+
+
+def test_choice_by_worst_regret_then_members_then_mean(monkeypatch):
+    few = choice.Candidate(("energy",), 1, 0, 0, "votes", ("KNN",), True, 1.0)
+    many = few._replace(body=("energy", "fDBD"))
+    monkeypatch.setattr(choice, "CANDIDATES", [many, few, few._replace(tail=0.5), many])
+    assert (few.members, many.members) == (2, 3)
+
+    def table(*columns):
+        return {(str(i), "validation near"): (torch.tensor(c), "") for i, c in enumerate(columns)}
+
+    better = table([-0.5, -0.55, -0.58, -0.9], [0.0, 0.0, 0.2, 9.0])
+    assert choice.best(better, "01", "validation") == 2  # within 0.1, and few, and the better mean
+    assert choice.best(better, "1", "validation") == 3
+    assert choice.best(table([-0.3, -0.5, -0.5, -0.9]), "0", "validation") == 0
+
+
+def test_regret_of_means_over_runs():
+    def run(ours, a, b):
+        return choice.Columns({"test far": torch.tensor(ours)}, {"test far": {"a": a, "b": b}})
+
+    runs = [run([0.5, 0.75], 0.75, 0.5), run([0.75, 0.75], 0.25, 0.75)]
+    ((found, rival),) = choice.regrets({"net": runs}).values()
+    assert (found.tolist(), rival) == ([0.0, 12.5], "b")
+    ours = choice.aurocs(torch.tensor([[0.0, 1, 2, 3]]), torch.tensor([[1.0, 9, -1, 2.5]]))
+    assert ours.tolist() == [(1.5 + 4 + 0 + 3) / 16]

@@ -9,12 +9,7 @@ from pathlib import Path
 from tie_ext.cli.tables import table
 
 RECORD = Path(__file__).parents[2] / "docs" / "results" / "choice.json"
-TRUST = {
-    "training": "",
-    "held-out": " by held-out images",
-    "votes": " by votes",
-    "always": " always",
-}
+TRUST = {"training": "", "held-out": " by held-out images", "votes": " by votes"}
 
 
 @cache
