@@ -112,7 +112,7 @@ def _read_knn(member: KNN, name: str) -> Any:
 
 MEMBERS: dict[type[Detector], MemberSpec] = {
     TIEDetector: MemberSpec(
-        weight=2,
+        weight=0.5,
         distance=True,
         tail=1,
         settings=("false_alarm", "lam", "t"),
@@ -127,7 +127,6 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
     Entropy: MemberSpec(exported=lambda member: _entropy),
     GEN: MemberSpec(settings=("gamma", "M")),
     Mahalanobis: MemberSpec(
-        weight=2,
         distance=True,
         tail=1,
         tensors=("mu", "cov", "precision"),
@@ -135,7 +134,6 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
         exported=lambda member: Gaussians(member.mu, member.precision).distance,
     ),
     MahalanobisPlusPlus: MemberSpec(
-        weight=2,
         distance=True,
         tail=1,
         tensors=("mu", "precision"),
@@ -151,7 +149,6 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
         make=lambda net, saved: ViM(net.features, saved["d"], saved["w"], saved["b"]),
     ),
     SampledKNN: MemberSpec(
-        weight=2,
         distance=True,
         settings=("k", "max_samples"),
         tensors=("sample",),
@@ -159,7 +156,6 @@ MEMBERS: dict[type[Detector], MemberSpec] = {
         make=lambda net, saved: SampledKNN(net.features, saved["k"], saved["max_samples"]),
     ),
     KNN: MemberSpec(
-        weight=2,
         distance=True,
         settings=("k", "normalize"),
         tensors=("images",),

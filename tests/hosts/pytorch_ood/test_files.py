@@ -229,8 +229,8 @@ def test_entries_of_the_format_and_of_later_versions(saved):
 def test_weights_of_members_and_files_without_them(saved):
     folder, distances = saved / "Combined", torch.tensor([1, *[0] * 6, 1, 1, 0, 0, 1, 1])
     learned = Combined.load(folder).reference
-    full = torch.tensor([2.0, 1, 1, 1, 1, 1, 1, 2, 2, 1, 1, 2, 2])
-    share = learned.weights[-1] / 2
+    full = torch.tensor([0.5, *[1.0] * 12])
+    share = learned.weights[-1]
     assert 0 < share < 1
     torch.testing.assert_close(learned.weights, torch.where(distances > 0, share, 1) * full)
     assert (learned.tail > 0).tolist() == [*(distances[:-2] > 0).tolist(), False, False]
