@@ -38,7 +38,7 @@ def test_combination_of_scores_of_the_host(rule):
     torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-3, atol=1e-3)
     distances = torch.cdist(*[normalize(net.features(x))] * 2).sort(1).values[:, 3]
     share = trust(distances, net(x).softmax(1).amax(1))
-    weights = torch.tensor([2 * share, 2 * share, 1, 2 * share, 1])
+    weights = torch.tensor([0.5 * share, share, 1, share, 1])
     torch.testing.assert_close(found.reference.weights, weights)
     tail = found.reference.tail
     assert (tail / tail.max()).tolist() == [1, 0, 0, 1, 0]
@@ -86,7 +86,7 @@ def chosen_by(sample: Sample, layer: Layer, z: Tensor) -> tuple[Combined, float]
     """The combination, and how far it trusts distances."""
     combined = Combined(chosen_members(sample, None, layer), 0.1)
     fit_chosen(combined, sample, [(given(z, layer), None)])
-    return combined, combined.reference.weights[1].item() / 2
+    return combined, combined.reference.weights[1].item()
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -111,7 +111,7 @@ def test_trust_in_neighbours_that_know_where_classes_meet():
         sample = Sample(features, y, confidence_of(given(features, layer)))
         combined, found = chosen_by(sample, layer, held)
         assert found == share == sample.trust()
-        assert combined.reference.weights.tolist() == [2 * share, 2 * share, 1, 2 * share, 1]
+        assert combined.reference.weights.tolist() == [0.5 * share, share, 1, share, 1]
     # Whatever is held out.
     assert chosen_by(sample, layer, torch.randn(60, 12))[1] == 0
 
@@ -138,7 +138,7 @@ def own_by(sample: Sample, layer: Layer, held: Tensor) -> tuple[Combined, float]
     combined = Combined([theirs.EnergyBased(net), knn], 0.1).fit(
         list(held[:, :, None, None].split(7))
     )
-    return combined, combined.reference.weights[1].item() / 2
+    return combined, combined.reference.weights[1].item()
 
 
 def test_trust_from_held_out_images_that_set_the_scale():
