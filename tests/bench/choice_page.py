@@ -32,6 +32,7 @@ def candidates() -> str:
     names = {
         "by validation": "best by validation",
         "of all": "best with others' scores",
+        "first": "first choice",
         "before": "0.3.0",
         "by test": "best by test",
     }
@@ -61,14 +62,15 @@ def left_out() -> str:
     return table(rows)
 
 
-def fresh(key: str) -> str:
-    """Worst regret of combine, or of 0.3.0, in choices of classes that were new."""
-    return f"{record()[key]['fresh']['worst']:.1f}"
-
-
-def hundred() -> str:
-    """Worst regret on CIFAR-100 of what the other networks choose."""
-    return f"{record()['left out']['CIFAR-100']['by validation']['test']['worst']:.1f}"
+def fresh() -> str:
+    """Regret in choices of classes that were new."""
+    rows = []
+    for column in record()["chosen"]["fresh"]["columns"]:
+        row = {"column": column.replace(" test", ":")}
+        for name, key in (("combine", "chosen"), ("first choice", "first"), ("0.3.0", "before")):
+            row[f"{name}: regret"] = f"{record()[key]['fresh']['columns'][column]:.1f}"
+        rows.append(row | {"best single score": record()["chosen"]["fresh"]["rivals"][column]})
+    return table(rows)
 
 
 def count() -> str:

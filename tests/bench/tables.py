@@ -41,9 +41,7 @@ OTHERS = {
     "choice count": choice_page.count,
     "choice candidates": choice_page.candidates,
     "choice left out": choice_page.left_out,
-    "choice fresh": lambda: choice_page.fresh("chosen"),
-    "choice fresh before": lambda: choice_page.fresh("before"),
-    "choice hundred": choice_page.hundred,
+    "choice fresh": choice_page.fresh,
     **{
         f"public {name}": lambda name=name: public_page.facts()[name] for name in public_page.FACTS
     },
