@@ -150,30 +150,6 @@ def bars() -> str:
     return table(rows)
 
 
-PAPER = {"mnist": "97.8", "fashionmnist": "95.7"}
-"""OOD images in garbage beside CIFAR-10, of TIE's Table 1."""
-
-
-def cifar10() -> str:
-    """TIE's loop on CIFAR-10 with a ResNet-20: in garbage, and FPR@95 of the score."""
-    runs = json.loads((RESULTS.parent / "cifar10_resnet20.json").read_text())
-    rows = []
-    for name in ("accuracy", "id_garbage_rate", *runs["linear"]["numbers"]["garbage_rate"]):
-        row = {"images": name.replace("_", " "), "the paper": PAPER.get(name, "")}
-        for head, run in runs.items():
-            of = run["numbers"]
-            row[f"{head}: in garbage"] = percent(of.get(name, of["garbage_rate"].get(name)))
-        fpr = runs["linear"]["numbers"]["score"].get(name, {}).get("fpr95")
-        rows.append(row | {"linear: FPR@95": percent(fpr)})
-    commands = "\n".join(f"    {run['command']}" for run in runs.values())
-    of = runs["linear"]
-    return (
-        f"{commands}\n\n{table(rows)}\n\nLinear: {of['excluded'][0]} of {of['proposed'][0]} candidates are excluded in the first "
-        f"epoch, {of['excluded'][-1]} in the last (tau {of['tau'][0]:.2f} and {of['tau'][-1]:.2f}). Both levels together reject "
-        f"{percent(of['numbers']['id_rejected'])} % of the ID images."
-    )
-
-
 @cache
 def records() -> list[dict]:
     """The records of all runs."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import benchmark_page
 import choice_page
+import cifar10_page
 import drift
 import mutants
 import public_page
@@ -31,13 +32,16 @@ OTHERS = {
     "public front": public_page.front,
     "public regret": public_page.regret,
     "public bars": public_page.bars,
-    "public cifar10": public_page.cifar10,
     "public auroc": lambda: public_page.by_column(0),
     "public fpr95": lambda: public_page.by_column(1),
     "public rejected": lambda: public_page.by_column(2),
     "public every": public_page.every,
     "public runs": public_page.accuracies,
     "public reasons": public_page.reasons,
+    "cifar10 commands": cifar10_page.commands,
+    "cifar10 level 1": cifar10_page.level_1,
+    "cifar10 level 2": cifar10_page.level_2,
+    **{f"cifar10 {n}": lambda n=n: cifar10_page.facts()[n] for n in cifar10_page.FACTS},
     "choice count": choice_page.count,
     "choice candidates": choice_page.candidates,
     "choice left out": choice_page.left_out,
