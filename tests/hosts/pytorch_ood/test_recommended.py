@@ -155,6 +155,15 @@ def test_trust_from_held_out_images_that_set_the_scale():
     assert alone.reference.weights.tolist() == [1]
 
 
+def test_trust_from_training_images_that_a_network_has_kept(monkeypatch):
+    monkeypatch.setattr(Sample, "trust", lambda sample: len(sample.features) / 100)
+    net, held = trained().eval(), loader(40, seed=2)
+    knn = SampledKNN(net.features, 3).fit(loader(100, seed=1))
+    net.keep_training(net.features(images(25)[0]).detach(), None)
+    found = Combined([theirs.EnergyBased(net), knn, TIEDetector(net)], 0.1).fit(held)
+    assert found.reference.weights.tolist() == [1, 0.25, 0.125]
+
+
 @pytest.mark.parametrize("by", [chosen_by, own_by])
 def test_false_alarm_rate_where_trust_is_estimated(by):
     alarms, shares = [], []
