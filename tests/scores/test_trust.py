@@ -51,3 +51,12 @@ def test_share_of_the_weight_by_auroc():
         assert trust(scores, p) == pytest.approx(share, abs=1e-6)
     assert trust(torch.arange(3.0), torch.tensor([0.0, 1, 1])) == 0
     assert trust(torch.arange(3.0), torch.tensor([1.0, 1, 0])) == 1
+
+
+@given(seeds)
+def test_same_as_the_weighted_auroc_of_scikit_learn(seed):
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, p = draw(seed)
+    wrong, weights = torch.arange(2 * len(p)) < len(p), torch.cat([1 - p, p])
+    expected = metrics.roc_auc_score(wrong, scores.repeat(2), sample_weight=weights)
+    assert error_auroc(scores, p) == pytest.approx(expected)
